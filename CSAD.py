@@ -1,0 +1,177 @@
+"""Stage 3: train LGST, the local-global student-teacher, on the good images of each category.
+
+A teacher (random projections of a frozen encoder) is imitated by a student, locally, and by an autoencoder, globally;
+a second head of the student imitates the autoencoder. Writes ckpt/best_{category}.pth and the LGST scores of
+validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score.npy. Interrupted, it resumes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import settings
+from errors import run_script
+from loco import files, images, layout, records
+from models.device import choose_device
+from models.encoder import Backbone, build_backbone
+from models.lgst import LGST, Differences
+from training.lgst import PenaltyImages, draw_batch, losses
+
+SAVE_EVERY_SECONDS = 60
+LAST_PHASE = 0.95  # share of the steps after which the learning rate drops to a tenth
+SCORING_BATCH = 8
+
+
+def main() -> None:
+    args = settings.command_line(__doc__).parse_args()
+    workspace = layout.Workspace(args.workspace)
+    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    categories = dataset.select(args.categories)
+    device = choose_device(args.device)
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
+    with workspace.lock():
+        for category in categories:
+            chosen = settings.load(category.name, args.preset, settings.overrides(args)).lgst
+            train_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+
+
+def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.LgstSettings,
+                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+    checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
+    scores = [workspace.scores(category.name, branch, part)
+              for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]
+    penalties = PenaltyImages(chosen.penalty_images)
+    stand_ins = ([f"backbone {backbone.name}"] if backbone.is_stand_in else []) + (
+        [] if penalties.paths else ["rendered penalty images"])
+    used = {"settings": chosen.model_dump(), "seed": seed, "backbone": backbone.name,
+            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(category.train),
+            "stand_ins": stand_ins}
+    if not records.begin(checkpoint.with_suffix(".json"), used, [checkpoint, *scores], overwrite, [progress]):
+        print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
+        return
+
+    validation = category.validation  # asked for first: a missing split should not cost an hour of training
+    train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
+
+    if checkpoint.exists():
+        saved = files.read_state(checkpoint)
+        model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
+        model.load_state_dict(saved["state"])
+        model.to(device).eval()
+    else:
+        model = train(category.name, train_images, chosen, backbone, penalties, progress, device, seed)
+        model.eval()
+        maps = differences(model, backbone, validation, device, f"{category.name}: normalise maps")
+        model.fit_map_normalisation(maps)
+        # The encoder goes along, so that export and deployment never look for its weights again.
+        files.write_state(checkpoint, {"state": on_cpu(model), "encoder": on_cpu(backbone.encoder),
+                                       "meta": used | {"category": category.name}})
+    progress.unlink(missing_ok=True)
+
+    score_files(model, category, workspace, backbone, device)
+
+
+def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, backbone: Backbone,
+          penalties: PenaltyImages, progress_file, device: torch.device, seed: int) -> LGST:
+    """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
+    torch.manual_seed(seed)
+    model = LGST(backbone.channels, chosen.width, chosen.teacher_channels).to(device)
+    normalise_teacher(model, backbone, train_images, device, category)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, int(LAST_PHASE * chosen.steps)), gamma=0.1)
+
+    done = 0
+    if progress_file.exists():
+        saved = files.read_state(progress_file)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done = saved["done"]
+
+    def save_progress() -> None:
+        files.write_state(progress_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                          "schedule": schedule.state_dict(), "done": done})
+
+    last_saved = time.monotonic()
+    bar = tqdm(total=chosen.steps, initial=done, desc=f"{category}: train LGST", unit="step")
+    try:
+        while done < chosen.steps:
+            batch = draw_batch(train_images, penalties, chosen, done, category, seed)
+            batch = type(batch)(*(part.to(device) for part in batch))
+            parts = losses(model, backbone.encoder, batch, chosen.hard_quantile)
+            loss = sum(parts.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            bar.update()
+            if done % 20 == 0:
+                bar.set_postfix({name: f"{part.item():.3f}" for name, part in parts.items()})
+            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                save_progress()
+                last_saved = time.monotonic()
+    except KeyboardInterrupt:
+        save_progress()
+        raise
+    finally:
+        bar.close()
+    return model
+
+
+def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.cpu() for key, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+def normalise_teacher(model: LGST, backbone: Backbone, train_images: Tensor, device: torch.device, category: str) -> None:
+    """Set the teacher's channel mean and std over all positions of all training images."""
+    count, total, total_of_squares = 0, 0.0, 0.0
+    for batch in tqdm(train_images.split(SCORING_BATCH), desc=f"{category}: normalise teacher", leave=False):
+        features = model.teacher(*backbone.encoder(images.normalise(batch.to(device)))[1:]).double()
+        count += features.shape[0] * features.shape[2] * features.shape[3]
+        total = total + features.sum((0, 2, 3))
+        total_of_squares = total_of_squares + features.square().sum((0, 2, 3))
+    mean = total / count
+    model.fit_teacher_normalisation(mean.float(), (total_of_squares / count - mean**2).clamp(min=0).sqrt().float())
+
+
+@torch.no_grad()
+def differences(model: LGST, backbone: Backbone, paths, device: torch.device, description: str) -> Differences:
+    """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
+    batches = []
+    loaded = images.load_images(paths, settings.IMAGE_SIZE, description)
+    for batch in tqdm(loaded.split(SCORING_BATCH), desc=description, leave=False):
+        batch = images.normalise(batch.to(device))
+        batches.append(model.differences(batch, backbone.encoder(batch)))
+    return Differences(*(torch.cat([getattr(batch, field) for batch in batches]).cpu() for field in Differences._fields))
+
+
+def score_files(model: LGST, category: layout.Category, workspace: layout.Workspace, backbone: Backbone,
+                device: torch.device) -> None:
+    """Score validation and test images and write the six files (LGST and its published twin name CSAD)."""
+    def score(paths, what: str) -> np.ndarray:
+        if not paths:
+            return np.zeros(0)
+        maps = differences(model, backbone, paths, device, f"{category.name}: score {what}")
+        maps = Differences(*(part.to(device) for part in maps))
+        return model.anomaly_map(maps).amax((1, 2)).double().cpu().numpy()
+
+    good = score(category.test(layout.GOOD), "good")
+    parts = {"val": score(category.validation, "validation"),
+             "logi": np.concatenate([good, score(category.test(layout.LOGICAL), "logical")]),
+             "struc": np.concatenate([good, score(category.test(layout.STRUCTURAL), "structural")])}
+    for part, values in parts.items():
+        for branch in ("LGST", "CSAD"):
+            files.write_array(workspace.scores(category.name, branch, part), values)
+
+
+if __name__ == "__main__":
+    run_script(main)

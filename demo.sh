@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Set up (on first use), render the built-in data set and run the five stages on it, on two categories or, with --all, on five.
+#
+#   ./demo.sh [--all] [--small] [--workspace FOLDER] [--seed N]
+#
+# --small is for a quick look that everything runs: few, small images and few steps; its figures mean nothing.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+categories="pushpins screw_bag"
+workspace=demo_workspace
+seed=0
+images=""
+steps=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --all) categories="breakfast_box juice_bottle pushpins screw_bag splicing_connectors" ;;
+        --small)
+            categories="pushpins"
+            images="--image_size 256 --train 40 --validation 10 --test_good 8 --test_logical 8 --test_structural 8"
+            steps="--segmentor.epochs 4 --segmentor.unsupervised_from_epoch 2 --lgst.steps 20" ;;
+        --workspace) workspace="${2:?--workspace needs a folder}"; shift ;;
+        --seed) seed="${2:?--seed needs a number}"; shift ;;
+        *) echo "error: unknown option $1; there are --all, --small, --workspace FOLDER and --seed N" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+. ./setup_environment.sh requirements.txt
+
+# Stand-ins by name, so that the demo is the same on every machine, with or without downloads.
+dataset="$workspace/datasets/synthetic_loco"
+stage="--workspace $workspace --dataset_root $dataset --categories $categories --preset quick --seed $seed $steps"
+
+"$python" make_synthetic_loco.py --dataset_root "$dataset" --categories $categories --seed "$seed" $images
+"$python" pseudo_label.py $stage --backbone embedded --pseudo_labels.proposer classical
+"$python" train_segmentor.py $stage --backbone embedded
+"$python" CSAD.py $stage --backbone embedded
+"$python" export_model.py $stage --format torch
+"$python" benchmark_performance.py $stage > /dev/null
+
+echo
+cat "$workspace/score_combine_result.txt"
+cat <<TEXT
+
+Everything lies in $workspace:
+  score_combine_result.txt          image AUROC per category and branch
+  anomaly_score/                    scores of every image, one CSV per model
+  ckpt/pytorch_models/              the deployable models
+  datasets/synthetic_loco/          the rendered images, in MVTec LOCO AD's layout
+  datasets/masks/                   pseudo-labels (filtered_cluster_map_color.png) and label maps of the test images
+TEXT

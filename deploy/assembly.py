@@ -1,0 +1,59 @@
+"""Put what the stages made together into one model (METHOD.md section 4)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from errors import UserError
+from loco import files, layout
+from models.fused import attach_metadata, from_state
+from models.normalisation import EXPORTED_STD_FLOOR, fit_trimmed_z
+from models.patch_histogram import PatchHistogramDetector
+
+
+def fused_state(category: str, workspace: layout.Workspace) -> dict:
+    """Read every artefact of a category and return the fused model's state dict, metadata attached.
+
+    Raises:
+        UserError: an artefact is missing (named, with the stage that makes it), or two do not belong together.
+    """
+    segmentor = files.read_state(files.require(workspace.segmentor(category), "train_segmentor.py"))
+    lgst = files.read_state(files.require(workspace.lgst(category), "CSAD.py"))
+    parameters = files.read_arrays(files.require(workspace.patch_histogram_parameters(category), "train_segmentor.py"))
+    lgst_scores = files.read_array(files.require(workspace.scores(category, "LGST", "val"), "CSAD.py"))
+    histogram_scores = files.read_array(files.require(workspace.scores(category, "patchhist", "val"), "train_segmentor.py"))
+    for path, content in ((workspace.segmentor(category), segmentor), (workspace.lgst(category), lgst)):
+        if not (isinstance(content, dict) and {"state", "meta"} <= content.keys()):
+            raise UserError(f"{path} was not written by this project's stages; make it again with --overwrite")
+    backbone, fingerprint = lgst["meta"]["backbone"], lgst["meta"]["backbone_fingerprint"]
+    if fingerprint != segmentor["meta"]["backbone_fingerprint"]:
+        raise UserError(f"{category}: segmentor and LGST were trained on different backbones "
+                        f"({segmentor['meta']['backbone']}, {backbone}); run train_segmentor.py and CSAD.py with the "
+                        "same --backbone and --backbone_weights")
+
+    classes = segmentor["state"]["fc2.conv3.weight"].shape[0]
+    detector = PatchHistogramDetector(classes)
+    try:
+        detector.load_parameters(parameters)
+    except ValueError as problem:
+        raise UserError(f"{workspace.patch_histogram_parameters(category)} does not fit "
+                        f"{workspace.segmentor(category)}: {problem}; run train_segmentor.py --overwrite") from problem
+
+    parts = {f"encoder.{key}": value for key, value in lgst["encoder"].items()} | lgst["state"]
+    parts |= {f"segmentor.{key}": value for key, value in segmentor["state"].items()}
+    parts |= {f"patch_hist_detector.{key}": value for key, value in detector.state_dict().items()}
+    for branch, scores in (("lgst", lgst_scores), ("patch_hist", histogram_scores)):
+        mean, std = fit_trimmed_z(scores, EXPORTED_STD_FLOOR)
+        parts |= {f"{branch}_mean": torch.tensor(mean).float(), f"{branch}_std": torch.tensor(std).float()}
+
+    state = OrderedDict(parts)
+    state._metadata = OrderedDict()
+    attach_metadata(state, {
+        "category": category, "classes": classes, "backbone": backbone, "backbone_fingerprint": fingerprint,
+        "segmentor": segmentor["meta"], "lgst": lgst["meta"],
+        "stand_ins": sorted({*segmentor["meta"]["stand_ins"], *lgst["meta"]["stand_ins"]}),
+        "torch": torch.__version__})
+    from_state(state)  # refuses parts that do not fit together before anything is written
+    return state

@@ -1,0 +1,40 @@
+"""What a person can get wrong, told in one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message says what was expected, where, and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a stage script; a mistake ends it with one sentence on stderr and exit status 2.
+
+    Programming errors keep their traceback: they are ours to mend, not the user's.
+    """
+    try:
+        main()
+    except UserError as mistake:
+        _stop(str(mistake))
+    except KeyboardInterrupt:
+        _stop("interrupted; everything finished so far is kept, the same command continues from there")
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away; nothing is wrong.
+        sys.stderr.close()
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(f"the disk is full while writing {problem.filename or 'a file'}; "
+                  "free some space and run the same command again, finished files are kept")
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _stop(f"no permission to write or read {problem.filename or 'a file'}; "
+                  "change its permissions or choose another --workspace")
+        raise
+
+
+def _stop(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,127 @@
+"""Reading and writing files: whole or not at all, and never by unpickling.
+
+Everything is first encoded in memory, then written under a temporary name in the same folder and renamed.
+A crash, a full disk or Ctrl-C therefore leaves either the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from errors import UserError
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically, making its folder first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as problem:
+        # A full disk reports no file name of its own when write() fails.
+        problem.filename = problem.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    encoded, data = cv2.imencode(Path(path).suffix, image)
+    if not encoded:
+        raise ValueError(f"OpenCV cannot encode {path}")
+    write_bytes(path, data.tobytes())
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_arrays(path: str | Path, **arrays: np.ndarray) -> None:
+    """Write an uncompressed .npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_state(path: str | Path, state: Any) -> None:
+    """Write tensors and plain Python values with torch.save, so that ``read_state`` can read them back."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_json(path: str | Path) -> Any:
+    with _named_mistakes(path):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    with _named_mistakes(path):
+        return np.load(path, allow_pickle=False)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    with _named_mistakes(path), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def read_state(path: str | Path) -> Any:
+    """Read tensors and plain values on the CPU; a file that holds anything executable is refused."""
+    with _named_mistakes(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def require(path: str | Path, made_by: str) -> Path:
+    """Return ``path`` if it exists; otherwise name it and what makes it.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing; run {made_by} first")
+    return Path(path)
+
+
+class _named_mistakes:
+    """Turn the many ways in which a damaged file fails to parse into one sentence that names it."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, problem, traceback) -> None:
+        if isinstance(problem, FileNotFoundError):
+            raise UserError(f"{self.path} is missing") from problem
+        if isinstance(problem, (ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile)) or (
+                type(problem).__name__ == "UnpicklingError"):
+            reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+            raise UserError(f"{self.path} cannot be read ({reason}); delete it and make it again") from problem

@@ -1,0 +1,180 @@
+"""Where every file lies: the data set in MVTec LOCO AD's layout, and what the stages write (METHOD.md).
+
+This module alone knows the paths. A data set is only read; everything written hangs under one workspace folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+GOOD, LOGICAL, STRUCTURAL = "good", "logical_anomalies", "structural_anomalies"
+KINDS = (GOOD, LOGICAL, STRUCTURAL)
+
+
+@dataclass(frozen=True)
+class Category:
+    """The images of one category, every list in sorted order.
+
+    Raises:
+        UserError: an asked-for split has no images, or two images of one folder share a stem.
+    """
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def train(self) -> list[Path]:
+        return _images(self.root / "train" / GOOD)
+
+    @property
+    def validation(self) -> list[Path]:
+        return _images(self.root / "validation" / GOOD)
+
+    def test(self, kind: str) -> list[Path]:
+        """Test images of one kind; empty where the category has no folder for that kind of anomaly."""
+        folder = self.root / "test" / kind
+        if kind != GOOD and not folder.is_dir():
+            return []
+        return _images(folder)
+
+    @property
+    def test_images(self) -> list[tuple[str, Path]]:
+        """(kind, path) of every test image: good, then logical, then structural."""
+        return [(kind, path) for kind in KINDS for path in self.test(kind)]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of categories in MVTec LOCO AD's layout."""
+
+    root: Path
+
+    def select(self, names: Sequence[str] | None) -> list[Category]:
+        """The named categories in the given order, or all there are, sorted.
+
+        Raises:
+            UserError: no data set at this place, or it has no such category.
+        """
+        if not self.root.is_dir():
+            raise UserError(f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
+                            "--dataset_root, or render the built-in one with make_synthetic_loco.py")
+        found = sorted(folder.parent.name for folder in self.root.glob("*/train") if folder.is_dir())
+        if not found:
+            raise UserError(f"no category in {self.root}: expected folders like {self.root}/screw_bag/train/good")
+        for name in names or []:
+            if name not in found:
+                raise UserError(f"there is no category '{name}' in {self.root}; it has {', '.join(found)}")
+        return [Category(self.root / name) for name in names or found]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Everything that the stages write, by METHOD.md's names."""
+
+    root: Path
+
+    @property
+    def default_dataset(self) -> Path:
+        return self.root / "datasets" / "mvtec_loco_anomaly_detection"
+
+    # Stage 1
+    def masks(self, category: str) -> Path:
+        return self.root / "datasets" / "masks" / category
+
+    def image_masks(self, category: str, image: Path) -> Path:
+        """Folder of one training image's masks: grounding_mask.png, all_masks.png, filtered_cluster_map.png, ..."""
+        return self.masks(category) / image.stem
+
+    def info(self, category: str) -> Path:
+        """Folder of what stage 1 knows about the whole category."""
+        return self.masks(category) / "info"
+
+    # Stage 2
+    def segmentor(self, category: str) -> Path:
+        return self.root / "ckpt" / f"segmentor_{category}_256.pth"
+
+    def segmentor_progress(self, category: str) -> Path:
+        """An unfinished stage 2, to resume from."""
+        return self.root / "ckpt" / f"{category}_segmentor_progress.pth"
+
+    def segmentation_output(self, category: str, kind: str, image: Path) -> Path:
+        return self.masks(category) / "test_seg_output" / f"{kind}_{image.stem}.png"
+
+    def patch_histogram_parameters(self, category: str) -> Path:
+        return self.root / "anomaly_score" / f"{category}_patchhist_params.npz"
+
+    # Stage 3
+    def lgst(self, category: str) -> Path:
+        return self.root / "ckpt" / f"best_{category}.pth"
+
+    def lgst_progress(self, category: str) -> Path:
+        """An unfinished stage 3, to resume from."""
+        return self.root / "ckpt" / f"{category}_lgst_progress.pth"
+
+    # Stages 2 and 3: branch is "patchhist", "LGST" or its published twin name "CSAD"; part is logi, struc or val
+    def scores(self, category: str, branch: str, part: str) -> Path:
+        return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
+
+    # Stages 4 and 5
+    def exported_model(self, category: str, runtime: str) -> Path:
+        folder, suffix = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"),
+                          "openvino": ("openvino_models", ".xml")}[runtime]
+        return self.root / "ckpt" / folder / f"{category}{suffix}"
+
+    def evaluation(self, category: str, runtime: str) -> Path:
+        """Score of every test image; its twin with suffix .json holds the AUROCs and what made them."""
+        return self.root / "anomaly_score" / f"{category}_{runtime}_scores.csv"
+
+    @property
+    def combined_scores(self) -> Path:
+        return self.root / "score_combine_result.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder in which downloaded weights are looked for."""
+        return self.root / "ckpt"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the workspace while a stage writes to it.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".csad.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as problem:
+            raise UserError(f"another run is working in {self.root.resolve()}; wait for it, or give this one "
+                            "a --workspace of its own") from problem
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist; MVTec LOCO AD's layout has it")
+    images = sorted(path for path in folder.iterdir()
+                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    if not images:
+        raise UserError(f"no images in {folder}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    stems = set()
+    for path in images:
+        if path.stem in stems:
+            raise UserError(f"two images in {folder} are called '{path.stem}'; give them different names")
+        stems.add(path.stem)
+    return images

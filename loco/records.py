@@ -1,0 +1,72 @@
+"""What a stage used, kept as JSON beside what it made: the ground for skipping, resuming and refusing to mix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from loco import files
+
+
+def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite: bool,
+          progress: Iterable[Path] = ()) -> bool:
+    """Decide whether a stage has work to do, and note what it uses.
+
+    Args:
+        record: JSON file beside the outputs.
+        used: everything that decides the outputs: settings, seed, backbone, digests of what it reads.
+        outputs: files that exist when the stage is done.
+        overwrite: take away ``outputs``, ``progress`` and the record first.
+        progress: files of an unfinished run that must not survive ``overwrite``.
+
+    Returns:
+        False when every output is there already (made by the same settings, or by others, without a record).
+
+    Raises:
+        UserError: the outputs, finished or not, were begun with something else.
+    """
+    if overwrite:
+        for path in (*outputs, *progress, record):
+            path.unlink(missing_ok=True)
+    if record.exists():
+        changes = difference(files.read_json(record), _as_json(used))
+        if changes:
+            raise UserError(f"{record.parent} holds work begun with something else ({'; '.join(changes[:4])}); "
+                            "--overwrite starts over, another --workspace keeps both")
+    if outputs and all(path.exists() for path in outputs):
+        return False
+    if not record.exists():
+        files.write_json(record, used)
+    return True
+
+
+def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
+    changes = []
+    for key in sorted(used.keys() | wanted.keys()):
+        before, now, name = used.get(key), wanted.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes += difference(before, now, f"{name}.")
+        elif before != now:
+            changes.append(f"{name}: {before} -> {now}")
+    return changes
+
+
+def digest(path: Path) -> str:
+    """First 16 hex digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def digest_images(paths: Sequence[Path]) -> str:
+    """A digest of an image list by names and file sizes: cheap, and changes when images come or go."""
+    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """The same content as it reads back from JSON (tuples become lists)."""
+    return json.loads(json.dumps(content))

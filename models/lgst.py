@@ -1,0 +1,163 @@
+"""LGST, the local-global student-teacher (paper section 3.3, METHOD.md section 3).
+
+A teacher of fixed random projections of encoder features; a student with two heads, one imitating the teacher
+(*local*), one imitating the autoencoder (*global*); and EfficientAD's autoencoder, which imitates the teacher.
+Where they disagree, the image is unlike the training images.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.encoder import resize
+
+MAP_SIZE = 64  # side of every feature and anomaly map
+QUANTILES = (0.9, 0.995)  # of the validation maps, mapped to 0 and 0.1
+_DECODER_SIZES = (3, 8, 15, 32, 63, 127)
+
+
+class Teacher(nn.Module):
+    """Encoder layers 2 and 3 side by side, averaged over 3x3, projected at random.
+
+    Args:
+        in_channels: of layers 2 and 3 together (1536 for the published encoder).
+        channels: of the projection (512 in the paper).
+    """
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, 1)
+
+    def forward(self, eighth: Tensor, sixteenth: Tensor) -> Tensor:
+        """(B, C2, H/8, W/8) and (B, C3, H/16, W/16) -> (B, channels, 64, 64), not yet normalised."""
+        size = (MAP_SIZE, MAP_SIZE)
+        features = torch.cat([resize(eighth, size), resize(sixteenth, size)], dim=1)
+        return self.proj(F.avg_pool2d(features, 3, stride=1, padding=1))
+
+
+class Student(nn.Module):
+    """The patch description network with two heads.
+
+    Args:
+        width: channels of the trunk (512 in the paper; its first layer has half of them).
+        channels: of each head.
+    """
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 4, padding=3)
+        self.conv2 = nn.Conv2d(width // 2, width, 4, padding=3)
+        self.conv3 = nn.Conv2d(width, width, 1)
+        self.conv4 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv5 = nn.Conv2d(width, width, 4)
+        self.conv_st = nn.Conv2d(width, channels, 1)
+        self.conv_ae = nn.Conv2d(width, channels, 1)
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width, 64, 64)."""
+        x = F.avg_pool2d(F.relu(self.conv1(images)), 2, stride=2, padding=1)
+        x = F.avg_pool2d(F.relu(self.conv2(x)), 2, stride=2, padding=1)
+        x = F.relu(self.conv4(F.relu(self.conv3(x))))
+        return resize(F.relu(self.conv5(x)), (MAP_SIZE, MAP_SIZE))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> local and global features, each (B, channels, 64, 64)."""
+        features = self.trunk(images)
+        return self.conv_st(features), self.conv_ae(features)
+
+
+class Autoencoder(nn.Module):
+    """EfficientAD's autoencoder: the image through one 64-vector, then out to the teacher's features.
+
+    Takes 256x256 images only: the bottleneck has to come out at 1x1.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        widths = (3, 32, 32, 64, 64, 64)
+        for index in range(5):
+            setattr(self, f"enconv{index + 1}", nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1))
+        self.enconv6 = nn.Conv2d(64, 64, 8)
+        for index in range(6):
+            setattr(self, f"deconv{index + 1}", nn.Conv2d(64, 64, 4, padding=2))
+        self.deconv7 = nn.Conv2d(64, 64, 3, padding=1)
+        self.deconv8 = nn.Conv2d(64, channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 256, 256) -> (B, channels, 64, 64)."""
+        x = images
+        for index in range(5):
+            x = F.relu(getattr(self, f"enconv{index + 1}")(x))
+        x = self.enconv6(x)
+        for index, size in enumerate(_DECODER_SIZES):
+            x = F.relu(getattr(self, f"deconv{index + 1}")(resize(x, (size, size))))
+            x = F.dropout(x, 0.2, self.training)
+        x = F.relu(self.deconv7(resize(x, (MAP_SIZE, MAP_SIZE))))
+        return self.deconv8(x)
+
+
+class Differences(NamedTuple):
+    """Channel means of squared differences, each (B, 64, 64)."""
+
+    local: Tensor
+    global_: Tensor
+
+
+class LGST(nn.Module):
+    """Teacher, student, autoencoder, and the numbers that normalise what they say.
+
+    The parameter and buffer names are the published ones.
+    """
+
+    def __init__(self, encoder_channels: tuple[int, int, int], width: int, channels: int):
+        super().__init__()
+        self.teacher = Teacher(encoder_channels[1] + encoder_channels[2], channels)
+        self.teacher.requires_grad_(False)
+        self.local_st = Student(width, channels)
+        self.autoencoder = Autoencoder(channels)
+        self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
+        for branch in ("st", "ae"):
+            self.register_buffer(f"q_{branch}_start", torch.tensor(0.0))
+            self.register_buffer(f"q_{branch}_end", torch.tensor(1.0))
+
+    def teach(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The encoder's three maps -> normalised teacher features (B, channels, 64, 64)."""
+        return (self.teacher(features[1], features[2]) - self.teacher_mean) / self.teacher_std
+
+    def differences(self, images: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Differences:
+        """Images and the encoder's maps of them -> where student, teacher and autoencoder disagree."""
+        local, global_ = self.local_st(images)
+        return Differences((self.teach(features) - local).square().mean(1),
+                           (self.autoencoder(images) - global_).square().mean(1))
+
+    def anomaly_map(self, differences: Differences) -> Tensor:
+        """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
+        return (0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
+                + 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start))
+
+    def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
+        """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
+        self.teacher_mean.copy_(mean.view(1, -1, 1, 1))
+        self.teacher_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
+
+    def fit_map_normalisation(self, validation: Differences) -> None:
+        """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
+        for branch, maps in (("st", validation.local), ("ae", validation.global_)):
+            start, end = (_quantile(maps, fraction) for fraction in QUANTILES)
+            getattr(self, f"q_{branch}_start").copy_(start)
+            # Constant maps have no spread to scale by.
+            getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)
+
+
+def _quantile(values: Tensor, fraction: float) -> Tensor:
+    """Linear-interpolation quantile; torch.quantile refuses more than 2^24 values, which 4,096 maps exceed."""
+    ordered = values.flatten().sort().values
+    position = fraction * (ordered.numel() - 1)
+    below = ordered[int(position)]
+    above = ordered[min(int(position) + 1, ordered.numel() - 1)]
+    return torch.lerp(below, above, position - int(position))

@@ -1,0 +1,153 @@
+"""The patch histogram: does an image hold the usual amount of every component, in all and in each quarter?
+
+Paper section 3.3, METHOD.md section 2. A histogram is the area fraction of every class; the score is how far (Mahalanobis)
+it lies from the histograms of good training images. `PatchHistogramDetector` computes it, for batches of any size and
+in every exported format; `fit_parameters` finds the numbers that it needs.
+
+Index 0, the background, is kept as an entry, so that shapes follow the number of classes. There are two cases:
+
+- ``background=False``, stage 2 and everything fitted here: the entry stays 0, and so do row and column 0 of the inverse
+  covariance.
+- ``background=True``, the exported model: the entry is the true share of background. With parameters fitted as above
+  this changes nothing, since row and column 0 are 0; it matters for the published module's behaviour under other ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.normalisation import EXPORTED_STD_FLOOR, fit_trimmed_z
+
+QUARTERS = 4
+PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov", "hist_val_score", "patch_hist_val_score")
+
+
+def label_histograms(labels: Tensor, classes: int, background: bool = False) -> tuple[Tensor, Tensor]:
+    """Area fractions of the classes, over the whole map and over its quarters.
+
+    Args:
+        labels: (B, H, W) of any integer type, values 0..classes-1; H and W even.
+        background: keep index 0, or leave it 0.
+
+    Returns:
+        (B, C) and (B, 4C) float32: the quarters top-left, bottom-left, top-right, bottom-right, one after another, each
+        relative to its own area. Exact for maps of 256x256.
+    """
+    height, width = labels.shape[-2:]
+    numbers = torch.arange(classes, device=labels.device).view(1, classes, 1, 1, 1, 1)
+    blocks = labels.reshape(-1, 1, 2, height // 2, 2, width // 2)
+    fractions = (blocks == numbers).float().mean((3, 5))  # (B, C, row, column)
+    if not background:
+        fractions = fractions * (torch.arange(classes, device=labels.device) > 0).float().view(1, classes, 1, 1)
+    whole = fractions.mean((2, 3))
+    quarters = fractions.permute(0, 3, 2, 1).reshape(-1, QUARTERS * classes)
+    return whole, quarters
+
+
+def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor) -> Tensor:
+    """Distances of histograms (B, n) from a mean (n, 1), (B,); Euclidean where Mahalanobis is not a number."""
+    difference = histograms - mean.view(1, -1)
+    squared = (difference @ inverse_covariance * difference).sum(1)
+    euclidean = difference.square().sum(1)
+    return torch.where(squared >= 0, squared, euclidean).sqrt()
+
+
+class PatchHistogramDetector(nn.Module):
+    """Label maps in, scores out; its buffers are the published ones.
+
+    Args:
+        classes: components and background.
+        background: what happens to index 0, see above; True is the exported model.
+
+    Attributes:
+        hist_mean (C, 1), hist_invcov (C, C), patch_hist_mean (4C, 1), patch_hist_invcov (4C, 4C): fitted on train images.
+        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: trimmed z of both distances, scalars.
+    """
+
+    def __init__(self, classes: int, background: bool = True):
+        super().__init__()
+        self.classes, self.background = classes, background
+        for name, size in (("hist", classes), ("patch_hist", QUARTERS * classes)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size, 1))
+            self.register_buffer(f"{name}_invcov", torch.zeros(size, size))
+        for name in ("hist", "patch_hist"):
+            self.register_buffer(f"{name}_val_mean", torch.tensor(0.0))
+            self.register_buffer(f"{name}_val_std", torch.tensor(1.0))
+
+    def distances(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Label maps (B, 256, 256) -> distances of the whole and of the quarters, (B,) each, not normalised."""
+        whole, quarters = label_histograms(labels, self.classes, self.background)
+        whole, quarters = whole.to(self.hist_mean.dtype), quarters.to(self.hist_mean.dtype)
+        return (mahalanobis(whole, self.hist_mean, self.hist_invcov),
+                mahalanobis(quarters, self.patch_hist_mean, self.patch_hist_invcov))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""
+        whole, quarters = self.distances(labels)
+        return ((whole - self.hist_val_mean) / self.hist_val_std
+                + (quarters - self.patch_hist_val_mean) / self.patch_hist_val_std)
+
+    def load_parameters(self, parameters: Mapping[str, np.ndarray], std_floor: float = EXPORTED_STD_FLOOR) -> None:
+        """Take over what `fit_parameters` found, or a published ``{category}_patchhist_params.npz``.
+
+        Args:
+            parameters: the six arrays named in METHOD.md section 2; means may be (n,) or (n, 1).
+            std_floor: see `fit_trimmed_z`.
+
+        Raises:
+            ValueError: an array is missing, or was fitted for another number of classes.
+        """
+        for name in PARAMETER_NAMES:
+            if name not in parameters:
+                raise ValueError(f"patch-histogram parameters lack '{name}'")
+        for name in ("hist", "patch_hist"):
+            for buffer in (getattr(self, f"{name}_mean"), getattr(self, f"{name}_invcov")):
+                kind = "mean" if buffer.shape[1] == 1 else "invcov"
+                given = np.asarray(parameters[f"{name}_{kind}"])
+                if given.size != buffer.numel():
+                    raise ValueError(f"patch-histogram parameter {name}_{kind} has {given.size} values, expected "
+                                     f"{buffer.numel()} for {self.classes} classes")
+                buffer.copy_(torch.as_tensor(given, dtype=buffer.dtype).view(buffer.shape))
+            mean, std = fit_trimmed_z(parameters[f"{name}_val_score"], std_floor)
+            getattr(self, f"{name}_val_mean").fill_(mean)
+            getattr(self, f"{name}_val_std").fill_(std)
+
+
+def fit_parameters(train: Tensor, validation: Tensor, classes: int) -> dict[str, np.ndarray]:
+    """Fit the detector in float64 (METHOD.md section 2).
+
+    Args:
+        train, validation: label maps (N, 256, 256) of good images, uint8.
+        classes: components and background.
+
+    Returns:
+        hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
+        validation images, hist_val_score and patch_hist_val_score (n,): the content of the parameter file.
+    """
+    parameters = {}
+    train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
+    for name, fitted, judged in zip(("hist", "patch_hist"), train_histograms, validation_histograms):
+        covariance = np.cov(fitted, rowvar=False).reshape(fitted.shape[1], -1) if len(fitted) > 1 else np.zeros(
+            (fitted.shape[1],) * 2)
+        mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
+        parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
+        distances = mahalanobis(*(torch.from_numpy(values) for values in (judged, mean, inverse)))
+        parameters[f"{name}_val_score"] = distances.numpy()
+    return parameters
+
+
+def fitted_detector(parameters: Mapping[str, np.ndarray], classes: int) -> PatchHistogramDetector:
+    """The detector of stage 2: float64, index 0 left out, a std replaced only where it is 0."""
+    detector = PatchHistogramDetector(classes, background=False).double()
+    detector.load_parameters(parameters, std_floor=0.0)
+    return detector
+
+
+def _stacked(labels: Tensor, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both histograms of many maps, (N, C) and (N, 4C) float64, a few maps at a time to spare memory."""
+    parts = [label_histograms(few, classes) for few in labels.split(16)]
+    return tuple(torch.cat(part).double().numpy() for part in zip(*parts))

@@ -1,0 +1,155 @@
+"""Every setting of every stage, in one place.
+
+A run's settings are merged, later over earlier, from
+
+1. ``configs/default.yaml``               the numbers of METHOD.md,
+2. ``configs/categories/{category}.yaml``  what is tuned for one category, if there is such a file,
+3. ``configs/presets/{preset}.yaml``       ``paper`` or ``quick``,
+4. the command line                        ``--segmentor.lr 0.001`` and the like.
+
+An unknown key or a value out of range is an error that names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+IMAGE_SIZE = 256  # METHOD.md: every network sees 256x256, and file names carry the number
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PseudoLabelSettings(Section):
+    """Stage 1 (METHOD.md section 1)."""
+
+    proposer: Literal["auto", "classical"] = Field(description="where masks come from")
+    inside_grounding: bool = Field(description="keep only masks inside the grounding mask")
+    no_sam: bool = Field(description="take the grounding mask's instances as refined masks")
+    features: list[Literal["cnn_image", "area", "color", "position", "shape_hu"]] = Field(
+        min_length=1, description="component features to cluster on")
+    rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
+    bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
+                                                     "the backbone it was tuned for, wide_resnet50_2")
+    one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
+
+
+class SegmentorSettings(Section):
+    """Stage 2 (METHOD.md section 2)."""
+
+    width: int = Field(ge=8, description="channels of ASPP and decoder (the paper: 256)")
+    epochs: int = Field(ge=1)
+    unsupervised_from_epoch: int = Field(ge=0, description="epoch in which the unsupervised losses join")
+    batch_size: int = Field(ge=1, description="trusted images per step; as many others join them")
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    weight_ce: float = Field(ge=0)
+    weight_focal: float = Field(ge=0)
+    weight_dice: float = Field(ge=0)
+    weight_histogram: float = Field(ge=0)
+    weight_entropy: float = Field(ge=0)
+    softmax_twice: bool = Field(description="cross-entropy on probabilities, as published")
+    paste_distance: float = Field(ge=0, le=1, description="logical synthesis: least move, in image sides")
+    fill_holes: bool = Field(description="logical synthesis: fill the holes of pasted components")
+
+
+class LgstSettings(Section):
+    """Stage 3 (METHOD.md section 3)."""
+
+    width: int = Field(ge=8, description="channels of the student (the paper: 512)")
+    teacher_channels: int = Field(ge=8, description="channels of teacher, heads and autoencoder (the paper: 512)")
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    hard_quantile: float = Field(ge=0, lt=1, description="the local loss averages differences at or over it")
+    penalty_images: str = Field(description="folder of ImageNet-like pictures, or 'rendered'")
+    penalty_every: int = Field(ge=1, description="steps from one penalty image to the next (the paper: 1)")
+
+
+class Settings(Section):
+    pseudo_labels: PseudoLabelSettings
+    segmentor: SegmentorSettings
+    lgst: LgstSettings
+
+
+def load(category: str, preset: str = "paper", overrides: dict[str, Any] | None = None) -> Settings:
+    """Merge the settings for one category.
+
+    Args:
+        category: its file in configs/categories/ is used if there is one.
+        preset: name of a file in configs/presets/.
+        overrides: dotted names and values from the command line, e.g. {"lgst.steps": "100"}.
+
+    Raises:
+        UserError: a file is no YAML mapping, a key is unknown, or a value is out of range.
+    """
+    merged = _read_yaml(CONFIGS / "default.yaml")
+    for path in (CONFIGS / "categories" / f"{category}.yaml", CONFIGS / "presets" / f"{preset}.yaml"):
+        if path.exists():
+            merged = _merge(merged, _read_yaml(path))
+    for dotted, value in (overrides or {}).items():
+        section, key = dotted.split(".")
+        merged = _merge(merged, {section: {key: value}})
+    try:
+        return Settings(**merged)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:2])  # what follows names a branch of a union
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"there is no setting {name}; configs/default.yaml lists them all") from problem
+        raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
+
+
+def command_line(story: str) -> argparse.ArgumentParser:
+    """The options that all stages share, with every single setting as an option of its own."""
+    parser = argparse.ArgumentParser(description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = parser.add_argument_group("common options")
+    common.add_argument("--workspace", type=Path, default=Path("."),
+                        help="folder under which everything is written (default: the current one)")
+    common.add_argument("--dataset_root", type=Path,
+                        help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)")
+    common.add_argument("--categories", nargs="+", metavar="NAME", help="default: every category of the data set")
+    common.add_argument("--preset", default="paper", choices=sorted(p.stem for p in (CONFIGS / "presets").glob("*.yaml")))
+    common.add_argument("--backbone", default="auto",
+                        help="auto, wide_resnet50_2, embedded, or a torchvision classification network")
+    common.add_argument("--backbone_weights", type=Path, help="state dict of that backbone")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
+    single = parser.add_argument_group("single settings", "defaults: configs/default.yaml, category file, preset")
+    for section, model in Settings.model_fields.items():
+        for key, field in model.annotation.model_fields.items():
+            single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
+                                metavar="VALUE", help=field.description)
+    return parser
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The single settings given on the command line, parsed as YAML."""
+    return {name: yaml.safe_load(value) for name, value in vars(arguments).items() if "." in name}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as problem:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise UserError(f"{path} should hold sections of settings like configs/default.yaml")
+    return content
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    return below | {section: below.get(section, {}) | values for section, values in above.items()}
