@@ -8,6 +8,8 @@ validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +22,11 @@ from loco import files, images, layout, records
 from models.device import choose_device
 from models.encoder import Backbone, build_backbone
 from models.lgst import LGST, Differences
+from training.interruption import interrupts_wait
 from training.lgst import PenaltyImages, draw_batch, losses
 
 SAVE_EVERY_SECONDS = 60
+SHOW_EVERY_STEPS = 20
 LAST_PHASE = 0.95  # share of the steps after which the learning rate drops to a tenth
 SCORING_BATCH = 8
 
@@ -77,7 +81,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
 
 
 def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, backbone: Backbone,
-          penalties: PenaltyImages, progress_file, device: torch.device, seed: int) -> LGST:
+          penalties: PenaltyImages, progress_file: Path, device: torch.device, seed: int) -> LGST:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     torch.manual_seed(seed)
     model = LGST(backbone.channels, chosen.width, chosen.teacher_channels).to(device)
@@ -100,11 +104,10 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
                                           "schedule": schedule.state_dict(), "done": done})
 
     last_saved = time.monotonic()
-    bar = tqdm(total=chosen.steps, initial=done, desc=f"{category}: train LGST", unit="step")
-    try:
+    with (interrupts_wait() as interrupted,
+          tqdm(total=chosen.steps, initial=done, desc=f"{category}: train LGST", unit="step") as bar):
         while done < chosen.steps:
-            batch = draw_batch(train_images, penalties, chosen, done, category, seed)
-            batch = type(batch)(*(part.to(device) for part in batch))
+            batch = draw_batch(train_images, penalties, chosen, done, category, seed).to(device)
             parts = losses(model, backbone.encoder, batch, chosen.hard_quantile)
             loss = sum(parts.values())
             optimizer.zero_grad()
@@ -113,16 +116,13 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
             schedule.step()
             done += 1
             bar.update()
-            if done % 20 == 0:
+            if done % SHOW_EVERY_STEPS == 0:
                 bar.set_postfix({name: f"{part.item():.3f}" for name, part in parts.items()})
-            if time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+            if interrupted() or time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
                 save_progress()
                 last_saved = time.monotonic()
-    except KeyboardInterrupt:
-        save_progress()
-        raise
-    finally:
-        bar.close()
+            if interrupted():
+                raise KeyboardInterrupt
     return model
 
 
@@ -131,7 +131,8 @@ def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def normalise_teacher(model: LGST, backbone: Backbone, train_images: Tensor, device: torch.device, category: str) -> None:
+def normalise_teacher(model: LGST, backbone: Backbone, train_images: Tensor, device: torch.device,
+                      category: str) -> None:
     """Set the teacher's channel mean and std over all positions of all training images."""
     count, total, total_of_squares = 0, 0.0, 0.0
     for batch in tqdm(train_images.split(SCORING_BATCH), desc=f"{category}: normalise teacher", leave=False):
@@ -144,20 +145,21 @@ def normalise_teacher(model: LGST, backbone: Backbone, train_images: Tensor, dev
 
 
 @torch.no_grad()
-def differences(model: LGST, backbone: Backbone, paths, device: torch.device, description: str) -> Differences:
+def differences(model: LGST, backbone: Backbone, paths: Sequence[Path], device: torch.device,
+                description: str) -> Differences:
     """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
     batches = []
     loaded = images.load_images(paths, settings.IMAGE_SIZE, description)
     for batch in tqdm(loaded.split(SCORING_BATCH), desc=description, leave=False):
         batch = images.normalise(batch.to(device))
         batches.append(model.differences(batch, backbone.encoder(batch)))
-    return Differences(*(torch.cat([getattr(batch, field) for batch in batches]).cpu() for field in Differences._fields))
+    return Differences(*(torch.cat(maps).cpu() for maps in zip(*batches)))
 
 
 def score_files(model: LGST, category: layout.Category, workspace: layout.Workspace, backbone: Backbone,
                 device: torch.device) -> None:
     """Score validation and test images and write the six files (LGST and its published twin name CSAD)."""
-    def score(paths, what: str) -> np.ndarray:
+    def score(paths: Sequence[Path], what: str) -> np.ndarray:
         if not paths:
             return np.zeros(0)
         maps = differences(model, backbone, paths, device, f"{category.name}: score {what}")

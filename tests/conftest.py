@@ -32,7 +32,8 @@ def draw_parts(rng: np.random.Generator, parts: int, size: int) -> tuple[np.ndar
     labels = np.zeros((size, size), np.uint8)
     colours = [(200, 40, 40), (40, 60, 200), (230, 200, 40), (40, 160, 60)]
     for index in range(parts):
-        centre = ((np.array([index % 2, index // 2]) * 0.5 + 0.25) * size + rng.uniform(-3, 3, 2) * size / 128).astype(int)
+        jitter = rng.uniform(-3, 3, 2) * size / 128
+        centre = ((np.array([index % 2, index // 2]) * 0.5 + 0.25) * size + jitter).astype(int)
         radius = int(size * (0.1 + 0.02 * index))
         cv2.circle(image, centre.tolist(), radius, colours[index], -1, cv2.LINE_AA)
         cv2.circle(labels, centre.tolist(), radius, index + 1, -1)
@@ -40,20 +41,22 @@ def draw_parts(rng: np.random.Generator, parts: int, size: int) -> tuple[np.ndar
     return np.clip(image + noise, 0, 255).astype(np.uint8), labels
 
 
+def make_discs(root: Path, category: str = "discs", train: int = 12, validation: int = 6, test: int = 4,
+               size: int = 128, suffix: str = ".png") -> Path:
+    """Write a tiny data set in LOCO's layout: four discs; logical anomalies lack one, structural ones are scratched."""
+    rng = np.random.default_rng(7)
+    for folder, count in (("train/good", train), ("validation/good", validation), ("test/good", test),
+                          ("test/logical_anomalies", test), ("test/structural_anomalies", test)):
+        (root / category / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            image, _ = draw_parts(rng, 3 if "logical" in folder else 4, size)
+            if "structural" in folder:
+                cv2.line(image, (10, 20), (size - 30, size - 10), (255, 255, 255), 3)
+            cv2.imwrite(str(root / category / folder / f"{index:03d}{suffix}"), image[:, :, ::-1])
+    return root
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
-    """Write a tiny data set in LOCO's layout: four discs; logical anomalies lack one, structural ones have a scratch."""
-    def make(root: Path | None = None, category: str = "discs", train: int = 12, validation: int = 6, test: int = 4,
-             size: int = 128, suffix: str = ".png") -> Path:
-        root = root or tmp_path / "data"
-        rng = np.random.default_rng(7)
-        for folder, count in (("train/good", train), ("validation/good", validation), ("test/good", test),
-                              ("test/logical_anomalies", test), ("test/structural_anomalies", test)):
-            (root / category / folder).mkdir(parents=True, exist_ok=True)
-            for index in range(count):
-                image, _ = draw_parts(rng, 3 if "logical" in folder else 4, size)
-                if "structural" in folder:
-                    cv2.line(image, (10, 20), (size - 30, size - 10), (255, 255, 255), 3)
-                cv2.imwrite(str(root / category / folder / f"{index:03d}{suffix}"), image[:, :, ::-1])
-        return root
-    return make
+    """Write a tiny data set into this test's own folder."""
+    return lambda **options: make_discs(tmp_path / "data", **options)
