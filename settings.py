@@ -35,11 +35,13 @@ class PseudoLabelSettings(Section):
     proposer: Literal["auto", "classical"] = Field(description="where masks come from")
     inside_grounding: bool = Field(description="keep only masks inside the grounding mask")
     no_sam: bool = Field(description="take the grounding mask's instances as refined masks")
-    features: list[Literal["cnn_image", "area", "color", "position", "shape_hu"]] = Field(
+    container: bool = Field(description="classical proposer: the parts lie in something (tray, bag) that is no part")
+    features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
         min_length=1, description="component features to cluster on")
     rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
                                                      "the backbone it was tuned for, wide_resnet50_2")
+    variants: bool = Field(description="parts that only some kinds of images have get labels, too (published: no)")
     one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
 
 
@@ -49,8 +51,9 @@ class SegmentorSettings(Section):
     width: int = Field(ge=8, description="channels of ASPP and decoder (the paper: 256)")
     epochs: int = Field(ge=1)
     unsupervised_from_epoch: int = Field(ge=0, description="epoch in which the unsupervised losses join")
-    batch_size: int = Field(ge=1, description="trusted images per step; as many others join them")
+    batch_size: int = Field(ge=2, description="trusted images per step; as many others join them")
     lr: float = Field(gt=0)
+    final_lr_share: float = Field(ge=0, le=1, description="of lr, reached along a cosine (the paper: 1, constant)")
     weight_decay: float = Field(ge=0)
     weight_ce: float = Field(ge=0)
     weight_focal: float = Field(ge=0)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+
 WEIGHTS_PATH = Path(__file__).with_suffix(".pth")
 PROVENANCE_PATH = Path(__file__).with_suffix(".json")
 
@@ -23,7 +25,7 @@ STEM_CHANNELS = 32
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; with `stride` 2 the shortcut is averaged over 2x2 before its 1x1 convolution."""
+    """Two 3x3 convolutions beside a shortcut; at stride 2 the shortcut takes means of 2x2 before its 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -98,8 +100,7 @@ def load_embedded_backbone(weights: Path = WEIGHTS_PATH, provenance: Path = PROV
         provenance: JSON file with the weights' `sha256`.
 
     Raises:
-        FileNotFoundError: if one of the two files is missing.
-        ValueError: if the weights are not the ones that the provenance file describes.
+        UserError: if one of the two files is missing, or the weights are not the ones that the provenance file describes.
 
     Example:
         >>> features = load_embedded_backbone()(torch.zeros(1, 3, 256, 256))
@@ -108,14 +109,14 @@ def load_embedded_backbone(weights: Path = WEIGHTS_PATH, provenance: Path = PROV
     """
     for path in (weights, provenance):
         if not path.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"the embedded backbone needs {path}, which is missing; restore it from the repository "
                 "or train it anew with `python -m training.embedded_backbone`"
             )
     expected = json.loads(provenance.read_text())["sha256"]
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{weights} is damaged or was replaced: its sha256 is {found}, but {provenance.name} says {expected}; "
             "restore both files from the repository"
         )

@@ -1,8 +1,8 @@
 """The patch histogram: does an image hold the usual amount of every component, in all and in each quarter?
 
-Paper section 3.3, METHOD.md section 2. A histogram is the area fraction of every class; the score is how far (Mahalanobis)
-it lies from the histograms of good training images. `PatchHistogramDetector` computes it, for batches of any size and
-in every exported format; `fit_parameters` finds the numbers that it needs.
+Paper section 3.3, METHOD.md section 2. A histogram is the area fraction of every class; the score is how far
+(Mahalanobis) it lies from the histograms of good training images. `PatchHistogramDetector` computes it, for batches of
+any size and in every exported format; `fit_parameters` finds the numbers that it needs.
 
 Index 0, the background, is kept as an entry, so that shapes follow the number of classes. There are two cases:
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from models.normalisation import EXPORTED_STD_FLOOR, fit_trimmed_z
 
 QUARTERS = 4
-PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov", "hist_val_score", "patch_hist_val_score")
+PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",
+                   "hist_val_score", "patch_hist_val_score")
 
 
 def label_histograms(labels: Tensor, classes: int, background: bool = False) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,8 @@ class PatchHistogramDetector(nn.Module):
         background: what happens to index 0, see above; True is the exported model.
 
     Attributes:
-        hist_mean (C, 1), hist_invcov (C, C), patch_hist_mean (4C, 1), patch_hist_invcov (4C, 4C): fitted on train images.
-        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: trimmed z of both distances, scalars.
+        hist_mean (C, 1), hist_invcov (C, C), patch_hist_mean (4C, 1), patch_hist_invcov (4C, 4C): of train images.
+        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: trimmed z of the distances, scalars.
     """
 
     def __init__(self, classes: int, background: bool = True):
@@ -134,6 +135,7 @@ def fit_parameters(train: Tensor, validation: Tensor, classes: int) -> dict[str,
         covariance = np.cov(fitted, rowvar=False).reshape(fitted.shape[1], -1) if len(fitted) > 1 else np.zeros(
             (fitted.shape[1],) * 2)
         mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
+        inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
         distances = mahalanobis(*(torch.from_numpy(values) for values in (judged, mean, inverse)))
         parameters[f"{name}_val_score"] = distances.numpy()

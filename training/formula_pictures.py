@@ -6,15 +6,16 @@ come with them for free; the student of LGST is held at zero on them where Image
 A picture is a pile of shapes in the order in which they fell, each cutting out what lies under it (the "dead leaves"
 model, whose statistics of edges and scales resemble those of photographs). A shape has an outline (`SHAPE_KINDS`), a
 surface (`TEXTURE_KINDS`, a grey relief that is turned, scaled and coloured), shading (flat, sloping, domed, metallic) and
-sometimes a shadow. Three kinds of scene: clutter, a few composed objects on a ground, and a regular array of one shape. At the
-end comes what a camera does: uneven light, blur, noise, and now and then no colour.
+sometimes a shadow. Three kinds of scene: clutter, a few composed objects on a ground, and a regular array of one shape.
+At the end comes what a camera does: uneven light, blur, noise, and now and then no colour.
 
-Everything is drawn from the generator passed in: same generator state, same picture (on the same versions of numpy and OpenCV).
+Everything is drawn from the generator passed in: same generator state, same picture (on the same versions of numpy and
+OpenCV).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import cv2
 import numpy as np
@@ -290,7 +291,7 @@ _TEXTURES: dict[str, Callable[[Generator], np.ndarray]] = {
 TEXTURE_KINDS: tuple[str, ...] = tuple(_TEXTURES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def texture_tile(kind: int, variant: int) -> np.ndarray:
     """The grey relief of one texture.
 
@@ -359,8 +360,9 @@ def _gear(rng: Generator) -> np.ndarray:
 def _cross(rng: Generator) -> np.ndarray:
     a = rng.uniform(0.18, 0.4)
     quarter = [(1, a), (a, a), (a, 1)]
-    turns = [np.array(quarter) @ np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]]) for t in np.arange(4) * np.pi / 2]
-    return np.concatenate(turns) * 0.97
+    quarter_turn = np.array([[0, 1], [-1, 0]])
+    arms = [np.array(quarter) @ np.linalg.matrix_power(quarter_turn, n) for n in range(4)]
+    return np.concatenate(arms) * 0.97
 
 
 def _capsule(half_width: float) -> np.ndarray:
@@ -443,7 +445,12 @@ _SHAPES: dict[str, Callable[[Generator], list[np.ndarray]]] = {
     "glyph": _glyph,
 }
 SHAPE_KINDS: tuple[str, ...] = ("ground", *_SHAPES)
-SMALL_PARTS = ("disc", "ring", "rectangle", "strip", "legs", "glyph", "screw_head", "nut", "wire", "kinked", "capsule", "cross")
+BODIES = ("rectangle", "rounded", "disc", "ellipse", "polygon", "blob", "capsule", "half_disc", "frame", "banana", "gear")
+LEADS = ("legs", "wire", "kinked", "strip")
+SMALL_PARTS = (
+    *("disc", "ring", "rectangle", "strip", "legs", "glyph"),
+    *("screw_head", "nut", "wire", "kinked", "capsule", "cross"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,9 +474,8 @@ def _surface(rng: Generator, palette: np.ndarray, shape: tuple[int, int], unit: 
     angle, zoom = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(np.log(0.2), np.log(0.9))) * unit**0.5
     c, s = np.cos(angle) * zoom, np.sin(angle) * zoom
     turn = np.array([[c, -s, rng.uniform(-300, 0)], [s, c, rng.uniform(-300, 0)]], np.float32)
-    relief = cv2.warpAffine(
-        texture_tile(kind, int(rng.integers(TILE_VARIANTS))), turn, shape[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
-    )
+    tile = texture_tile(kind, int(rng.integers(TILE_VARIANTS)))
+    relief = cv2.warpAffine(tile, turn, shape[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     strength = rng.uniform(0.15, 1)
     second = palette[rng.integers(len(palette))] if rng.uniform() < 0.5 else first * rng.uniform(0.2, 1.8)
     ramp = np.linspace(-0.5, 0.5, 256)[:, None] * strength + 0.5 * rng.uniform(0.5, 1.2)
@@ -579,24 +585,22 @@ class _Easel:
         rng = self.rng
         names = tuple(_SHAPES)
         for _ in range(int(rng.integers(15, 50))):
-            radius = self.unit * 6 * rng.uniform(0.02, 1) ** -0.7
-            self.place(
-                names[rng.integers(len(names))], rng.uniform(0, self.size, 2), min(radius, self.size * 0.4), rng.uniform(0, 6.3),
-                rng.uniform(0.2, 0.8) if rng.uniform() < 0.2 else 0.0,
-            )  # fmt: skip
+            radius = min(self.unit * 6 * rng.uniform(0.02, 1) ** -0.7, self.size * 0.4)
+            kind, centre, angle = names[rng.integers(len(names))], rng.uniform(0, self.size, 2), rng.uniform(0, 6.3)
+            shadow = rng.uniform(0.2, 0.8) if rng.uniform() < 0.2 else 0.0
+            self.place(kind, centre, radius, angle, shadow)
 
     def objects(self) -> None:
         """A few large things on the ground, each with parts on it and leads beside it."""
         rng = self.rng
-        bodies = ("rectangle", "rounded", "disc", "ellipse", "polygon", "blob", "capsule", "half_disc", "frame", "banana", "gear")
         for _ in range(int(rng.integers(1, 6))):
             centre, radius = rng.uniform(0.1, 0.9, 2) * self.size, self.unit * rng.uniform(16, 60)
             angle, shadow = rng.uniform(0, 6.3), rng.uniform(0.2, 0.8) * (rng.uniform() < 0.6)
             axis = np.array([np.cos(angle), np.sin(angle)])
             if rng.uniform() < 0.5:
-                leads = ("legs", "wire", "kinked", "strip")[rng.integers(4)]
+                leads = LEADS[rng.integers(len(LEADS))]
                 self.place(leads, centre + axis * radius * 1.3, radius * rng.uniform(0.5, 1), angle, shadow)
-            self.place(bodies[rng.integers(len(bodies))], centre, radius, angle, shadow)
+            self.place(BODIES[rng.integers(len(BODIES))], centre, radius, angle, shadow)
             for _ in range(int(rng.integers(0, 6))):
                 offset = rng.uniform(-0.6, 0.6, 2) * radius
                 part = SMALL_PARTS[rng.integers(len(SMALL_PARTS))]

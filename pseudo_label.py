@@ -1,0 +1,226 @@
+"""Stage 1: turn the training images of each category into semantic pseudo-labels.
+
+A proposer cuts every image into masks of parts; mask algebra makes one clean set of components of them; features of all
+components are clustered, so that the same part gets the same label in every image. Images are grouped by how much of each
+label they show, and the most ordinary ones of each group are trusted.
+
+Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
+datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by others
+are used as they are. METHOD.md, section 1; proposals and maps have 256x256 pixels, like everything the networks see.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import settings
+from errors import UserError, run_script
+from loco import files, images, layout, records
+from models.device import choose_device
+from models.encoder import Backbone, build_backbone
+from pseudo_labels import clustering, components, masks
+from pseudo_labels.proposers import ClassicalProposer, Proposals, Proposer
+
+PICTURE = 640  # side of feature.png
+COMPONENTS = "components.npz"  # per image, written last: where it lies, the image is done
+
+
+def main() -> None:
+    args = settings.command_line(__doc__).parse_args()
+    workspace = layout.Workspace(args.workspace)
+    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    categories = dataset.select(args.categories)
+    device = choose_device(args.device)
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
+    with workspace.lock():
+        for category in categories:
+            chosen = settings.load(category.name, args.preset, settings.overrides(args)).pseudo_labels
+            label_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+
+
+def label_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.PseudoLabelSettings,
+                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+    paths, info = category.train, workspace.info(category.name)
+    folders = [workspace.image_masks(category.name, path) for path in paths]
+    proposer = choose_proposer(category.name, chosen)
+    used = {"settings": chosen.model_dump(), "seed": seed, "proposer": proposer.name, "backbone": backbone.name,
+            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(paths),
+            "stand_ins": ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
+            + ([f"backbone {backbone.name}"] if backbone.is_stand_in else [])}
+    outputs = [*(folder / "filtered_cluster_map.png" for folder in folders),
+               info / "filtered_component_histogram.npy", info / "filtered_histogram_indices.npy"]
+    record = info / "pseudo_label.json"
+    refuse_strangers(record, folders, outputs, overwrite)
+    if not records.begin(record, used, outputs, overwrite, [folder / COMPONENTS for folder in folders]):
+        print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
+        return
+
+    # Only cnn_image costs time; it is left out where nobody asked for it.
+    embedding = components.CropEmbedding(backbone.deepest, chosen.rotations).to(device) if (
+        "cnn_image" in chosen.features) else None
+    for path, folder in zip(tqdm(paths, desc=f"{category.name}: find components", unit="image"), folders):
+        if (folder / COMPONENTS).exists():
+            continue
+        image = images.read_rgb(path, settings.IMAGE_SIZE)
+        proposals = proposer.propose(image)
+        candidates, refined = refine(proposals, chosen)
+        save_masks(folder, proposals, candidates, refined)
+        files.write_arrays(folder / COMPONENTS, **describe(image, refined, embedding))
+
+    refined_maps = [images.read_mask(folder / "refined_masks.png") for folder in folders]
+    described = [files.read_arrays(folder / COMPONENTS) for folder in folders]
+    image_of = np.repeat(np.arange(len(paths)), [len(one["area"]) for one in described])
+    features = {name: np.concatenate([one[name] for one in described]) for name in described[0]}
+    if not len(image_of):
+        raise UserError(f"{category.name}: no parts were found in any training image; parts should stand out from "
+                        "their background by colour")
+    vectors, bandwidth = feature_space(category.name, features, chosen, backbone, seed)
+    found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
+                                       chosen.one_histogram_cluster, chosen.variants)
+    if not found.filtered_histogram.shape[1]:
+        raise UserError(f"{category.name}: clustering the {len(image_of)} components left no label (bandwidth "
+                        f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
+
+    for index, folder in enumerate(tqdm(folders, desc=f"{category.name}: write label maps", unit="image")):
+        own = image_of == index
+        save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
+        save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))
+    save_info(info, used, features, vectors, image_of, bandwidth, found)
+    print(f"{category.name}: {found.filtered_histogram.shape[1]} labels, {len(found.trusted)} of {len(paths)} images "
+          f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}")
+
+
+def choose_proposer(category: str, chosen: settings.PseudoLabelSettings) -> Proposer:
+    """The proposer that the settings ask for; ``auto`` says what it takes instead of the method's own."""
+    if chosen.proposer == "auto":
+        print(f"{category}: proposals by the classical stand-in instead of SAM-HQ and Grounding DINO; to have those, put "
+              "pseudo-labels made with them into datasets/masks")
+    if chosen.no_sam or chosen.inside_grounding:
+        print(f"{category}: no_sam and inside_grounding are for Grounding DINO and do not apply to classical proposals")
+    return ClassicalProposer(chosen.container)
+
+
+def refuse_strangers(record: Path, folders: list[Path], outputs: list[Path], overwrite: bool) -> None:
+    """Do not mix with files of unknown origin that are too few to be used as they are.
+
+    Raises:
+        UserError: there are some.
+    """
+    missing = [path for path in outputs if not path.exists()]
+    if overwrite or record.exists() or not missing:
+        return
+    strangers = [path for folder in folders for path in folder.glob("*.png")]
+    if strangers:
+        raise UserError(f"{strangers[0]} was made by something else, and {missing[0]} is missing; complete those "
+                        "pseudo-labels, or make new ones with --overwrite")
+
+
+def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray, np.ndarray]:
+    """The order of operations in METHOD.md: proposals -> candidate masks (N, H, W) and label map (H, W) of components."""
+    candidates = masks.split_components(proposals.masks)
+    if proposals.grounding is not None and chosen.inside_grounding:
+        candidates = masks.inside_grounding(candidates, proposals.grounding.any(0))
+    candidates = masks.without_background(candidates, proposals.background)
+    if proposals.grounding_background is not None:
+        candidates = masks.without_background(candidates, proposals.grounding_background)
+    candidates = masks.largest(candidates)
+    chosen_masks = candidates
+    if proposals.grounding is not None and chosen.no_sam:
+        chosen_masks = masks.largest(masks.split_components(proposals.grounding))
+    return candidates, masks.merge(masks.combine(chosen_masks))
+
+
+def describe(image: np.ndarray, refined: np.ndarray,
+             embedding: components.CropEmbedding | None) -> dict[str, np.ndarray]:
+    """The features of an image's components, each (n, ...), in the order of their indices in the label map."""
+    features, crops = components.shallow_features(image, masks.label_masks(refined))
+    if embedding is not None:
+        features["cnn_image"] = embedding(torch.from_numpy(crops).permute(0, 3, 1, 2)).cpu().numpy()
+    return features
+
+
+def feature_space(category: str, features: dict[str, np.ndarray], chosen: settings.PseudoLabelSettings,
+                  backbone: Backbone, seed: int) -> tuple[np.ndarray, float]:
+    """The vectors (components, D) to cluster, and MeanShift's bandwidth among them.
+
+    A configured bandwidth is in units of the published network's projected cnn_image. Anything else is brought to units
+    of its own, in which the bandwidth is 1.
+    """
+    if not backbone.is_stand_in and chosen.features == ["cnn_image"] and chosen.bandwidth != "auto":
+        deep = features["cnn_image"]
+        return deep @ components.random_projection(deep.shape[1], seed), chosen.bandwidth
+    print(f"{category}: clustering {', '.join(chosen.features)} with bandwidth {clustering.UNIT_BANDWIDTH} in units of "
+          "their own; a configured one is for wide_resnet50_2's cnn_image alone")
+    return clustering.comparable({name: features[name] for name in chosen.features}), clustering.UNIT_BANDWIDTH
+
+
+def paint(refined: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Replace the indices that occur in a label map (H, W), in ascending order, by their labels; (H, W) uint8."""
+    table = np.zeros(256, np.uint8)
+    indices = np.unique(refined)
+    table[indices[indices > 0]] = labels
+    return table[refined]
+
+
+def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray, refined: np.ndarray) -> None:
+    if proposals.grounding is not None:
+        save_label_map(folder / "grounding_mask.png", masks.merge(masks.largest(proposals.grounding)))
+    if proposals.grounding_background is not None:
+        files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
+    save_label_map(folder / "all_masks.png", masks.merge(candidates))
+    files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)
+    save_label_map(folder / "refined_masks.png", refined)
+
+
+def save_label_map(path: Path, labels: np.ndarray) -> None:
+    """Write a label map, and before it its twin for people."""
+    files.write_image(path.with_name(f"{path.stem}_color.png"), images.colour_labels(labels))
+    files.write_image(path, labels)
+
+
+def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: np.ndarray, image_of: np.ndarray,
+              bandwidth: float, found: clustering.SemanticLabels) -> None:
+    """Write what is known about the whole category; what the next stage reads comes last."""
+    labels = found.filtered_histogram.shape[1]
+    modes = clustering.usual_numbers(found.labels, image_of, found.trusted, len(found.kinds), labels)
+    files.write_arrays(info / "all_component_feats.npz", image=image_of, cluster=found.clusters, label=found.labels, **features)
+    files.write_array(info / "raw_component_histogram.npy", found.raw_histogram)
+    files.write_array(info / "component_num_mode.npy", modes)
+    files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))
+    files.write_text(info / "info.txt", "\n".join([
+        f"proposer: {used['proposer']}", f"backbone: {used['backbone']}", f"stand_ins: {used['stand_ins']}",
+        f"components: {len(image_of)}", f"bandwidth: {bandwidth:.6g}", f"clusters: {found.raw_histogram.shape[1]}",
+        f"labels: {labels}", f"usual number of each label: {modes.tolist()}",
+        f"images of each kind: {np.bincount(found.kinds[found.kinds >= 0]).tolist()}",
+        f"trusted images: {len(found.trusted)} of {len(found.kinds)}"]) + "\n")
+    files.write_array(info / "filtered_component_histogram.npy", found.filtered_histogram)
+    files.write_array(info / "filtered_histogram_indices.npy", found.trusted)
+
+
+def draw_clusters(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Scatter plot of the components on their first two principal axes, coloured by label; no label is grey."""
+    centred = vectors - vectors.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    flat = np.zeros((len(vectors), 2))
+    flat[:, :min(2, len(axes))] = centred @ axes[:2].T
+    low, high = flat.min(0), flat.max(0)
+    places = (20 + (flat - low) / np.maximum(high - low, 1e-9) * (PICTURE - 40)).astype(int)
+    colours = images.colour_labels(labels.astype(np.uint8))
+    colours[labels == 0] = 200
+    picture = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
+    for place, colour in zip(places.tolist(), colours.tolist()):
+        cv2.circle(picture, place, 3, colour, cv2.FILLED, cv2.LINE_AA)
+    return picture
+
+
+def note(used: dict) -> str:
+    return f" (stand-ins: {', '.join(used['stand_ins'])})" if used["stand_ins"] else ""
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,195 @@
+"""From component features to semantic labels, and which images to trust: the clustering of METHOD.md, section 1.
+
+Pure functions on arrays. Images and components are numbered in sorted file order; label 0 means "no label".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from sklearn.cluster import HDBSCAN
+
+LEAST_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
+LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds of images only
+MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
+MOST_SEEDS = 500  # of MeanShift, taken evenly from all components; every one is the start of a climb
+LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
+TRUSTED = 0.5  # of a kind's images
+LEAST_AREA = 0.001  # mean share of the image that a label takes in the largest kind, or it is dropped
+
+# Features of different kinds in comparable units, so that a MeanShift bandwidth of 1 suits them all. Chosen by trying some
+# hundred combinations on 100 training images of each category of the built-in data set, against its true component maps.
+UNIT_BANDWIDTH = 1.0
+LIGHTNESS_UNIT, CHROMA_UNIT = 40.0, 16.0  # in Lab; light changes from image to image more than hue does
+LOG_AREA_UNIT, HU_UNIT, ELONGATION_UNIT, POSITION_UNIT, LOG_COLOR_UNIT = 2.0, 0.5, 0.5, 0.25, 1.0
+DEEP_DIMENSIONS, DEEP_SPREAD = 10, 1.25  # principal components of cnn_image; their total standard deviation
+
+
+@dataclass(frozen=True)
+class SemanticLabels:
+    """What clustering makes of all components of a category.
+
+    Attributes:
+        clusters: (components,) cluster of each component, 1..K, or 0 for no label.
+        labels: (components,) the same after labels too small were dropped and the rest renumbered, 1..L, or 0.
+        raw_histogram: (images, K) share of each image that each cluster takes.
+        filtered_histogram: (images, L) share that each label takes.
+        kinds: (images,) kind of each image, 0.. from the most frequent on, or -1 for none.
+        trusted: indices of the images whose label maps are trusted, ascending.
+    """
+
+    clusters: np.ndarray
+    labels: np.ndarray
+    raw_histogram: np.ndarray
+    filtered_histogram: np.ndarray
+    kinds: np.ndarray
+    trusted: np.ndarray
+
+
+def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
+                    largest_kind_only: bool, variants: bool = False) -> SemanticLabels:
+    """Turn components into semantic labels.
+
+    Args:
+        features: (components, D).
+        areas: (components,) shares of the image, 0..1.
+        image_of: (components,) index of each component's image.
+        images: how many there are.
+        bandwidth: of MeanShift, in units of ``features``.
+        largest_kind_only: trust images of the largest kind only ("one histogram cluster").
+        variants: also label parts that occur in some kinds of images only, say a cable in three colours: clusters of
+            15 % rather than half the images do, and a label has to be large enough in any of the trusted kinds rather
+            than in the largest one.
+    """
+    clusters = cluster_components(features, bandwidth, (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images)
+    raw_histogram = label_histograms(clusters, areas, image_of, images)
+    kinds = kinds_of_images(raw_histogram)
+    kept = labels_of_size(raw_histogram, kinds, every_kind=variants and not largest_kind_only)
+    return SemanticLabels(clusters, kept[clusters], raw_histogram, raw_histogram[:, kept[1:] > 0], kinds,
+                          trusted_images(raw_histogram, kinds, largest_kind_only))
+
+
+def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
+    """Bring component features (METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
+
+    Of shape_hu the first two moments count, the others are noise in small components: the first tells a disc from a
+    ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its principal components are taken.
+    """
+    columns = {
+        "lab": lambda values: values / (LIGHTNESS_UNIT, CHROMA_UNIT, CHROMA_UNIT),
+        "area": lambda values: np.log(values) / LOG_AREA_UNIT,
+        "color": lambda values: np.log(np.maximum(values, 1e-3)) / LOG_COLOR_UNIT,
+        "position": lambda values: values / POSITION_UNIT,
+        "shape_hu": lambda values: np.stack([values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT], 1),
+        "cnn_image": _principal_components,
+    }
+    return np.concatenate([columns[name](values) for name, values in features.items()], axis=1)
+
+
+def _elongation(shape_hu: np.ndarray) -> np.ndarray:
+    """sqrt(second) / first Hu moment, from their logarithms (n, 7): 0 for a disc or a ring, near 1 for a rod; (n,)."""
+    ratio = 10 ** (shape_hu[:, 0] - shape_hu[:, 1] / 2)
+    return np.where(shape_hu[:, 1] == 0, 0, np.minimum(ratio, 1))
+
+
+def _principal_components(deep: np.ndarray) -> np.ndarray:
+    deep = deep.astype(np.float64)
+    deep /= np.maximum(np.linalg.norm(deep, axis=1, keepdims=True), 1e-12)
+    deep -= deep.mean(0)
+    _, _, axes = np.linalg.svd(deep.T @ deep)
+    reduced = deep @ axes[:DEEP_DIMENSIONS].T
+    return reduced * (DEEP_SPREAD / np.sqrt(max((reduced ** 2).sum(1).mean(), 1e-12)))
+
+
+def cluster_components(features: np.ndarray, bandwidth: float, least: float) -> np.ndarray:
+    """MeanShift over the components (n, D) -> (n,) clusters 1..K, the largest first; 0 in those with under ``least`` members."""
+    found = mean_shift(features, bandwidth)
+    members = np.bincount(found)
+    order = np.argsort(-members, kind="stable")
+    numbers = np.zeros(len(members), np.int64)
+    large = order[members[order] >= least]
+    numbers[large] = np.arange(1, len(large) + 1)
+    return numbers[found]
+
+
+def mean_shift(features: np.ndarray, bandwidth: float) -> np.ndarray:
+    """MeanShift with a flat kernel, as scikit-learn does it, (n, D) -> (n,) clusters 0.. in order of density.
+
+    scikit-learn climbs from one seed after the other and takes minutes for what all seeds together climb in seconds;
+    with up to 500 points, which then are all seeds, the result is the same.
+    """
+    features = np.asarray(features, np.float64)
+    centres = features[::math.ceil(len(features) / MOST_SEEDS)].copy()
+    climbing, members = np.arange(len(centres)), np.zeros(len(centres))
+    for _ in range(MOST_STEPS):
+        near = cdist(centres[climbing], features) <= bandwidth
+        members[climbing] = near.sum(1)
+        means = near @ features / np.maximum(members[climbing], 1)[:, None]
+        steps = np.linalg.norm(means - centres[climbing], axis=1)
+        centres[climbing] = means
+        climbing = climbing[steps > CLOSE_ENOUGH * bandwidth]
+        if not len(climbing):
+            break
+    # Of centres within one bandwidth of each other, the one with most members stays; draws go by coordinates.
+    order = np.lexsort((*centres.T[::-1], members))[::-1]
+    modes: list[np.ndarray] = []
+    for centre in centres[order]:
+        if not modes or cdist(centre[None], np.array(modes)).min() > bandwidth:
+            modes.append(centre)
+    return cdist(features, np.array(modes)).argmin(1)
+
+
+def label_histograms(labels: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
+    """Share of each image that each label takes, (images, K); column k belongs to label k + 1."""
+    histograms = np.zeros((images, int(labels.max(initial=0)) + 1))
+    np.add.at(histograms, (image_of, labels), areas)
+    return histograms[:, 1:]
+
+
+def kinds_of_images(histograms: np.ndarray) -> np.ndarray:
+    """Group images by their histograms (images, K) -> (images,) kinds, the most frequent one is 0; -1 belongs to none.
+
+    HDBSCAN asks for 10 % of the images in a kind, and for fewer until a kind appears; where none ever does, all images
+    are of one kind.
+    """
+    images = len(histograms)
+    for least in range(max(round(LEAST_KIND * images), 2), 1, -1):
+        if images < least or not histograms.shape[1]:
+            break
+        found = HDBSCAN(min_cluster_size=least, copy=True).fit_predict(histograms)
+        if found.max() >= 0:
+            order = np.argsort(-np.bincount(found[found >= 0]), kind="stable")
+            return np.where(found >= 0, np.argsort(order)[found], -1)
+    return np.zeros(images, np.int64)
+
+
+def trusted_images(histograms: np.ndarray, kinds: np.ndarray, largest_kind_only: bool) -> np.ndarray:
+    """In each kind, the half nearest to its mean histogram by the largest absolute difference; indices, ascending."""
+    trusted: list[int] = []
+    for kind in range(1 if largest_kind_only else kinds.max() + 1):
+        members = np.flatnonzero(kinds == kind)
+        apart = np.abs(histograms[members] - histograms[members].mean(0)).max(1, initial=0)
+        nearest = np.argsort(apart, kind="stable")[:int(np.ceil(TRUSTED * len(members)))]
+        trusted += members[nearest].tolist()
+    return np.array(sorted(trusted), np.int64)
+
+
+def labels_of_size(histograms: np.ndarray, kinds: np.ndarray, every_kind: bool) -> np.ndarray:
+    """New number of each label, (K + 1,): 1..L for those with more than 0.1 % mean area, else 0.
+
+    Args:
+        every_kind: it is enough to be so large in any kind of images; otherwise it has to be in the largest kind.
+    """
+    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1 if every_kind else 1)])
+    large = means.max(0) > LEAST_AREA
+    return np.concatenate([[0], np.where(large, np.cumsum(large), 0)]).astype(np.int64)
+
+
+def usual_numbers(labels: np.ndarray, image_of: np.ndarray, trusted: np.ndarray, images: int, count: int) -> np.ndarray:
+    """How many components of each label 1..count most trusted images have, (count,); the smaller number in a draw."""
+    numbers = np.zeros((images, count + 1), np.int64)
+    np.add.at(numbers, (image_of, labels), 1)
+    return np.array([np.bincount(column).argmax() for column in numbers[trusted, 1:].T], np.int64)

@@ -1,0 +1,147 @@
+"""What tells one component from another: the component features of METHOD.md, section 1.
+
+A component is a mask (H, W) in an RGB image (H, W, 3) uint8 of the same size; any non-zero pixel is inside. The shallow
+features are pure NumPy and OpenCV; ``CropEmbedding`` is the deep one, ``cnn_image``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loco.images import normalise
+
+CROP = 65  # side of the aligned crop
+LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
+PROJECTED = 512  # values of cnn_image after the published network's random projection
+PROJECTION_STD = 0.01
+CROPS_PER_BATCH = 256
+
+
+def area(mask: np.ndarray) -> np.ndarray:
+    """Share of the image that the mask covers, (1,)."""
+    return np.array([np.count_nonzero(mask) / mask.size])
+
+
+def color(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean over the mask of the per-pixel (b / a)^2 in 8-bit Lab, (1,)."""
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[mask != 0].astype(np.float64)
+    return np.array([np.mean((lab[:, 2] / np.maximum(lab[:, 1], 1)) ** 2)])
+
+
+def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper: ``color`` loses lightness and sign."""
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
+
+
+def position(mask: np.ndarray) -> np.ndarray:
+    """Centre of the bounding box as shares of width and height, (2,): x, y."""
+    x, y, width, height = cv2.boundingRect((mask != 0).astype(np.uint8))
+    return np.array([(x + width / 2) / mask.shape[1], (y + height / 2) / mask.shape[0]])
+
+
+def aligned_crop(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a component out and scale it so that it fits into 65x65 pixels at any rotation.
+
+    The crop's mask is the component's largest contour, filled: holes and crumbs vanish from it, not from the image.
+
+    Returns:
+        The mask, (65, 65) uint8, 0 or 255, and the image, (65, 65, 3) uint8, black outside the component.
+    """
+    inside = (mask != 0).astype(np.uint8)
+    contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contour = max(contours, key=cv2.contourArea)
+    filled = cv2.drawContours(np.zeros_like(inside), [contour], -1, 255, cv2.FILLED)
+    scale = CROP / (math.hypot(*cv2.minAreaRect(contour)[1]) + 1)
+    x, y, width, height = cv2.boundingRect(contour)
+    # A sliver keeps one pixel of thickness.
+    size = max(int(width * scale), 1), max(int(height * scale), 1)
+    left, top = (math.ceil((CROP - side) / 2) for side in size)
+
+    def place(source: np.ndarray) -> np.ndarray:
+        canvas = np.zeros((CROP, CROP, *source.shape[2:]), np.uint8)
+        canvas[top:top + size[1], left:left + size[0]] = cv2.resize(source[y:y + height, x:x + width], size,
+                                                                    interpolation=cv2.INTER_LINEAR)
+        return canvas
+
+    aligned_mask = np.where(place(filled) > 128, 255, 0).astype(np.uint8)
+    return aligned_mask, place(image * inside[..., None])
+
+
+def shape_hu(aligned_mask: np.ndarray) -> np.ndarray:
+    """Hu moments of the aligned mask's grey values on a signed logarithmic scale, (7,)."""
+    moments = cv2.HuMoments(cv2.moments(aligned_mask))[:, 0]
+    nonzero = moments != 0
+    return -np.sign(moments) * np.log10(np.abs(moments), where=nonzero, out=np.zeros(7))
+
+
+class CropEmbedding(nn.Module):
+    """cnn_image: deepest features of an aligned crop, averaged over space and over rotations.
+
+    Args:
+        deepest: ImageNet-normalised images (B, 3, 65, 65) -> maps (B, D, h, w).
+        rotations: number of equally spaced rotations from 0 on. The published code used 0 and 360 degrees both.
+    """
+
+    def __init__(self, deepest: nn.Module, rotations: int):
+        super().__init__()
+        self.deepest = deepest
+        turns = torch.arange(rotations) * (2 * math.pi / rotations)
+        self.register_buffer("grids", _rotation_grids(turns), persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, crops: Tensor) -> Tensor:
+        """(N, 3, 65, 65) RGB uint8 on any device -> (N, D) float32 on the module's device."""
+        crops = crops.to(self.grids.device).float()
+        # One batch per few crops: always cut the same way, so that a resumed run repeats the very same numbers.
+        rotations = len(self.grids)
+        per_batch = max(CROPS_PER_BATCH // rotations, 1)
+        if not len(crops):
+            return self._embed(crops.new_zeros(1, 3, CROP, CROP), rotations)[:0]
+        return torch.cat([self._embed(batch, rotations) for batch in crops.split(per_batch)])
+
+    def _embed(self, crops: Tensor, rotations: int) -> Tensor:
+        turned = F.grid_sample(crops.repeat_interleave(rotations, 0), self.grids.repeat(len(crops), 1, 1, 1),
+                               mode="bilinear", padding_mode="zeros", align_corners=False)
+        features = self.deepest(normalise(turned)).mean((2, 3))
+        return features.view(len(crops), rotations, -1).mean(1)
+
+
+def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.ndarray:
+    """The fixed random projection behind cnn_image, (values, projected) float32, N(0, 0.01^2), without a bias."""
+    return np.random.default_rng(seed).normal(0, PROJECTION_STD, (values, projected)).astype(np.float32)
+
+
+def shallow_features(image: np.ndarray, masks: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every feature but cnn_image for the components of one image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        masks: (N, H, W).
+
+    Returns:
+        {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64, and the aligned image crops
+        (N, 65, 65, 3) uint8 for ``CropEmbedding``.
+    """
+    crops = [aligned_crop(image, mask) for mask in masks]
+    features = {
+        "area": np.array([area(mask) for mask in masks]).reshape(-1, 1),
+        "color": np.array([color(image, mask) for mask in masks]).reshape(-1, 1),
+        "position": np.array([position(mask) for mask in masks]).reshape(-1, 2),
+        "shape_hu": np.array([shape_hu(aligned) for aligned, _ in crops]).reshape(-1, 7),
+        "lab": np.array([lab(image, mask) for mask in masks]).reshape(-1, 3),
+    }
+    return features, np.array([crop for _, crop in crops], np.uint8).reshape(-1, CROP, CROP, 3)
+
+
+def _rotation_grids(angles: Tensor) -> Tensor:
+    """Sampling grids (R, 65, 65, 2) that turn a crop by each of the angles (R,) in radians."""
+    zeros = torch.zeros_like(angles)
+    matrices = torch.stack([torch.stack([angles.cos(), -angles.sin(), zeros], 1),
+                            torch.stack([angles.sin(), angles.cos(), zeros], 1)], 1)
+    return F.affine_grid(matrices, [len(angles), 1, CROP, CROP], align_corners=False)

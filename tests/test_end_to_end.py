@@ -1,0 +1,268 @@
+"""The five stages in order on a tiny data set, interrupted, repeated and misused as people do."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from errors import run_script
+from loco import files
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--preset", "quick", "--backbone", "embedded", "--device", "cpu")
+TINY_OF = {
+    "pseudo_label": ("--pseudo_labels.rotations", "2"),
+    "train_segmentor": ("--segmentor.epochs", "3", "--segmentor.unsupervised_from_epoch", "1", "--segmentor.width", "16"),
+    "CSAD": ("--lgst.steps", "6", "--lgst.width", "16", "--lgst.teacher_channels", "16"),
+}
+STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
+
+
+def arguments(stage: str, workspace: Path, dataset: Path, *extra: str) -> list[str]:
+    return ["--workspace", str(workspace), "--dataset_root", str(dataset), *TINY, *TINY_OF.get(stage, ()), *extra]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a stage in this process."""
+    def run_stage(stage: str, workspace: Path, dataset: Path, *extra: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *arguments(stage, workspace, dataset, *extra)])
+        run_script(importlib.import_module(stage).main)
+    return run_stage
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Run a stage that must end with status 2 and one sentence; returns the sentence."""
+    def run_wrong(stage: str, workspace: Path, dataset: Path, *extra: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(stage, workspace, dataset, *extra)
+        assert ended.value.code == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1
+        return said[0]
+    return run_wrong
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workspace, data set) after all five stages, run once for the tests that only look."""
+    folder = tmp_path_factory.mktemp("finished")
+    dataset = folder / "data"
+    from conftest import make_discs
+    make_discs(dataset)
+    for stage in STAGES:
+        done = subprocess.run([sys.executable, f"{stage}.py", *arguments(stage, folder / "work", dataset)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder / "work", dataset
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "work")
+    return tmp_path / "work", finished[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".csad.lock"}
+
+
+def test_every_file_of_the_contract_is_there(finished):
+    work, _ = finished
+    masks = work / "datasets/masks/discs"
+    for name in ("000/all_masks.png", "000/background.jpg", "000/refined_masks.png", "000/cluster_map.png",
+                 "000/filtered_cluster_map.png", "000/filtered_cluster_map_color.png",
+                 "info/filtered_histogram_indices.npy", "info/filtered_component_histogram.npy",
+                 "info/raw_component_histogram.npy", "info/all_component_feats.npz", "info/component_num_mode.npy",
+                 "info/feature.png", "info/info.txt", "test_seg_output/good_000.png",
+                 "test_seg_output/logical_anomalies_003.png"):
+        assert (masks / name).exists(), name
+    for name in ("ckpt/segmentor_discs_256.pth", "ckpt/best_discs.pth", "ckpt/pytorch_models/discs.pth",
+                 "anomaly_score/discs_patchhist_params.npz", "anomaly_score/discs_torch_scores.csv",
+                 "score_combine_result.txt"):
+        assert (work / name).exists(), name
+    for branch in ("patchhist", "LGST", "CSAD"):
+        for part, count in (("logi", 8), ("struc", 8), ("val", 6)):
+            scores = np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy")
+            assert scores.shape == (count,)
+            assert np.isfinite(scores).all()
+    assert not list(work.rglob("*progress*"))
+    assert not list(work.rglob("*.tmp"))
+
+
+def test_result_file_reads_as_peoples_scripts_expect(finished):
+    lines = (finished[0] / "score_combine_result.txt").read_text().splitlines()
+    assert lines[0] == "DISCS:"
+    for line, branches in zip(lines[1:], ("('patchhist',)", "('LGST',)", "('patchhist', 'LGST')")):
+        assert re.fullmatch(re.escape(branches) + r" AUC: \d+\.\d{3} \d+\.\d{3}", line)
+    assert any("stand-ins" in line and "embedded" in line for line in lines)
+
+
+def test_exported_model_gives_the_fused_score_of_the_stages(finished):
+    work, _ = finished
+    with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert rows[0].keys() == {"image", "kind", "score"}
+    from models.normalisation import apply_trimmed_z, fit_trimmed_z
+    fused = 0
+    for branch in ("patchhist", "LGST"):
+        logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
+        fused = fused + apply_trimmed_z(logical, *fit_trimmed_z(validation))
+    exported = [float(row["score"]) for row in rows if row["kind"] in ("good", "logical_anomalies")]
+    np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
+    report = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())
+    assert report["stand_ins"]
+
+
+def test_everything_is_skipped_the_second_time(copy_of_finished, run):
+    work, dataset = copy_of_finished
+    before = contents(work)
+    for stage in STAGES[:3]:
+        run(stage, work, dataset)
+    assert contents(work) == before
+
+
+def test_another_setting_is_noticed_and_harms_nothing(copy_of_finished, fails):
+    work, dataset = copy_of_finished
+    before = contents(work)
+    assert "lr" in fails("CSAD", work, dataset, "--lgst.lr", "0.1")
+    assert "epochs" in fails("train_segmentor", work, dataset, "--segmentor.epochs", "9")
+    assert "seed" in fails("pseudo_label", work, dataset, "--seed", "5")
+    assert contents(work) == before
+
+
+def test_same_seed_same_files(finished, run, tmp_path):
+    work, dataset = finished
+    for stage in STAGES[:3]:
+        run(stage, tmp_path / "again", dataset)
+    before, after = contents(work), contents(tmp_path / "again")
+    different = [name for name in after if before[name] != after[name]]
+    assert not different
+
+
+@pytest.mark.parametrize("stage", ["pseudo_label", "train_segmentor", "CSAD"])
+def test_interrupted_and_resumed_gives_the_same_files(stage, finished, run, tmp_path):
+    """Ctrl-C at whatever point half the time of a run is; then the same command again."""
+    work, dataset = finished
+    for earlier in STAGES[:STAGES.index(stage)]:
+        run(earlier, tmp_path / "work", dataset)
+    longer = {"CSAD": ("--lgst.steps", "6")}.get(stage, ())
+    command = [sys.executable, f"{stage}.py", *arguments(stage, tmp_path / "work", dataset), *longer]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    touched = {"pseudo_label": "datasets/masks/discs/0*/*.png", "train_segmentor": "ckpt/segmentor_discs_256.json",
+               "CSAD": "ckpt/best_discs.json"}[stage]
+    while not list((tmp_path / "work").glob(touched)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    if process.returncode:  # it may have been quicker than we were
+        assert process.returncode == 2, said
+        assert "interrupted" in said
+        assert "Traceback" not in said
+    run(stage, tmp_path / "work", dataset)
+    expected, found = contents(work), contents(tmp_path / "work")
+    assert [name for name in found if expected[name] != found[name]] == []
+
+
+def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch):
+    """Killed outright after the progress file was written: the weights end up the same, bit for bit."""
+    import CSAD
+    work, dataset = finished
+    monkeypatch.setattr(CSAD, "SAVE_EVERY_SECONDS", 0)
+    real, calls = CSAD.losses, []
+
+    def killed_at_the_fourth(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(CSAD, "losses", killed_at_the_fourth)
+    with pytest.raises(MemoryError):
+        run("CSAD", tmp_path, dataset)
+    assert (tmp_path / "ckpt/discs_lgst_progress.pth").exists()
+    monkeypatch.setattr(CSAD, "losses", lambda *args: (calls.append(1), real(*args))[1])
+    run("CSAD", tmp_path, dataset)
+    assert len(calls) == 4 + 3  # steps 1 to 3 were not trained again
+    first, second = (files.read_state(folder / "ckpt/best_discs.pth")["state"] for folder in (work, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_stages_out_of_order_name_the_one_to_run(run, fails, make_dataset, tmp_path):
+    dataset = make_dataset()
+    assert "pseudo_label.py" in fails("train_segmentor", tmp_path / "w", dataset)
+    assert "train_segmentor.py" in fails("export_model", tmp_path / "w", dataset)
+    assert "export_model.py" in fails("export_model", tmp_path / "w", dataset, "--inference_only")
+    assert "train_segmentor.py" in fails("benchmark_performance", tmp_path / "w", dataset)
+
+
+def test_mistakes_in_the_data_set(fails, make_dataset, tmp_path):
+    dataset = make_dataset()
+    for stage in STAGES:
+        assert "does not exist" in fails(stage, tmp_path / "w", tmp_path / "nowhere")
+        assert "'disks'" in fails(stage, tmp_path / "w", dataset, "--categories", "disks")
+    broken = dataset / "discs/train/good/001.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert "001.png" in fails("pseudo_label", tmp_path / "w", dataset)
+    assert "001.png" in fails("CSAD", tmp_path / "w", dataset)
+    for path in (dataset / "discs/train/good").iterdir():
+        path.unlink()
+    assert "no images" in fails("CSAD", tmp_path / "w", dataset)
+
+
+def test_mistakes_in_the_workspace(copy_of_finished, fails, run):
+    work, dataset = copy_of_finished
+    masks = work / "datasets/masks/discs"
+    shutil.copy(masks / "000/filtered_cluster_map_color.png", masks / "000/filtered_cluster_map.png")
+    (work / "ckpt/segmentor_discs_256.pth").unlink()
+    assert "filtered_cluster_map.png" in fails("train_segmentor", work, dataset)
+
+    parameters = files.read_arrays(work / "anomaly_score/discs_patchhist_params.npz")
+    shrunk = {name: value[:-1] if value.ndim == 1 and "mean" in name else value for name, value in parameters.items()}
+    shutil.copy(work / "ckpt/best_discs.pth", work / "ckpt/segmentor_discs_256.pth")
+    assert "error" in fails("export_model", work, dataset)
+    files.write_arrays(work / "anomaly_score/discs_patchhist_params.npz", **shrunk)
+
+
+def test_class_counts_that_differ_are_refused(copy_of_finished, fails):
+    work, dataset = copy_of_finished
+    path = work / "ckpt/segmentor_discs_256.pth"
+    saved = files.read_state(path)
+    for key in ("fc2.conv3.weight", "fc2.conv3.bias"):
+        saved["state"][key] = saved["state"][key][:-1]
+    files.write_state(path, saved)
+    assert "classes" in fails("export_model", work, dataset)
+
+
+def test_scores_of_another_data_set_are_refused(copy_of_finished, fails):
+    work, dataset = copy_of_finished
+    files.write_array(work / "anomaly_score/discs_LGST_logi_score.npy", np.zeros(3))
+    before = (work / "score_combine_result.txt").read_text()
+    assert "holds 3 scores" in fails("benchmark_performance", work, dataset)
+    assert (work / "score_combine_result.txt").read_text() == before
+
+
+def test_foreign_backbone_weights_and_devices(fails, make_dataset, tmp_path):
+    dataset = make_dataset()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    assert "state dict" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "squeezenet1_0", "--backbone_weights",
+                                 str(tmp_path / "other.pth"))
+    assert "does not exist" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights", "no.pth")
+    assert "backbone 'resnet17'" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet17")
+    assert "device 'gpu'" in fails("CSAD", tmp_path / "w", dataset, "--device", "gpu")

@@ -1,0 +1,329 @@
+"""Stage 2 end to end on a tiny data set: outputs, resuming, and mistakes told in a sentence."""
+
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw_parts
+from torch import nn
+from torch.nn import functional as F
+
+import settings
+import train_segmentor
+from errors import UserError
+from loco import files, layout
+from models.encoder import Backbone, fingerprint
+from models.patch_histogram import PARAMETER_NAMES
+from training import pseudo_label_files
+from training import segmentor as steps
+
+CATEGORY, PARTS = "discs", 4
+CPU = torch.device("cpu")
+TINY = {"segmentor.width": 16, "segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 1, "segmentor.batch_size": 2}
+
+
+class TinyEncoder(nn.Module):
+    """Colours averaged over 4, 8 and 16 pixels, and projected: enough to tell coloured discs apart."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(8, 3, 1, 1, generator=generator))
+
+    def forward(self, images):
+        return tuple(F.conv2d(F.avg_pool2d(images, fraction), self.projection).relu() for fraction in (4, 8, 16))
+
+
+@pytest.fixture
+def backbone():
+    encoder = TinyEncoder().eval()
+    return Backbone("tiny", encoder, encoder, (8, 8, 8), fingerprint(encoder))
+
+
+def write_stage_1(workspace, category, trusted, side=256):
+    """What pseudo_label.py would have found on the drawn discs."""
+    rng, info = np.random.default_rng(7), workspace.info(category.name)
+    histograms = []
+    for path in category.train:
+        _, labels = draw_parts(rng, PARTS, 128)
+        labels = cv2.resize(labels, (side, side), interpolation=cv2.INTER_NEAREST)
+        files.write_image(workspace.image_masks(category.name, path) / "filtered_cluster_map.png", labels)
+        histograms.append([(labels == index).mean() for index in range(1, PARTS + 1)])
+    files.write_array(info / "filtered_histogram_indices.npy", np.array(trusted))
+    files.write_array(info / "filtered_component_histogram.npy", np.array(histograms))
+
+
+@pytest.fixture
+def prepared(tmp_path, make_dataset):
+    """(category, function that makes a workspace with stage 1's files)."""
+    category = layout.Category(make_dataset() / CATEGORY)
+
+    def workspace(name, trusted=range(0, 12, 2), side=256):
+        made = layout.Workspace(tmp_path / name)
+        write_stage_1(made, category, list(trusted), side)
+        return made
+    return category, workspace
+
+
+def train(category, workspace, backbone, seed=0, overwrite=False, **more):
+    overrides = TINY | {f"segmentor.{key}": value for key, value in more.items()}
+    chosen = settings.load(CATEGORY, "quick", overrides).segmentor
+    train_segmentor.train_category(category, workspace, chosen, backbone, CPU, seed, overwrite)
+
+
+def outputs(workspace):
+    """Relative path and bytes of everything written that stage 1 did not write."""
+    written = [*(workspace.root / "ckpt").glob("*"), *(workspace.root / "anomaly_score").glob("*"),
+               *(workspace.masks(CATEGORY) / "test_seg_output").glob("*")]
+    return {str(path.relative_to(workspace.root)): path.read_bytes() for path in written}
+
+
+def test_everything_of_the_contract_is_written(prepared, backbone):
+    category, make = prepared
+    workspace = make("work")
+    files.write_json(workspace.info(CATEGORY) / "pseudo_label.json", {"stand_ins": ["proposer tiny", "backbone tiny"]})
+    train(category, workspace, backbone, epochs=12, unsupervised_from_epoch=8, lr=0.01)
+
+    saved = files.read_state(workspace.segmentor(CATEGORY))
+    assert saved["meta"]["classes"] == PARTS + 1 == len(saved["state"]["fc2.conv3.bias"])
+    assert saved["meta"]["stand_ins"] == ["backbone tiny", "proposer tiny"]
+    assert not workspace.segmentor_progress(CATEGORY).exists()
+
+    parameters = files.read_arrays(workspace.patch_histogram_parameters(CATEGORY))
+    assert parameters.keys() == set(PARAMETER_NAMES)
+    assert parameters["patch_hist_invcov"].shape == (4 * (PARTS + 1),) * 2
+    scores = {part: files.read_array(workspace.scores(CATEGORY, "patchhist", part))
+              for part in ("logi", "struc", "val")}
+    assert [len(scores[part]) for part in ("logi", "struc", "val")] == [8, 8, 6]
+    np.testing.assert_array_equal(scores["logi"][:4], scores["struc"][:4])
+    assert scores["logi"][4:].min() > scores["logi"][:4].max()  # a disc is missing there
+
+    maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            for path in (workspace.masks(CATEGORY) / "test_seg_output").glob("*")}
+    assert sorted(maps) == sorted(f"{kind}_{index:03d}.png" for kind in layout.KINDS for index in range(4))
+    assert all(one.shape == (256, 256) and one.dtype == np.uint8 and one.max() <= PARTS for one in maps.values())
+    assert set(np.unique(maps["good_000.png"])) == set(range(PARTS + 1))
+
+
+class Stop:
+    """Presses Ctrl-C, or pulls the plug, in the middle of the n-th step."""
+
+    def __init__(self, monkeypatch, step, how):
+        self.left, self.how = step, how
+        original = train_segmentor.weighted_losses
+
+        def watched(*arguments):
+            parts = original(*arguments)
+            self.left -= 1
+            if self.left == 0:
+                self.how()
+            return parts
+        monkeypatch.setattr(train_segmentor, "weighted_losses", watched)
+
+
+def press_control_c():
+    import signal
+    signal.raise_signal(signal.SIGINT)
+
+
+def pull_the_plug():
+    raise SystemError("power failure")
+
+
+@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("how", [press_control_c, pull_the_plug])
+def test_an_interrupted_run_ends_in_the_same_bytes(prepared, backbone, monkeypatch, step, how):
+    category, make = prepared
+    whole, broken = make("whole"), make("broken")
+    train(category, whole, backbone)
+    monkeypatch.setattr(train_segmentor, "SAVE_EVERY_SECONDS", 0 if how is pull_the_plug else 60)
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemError)):
+        Stop(patch, step, how)
+        train(category, broken, backbone)
+    saved = files.read_state(broken.segmentor_progress(CATEGORY))
+    assert saved["done"] == (step if how is press_control_c else step - 1)
+    train(category, broken, backbone)
+    assert outputs(broken) == outputs(whole)
+
+
+def test_a_run_interrupted_after_training_only_scores(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone)
+    before = outputs(workspace)
+    workspace.scores(CATEGORY, "patchhist", "struc").unlink()
+    monkeypatch.setattr(train_segmentor, "train", None)
+    train(category, workspace, backbone)
+    assert outputs(workspace) == before
+
+
+def test_finished_work_is_skipped_and_changed_settings_are_noticed(prepared, backbone, monkeypatch, capsys):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone)
+    before = outputs(workspace)
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        train(category, workspace, backbone, seed=1)
+    with pytest.raises(UserError, match="settings.lr"):
+        train(category, workspace, backbone, lr=0.5)
+    assert outputs(workspace) == before
+    train(category, workspace, backbone, seed=1, overwrite=True)
+    assert outputs(workspace).keys() == before.keys()
+    assert outputs(workspace)["ckpt/segmentor_discs_256.pth"] != before["ckpt/segmentor_discs_256.pth"]
+    monkeypatch.setattr(train_segmentor, "train", None)
+    train(category, workspace, backbone, seed=1)
+    assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trusted", [range(11), range(12), [3]])
+def test_few_or_no_other_images_are_enough(prepared, backbone, trusted):
+    category, make = prepared
+    workspace = make("work", trusted)
+    train(category, workspace, backbone, batch_size=4, epochs=2)
+    assert workspace.segmentor(CATEGORY).exists()
+
+
+def test_label_maps_of_another_size_are_resized_without_inventing_labels(prepared):
+    category, make = prepared
+    data = {}
+    for side in (256, 512):
+        workspace = make(f"work{side}", side=side)
+        trusted, classes = pseudo_label_files.read_stage_1(category, workspace)
+        pictures = torch.zeros(12, 3, 256, 256)
+        data[side] = pseudo_label_files.training_data(category, workspace, pictures, trusted, classes)
+    assert set(np.unique(data[512].labels)) == set(range(PARTS + 1))
+    assert (data[512].labels != data[256].labels).mean() < 0.01
+
+
+def test_without_test_images_the_rest_is_written(prepared, backbone, capsys, tmp_path):
+    category, make = prepared
+    (category.root / "test").rename(tmp_path / "elsewhere")
+    workspace = make("work")
+    train(category, workspace, backbone)
+    assert workspace.scores(CATEGORY, "patchhist", "val").exists()
+    assert not workspace.scores(CATEGORY, "patchhist", "logi").exists()
+    assert "no test scores" in capsys.readouterr().out
+
+
+def damage_missing_stage(workspace, category):
+    (workspace.info(CATEGORY) / "filtered_component_histogram.npy").unlink()
+
+
+def damage_missing_map(workspace, category):
+    (workspace.image_masks(CATEGORY, category.train[2]) / "filtered_cluster_map.png").unlink()
+
+
+def damage_unreadable_map(workspace, category):
+    (workspace.image_masks(CATEGORY, category.train[2]) / "filtered_cluster_map.png").write_bytes(b"no picture")
+
+
+def damage_colour_map(workspace, category):
+    files.write_image(workspace.image_masks(CATEGORY, category.train[2]) / "filtered_cluster_map.png",
+                      np.zeros((8, 8, 3), np.uint8))
+
+
+def damage_class_count(workspace, category):
+    files.write_array(workspace.info(CATEGORY) / "filtered_component_histogram.npy", np.zeros((12, 2)))
+
+
+def damage_index(workspace, category):
+    files.write_array(workspace.info(CATEGORY) / "filtered_histogram_indices.npy", np.array([0, 99]))
+
+
+def damage_no_index(workspace, category):
+    files.write_array(workspace.info(CATEGORY) / "filtered_histogram_indices.npy", np.zeros(0))
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (damage_missing_stage, "filtered_component_histogram.npy is missing; run pseudo_label.py"),
+    (damage_missing_map, "002/filtered_cluster_map.png is missing; run pseudo_label.py"),
+    (damage_unreadable_map, "002/filtered_cluster_map.png cannot be read"),
+    (damage_colour_map, "002/filtered_cluster_map.png has 3 dimensions"),
+    (damage_class_count, "has label 4, but .* knows 2 components"),
+    (damage_index, "names image number 99, but .* has 12 images"),
+    (damage_no_index, "should hold a list of image numbers"),
+])
+def test_mistakes_get_a_sentence_and_nothing_is_written(prepared, backbone, damage, sentence):
+    category, make = prepared
+    workspace = make("work")
+    damage(workspace, category)
+    with pytest.raises(UserError, match=sentence):
+        train(category, workspace, backbone)
+    assert not workspace.segmentor(CATEGORY).exists()
+
+
+def test_the_command_line_runs_the_stage(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    monkeypatch.setattr(train_segmentor, "build_backbone", lambda *arguments: backbone)
+    monkeypatch.setattr(sys, "argv", [
+        "train_segmentor.py", "--workspace", str(workspace.root), "--dataset_root", str(category.root.parent),
+        "--preset", "quick", "--device", "cpu",
+        *(part for key, value in TINY.items() for part in (f"--{key}", str(value)))])
+    train_segmentor.main()
+    assert workspace.segmentor(CATEGORY).exists()
+
+
+@pytest.fixture
+def training_data():
+    rng = np.random.default_rng(0)
+    images, labels = zip(*(draw_parts(rng, PARTS, 256) for _ in range(8)))
+    labels = np.stack(labels)
+    return steps.TrainingData(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels, labels > 9,
+                              np.arange(0, 8, 2), np.arange(1, 8, 2))
+
+
+def test_a_batch_depends_on_seed_category_and_step_alone(training_data):
+    chosen = settings.load(CATEGORY, "quick", TINY).segmentor
+
+    def draw(step, category, seed):
+        return steps.draw_batch(training_data, chosen, step, True, category, seed)
+    assert all((one == other).all() for one, other in zip(draw(3, "a", 0), draw(3, "a", 0)))
+    for different in ((4, "a", 0), (3, "b", 0), (3, "a", 1)):
+        assert (draw(*different).images != draw(3, "a", 0).images).any()
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_the_learning_rate_falls_to_its_final_share(share):
+    overrides = {"segmentor.lr": 0.01, "segmentor.final_lr_share": share}
+    chosen = settings.load(CATEGORY, "paper", overrides).segmentor
+    rates = [steps.learning_rate(chosen, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01 * share)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_paper_keeps_its_learning_rate():
+    chosen = settings.load(CATEGORY, "paper").segmentor
+    assert {steps.learning_rate(chosen, step, 10) for step in range(10)} == {chosen.lr}
+
+
+def test_other_images_wait_for_their_epoch(training_data):
+    chosen = settings.load(CATEGORY, "quick", TINY).segmentor
+    batch = steps.draw_batch(training_data, chosen, 0, False, CATEGORY, 0)
+    assert batch.others.shape == (0, 3, 256, 256) and batch.other_labels.shape == (0, 256, 256)
+    backbone, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1)
+    assert steps.weighted_losses(segmentor, backbone, batch, chosen).keys() == {"ce", "focal", "dice"}
+    batch = steps.draw_batch(training_data, chosen, 0, True, CATEGORY, 0)
+    assert "histogram" in steps.weighted_losses(segmentor, backbone, batch, chosen)
+
+
+def test_every_trusted_image_is_seen_before_any_is_seen_twice(training_data, monkeypatch):
+    chosen = settings.load(CATEGORY, "quick", TINY).segmentor
+    seen = []
+    monkeypatch.setattr(steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels))
+    for step in range(2):
+        steps.draw_batch(training_data, chosen, step, False, CATEGORY, 0)
+    found = [next(index for index in range(8) if (training_data.labels[index] == one).all()) for one in seen]
+    assert sorted(found) == training_data.trusted.tolist()
+
+
+def test_augmentation_is_small_and_keeps_labels(training_data):
+    image, labels = training_data.images[0].permute(1, 2, 0).numpy(), training_data.labels[0]
+    for seed in range(10):
+        new_image, new_labels = steps.augment(image, labels, np.random.default_rng(seed))
+        assert new_image.dtype == new_labels.dtype == np.uint8
+        assert set(np.unique(new_labels)) == set(np.unique(labels))
+        assert (new_labels != labels).mean() < 0.1
+        assert abs(new_image.astype(float).mean() - image.mean()) < 0.12 * 255

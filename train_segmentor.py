@@ -1,0 +1,166 @@
+"""Stage 2: train the component segmentor of each category on the pseudo-labels of stage 1.
+
+A small network over a frozen encoder learns to label every pixel with its component, from the trusted pseudo-labels
+(with logical synthesis, so that it knows components by their looks) and, later, also from the other images (which
+should hold the usual amount of each component, and leave no doubt). How far the histogram of components, in the whole
+image and in its four quarters, lies from those of the training images is the patch-histogram score.
+
+Writes ckpt/segmentor_{category}_256.pth, the label maps of the test images (datasets/masks/{category}/test_seg_output),
+and the scores of validation and test images (anomaly_score/{category}_patchhist_*). Interrupted, it resumes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import settings
+from errors import run_script
+from loco import files, images, layout, records
+from models.device import choose_device
+from models.encoder import Backbone, build_backbone
+from models.patch_histogram import fit_parameters, fitted_detector
+from models.segmentor import Segmentor
+from training.interruption import interrupts_wait
+from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
+from training.segmentor import TrainingData, draw_batch, learning_rate, weighted_losses
+
+SAVE_EVERY_SECONDS = 60
+SHOW_EVERY_STEPS = 10
+SCORING_BATCH = 8
+
+
+def main() -> None:
+    args = settings.command_line(__doc__).parse_args()
+    workspace = layout.Workspace(args.workspace)
+    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    categories = dataset.select(args.categories)
+    device = choose_device(args.device)
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
+    with workspace.lock():
+        for category in categories:
+            chosen = settings.load(category.name, args.preset, settings.overrides(args)).segmentor
+            train_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+
+
+def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.SegmentorSettings,
+                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+    checkpoint, progress = workspace.segmentor(category.name), workspace.segmentor_progress(category.name)
+    parameter_file = workspace.patch_histogram_parameters(category.name)
+    tested = (category.root / "test").is_dir()
+    parts = ("logi", "struc", "val") if tested else ("val",)
+    outputs = [checkpoint, parameter_file, *(workspace.scores(category.name, "patchhist", part) for part in parts)]
+    trusted, classes = read_stage_1(category, workspace)
+    used = {"settings": chosen.model_dump(), "seed": seed, "backbone": backbone.name,
+            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(category.train),
+            "pseudo_labels": records.digest(workspace.info(category.name) / "filtered_component_histogram.npy"),
+            "trusted": records.digest(workspace.info(category.name) / "filtered_histogram_indices.npy"),
+            "stand_ins": sorted({*stand_ins_of_stage_1(category, workspace),
+                                 *([f"backbone {backbone.name}"] if backbone.is_stand_in else [])})}
+    if not records.begin(checkpoint.with_suffix(".json"), used, outputs, overwrite, [progress]):
+        print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
+        return
+
+    validation = category.validation  # asked for first: a missing split should not cost an hour of training
+    train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
+
+    if checkpoint.exists():
+        segmentor = Segmentor(backbone.channels, chosen.width, classes)
+        segmentor.load_state_dict(files.read_state(checkpoint)["state"])
+        segmentor.to(device).eval()
+    else:
+        data = training_data(category, workspace, train_images, trusted, classes)
+        segmentor = train(category.name, data, classes, chosen, backbone, progress, device, seed).eval()
+        state = {key: value.cpu() for key, value in segmentor.state_dict().items()}
+        meta = used | {"category": category.name, "classes": classes, "width": chosen.width}
+        files.write_state(checkpoint, {"state": state, "meta": meta})
+    progress.unlink(missing_ok=True)
+
+    train_maps = label_maps(segmentor, backbone, train_images, device, f"{category.name}: segment training images")
+    validation_maps = label_maps(segmentor, backbone, validation, device, f"{category.name}: segment validation images")
+    parameters = fit_parameters(train_maps, validation_maps, classes)
+    files.write_arrays(parameter_file, **parameters)
+    detector = fitted_detector(parameters, classes)
+    files.write_array(workspace.scores(category.name, "patchhist", "val"), detector(validation_maps).numpy())
+
+    if not tested:
+        print(f"{category.name}: there is no folder {category.root / 'test'}, so no test scores")
+        return
+    found = {}
+    for kind in layout.KINDS:
+        paths = category.test(kind)
+        maps = label_maps(segmentor, backbone, paths, device, f"{category.name}: segment test images, {kind}")
+        for path, label_map in zip(paths, maps):
+            files.write_image(workspace.segmentation_output(category.name, kind, path), label_map.numpy())
+        found[kind] = detector(maps).numpy()
+    for part, kind in (("logi", layout.LOGICAL), ("struc", layout.STRUCTURAL)):
+        files.write_array(workspace.scores(category.name, "patchhist", part),
+                          np.concatenate([found[layout.GOOD], found[kind]]))
+
+
+def train(category: str, data: TrainingData, classes: int, chosen: settings.SegmentorSettings, backbone: Backbone,
+          progress_file: Path, device: torch.device, seed: int) -> Segmentor:
+    """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
+    torch.manual_seed(seed)
+    segmentor = Segmentor(backbone.channels, chosen.width, classes).to(device).train()
+    optimizer = torch.optim.Adam(segmentor.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    steps_per_epoch = math.ceil(len(data.trusted) / chosen.batch_size)
+    steps = chosen.epochs * steps_per_epoch
+
+    done = 0
+    if progress_file.exists():
+        saved = files.read_state(progress_file)
+        segmentor.load_state_dict(saved["segmentor"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["done"]
+
+    def save_progress() -> None:
+        files.write_state(progress_file, {"segmentor": segmentor.state_dict(), "optimizer": optimizer.state_dict(),
+                                          "done": done})
+
+    last_saved = time.monotonic()
+    with (interrupts_wait() as interrupted,
+          tqdm(total=steps, initial=done, desc=f"{category}: train segmentor", unit="step") as bar):
+        while done < steps:
+            unsupervised = done // steps_per_epoch >= chosen.unsupervised_from_epoch
+            batch = draw_batch(data, chosen, done, unsupervised, category, seed)
+            parts = weighted_losses(segmentor, backbone.encoder, batch.to(device), chosen)
+            loss = sum(parts.values())
+            optimizer.param_groups[0]["lr"] = learning_rate(chosen, done, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done += 1
+            bar.update()
+            if done % SHOW_EVERY_STEPS == 0:
+                bar.set_postfix({name: f"{part.item():.3f}" for name, part in parts.items()})
+            if interrupted() or time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                save_progress()
+                last_saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
+    return segmentor
+
+
+@torch.no_grad()
+def label_maps(segmentor: Segmentor, backbone: Backbone, pictures: Tensor | Sequence[Path], device: torch.device,
+               description: str) -> Tensor:
+    """Label maps (N, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk."""
+    if not isinstance(pictures, Tensor):
+        pictures = images.load_images(pictures, settings.IMAGE_SIZE, description)
+    maps = torch.zeros(len(pictures), *pictures.shape[2:], dtype=torch.uint8)
+    for first in tqdm(range(0, len(pictures), SCORING_BATCH), desc=description, unit="batch", leave=False):
+        batch = images.normalise(pictures[first:first + SCORING_BATCH].to(device))
+        maps[first:first + SCORING_BATCH] = segmentor(backbone.encoder(batch)).argmax(1).byte().cpu()
+    return maps
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""What stage 2 reads of stage 1 (METHOD.md sections 1 and 2), and whether it fits the data set."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import UserError
+from loco import files, images, layout
+from training.segmentor import TrainingData
+
+MADE_BY = "pseudo_label.py"
+
+
+def read_stage_1(category: layout.Category, workspace: layout.Workspace) -> tuple[np.ndarray, int]:
+    """Indices of the trusted images (into the sorted training images) and number of classes with background.
+
+    Raises:
+        UserError: a file is missing or does not fit the data set.
+    """
+    info = workspace.info(category.name)
+    trusted_file, histogram_file = info / "filtered_histogram_indices.npy", info / "filtered_component_histogram.npy"
+    trusted = files.read_array(files.require(trusted_file, MADE_BY))
+    histogram = files.read_array(files.require(histogram_file, MADE_BY))
+    count = len(category.train)
+    if trusted.ndim != 1 or len(trusted) == 0 or trusted.dtype.kind not in "iu":
+        raise UserError(f"{trusted_file} should hold a list of image numbers; run {MADE_BY} --overwrite")
+    if trusted.min() < 0 or trusted.max() >= count:
+        stray = trusted[(trusted < 0) | (trusted >= count)][0]
+        raise UserError(f"{trusted_file} names image number {stray}, but {category.root / 'train'} has {count} images; "
+                        f"run {MADE_BY} --overwrite on these images")
+    if histogram.ndim != 2 or histogram.shape[1] == 0:
+        raise UserError(f"{histogram_file} should have one row per image and one column per component, found shape "
+                        f"{histogram.shape}; run {MADE_BY} --overwrite")
+    return np.unique(trusted), histogram.shape[1] + 1
+
+
+def stand_ins_of_stage_1(category: layout.Category, workspace: layout.Workspace) -> list[str]:
+    """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
+    record = workspace.info(category.name) / "pseudo_label.json"
+    return files.read_json(record).get("stand_ins", []) if record.exists() else []
+
+
+def training_data(category: layout.Category, workspace: layout.Workspace, train_images: Tensor, trusted: np.ndarray,
+                  classes: int) -> TrainingData:
+    """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
+
+    Raises:
+        UserError: a label map is missing, unreadable, or has a label that is no class.
+    """
+    side = train_images.shape[-1]
+    labels = np.zeros((len(train_images), side, side), np.uint8)
+    backgrounds = np.zeros(labels.shape, bool)
+    for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
+        folder = workspace.image_masks(category.name, category.train[index])
+        path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
+        label_map = images.read_mask(path)
+        if label_map.max() >= classes:
+            raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
+                            f"{classes - 1} components; run {MADE_BY} --overwrite")
+        labels[index] = _to_side(label_map, side)
+        background = folder / "background.jpg"
+        backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 127 if background.exists()
+                              else labels[index] == 0)
+    others = np.setdiff1d(np.arange(len(train_images)), trusted)
+    return TrainingData(train_images, labels, backgrounds, trusted, others if len(others) else trusted)
+
+
+def _to_side(picture: np.ndarray, side: int) -> np.ndarray:
+    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
