@@ -8,8 +8,8 @@ validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -85,6 +85,8 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     torch.manual_seed(seed)
     model = LGST(backbone.channels, chosen.width, chosen.teacher_channels).to(device)
+    if chosen.he_initialisation:
+        model.start_fast()
     normalise_teacher(model, backbone, train_images, device, category)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -75,6 +75,7 @@ class LgstSettings(Section):
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     hard_quantile: float = Field(ge=0, lt=1, description="the local loss averages differences at or over it")
+    he_initialisation: bool = Field(description="He's initial weights instead of PyTorch's: for short runs")
     penalty_images: str = Field(description="folder of ImageNet-like pictures, or 'rendered'")
     penalty_every: int = Field(ge=1, description="steps from one penalty image to the next (the paper: 1)")
 

@@ -21,12 +21,14 @@ def fused_state(category: str, workspace: layout.Workspace) -> dict:
     """
     segmentor = files.read_state(files.require(workspace.segmentor(category), "train_segmentor.py"))
     lgst = files.read_state(files.require(workspace.lgst(category), "CSAD.py"))
-    parameters = files.read_arrays(files.require(workspace.patch_histogram_parameters(category), "train_segmentor.py"))
+    fitted = files.require(workspace.patch_histogram_parameters(category), "train_segmentor.py")
+    parameters = files.read_arrays(fitted)
     lgst_scores = files.read_array(files.require(workspace.scores(category, "LGST", "val"), "CSAD.py"))
     histogram_scores = files.read_array(files.require(workspace.scores(category, "patchhist", "val"), "train_segmentor.py"))
-    for path, content in ((workspace.segmentor(category), segmentor), (workspace.lgst(category), lgst)):
-        if not (isinstance(content, dict) and {"state", "meta"} <= content.keys()):
-            raise UserError(f"{path} was not written by this project's stages; make it again with --overwrite")
+    for path, content, key in ((workspace.segmentor(category), segmentor, "fc2.conv3.weight"),
+                               (workspace.lgst(category), lgst, "local_st.conv_st.weight")):
+        if not (isinstance(content, dict) and {"state", "meta"} <= content.keys() and key in content["state"]):
+            raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
     backbone, fingerprint = lgst["meta"]["backbone"], lgst["meta"]["backbone_fingerprint"]
     if fingerprint != segmentor["meta"]["backbone_fingerprint"]:
         raise UserError(f"{category}: segmentor and LGST were trained on different backbones "
@@ -38,8 +40,8 @@ def fused_state(category: str, workspace: layout.Workspace) -> dict:
     try:
         detector.load_parameters(parameters)
     except ValueError as problem:
-        raise UserError(f"{workspace.patch_histogram_parameters(category)} does not fit "
-                        f"{workspace.segmentor(category)}: {problem}; run train_segmentor.py --overwrite") from problem
+        raise UserError(f"{fitted} does not fit {workspace.segmentor(category)}: {problem}; "
+                        "run train_segmentor.py --overwrite") from problem
 
     parts = {f"encoder.{key}": value for key, value in lgst["encoder"].items()} | lgst["state"]
     parts |= {f"segmentor.{key}": value for key, value in segmentor["state"].items()}
@@ -54,6 +56,6 @@ def fused_state(category: str, workspace: layout.Workspace) -> dict:
         "category": category, "classes": classes, "backbone": backbone, "backbone_fingerprint": fingerprint,
         "segmentor": segmentor["meta"], "lgst": lgst["meta"],
         "stand_ins": sorted({*segmentor["meta"]["stand_ins"], *lgst["meta"]["stand_ins"]}),
-        "torch": torch.__version__})
+        "torch": str(torch.__version__)})
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state

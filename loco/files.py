@@ -123,5 +123,5 @@ class _named_mistakes:
             raise UserError(f"{self.path} is missing") from problem
         if isinstance(problem, (ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile)) or (
                 type(problem).__name__ == "UnpicklingError"):
-            reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+            reason = str(problem).split(".")[0].splitlines()[0] if str(problem) else type(problem).__name__
             raise UserError(f"{self.path} cannot be read ({reason}); delete it and make it again") from problem

@@ -87,7 +87,8 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         model.load_state_dict(state)
     except (KeyError, RuntimeError, AttributeError, TypeError) as problem:
         reason = " ".join(str(problem).split())[:200]
-        raise UserError(f"this is not a CSAD model's state dict ({reason}); make one with export_model.py --format torch") from problem
+        raise UserError(f"this is not a CSAD model's state dict ({reason}); make one with "
+                        "export_model.py --format torch") from problem
     return model.eval().requires_grad_(False)
 
 

@@ -125,6 +125,15 @@ class LGST(nn.Module):
             self.register_buffer(f"q_{branch}_start", torch.tensor(0.0))
             self.register_buffer(f"q_{branch}_end", torch.tensor(1.0))
 
+    def start_fast(self) -> None:
+        """Draw all weights before a ReLU by He's rule instead of PyTorch's default: short runs learn several times faster."""
+        heads = (self.local_st.conv_st, self.local_st.conv_ae, self.autoencoder.enconv6, self.autoencoder.deconv8)
+        for part in (self.local_st, self.autoencoder):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d) and module not in heads:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    nn.init.zeros_(module.bias)
+
     def teach(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The encoder's three maps -> normalised teacher features (B, channels, 64, 64)."""
         return (self.teacher(features[1], features[2]) - self.teacher_mean) / self.teacher_std

@@ -5,7 +5,6 @@ Pure functions on arrays. Images and components are numbered in sorted file orde
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from sklearn.cluster import HDBSCAN
 LEAST_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
 LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds of images only
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
-MOST_SEEDS = 500  # of MeanShift, taken evenly from all components; every one is the start of a climb
+MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
 LEAST_AREA = 0.001  # mean share of the image that a label takes in the largest kind, or it is dropped
@@ -76,7 +75,8 @@ def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
     """Bring component features (METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
 
     Of shape_hu the first two moments count, the others are noise in small components: the first tells a disc from a
-    ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its principal components are taken.
+    ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its
+    principal components are taken.
     """
     columns = {
         "lab": lambda values: values / (LIGHTNESS_UNIT, CHROMA_UNIT, CHROMA_UNIT),
@@ -119,10 +119,12 @@ def mean_shift(features: np.ndarray, bandwidth: float) -> np.ndarray:
     """MeanShift with a flat kernel, as scikit-learn does it, (n, D) -> (n,) clusters 0.. in order of density.
 
     scikit-learn climbs from one seed after the other and takes minutes for what all seeds together climb in seconds;
-    with up to 500 points, which then are all seeds, the result is the same.
+    with up to 1500 points, which then are all seeds, the result is the same.
     """
     features = np.asarray(features, np.float64)
-    centres = features[::math.ceil(len(features) / MOST_SEEDS)].copy()
+    # Not every n-th: components come in a regular order in each image, and a stride can miss the same part in all of them.
+    drawn = np.random.default_rng(0).permutation(len(features))[:MOST_SEEDS]
+    centres = features[np.sort(drawn)]
     climbing, members = np.arange(len(centres)), np.zeros(len(centres))
     for _ in range(MOST_STEPS):
         near = cdist(centres[climbing], features) <= bandwidth

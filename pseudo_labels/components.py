@@ -125,8 +125,8 @@ def shallow_features(image: np.ndarray, masks: np.ndarray) -> tuple[dict[str, np
         masks: (N, H, W).
 
     Returns:
-        {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64, and the aligned image crops
-        (N, 65, 65, 3) uint8 for ``CropEmbedding``.
+        {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64,
+        and the aligned image crops (N, 65, 65, 3) uint8 for ``CropEmbedding``.
     """
     crops = [aligned_crop(image, mask) for mask in masks]
     features = {

@@ -22,6 +22,7 @@ FINE_SCALE, FINE_LEAST = 8.0, 20  # Felzenszwalb on Lab / 10; pixels
 ALIKE = 10.0  # neighbouring regions that differ less are one part
 FULL_WEIGHT = 80  # pixels (harmonic) from which a region's colour difference counts in full
 ENCLOSED_DISCOUNT = 0.7  # how much of a difference is forgiven when one region encloses the other
+THIN, THIN_ALIKE = 4, 25.0  # pixels, colour difference: a rim between two regions rather than a cable
 CORNER = 0.04  # of the side: the patches in the corners that are background
 BORDER_SHARE = 0.15  # of the image's border: a region that holds so much of it is background
 HUE_ALIKE = 14.0  # in a and b alone: a container differs from the background in lightness rather than in hue
@@ -66,9 +67,11 @@ class ClassicalProposer:
 
     1. The mean-shift filter and Felzenszwalb's method turn the image into a few hundred superpixels.
     2. Neighbours are merged, the most alike first, until all differ by 10 or more.
-    3. Regions in the corners, along the border, or of their colour are background; see ``container``.
-    4. A region that lies in another one and differs moderately from it (glare, shading) joins it.
-    5. Holes are filled, unless one sees the background through them. What lies in them are masks of their own.
+    3. Regions nowhere wider than four pixels (blended edges, shadows along them) join the neighbour most like them,
+       unless they stand out like a cable.
+    4. Regions in the corners, along the border, or of their colour are background; see ``container``.
+    5. A region that lies in another one and differs moderately from it (glare, shading) joins it.
+    6. Holes are filled, unless one sees the background through them. What lies in them are masks of their own.
 
     It is made for 256x256: at other sizes the pixel radii mean something else.
 
@@ -87,7 +90,7 @@ class ClassicalProposer:
         smooth = cv2.pyrMeanShiftFiltering(np.ascontiguousarray(image), SMOOTHING_RADIUS, SMOOTHING_COLOR)
         lab = cv2.cvtColor(smooth.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
         superpixels = felzenszwalb(lab / 10, scale=FINE_SCALE, sigma=0, min_size=FINE_LEAST, channel_axis=-1)
-        regions = merge_alike(superpixels, lab, ALIKE)
+        regions = merge_thin(merge_alike(superpixels, lab, ALIKE), lab)
         background = self._background(regions, lab)
         regions = merge_enclosed(regions, lab, ~background)
         masks = [_fill_holes(regions == region, background) for region in np.unique(regions[~background])]
@@ -161,6 +164,31 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
     return _renumber(np.array(parent)[superpixels])
 
 
+def merge_thin(regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
+    """Let each region nowhere wider than four pixels join the most alike of its larger neighbours, if it is like it at all.
+
+    Args:
+        regions: (H, W) labels 0..n-1.
+
+    Returns:
+        (H, W) labels 0..m-1.
+    """
+    sizes, colours = _statistics(regions, lab)
+    pairs, _ = _boundaries(regions)
+    joins = np.arange(len(sizes))
+    for region in np.flatnonzero(_widths(regions) <= THIN):
+        neighbours = pairs[(pairs == region).any(1)].sum(1) - region
+        larger = neighbours[sizes[neighbours] > sizes[region]]
+        if len(larger):
+            apart = np.linalg.norm(colours[larger] - colours[region], axis=1)
+            if apart.min() < THIN_ALIKE:
+                joins[region] = larger[apart.argmin()]
+    # Thin regions may join thin ones; sizes grow along each chain, so it ends.
+    while (joins[joins] != joins).any():
+        joins = joins[joins]
+    return _renumber(joins[regions])
+
+
 def merge_enclosed(regions: np.ndarray, lab: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Let regions that lie mostly in a neighbour join it when they differ from it only moderately.
 
@@ -208,6 +236,20 @@ def _boundaries(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = int(regions.max()) + 1
     codes, lengths = np.unique(pairs[:, 0] * count + pairs[:, 1], return_counts=True)
     return np.stack([codes // count, codes % count], 1), lengths
+
+
+def _widths(regions: np.ndarray) -> np.ndarray:
+    """Width in pixels of each region where it is widest, (n,); at the image's border a region is taken to end."""
+    padded = np.pad(regions, 1, constant_values=-1)
+    edge = np.zeros(regions.shape, bool)
+    for rows, columns in ((slice(0, -2), slice(1, -1)), (slice(2, None), slice(1, -1)),
+                          (slice(1, -1), slice(0, -2)), (slice(1, -1), slice(2, None))):
+        edge |= padded[rows, columns] != regions
+    # 0 on a region's outermost pixels: two pixels more than twice the distance to them, or one where rows are odd.
+    inwards = cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_C, 3)
+    deepest = np.zeros(int(regions.max()) + 1)
+    np.maximum.at(deepest, regions.ravel(), inwards.ravel())
+    return 2 * deepest + 2
 
 
 def _at_the_border(regions: np.ndarray) -> np.ndarray:

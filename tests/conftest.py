@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -12,9 +13,14 @@ import torch
 REFERENCE = Path(__file__).parent / "reference"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+# One thread count for this process and those that tests start: it decides how sums round.
+THREADS = 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads():
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     twins: Tensor  # the same, colour-jittered
     penalty: Tensor  # (1, 3, 256, 256), or (0, 3, 256, 256) on steps without one
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         return Batch(*(part.to(device) for part in self))
 
 

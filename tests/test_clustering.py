@@ -1,0 +1,106 @@
+"""From component features to labels and trusted images, on small made-up categories."""
+
+import numpy as np
+import pytest
+from sklearn.cluster import MeanShift
+
+from pseudo_labels import clustering
+
+
+def made_up(images=20, seed=0, crumbs=3):
+    """Every image has a large and a small part, and one of two variants of a third; a few have crumbs as well."""
+    rng = np.random.default_rng(seed)
+    centres, sizes = np.array([[0, 0], [5, 0], [0, 5], [5, 5], [20, 20]], float), (0.2, 0.05, 0.1, 0.1, 0.01)
+    parts = [(image, part) for image in range(images)
+             for part in (0, 1, 2 + image % 2, *([4] if image < crumbs else []))]
+    image_of, part_of = np.array(parts).T
+    features = centres[part_of] + rng.normal(0, 0.2, (len(parts), 2))
+    areas = np.array(sizes)[part_of] * rng.uniform(0.95, 1.05, len(parts))
+    return features, areas, image_of, part_of
+
+
+def same_grouping(one, other):
+    pairs = set(zip(one.tolist(), other.tolist()))
+    return len(pairs) == len(set(one.tolist())) == len(set(other.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mean_shift_is_that_of_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.normal(centre, 0.3, (12, 3)) for centre in range(4)])
+    np.testing.assert_array_equal(clustering.mean_shift(points, 0.9), MeanShift(bandwidth=0.9).fit_predict(points))
+
+
+def test_mean_shift_finds_the_same_groups_from_fewer_seeds(monkeypatch):
+    features, _, _, part_of = made_up()
+    monkeypatch.setattr(clustering, "MOST_SEEDS", 40)
+    assert same_grouping(clustering.mean_shift(features, 1.0), part_of)
+
+
+def test_small_clusters_are_no_label():
+    features, _, _, part_of = made_up()
+    published = clustering.cluster_components(features, 1.0, least=0.5 * 20)
+    assert set(published[part_of == 4]) == {0} and published.max() == 4
+    assert set(clustering.cluster_components(features, 1.0, least=11)[np.isin(part_of, (2, 3, 4))]) == {0}
+
+
+def test_histograms_add_up_areas():
+    histograms = clustering.label_histograms(np.array([1, 1, 2, 0]), np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 2, 2]), 3)
+    np.testing.assert_allclose(histograms, [[0.3, 0], [0, 0], [0, 0.3]])
+
+
+def test_kinds_are_numbered_by_frequency_and_asked_for_until_one_appears():
+    rng = np.random.default_rng(0)
+    histograms = np.concatenate([rng.normal(0.1, 0.002, (10, 2)), rng.normal(0.4, 0.002, (20, 2))])
+    kinds = clustering.kinds_of_images(histograms)
+    assert set(kinds[10:]) <= {0, -1} and set(kinds[:10]) <= {1, -1}
+    assert (kinds >= 0).mean() > 0.8
+    assert (clustering.kinds_of_images(np.zeros((1, 2))) == 0).all()
+    assert (clustering.kinds_of_images(np.zeros((5, 0))) == 0).all()
+
+
+def test_the_half_nearest_the_mean_is_trusted():
+    histograms = np.array([[0.1], [0.2], [0.35], [0.9], [0.5], [0.7]])
+    kinds = np.array([0, 0, 0, 1, -1, 1])
+    np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_kind_only=False), [0, 1, 3])
+    np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_kind_only=True), [0, 1])
+
+
+def test_labels_too_small_in_the_largest_kind_are_dropped_and_the_rest_renumbered():
+    histograms = np.array([[0.0, 0.2, 0.0005, 0.1], [0.0, 0.2, 0.0005, 0.1], [0.3, 0.1, 0.0005, 0.1]])
+    kinds = np.array([0, 0, 1])
+    np.testing.assert_array_equal(clustering.labels_of_size(histograms, kinds, every_kind=False), [0, 0, 1, 0, 2])
+    np.testing.assert_array_equal(clustering.labels_of_size(histograms, kinds, every_kind=True), [0, 1, 2, 0, 3])
+
+
+@pytest.mark.parametrize("variants, parts", [(True, (0, 1, 2, 3)), (False, (0, 1))])
+def test_variants_of_a_part_get_labels_only_on_request(variants, parts):
+    features, areas, image_of, part_of = made_up(images=30)
+    # A third variant leaves each of them in a third of the images.
+    third = np.isin(part_of, (2, 3)) & (image_of % 3 == 2)
+    features[third] = (10, 0)
+    found = clustering.semantic_labels(features, areas, image_of, 30, 1.0, largest_kind_only=False, variants=variants)
+    for part in range(4):
+        numbers = set(found.labels[(part_of == part) & ~third].tolist())
+        assert (numbers != {0}) == (part in parts)
+    assert found.filtered_histogram.shape == (30, found.labels.max())
+    np.testing.assert_allclose(found.filtered_histogram, clustering.label_histograms(found.labels, areas, image_of, 30))
+    assert len(found.trusted) and (np.diff(found.trusted) > 0).all()
+
+
+def test_usual_numbers():
+    labels, image_of = np.array([1, 1, 2, 1, 1, 2, 1, 0]), np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    np.testing.assert_array_equal(clustering.usual_numbers(labels, image_of, np.array([0, 1, 2]), 4, 2), [2, 1])
+
+
+def test_comparable_features():
+    rng = np.random.default_rng(0)
+    rod, disc = [[0.17, 0.35, 0, 0, 0, 0, 0]], [[0.8, 0, 0, 0, 0, 0, 0]]
+    vectors = clustering.comparable({
+        "lab": np.array([[40.0, 0, 0], [80, 16, 0]]), "area": np.array([[0.01], [0.01 * np.e ** 2]]),
+        "shape_hu": np.concatenate([rod, disc]).astype(float)})
+    np.testing.assert_allclose(vectors[1, :4] - vectors[0, :4], (1, 1, 0, 1))
+    assert vectors[0, 5] > 1.8 and vectors[1, 5] == 0
+    deep = clustering.comparable({"cnn_image": rng.random((30, 64), np.float32)})
+    assert deep.shape == (30, 10)
+    np.testing.assert_allclose((deep ** 2).sum(1).mean(), clustering.DEEP_SPREAD ** 2)
