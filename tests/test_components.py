@@ -33,7 +33,8 @@ def test_lab_is_the_mean_colour():
     np.testing.assert_allclose(components.lab(image, 255 - half), (0, 0, 0), atol=0.1)
 
 
-@pytest.mark.parametrize("rows, columns", [(slice(3, 4), slice(3, 4)), (slice(3, 4), slice(0, 200)), (slice(0, 256), slice(9, 10))])
+@pytest.mark.parametrize("rows, columns", [(slice(3, 4), slice(3, 4)), (slice(3, 4), slice(0, 200)),
+                                           (slice(0, 256), slice(9, 10))])
 def test_slivers_have_features_too(rows, columns):
     mask = np.zeros((256, 256), np.uint8)
     mask[rows, columns] = 1
