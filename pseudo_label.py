@@ -1,12 +1,12 @@
 """Stage 1: turn the training images of each category into semantic pseudo-labels.
 
 A proposer cuts every image into masks of parts; mask algebra makes one clean set of components of them; features of all
-components are clustered, so that the same part gets the same label in every image. Images are grouped by how much of each
-label they show, and the most ordinary ones of each group are trusted.
+components are clustered, so that the same part gets the same label in every image. Images are grouped by how much of
+each label they show, and the most ordinary ones of each group are trusted.
 
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
-datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by others
-are used as they are. METHOD.md, section 1; proposals and maps have 256x256 pixels, like everything the networks see.
+datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
+others are used as they are. METHOD.md, section 1; proposals and maps have 256x256 pixels, like what the networks see.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def label_category(category: layout.Category, workspace: layout.Workspace, chose
 def choose_proposer(category: str, chosen: settings.PseudoLabelSettings) -> Proposer:
     """The proposer that the settings ask for; ``auto`` says what it takes instead of the method's own."""
     if chosen.proposer == "auto":
-        print(f"{category}: proposals by the classical stand-in instead of SAM-HQ and Grounding DINO; to have those, put "
-              "pseudo-labels made with them into datasets/masks")
+        print(f"{category}: proposals by the classical stand-in instead of SAM-HQ and Grounding DINO; to have those, "
+              "put pseudo-labels made with them into datasets/masks")
     if chosen.no_sam or chosen.inside_grounding:
         print(f"{category}: no_sam and inside_grounding are for Grounding DINO and do not apply to classical proposals")
     return ClassicalProposer(chosen.container)
@@ -121,7 +121,7 @@ def refuse_strangers(record: Path, folders: list[Path], outputs: list[Path], ove
 
 
 def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray, np.ndarray]:
-    """The order of operations in METHOD.md: proposals -> candidate masks (N, H, W) and label map (H, W) of components."""
+    """METHOD.md's order of operations: proposals -> candidate masks (N, H, W) and label map (H, W) of components."""
     candidates = masks.split_components(proposals.masks)
     if proposals.grounding is not None and chosen.inside_grounding:
         candidates = masks.inside_grounding(candidates, proposals.grounding.any(0))
@@ -188,7 +188,8 @@ def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: 
     """Write what is known about the whole category; what the next stage reads comes last."""
     labels = found.filtered_histogram.shape[1]
     modes = clustering.usual_numbers(found.labels, image_of, found.trusted, len(found.kinds), labels)
-    files.write_arrays(info / "all_component_feats.npz", image=image_of, cluster=found.clusters, label=found.labels, **features)
+    files.write_arrays(info / "all_component_feats.npz", image=image_of, cluster=found.clusters, label=found.labels,
+                       **features)
     files.write_array(info / "raw_component_histogram.npy", found.raw_histogram)
     files.write_array(info / "component_num_mode.npy", modes)
     files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))

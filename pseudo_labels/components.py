@@ -35,7 +35,7 @@ def color(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper: ``color`` loses lightness and sign."""
+    """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper."""
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
 
 

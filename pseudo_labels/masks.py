@@ -1,7 +1,7 @@
 """The mask algebra of METHOD.md, section 1.
 
-Masks are (N, H, W) arrays in which any non-zero pixel is inside; a single mask is (H, W). What comes out has the dtype of
-what went in, except where it is said. Nothing here changes its arguments.
+Masks are (N, H, W) arrays in which any non-zero pixel is inside; a single mask is (H, W). What comes out has the dtype
+of what went in, except where it is said. Nothing here changes its arguments.
 """
 
 from __future__ import annotations
@@ -127,6 +127,6 @@ def merge(masks: np.ndarray) -> np.ndarray:
 
 
 def label_masks(labels: np.ndarray) -> np.ndarray:
-    """The opposite of merge: a label map (H, W) -> one mask (N, H, W) bool per index that occurs, in its order; not 0."""
+    """The opposite of merge: a label map (H, W) -> masks (N, H, W) bool of the indices that occur, ascending, not 0."""
     indices = np.unique(labels)
     return labels[None] == indices[indices > 0][:, None, None]

@@ -1,7 +1,7 @@
 """Where masks come from. A proposer looks at one image and proposes masks of parts, knowing nothing of other images.
 
-The method's own proposers are SAM-HQ and Grounding DINO (METHOD.md, section 1). ``ClassicalProposer`` stands in for SAM-HQ
-with image processing alone; it has no notion of what a part is called, so it offers no grounding masks.
+The method's own proposers are SAM-HQ and Grounding DINO (METHOD.md, section 1). ``ClassicalProposer`` stands in for
+SAM-HQ with image processing alone; it has no notion of what a part is called, so it offers no grounding masks.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class ClassicalProposer:
                 mask = regions == region
                 _, _, width, height = cv2.boundingRect(mask.astype(np.uint8))
                 spans = max(width / mask.shape[1], height / mask.shape[0]) > SPAN
-                is_background[region] = spans or (hue_apart[region] < HUE_ALIKE and _encloses(mask, is_background[regions]))
+                is_background[region] = spans or (hue_apart[region] < HUE_ALIKE
+                                                  and _encloses(mask, is_background[regions]))
         return is_background[regions]
 
 
@@ -140,7 +141,8 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
         apart = colours[one] - colours[other]
         return float(np.sqrt(apart @ apart * min(1.0, harmonic / FULL_WEIGHT)))
 
-    queue = [(difference(one, other), one, other) for one in range(len(sizes)) for other in neighbours[one] if one < other]
+    queue = [(difference(one, other), one, other)
+             for one in range(len(sizes)) for other in neighbours[one] if one < other]
     heapq.heapify(queue)
     parent = list(range(len(sizes)))
     while queue:
@@ -165,7 +167,7 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
 
 
 def merge_thin(regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
-    """Let each region nowhere wider than four pixels join the most alike of its larger neighbours, if it is like it at all.
+    """Let each region nowhere wider than four pixels join the larger neighbour most like it, unless it stands out.
 
     Args:
         regions: (H, W) labels 0..n-1.

@@ -1,0 +1,181 @@
+"""Stage 1 end to end on drawn discs: labels, files, resuming, and mistakes told in a sentence."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_parts
+from torch import nn
+
+import pseudo_label
+import settings
+from errors import UserError
+from loco import files, images, layout
+from loco.label_metrics import match_labels
+from models.encoder import Backbone, fingerprint
+from pseudo_labels.proposers import Proposals
+
+IMAGES, SIDE = 8, 256
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture
+def category(make_dataset):
+    return layout.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
+
+
+@pytest.fixture
+def label(category):
+    """Run the stage: label(workspace, seed=0, overwrite=False, settings by name) -> the workspace."""
+    torch.manual_seed(0)
+    deepest = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
+    backbone = Backbone("tiny", deepest, deepest, (8, 8, 8), fingerprint(deepest))
+
+    def run(root, overwrite=False, seed=0, **changes):
+        named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
+        chosen = settings.load("discs", "quick", named).pseudo_labels
+        workspace = layout.Workspace(root)
+        pseudo_label.label_category(category, workspace, chosen, backbone, torch.device("cpu"), seed, overwrite)
+        return workspace
+    return run
+
+
+def contents(workspace):
+    return {path.relative_to(workspace.root): path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+
+
+def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, tmp_path, capsys):
+    workspace = label(tmp_path / "w")
+    info = workspace.info("discs")
+    trusted, histogram = (files.read_array(info / f"filtered_{name}.npy")
+                          for name in ("histogram_indices", "component_histogram"))
+    assert histogram.shape == (IMAGES, 4) and (trusted < IMAGES).all() and len(trusted)
+    predicted, true, rng = [], [], np.random.default_rng(7)
+    for index, path in enumerate(category.train):
+        folder = workspace.image_masks("discs", path)
+        for name in ("all_masks", "refined_masks", "cluster_map", "filtered_cluster_map"):
+            labels = images.read_mask(folder / f"{name}.png")
+            np.testing.assert_array_equal(images.read_rgb(folder / f"{name}_color.png"), images.colour_labels(labels))
+        shares = [(labels == number).mean() for number in range(1, 5)]
+        np.testing.assert_allclose(histogram[index], shares)
+        predicted.append(labels)
+        true.append(draw_parts(rng, 4, SIDE)[1])
+        assert images.read_mask(folder / "background.jpg")[0, 0] > 250
+        assert not list(folder.glob("grounding_*"))
+    assert match_labels(predicted, true).mean_iou > 0.9
+    for name in ("raw_component_histogram.npy", "all_component_feats.npz", "component_num_mode.npy", "feature.png", "info.txt"):
+        assert (info / name).exists()
+    np.testing.assert_array_equal(files.read_array(info / "component_num_mode.npy"), [1, 1, 1, 1])
+    record = files.read_json(info / "pseudo_label.json")
+    assert record["proposer"] == "classical" and record["stand_ins"] == ["proposer classical", "backbone tiny"]
+    assert "proposer classical" in (info / "info.txt").read_text()
+    assert "instead of SAM-HQ" in capsys.readouterr().out
+
+
+def test_interrupted_and_resumed_gives_the_same_files(label, tmp_path, monkeypatch):
+    features = ["cnn_image", "lab"]
+    whole = contents(label(tmp_path / "whole", features=features))
+    for stop_at in (7, 30, 60, 83):  # written files: among proposals, and among label maps and summaries
+        written, write = [], files.write_bytes
+
+        def stopping(path, data, written=written, write=write, stop_at=stop_at):
+            if len(written) == stop_at:
+                raise Stopped
+            written.append(path)
+            write(path, data)
+
+        with monkeypatch.context() as patched, pytest.raises(Stopped):
+            patched.setattr(files, "write_bytes", stopping)
+            label(tmp_path / str(stop_at), features=features)
+        assert contents(label(tmp_path / str(stop_at), features=features)) == whole
+
+
+def test_a_finished_category_is_skipped_and_overwrite_starts_over(label, tmp_path, capsys):
+    workspace = label(tmp_path)
+    before = contents(workspace)
+    (workspace.masks("discs") / "003" / "refined_masks.png").write_bytes(b"damaged")
+    label(tmp_path)
+    assert "skipped" in capsys.readouterr().out
+    label(tmp_path, overwrite=True)
+    assert contents(workspace) == before
+
+
+def test_changed_settings_are_noticed(label, tmp_path):
+    label(tmp_path)
+    with pytest.raises(UserError, match="settings.rotations: 12 -> 3"):
+        label(tmp_path, rotations=3)
+    with pytest.raises(UserError, match="seed"):
+        label(tmp_path, seed=1)
+
+
+def test_complete_files_made_by_others_are_used_and_incomplete_ones_are_not_mixed(label, category, tmp_path, capsys):
+    workspace = layout.Workspace(tmp_path)
+    for path in category.train:
+        files.write_image(workspace.image_masks("discs", path) / "filtered_cluster_map.png", np.ones((64, 64), np.uint8))
+    with pytest.raises(UserError, match="filtered_component_histogram.npy is missing"):
+        label(tmp_path)
+    files.write_array(workspace.info("discs") / "filtered_component_histogram.npy", np.ones((IMAGES, 1)))
+    files.write_array(workspace.info("discs") / "filtered_histogram_indices.npy", np.arange(IMAGES))
+    before = contents(workspace)
+    label(tmp_path)
+    assert contents(workspace) == before and "skipped" in capsys.readouterr().out
+
+
+def test_images_without_parts_end_in_a_sentence(label, category, tmp_path):
+    for path in category.train:
+        files.write_image(path, np.full((64, 64, 3), 100, np.uint8))
+    with pytest.raises(UserError, match="no parts were found"):
+        label(tmp_path)
+
+
+def test_one_image_without_parts_is_no_mistake(label, category, tmp_path):
+    files.write_image(category.train[-1], np.full((64, 64, 3), 100, np.uint8))
+    workspace = label(tmp_path, features=["cnn_image", "lab"])
+    assert not images.read_mask(workspace.image_masks("discs", category.train[-1]) / "filtered_cluster_map.png").any()
+
+
+def test_no_surviving_label_ends_in_a_sentence(label, tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudo_label.clustering, "LEAST_MEMBERS_VARIANTS", 5)
+    with pytest.raises(UserError, match="left no label"):
+        label(tmp_path)
+
+
+def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
+    squares = np.zeros((3, 64, 64), bool)
+    squares[0, 4:20, 4:20] = squares[1, 4:20, 40:60] = squares[2, 40:60, 4:20] = True
+    nothing = np.zeros((64, 64), bool)
+    proposals = Proposals(squares, background=squares[2], grounding=squares[:1], grounding_background=nothing)
+
+    def refined(**changes):
+        named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
+        return pseudo_label.refine(proposals, settings.load("discs", "quick", named).pseudo_labels)
+
+    candidates, labels = refined()
+    assert len(candidates) == 2 and labels.max() == 2
+    assert len(refined(inside_grounding=True)[0]) == 1
+    candidates, labels = refined(no_sam=True)
+    assert len(candidates) == 2 and labels.max() == 1 and labels[10, 10] == 1
+    pseudo_label.save_masks(tmp_path, proposals, candidates, labels)
+    assert (tmp_path / "grounding_mask_color.png").exists() and (tmp_path / "grounding_background.png").exists()
+
+
+def test_the_published_space_is_projected_and_has_its_own_bandwidth(category):
+    rng = np.random.default_rng(0)
+    features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
+    published = Backbone("wide_resnet50_2", nn.Identity(), nn.Identity(), (256, 512, 1024), "")
+    chosen = settings.load("screw_bag", "paper").pseudo_labels
+    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, chosen, published, 0)
+    assert vectors.shape == (6, 512) and bandwidth == 3.0
+    other = settings.load("screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}).pseudo_labels
+    assert pseudo_label.feature_space("screw_bag", features, other, published, 0)[1] == 1.0
+
+
+def test_the_command_line_tells_a_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pseudo_label.py", "--workspace", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        pseudo_label.run_script(pseudo_label.main)
+    assert stop.value.code == 2 and "does not exist" in capsys.readouterr().err
