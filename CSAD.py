@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from tqdm import tqdm
 import settings
 from errors import run_script
 from loco import files, images, layout, records
-from models.device import choose_device
+from models.device import all_devices
 from models.encoder import Backbone, build_backbone
 from models.lgst import LGST, Differences
 from models.precision import choose_precision, memory_format
 from training.ahead import draw_ahead
+from training.fleet import run_all
 from training.interruption import interrupts_wait
 from training.lgst import Draw, Lessons, PenaltyImages, draw, losses
 
@@ -38,18 +40,23 @@ def main() -> None:
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
-    with workspace.lock():
+    devices = all_devices(args.device)
+    precision = choose_precision(args.precision, devices[0])
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints)
+    jobs = {}
+    for seed, home in workspace.of_seeds(args.seeds).items():
         for category in categories:
             chosen = settings.load(category.name, args.preset, settings.overrides(args)).lgst
-            train_category(category, workspace, chosen, backbone, device, precision, args.seed,
-                           args.overwrite)
+            name = category.name if seed is None else f"{category.name}, seed {seed}"
+            jobs[name] = partial(train_category, category, home, chosen, backbone, precision=precision,
+                                 seed=args.seed if seed is None else seed, overwrite=args.overwrite)
+    with workspace.lock():
+        run_all(jobs, devices)
 
 
 def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.LgstSettings,
                    backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
+    backbone.to(device)
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
     scores = [workspace.scores(category.name, branch, part)
               for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]

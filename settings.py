@@ -143,6 +143,13 @@ def training_command_line(story: str) -> argparse.ArgumentParser:
     parser = command_line(story)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
                         help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
+    return with_seeds(parser)
+
+
+def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+                        help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
+                             "pseudo-labels of WORKSPACE; tables give mean and standard deviation")
     return parser
 
 

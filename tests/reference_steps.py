@@ -60,3 +60,36 @@ def lgst_losses(model: nn.Module, encoder: nn.Module, images: Tensor, twins: Ten
             "penalty": penalty_local.square().mean(),
             "autoencoder": (teacher(twins) - decoded).square().mean(),
             "global": (decoded - student_global).square().mean()}
+
+
+def segmentor_losses(segmentor: nn.Module, encoder: nn.Module, images: Tensor, labels: Tensor, others: Tensor,
+                     other_labels: Tensor, weights) -> dict[str, Tensor]:
+    """METHOD.md section 2: images in 0..255, labels int64, weights the segmentor's settings; others may be none."""
+    logits = segmentor(encoder(prepared(torch.cat([images, others]))))
+    p = logits.softmax(1)
+    own, free = p[:len(images)], p[len(images):]
+    classes, tiny = p.shape[1], 1e-5
+    t = torch.stack([labels == index for index in range(classes)], 1).float()
+
+    doubtful = (own if weights.softmax_twice else logits[:len(images)]).log_softmax(1)
+    q = (t.clamp(tiny / (classes - 1), 1 - tiny) * own).sum(1) + tiny
+    pixels = t.sum((0, 2, 3))
+    rarity = torch.where(pixels > 0, 1 / (pixels + tiny), torch.zeros(()))
+    dice = (2 * (own * t).sum((2, 3)) + tiny) / (own.sum((2, 3)) + t.sum((2, 3)) + 2 * tiny)
+    parts = {"ce": -weights.weight_ce * (t * doubtful).sum(1).mean(),
+             "focal": -weights.weight_focal * ((1 - q) ** 2 * q.log()).mean(),
+             "dice": weights.weight_dice * (rarity / rarity.sum() * (1 - dice)).mean()}
+    if len(others):
+        wanted = torch.stack([other_labels == index for index in range(classes)], 1).float().mean((2, 3))
+        parts["histogram"] = weights.weight_histogram * (wanted - free.mean((2, 3)))[:, 1:].abs().sum(1).mean()
+        parts["entropy"] = weights.weight_entropy * sum(-(one * (one + tiny).log()).mean() for one in (own, free))
+    return parts
+
+
+def assert_gradients_agree(engine: nn.Module, plain: nn.Module, step: int, relative: float = 1e-3) -> None:
+    """Tensor by tensor within ``relative``; what is under 1e-5 of the whole gradient is rounding."""
+    whole = torch.cat([one.grad.flatten() for one in plain.parameters() if one.grad is not None]).norm()
+    for (name, ours), theirs in zip(engine.named_parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            difference = (ours.grad - theirs.grad).norm()
+            assert difference <= relative * theirs.grad.norm() + 1e-5 * whole, (step, name, difference)

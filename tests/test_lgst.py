@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from reference_steps import jittered, lgst_losses, lgst_teacher
+from reference_steps import assert_gradients_agree, jittered, lgst_losses, lgst_teacher
 from torchvision.transforms import functional as TF
 
 import settings
@@ -51,6 +51,7 @@ def pictures():
 def twin_models(chosen):
     torch.manual_seed(0)
     first = LGST(CHANNELS, chosen.width, chosen.teacher_channels)
+    first.start_fast()  # PyTorch's own start leaves the autoencoder's first layers gradients of 1e-7, mere rounding
     second = copy.deepcopy(first)
     return first.train(), second.train()
 
@@ -63,11 +64,11 @@ def relative_difference(found, expected):
 def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch):
     """From the same weights, images and draws, at each of the first twenty steps: losses within 1e-4, gradients within 1e-3.
 
-    The reference takes over the weights before every step. Left to themselves the two drift apart, as any two orders of
+    Gradients by tensor, as far as they exceed 1e-5 of the whole. The reference takes over the weights before every step. Left to themselves the two drift apart, as any two orders of
     summation do: Adam divides by the size of the gradient, so that where there is next to none, rounding decides the step.
     """
     if not kept:
-        monkeypatch.setattr(steps, "CACHE_BYTES", 0)
+        monkeypatch.setattr(steps, "cache_room", lambda device: 0)
     chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12}).lgst
     encoder, penalties = Encoder(), PenaltyImages("rendered")
     engine, plain = twin_models(chosen)
@@ -90,9 +91,7 @@ def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch
             sum(parts.values()).backward()
         for name in expected:
             assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), (step, name)
-        for (name, ours), theirs in zip(engine.named_parameters(), plain.parameters()):
-            if theirs.grad is not None:
-                assert relative_difference(ours.grad, theirs.grad) < 1e-3, (step, name)
+        assert_gradients_agree(engine, plain, step)
         optimizer.step()
 
 

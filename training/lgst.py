@@ -25,11 +25,11 @@ from models.lgst import LGST
 from models.precision import autocast, memory_format
 from settings import IMAGE_SIZE, LgstSettings
 from training.formula_pictures import render_picture
+from training.transfer import cache_room, send
 
 JITTER = 0.2
 GREY_PROBABILITY = 0.3
 PENALTY_RESIZE = 512
-CACHE_BYTES = 4 * 2**30  # most that kept teacher features may take; the largest LOCO category needs 0.9 GB in the paper's width
 TEACHING_BATCH = 8
 
 
@@ -122,8 +122,7 @@ class Lessons:
         self._taught: tuple[Tensor, Tensor] | None = None
         sides, channels = (IMAGE_SIZE // 8, IMAGE_SIZE // 16), model.teacher.proj.out_channels
         needed = 4 * len(images) * channels * sum(side * side for side in sides)
-        room = min(CACHE_BYTES, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else CACHE_BYTES
-        if needed <= room:
+        if needed <= cache_room(device):
             kept = tuple(torch.empty(len(images), channels, side, side, device=device) for side in sides)
             for parts in zip(*(maps.split(TEACHING_BATCH) for maps in kept), self.teach_all()):
                 for space, found in zip(parts, parts[-1]):
@@ -156,7 +155,7 @@ class Lessons:
     def batch(self, drawn: Draw) -> Batch:
         """Fetch and jitter the drawn images on the device; also seeds PyTorch, for the autoencoder's dropout."""
         torch.manual_seed(drawn.dropout_seed)
-        indices, adjustments, factors, penalty = (_send(part, self.device) for part in drawn[:4])
+        indices, adjustments, factors, penalty = (send(part, self.device) for part in drawn[:4])
         images = self.images[indices].float()
         taught = None if self._taught is None else tuple(maps[indices] for maps in self._taught)
         return Batch(images, jitter_colour(images, adjustments, factors), penalty, taught)
@@ -219,8 +218,3 @@ def losses(model: LGST, encoder: nn.Module, batch: Batch, hard_quantile: float, 
         "autoencoder": (targets[count:] - decoded).square().mean(),
         "global": (decoded - global_).square().mean(),
     }
-
-
-def _send(part: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: only pinned memory can be copied while a GPU computes."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
