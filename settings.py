@@ -139,6 +139,14 @@ def command_line(story: str) -> argparse.ArgumentParser:
     return parser
 
 
+def training_command_line(story: str) -> argparse.ArgumentParser:
+    """The options of the stages that train networks."""
+    parser = command_line(story)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+                        help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
+    return parser
+
+
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """The single settings given on the command line, parsed as YAML."""
     return {name: yaml.safe_load(value) for name, value in vars(arguments).items() if "." in name}
