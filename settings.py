@@ -41,7 +41,8 @@ class PseudoLabelSettings(Section):
     rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
                                                      "the backbone it was tuned for, wide_resnet50_2")
-    variants: bool = Field(description="parts that only some kinds of images have get labels, too (published: no)")
+    variants: bool = Field(description="label parts that only some kinds of images have, or that differ "
+                          "in size alone, too (published: no)")
     one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
 
 
