@@ -64,8 +64,9 @@ def relative_difference(found, expected):
 def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch):
     """From the same weights, images and draws, at each of the first twenty steps: losses within 1e-4, gradients within 1e-3.
 
-    Gradients by tensor, as far as they exceed 1e-5 of the whole. The reference takes over the weights before every step. Left to themselves the two drift apart, as any two orders of
-    summation do: Adam divides by the size of the gradient, so that where there is next to none, rounding decides the step.
+    Gradients by tensor, but for what is under 1e-5 of the whole. The reference takes over the weights before every step:
+    left to themselves the two drift apart, as any two orders of summation do, because Adam divides by the
+    size of the gradient, so that where there is next to none, rounding decides the step.
     """
     if not kept:
         monkeypatch.setattr(steps, "cache_room", lambda device: 0)
