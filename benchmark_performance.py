@@ -18,14 +18,13 @@ import settings
 from errors import UserError, run_script
 from loco import files, layout, localisation
 from loco.metrics import auroc, average_precision, f1_max
-from models.normalisation import apply_trimmed_z, fit_trimmed_z
+from report.scores import BRANCHES, PARTS, normalised_scores
 
-BRANCHES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py"}
 COMBINATIONS = tuple(chain.from_iterable(combinations(BRANCHES, size) for size in (1, 2)))
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
 
 
-ANOMALIES = {"logical": layout.LOGICAL, "structural": layout.STRUCTURAL}
+ANOMALIES = {kind.removesuffix("_anomalies"): (part, kind) for part, kind in PARTS.items()}
 
 
 def main() -> None:
@@ -51,27 +50,11 @@ def main() -> None:
     print(f"\nwrote {workspace.combined_scores}")
 
 
-def normalised_scores(category: layout.Category, workspace: layout.Workspace) -> dict[str, dict[str, np.ndarray]]:
-    """Both branches' test scores, trimmed-z-normalised on their validation scores (METHOD.md section 4)."""
-    normalised = {}
-    for branch, stage in BRANCHES.items():
-        parts = {part: files.read_array(files.require(workspace.scores(category.name, branch, part), stage))
-                 for part in ("logi", "struc", "val")}
-        for part, kind in (("logi", layout.LOGICAL), ("struc", layout.STRUCTURAL)):
-            expected = len(category.test(layout.GOOD)) + len(category.test(kind))
-            if parts[part].shape != (expected,):
-                raise UserError(f"{workspace.scores(category.name, branch, part)} holds {parts[part].size} scores but "
-                                f"the data set has {expected} such images; run {stage} --overwrite")
-        mean, std = fit_trimmed_z(parts["val"])
-        normalised[branch] = {part: apply_trimmed_z(parts[part], mean, std) for part in ("logi", "struc")}
-    return normalised
-
-
 def detection(category: layout.Category, branches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
     """Image-level metrics of the sum of the branches' scores, logical and structural apart."""
     good = len(category.test(layout.GOOD))
     found = {}
-    for name, part in (("logical", "logi"), ("structural", "struc")):
+    for name, (part, _) in ANOMALIES.items():
         fused = sum(branch[part] for branch in branches)
         found[name] = {"auroc": auroc(fused[:good], fused[good:]),
                        "average_precision": average_precision(fused[:good], fused[good:]),
@@ -86,7 +69,8 @@ def where(category: layout.Category, workspace: layout.Workspace) -> dict[str, d
         return {"missing": f"{path} is missing; CSAD.py adds it without training again"}
     maps = files.read_arrays(path)
     try:
-        found = {name: localisation.measure(category, maps, kind) for name, kind in ANOMALIES.items() if category.test(kind)}
+        found = {name: localisation.measure(category, maps, kind) for name, (_, kind) in ANOMALIES.items()
+                 if category.test(kind)}
     except UserError as problem:  # image-level figures are worth having without it
         return {"missing": str(problem)}
     return {name: {"spro": {str(limit): area for limit, area in measured.spro.items()},
