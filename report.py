@@ -175,7 +175,7 @@ def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dic
     areas = files.read_array(histogram_file).mean(0)
     colours = images.colour_labels(np.arange(1, len(areas) + 1, dtype=np.uint8))
     return {"shown": shown, "trusted": len(trusted), "images": len(paths),
-            "labels": [(index + 1, "#%02x%02x%02x" % tuple(colour), 100 * area)
+            "labels": [(index + 1, "#" + bytes(colour).hex(), 100 * area)
                        for index, (colour, area) in enumerate(zip(colours.tolist(), areas))]}
 
 

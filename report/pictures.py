@@ -11,7 +11,7 @@ from PIL import Image
 
 from loco.images import colour_labels
 
-FULL_HEAT = 0.5  # anomaly-map value shown at full strength; one normal pixel in two hundred exceeds 0.1 (METHOD.md section 3)
+FULL_HEAT = 0.3  # anomaly-map value shown at full strength; one normal pixel in two hundred exceeds 0.1 (METHOD.md section 3)
 _OPACITY = 0.65
 
 
@@ -36,7 +36,7 @@ def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
 def label_overlay(image: np.ndarray, label_map: np.ndarray) -> np.ndarray:
     """Paint the components of a label map (h, w) uint8 over an image (H, W, 3) uint8; background stays as it is."""
     labels = _enlarge(label_map, image, cv2.INTER_NEAREST_EXACT)
-    painted = cv2.addWeighted(image, 0.4, colour_labels(labels), 0.6, 0)
+    painted = cv2.addWeighted(image, 0.3, colour_labels(labels), 0.7, 0)
     return np.where((labels > 0)[..., None], painted, image // 2 + 32)
 
 
