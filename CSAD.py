@@ -2,7 +2,8 @@
 
 A teacher (random projections of a frozen encoder) is imitated by a student, locally, and by an autoencoder, globally;
 a second head of the student imitates the autoencoder. Writes ckpt/best_{category}.pth and the LGST scores of
-validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score.npy. Interrupted, it resumes.
+validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score.npy, and the test images' anomaly maps
+({category}_LGST_maps.npz). Interrupted, it resumes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from errors import run_script
 from loco import files, images, layout, records
 from models.device import all_devices
 from models.encoder import Backbone, build_backbone
-from models.lgst import LGST, Differences
+from models.lgst import LGST, MAP_SIZE, Differences
 from models.precision import choose_precision, memory_format
 from training.ahead import draw_ahead
 from training.fleet import run_all
@@ -60,6 +61,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
     scores = [workspace.scores(category.name, branch, part)
               for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]
+    scores.append(workspace.anomaly_maps(category.name))
     penalties = PenaltyImages(chosen.penalty_images)
     used = {"settings": chosen.model_dump(), "precision": precision,
             **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
@@ -159,18 +161,19 @@ def differences(model: LGST, backbone: Backbone, paths: Sequence[Path], device: 
 
 def score_files(model: LGST, category: layout.Category, workspace: layout.Workspace, backbone: Backbone,
                 device: torch.device) -> None:
-    """Score validation and test images and write the six files (LGST and its published twin name CSAD)."""
-    def score(paths: Sequence[Path], what: str) -> np.ndarray:
+    """Score validation and test images; write the six files (LGST and its published twin name CSAD), before them the maps."""
+    def anomaly_maps(paths: Sequence[Path], what: str) -> np.ndarray:
         if not paths:
-            return np.zeros(0)
+            return np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
         maps = differences(model, backbone, paths, device, f"{category.name}: score {what}")
-        maps = Differences(*(part.to(device) for part in maps))
-        return model.anomaly_map(maps).amax((1, 2)).double().cpu().numpy()
+        return model.anomaly_map(Differences(*(part.to(device) for part in maps))).cpu().numpy()
 
-    good = score(category.test(layout.GOOD), "good")
-    parts = {"val": score(category.validation, "validation"),
-             "logi": np.concatenate([good, score(category.test(layout.LOGICAL), "logical")]),
-             "struc": np.concatenate([good, score(category.test(layout.STRUCTURAL), "structural")])}
+    maps = {kind: anomaly_maps(category.test(kind), kind) for kind in layout.KINDS}
+    files.write_arrays(workspace.anomaly_maps(category.name), **maps)
+    scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
+    validation = anomaly_maps(category.validation, "validation").max((1, 2)).astype(np.float64)
+    parts = {"val": validation, "logi": np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]),
+             "struc": np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]])}
     for part, values in parts.items():
         for branch in ("LGST", "CSAD"):
             files.write_array(workspace.scores(category.name, branch, part), values)

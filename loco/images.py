@@ -37,10 +37,13 @@ def read_rgb(path: str | Path, size: int | None = None) -> np.ndarray:
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / max(values.max(), 1) * 255 if values.max() > 65535 else values / 257)
                                 .round().astype(np.uint8))
-    image = image.convert("RGB")
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    pixels = np.asarray(image.convert("RGB"))
+    return pixels if size is None else resize(pixels, size)
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8 as the networks see it."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_mask(path: str | Path) -> np.ndarray:

@@ -53,6 +53,14 @@ class Category:
         """(kind, path) of every test image: good, then logical, then structural."""
         return [(kind, path) for kind in KINDS for path in self.test(kind)]
 
+    @property
+    def defects_config(self) -> Path:
+        return self.root / "defects_config.json"
+
+    def region_masks(self, kind: str, image: Path) -> list[Path]:
+        """Ground truth of one test image: one mask per annotated region, none for a good image."""
+        return sorted((self.root / "ground_truth" / kind / image.stem).glob("*.png"))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -131,6 +139,10 @@ class Workspace:
         """An unfinished stage 3, to resume from."""
         return self.root / "ckpt" / f"{category}_lgst_progress.pth"
 
+    def anomaly_maps(self, category: str) -> Path:
+        """Per kind of test image, in sorted file order, the 64x64 maps whose maxima are the LGST scores."""
+        return self.root / "anomaly_score" / f"{category}_LGST_maps.npz"
+
     # Stages 2 and 3: branch is "patchhist", "LGST" or its published twin name "CSAD"; part is logi, struc or val
     def scores(self, category: str, branch: str, part: str) -> Path:
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
@@ -152,6 +164,14 @@ class Workspace:
     def over_seeds(self, what: str) -> Path:
         """A table over several seeds: mean and standard deviation."""
         return self.root / "seeds" / f"{what}.txt"
+
+    def metrics(self, category: str) -> Path:
+        """Everything that stage 5 measured on one category."""
+        return self.root / "anomaly_score" / f"{category}_metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,14 +1,31 @@
-"""Image-level metrics."""
+"""Image-level metrics, in percent; scores of good and of anomalous images, (n,) and (m,), higher = more anomalous."""
 
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 
 def auroc(good: np.ndarray, anomalous: np.ndarray) -> float:
-    """Area under the ROC curve in percent of scores (n,) and (m,), higher = more anomalous; NaN where one is empty."""
+    """Area under the ROC curve; NaN where one side is empty."""
+    return _percent(roc_auc_score, good, anomalous)
+
+
+def average_precision(good: np.ndarray, anomalous: np.ndarray) -> float:
+    """Mean precision over the recall steps; NaN where one side is empty."""
+    return _percent(average_precision_score, good, anomalous)
+
+
+def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
+    """F1 at the best of all thresholds; NaN where one side is empty."""
+    def best(labels: np.ndarray, scores: np.ndarray) -> float:
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+    return _percent(best, good, anomalous)
+
+
+def _percent(metric, good: np.ndarray, anomalous: np.ndarray) -> float:
     if not len(good) or not len(anomalous):
         return float("nan")
     labels = np.r_[np.zeros(len(good)), np.ones(len(anomalous))]
-    return 100 * float(roc_auc_score(labels, np.r_[good, anomalous]))
+    return 100 * float(metric(labels, np.r_[good, anomalous]))

@@ -1,0 +1,84 @@
+"""Small SVG figures that take their colours from the page's style sheet, so that they follow light and dark mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from markupsafe import Markup
+from sklearn.metrics import roc_curve
+
+_WIDTH, _HEIGHT = 360, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 38
+_BINS = 28
+
+
+def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], label: str) -> Markup:
+    """ROC curves of several scores; the keys become the lines' CSS classes.
+
+    Args:
+        good, anomalous: per score (n,) and (m,) values, higher = more anomalous.
+        label: what the figure shows, for readers who cannot see it.
+    """
+    parts = [_frame("false-positive rate", "true-positive rate", (0, 1), (0, 1)),
+             f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>']
+    for name, normal in good.items():
+        labels = np.r_[np.zeros(len(normal)), np.ones(len(anomalous[name]))]
+        false_rate, true_rate, _ = roc_curve(labels, np.r_[normal, anomalous[name]])
+        points = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in zip(false_rate, true_rate))
+        parts.append(f'<polyline class="line {name}" points="{points}"/>')
+    return _figure(parts, label)
+
+
+def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -> Markup:
+    """Share of images over score, one outline per kind; the keys become CSS classes. What lies far out joins the last bin."""
+    everything = np.concatenate([*scores.values(), [threshold]])
+    low = float(everything.min())
+    high = float(max(np.quantile(everything, 0.98), threshold + 0.1 * (threshold - low)))
+    high = high if high > low else low + 1
+    edges = np.linspace(low, high, _BINS + 1)
+    shares = {name: np.histogram(np.clip(values, low, high), edges)[0] / max(len(values), 1) for name, values in scores.items()}
+    top = max(share.max() for share in shares.values()) or 1
+    parts = [_frame("score", "share of images", (low, high), (0, top))]
+    for name, share in shares.items():
+        corners = [(edges[0], 0.0)]
+        for left, right, value in zip(edges, edges[1:], share):
+            corners += [(left, value), (right, value)]
+        corners.append((edges[-1], 0.0))
+        points = " ".join(f"{_x((x - low) / (high - low)):.1f},{_y(y / top):.1f}" for x, y in corners)
+        parts.append(f'<polygon class="area {name}" points="{points}"/>')
+    x = _x((threshold - low) / (high - low))
+    parts.append(f'<line class="threshold" x1="{x:.1f}" y1="{_y(0)}" x2="{x:.1f}" y2="{_y(1)}"/>')
+    parts.append(f'<text class="threshold-text" x="{x + 4:.1f}" y="{_TOP + 11}">threshold</text>')
+    return _figure(parts, label)
+
+
+def _frame(across: str, up: str, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = _x(share), _y(share)
+        parts.append(f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
+                     f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
+                     f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{_number(x_range, share)}</text>'
+                     f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, share)}</text>')
+    parts.append(f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
+                 f'<text transform="translate(11 {_y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text>')
+    return "".join(parts)
+
+
+def _number(limits: tuple[float, float], share: float) -> str:
+    value = limits[0] + share * (limits[1] - limits[0])
+    return f"{value:.0f}" if abs(limits[1] - limits[0]) >= 20 else f"{value:.1f}" if limits[1] - limits[0] > 2 else f"{value:.2f}"
+
+
+def _x(share: float) -> float:
+    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _y(share: float) -> float:
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _figure(parts: list[str], label: str) -> Markup:
+    return (Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, label)
+            + Markup("".join(parts)) + Markup("</svg>"))

@@ -1,0 +1,286 @@
+"""predict.py with an engine that knows the answers: verdicts, words, tables, unreadable files, watching, memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+import predict
+from errors import run_script
+from report.components import LIMIT, deviations
+
+HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
+             "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]], "quarter_std": [[0.02, 0.02, 0.01]] * 4}
+
+
+class BrightEngine:
+    """Scores an image by its mean brightness; all of it is LGST's share; every label map is background."""
+
+    runtime = "fake"
+
+    def __init__(self, **metadata):
+        self.metadata = {"with_map": True, "raw_input": True, "validation_scores": list(range(101)), "histogram": HISTOGRAM}
+        self.metadata |= metadata
+        self.batches = []
+
+    def score(self, images):
+        assert images.shape[1:] == (3, 256, 256)
+        self.batches.append(len(images))
+        return images.reshape(len(images), -1).mean(1).astype(np.float32)
+
+    def findings(self, images):
+        score = self.score(images)
+        anomaly_map = np.zeros((len(images), 256, 256), np.float32)
+        anomaly_map[:, 48:80, 112:144] = 1
+        anomaly_map[:, 64, 128] = 2
+        return SimpleNamespace(score=score, lgst_score=score, patch_histogram_score=0 * score, anomaly_map=anomaly_map,
+                               label_map=np.zeros((len(images), 256, 256), np.uint8))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    fake = BrightEngine()
+    monkeypatch.setattr(predict, "open_model", lambda path, device: fake)
+    return fake
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run predict.py; returns its exit status."""
+    def run_it(*args) -> int:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--model", "x.onnx", "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as ended:
+            run_script(predict.main)
+        return ended.value.code
+    return run_it
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for name, value in (("a.png", 10), ("b/a.png", 120), ("b/c.jpg", 50)):
+        write(folder / name, value)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def write(path: Path, value: int, size=(60, 80)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((*size, 3), value, np.uint8))
+    return path
+
+
+def rows(tmp_path) -> list[dict[str, str]]:
+    with open(tmp_path / "out/predictions.csv", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def lines(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+
+
+def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
+    assert run(photos) == 4
+    found = rows(tmp_path)
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in found] == ["a.png", "b/a.png", "b/c.jpg"]
+    assert [row["verdict"] for row in found] == ["normal", "anomalous", "normal"]
+    assert float(found[1]["score"]) == pytest.approx(120)
+    assert float(found[1]["threshold"]) == 99  # 1 % of 0..100 lies over it
+    assert (found[1]["unusual_x"], found[1]["unusual_y"]) == ("40", "15")  # of 80x60 pixels
+    detailed = lines(tmp_path)
+    assert [one["verdict"] for one in detailed] == [row["verdict"] for row in found]
+    assert detailed[1]["lgst_score"] + detailed[1]["patch_histogram_score"] == pytest.approx(detailed[1]["score"])
+    assert "component 1 is missing" in found[1]["findings"]
+    said = capsys.readouterr().out
+    assert "component 1 is missing" in said
+    assert "2 normal, 1 anomalous, 0 unreadable" in said
+
+
+def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):
+    assert run(photos, "--threshold", 200) == 0
+    assert run(photos, "--false_positive_rate", 0.5) == 4
+    assert {row["threshold"] for row in rows(tmp_path)} == {"50"}
+
+
+def test_unreadable_files_are_reported_and_skipped(engine, run, photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
+    (photos / "empty.png").write_bytes(b"")
+    assert run(photos) == 3
+    found = rows(tmp_path)
+    assert [row["verdict"] for row in found] == ["normal", "anomalous", "normal", "unreadable", "unreadable"]
+    assert found[3]["score"] == ""
+    assert "broken.png cannot be read" in found[3]["findings"]
+    assert lines(tmp_path)[3]["problem"]
+    assert "cannot be read" in capsys.readouterr().out
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"")
+    (photos / "b/c.jpg").unlink()
+    assert run(photos) == 3  # a batch without any readable image
+
+
+def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos, tmp_path):
+    assert run(photos / "a.png", photos / "b/a.png", photos / "b/c.jpg", "--save_maps") == 4
+    maps = tmp_path / "out/maps"
+    assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == ["a.png", "b/a.png", "b/c.jpg.png"]
+    drawn = cv2.imread(str(maps / "b/a.png"))
+    assert drawn.shape[0] == 60
+    assert drawn.shape[1] > 3 * 80
+    heat, plain = drawn[15, 80 + 4 + 40].astype(int), drawn[15, 40].astype(int)
+    assert np.ptp(plain) == 0  # the image is grey
+    assert np.ptp(heat) > 20  # where the map peaks it is coloured
+
+
+def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
+    write(tmp_path / "a.png", 10)
+    for _ in range(2):
+        assert run(tmp_path, "--save_maps") == 0
+    assert len(rows(tmp_path)) == 1
+
+
+def test_model_without_maps_gives_scores_only(engine, run, photos, tmp_path, capsys):
+    engine.metadata["with_map"] = False
+    assert run(photos) == 4
+    assert rows(tmp_path)[1]["lgst_score"] == rows(tmp_path)[1]["findings"] == ""
+    assert run(photos, "--save_maps") == 2
+    assert "--with_map" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nowhere"], "there is no nowhere"), (["EMPTY"], "no images"), (["PHOTOS", "--batch_size", "0"], "--batch_size"),
+    (["PHOTOS", "--false_positive_rate", "2"], "--false_positive_rate"), (["PHOTOS/a.png", "--watch"], "--watch needs folders"),
+])
+def test_mistakes_get_a_sentence(engine, run, photos, tmp_path, capsys, arguments, said):
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": str(tmp_path / "empty"), "PHOTOS": str(photos), "PHOTOS/a.png": str(photos / "a.png")}
+    assert run(*(places.get(argument, argument) for argument in arguments)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_knows_no_validation_scores_needs_a_threshold(engine, run, photos, capsys):
+    engine.metadata.clear()  # as in published files
+    engine.metadata["raw_input"] = True
+    assert run(photos) == 2
+    assert "--threshold" in capsys.readouterr().err
+    assert run(photos, "--threshold", 60) == 4
+
+
+def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkeypatch):
+    """No more images are decoded than the ones ahead of what is scored."""
+    path = write(tmp_path / "a.png", 10)
+    alive, most, lock = set(), [0], threading.Lock()
+    real = predict.read
+
+    def counting(path, side):
+        picture = real(path, side)
+        with lock:
+            alive.add(id(picture))
+            most[0] = max(most[0], len(alive))
+        return picture
+
+    monkeypatch.setattr(predict, "read", counting)
+    monkeypatch.setattr(predict, "judge", lambda pictures, *rest: (
+        [alive.discard(id(picture)) for picture in pictures],
+        [predict.Prediction(picture.path, "normal", 1.0, 0.0) for picture in pictures])[1])
+    found = list(predict.predict((path for _ in range(200)), engine, 1.0, 4, None))
+    assert len(found) == 200
+    assert most[0] <= (predict.AHEAD + 2) * 4
+
+
+def test_order_and_batches(engine, tmp_path):
+    paths = [write(tmp_path / f"{value}.png", value) for value in (5, 3, 9, 1, 7)]
+    found = list(predict.predict(iter(paths), engine, 4.0, 2, None))
+    assert [round(one.score) for one in found] == [5, 3, 9, 1, 7]
+    assert engine.batches == [2, 2, 1]
+
+
+def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
+    folder = tmp_path / "in"
+    write(folder / "old.png", 1)
+    rounds = predict.watch([folder], tmp_path / "in/out")
+    assert next(rounds) == []  # seen once: may still be growing
+    assert next(rounds) == [folder / "old.png"]
+    (folder / "new.png").write_bytes(b"half")
+    (folder / "empty.png").touch()
+    assert next(rounds) == []
+    (folder / "new.png").write_bytes(b"half and more")
+    assert next(rounds) == []
+    assert next(rounds) == [folder / "new.png"]
+    write(folder / "out/maps/old.png", 1)
+    write(folder / ".part.png", 1)
+    assert [next(rounds) for _ in range(3)] == [[], [], []]
+    os.utime(folder / "old.png", ns=(1, 1))  # replaced by another picture
+    assert [next(rounds) for _ in range(3)] == [[], [folder / "old.png"], []]
+    (folder / "old.png").unlink()
+    assert next(rounds) == []
+
+
+def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
+    """In a process of its own, with files that appear while it runs."""
+    script = ("import sys; sys.path[:0] = ['.', 'tests']; import predict, test_predict; from errors import run_script\n"
+              "predict.POLL_SECONDS = 0.05\n"
+              "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
+              "run_script(predict.main)")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder), "--model", "x", "--watch", "--output",
+                                str(tmp_path / "out")], cwd=Path(predict.__file__).parent, stdout=subprocess.PIPE, text=True)
+    write(folder / "first.png", 10)
+    assert "first.png" in process.stdout.readline()
+    write(folder / "second.png", 200)
+    assert process.stdout.readline().startswith("anomalous")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert "1 normal, 1 anomalous, 0 unreadable" in said
+    assert process.returncode == 4
+
+
+def label_map(**boxes) -> np.ndarray:
+    """Nothing but components 1 and 2 in the named boxes (rows and columns, in 256ths)."""
+    found = np.zeros((256, 256), np.uint8)
+    for name, (rows, columns) in boxes.items():
+        found[rows, columns] = int(name[1:])
+    return found
+
+
+def test_a_normal_image_has_no_words():
+    # 0.08 and 0.02 of three quarters, 0.08 and nothing of the fourth
+    quarter = np.zeros(128 * 128, np.uint8)
+    quarter[:1311] = 1
+    last = quarter.reshape(128, 128).copy()
+    quarter[1311:1311 + 328] = 2
+    quarter = quarter.reshape(128, 128)
+    assert deviations(np.block([[quarter, quarter], [quarter, last]]), HISTOGRAM) == []
+
+
+def test_words_say_what_and_where():
+    found = deviations(label_map(c1=(slice(0, 64), slice(0, 128)), c2=(slice(200, 256), slice(200, 256))), HISTOGRAM)
+    words = [one.words for one in found]
+    assert "component 1: 1.6 times the normal area, above all in the top-left quarter" in words
+    assert "component 1 is missing from the bottom-right quarter" in words
+    assert "component 2: 2.4 times the normal area, above all in the bottom-right quarter" in words
+    assert all(abs(one.deviation) >= LIMIT for one in found)
+    assert [abs(one.deviation) for one in found] == sorted((abs(one.deviation) for one in found), reverse=True)
+
+
+def test_words_of_a_part_in_the_wrong_quarter():
+    histogram = {"mean": [0.95, 0.05], "std": [0.01, 0.01],
+                 "quarter_mean": [[0.8, 0.2], [1, 0], [1, 0], [1, 0]], "quarter_std": [[0.01, 0.01], [0, 0], [0, 0], [0, 0]]}
+    moved = np.zeros((256, 256), np.uint8)
+    moved[:64, 128:180] = 1  # in all as much as always
+    assert {one.words for one in deviations(moved, histogram)} == {
+        "component 1 is missing from the top-left quarter",
+        "component 1 in the top-right quarter, where there is normally none"}
