@@ -35,11 +35,12 @@ def label(category):
     deepest = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
     backbone = Backbone("tiny", deepest, deepest, (8, 8, 8), fingerprint(deepest))
 
-    def run(root, overwrite=False, seed=0, **changes):
+    def run(root, overwrite=False, seed=0, proposed_by=None, **changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
         chosen = settings.load("discs", "quick", named).pseudo_labels
-        workspace = layout.Workspace(root)
-        pseudo_label.label_category(category, workspace, chosen, backbone, torch.device("cpu"), seed, overwrite)
+        workspace, device = layout.Workspace(root), torch.device("cpu")
+        proposer = proposed_by or pseudo_label.choose_proposer("discs", chosen, workspace.checkpoints, device, False)
+        pseudo_label.label_category(category, workspace, chosen, proposer, backbone, device, seed, overwrite)
         return workspace
     return run
 
@@ -168,10 +169,10 @@ def test_the_published_space_is_projected_and_has_its_own_bandwidth(category):
     features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
     published = Backbone("wide_resnet50_2", nn.Identity(), nn.Identity(), (256, 512, 1024), "")
     chosen = settings.load("screw_bag", "paper").pseudo_labels
-    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, chosen, published, 0)
+    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, published, 0)
     assert vectors.shape == (6, 512) and bandwidth == 3.0
     other = settings.load("screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}).pseudo_labels
-    assert pseudo_label.feature_space("screw_bag", features, other, published, 0)[1] == 1.0
+    assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
 
 def test_the_command_line_tells_a_mistake(tmp_path, monkeypatch, capsys):
