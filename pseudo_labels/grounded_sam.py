@@ -28,6 +28,7 @@ from settings import PseudoLabelSettings
 PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO = "vit_h", "swint_ogc"
 STABILITY_OFFSET, NMS_IOU, CROP_OVERLAP = 1.0, 0.7, 512 / 1500  # of automatic mask generation
 PROMPTS_PER_BATCH = 16
+SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of what Grounding DINO sees; at least, at most
 INSET = 10  # pixels from the border: where four of the background's eight points lie
 
 
@@ -182,7 +183,7 @@ class GroundingDino:
             from groundingdino.datasets import transforms
         self.network, self.device = network, device
         self.prepare = transforms.Compose([
-            transforms.RandomResize([800], max_size=1333), transforms.ToTensor(),
+            transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE), transforms.ToTensor(),
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
     @torch.inference_mode()
