@@ -10,9 +10,11 @@ turned by PIL one by one, and MeanShift's seeds climbing together instead of one
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ import torchvision
 from PIL import Image
 from sklearn.cluster import MeanShift
 from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import settings
 from errors import run_script
@@ -70,8 +73,7 @@ def main() -> None:
     for size in args.sam:
         costs += cost_of_sam(size, image, device, seconds)
     for size in args.grounding_dino:
-        network = GroundingDino(build_grounding_dino(size, None).to(device).eval(), device)
-        costs.append(Cost(f"Grounding DINO {size}", seconds(lambda: network.detect(image, "a . b . c .", 0.5, 0.3), 2), "image"))
+        costs.append(cost_of_grounding_dino(size, image, device, seconds))
     if not args.skip_features:
         costs += cost_of_features(image, masks.label_masks(label_map), device, seconds)
     costs += cost_of_clustering(args.components, seconds, args.scikit_learn)
@@ -105,6 +107,16 @@ def cost_of_sam(size: str, image: np.ndarray, device: torch.device, seconds: Cal
     few = settings.load("", "paper", {"pseudo_labels.points_per_side": 8, "pseudo_labels.crop_n_layers": 0}).pseudo_labels
     sam.everything(few)
     yield Cost(f"SAM-HQ {size}: automatic masks (published: 5 crops x 1024)", seconds(lambda: sam.everything(few)) / 64, "point")
+
+
+def cost_of_grounding_dino(size: str, image: np.ndarray, device: torch.device, seconds: Callable[..., float]) -> Cost:
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] . ? screw nut washer bag".split()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        BertTokenizerFast(str(Path(folder, "vocab.txt"))).save_pretrained(folder)
+        BertModel(BertConfig(vocab_size=len(words))).save_pretrained(folder)
+        network = GroundingDino(build_grounding_dino(size, Path(folder)).to(device).eval(), device)
+    return Cost(f"Grounding DINO {size}", seconds(lambda: network.detect(image, "screw . nut .", 0.5, 0.3), 2), "image")
 
 
 def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,

@@ -224,12 +224,10 @@ def load_sam(size: str, path: Path, device: torch.device) -> SamHQ:
     Raises:
         UserError: the file is damaged or holds another network.
     """
-    with quietly():
-        from segment_anything_hq import sam_model_registry
-        network = sam_model_registry[size]()
+    network = build_sam(size)
     _fill(network, _read(path), f"{path} does not hold the weights of SAM-HQ {size}; put the published {path.name} there, or "
                                 "name another size with --pseudo_labels.sam")
-    # Once more after the weights are in: TinyViT derives tables from them when it goes to eval mode.
+    # Eval mode once more, now that the weights are in: TinyViT derives tables from them when it is entered.
     return SamHQ(network.to(device).eval())
 
 
@@ -240,10 +238,33 @@ def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch
     Raises:
         UserError: a file is damaged or holds another network, or the folder does not hold a BERT.
     """
+    network = build_grounding_dino(size, text_encoder)
+    other = (f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
+             f"published {path.name} there, or name another size with --pseudo_labels.grounding_dino")
+    state = _read(path)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(other)
+    prefix = "module."  # of a network saved while it was trained on several devices
+    _fill(network, {name.removeprefix(prefix): values for name, values in state["model"].items()}, other)
+    return GroundingDino(network.to(device).eval(), device)
+
+
+def build_sam(size: str) -> nn.Module:
+    """The package's SAM-HQ with random weights: vit_h, vit_l, vit_b or vit_tiny."""
+    with quietly():
+        from segment_anything_hq import sam_model_registry
+        return sam_model_registry[size]()
+
+
+def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
+    """The package's Grounding DINO with random weights but for the text encoder's: swint_ogc or swinb_cogcoor.
+
+    Raises:
+        UserError: the folder does not hold a BERT.
+    """
     with quietly():
         from groundingdino import config
         from groundingdino.models import build_model
-        from groundingdino.util.misc import clean_state_dict
         from groundingdino.util.slconfig import SLConfig
 
         name = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}[size]
@@ -252,18 +273,11 @@ def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch
         # Recomputing activations saves memory in training, which is not what happens here.
         arguments.use_checkpoint = arguments.use_transformer_ckpt = False
         try:
-            network = build_model(arguments)
+            return build_model(arguments)
         except (OSError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as problem:
             raise UserError(f"{text_encoder} does not hold the text encoder {checkpoints.TEXT_ENCODER} "
                             f"({str(problem).splitlines()[0]}); it needs config.json, vocab.txt and model.safetensors, "
                             "which --download fetches") from problem
-    other = (f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
-             f"published {path.name} there, or name another size with --pseudo_labels.grounding_dino")
-    state = _read(path)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(other)
-    _fill(network, clean_state_dict(state["model"]), other)
-    return GroundingDino(network.to(device).eval(), device)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

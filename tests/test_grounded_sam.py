@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,8 @@ PROMPT = "pin . nut . zip-lock bag ."
 
 def small_grounding_dino(patch):
     """Let the package build a Grounding DINO with its own Swin-T but few layers, six boxes and small pictures."""
-    from groundingdino.util.slconfig import SLConfig
+    with grounded_sam.quietly():
+        from groundingdino.util.slconfig import SLConfig
     published = SLConfig.fromfile
 
     def fewer(path):
@@ -39,26 +39,19 @@ def small_grounding_dino(patch):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A ckpt folder with checkpoints that the packages' own builders made."""
-    with grounded_sam.quietly():
-        from groundingdino import config
-        from groundingdino.models import build_model
-        from groundingdino.util.slconfig import SLConfig
-        from segment_anything_hq import sam_model_registry
-        from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizerFast
 
-        folder = tmp_path_factory.mktemp("ckpt")
-        torch.manual_seed(0)
-        torch.save(sam_model_registry["vit_tiny"]().state_dict(), folder / "sam_hq_vit_tiny.pth")
-        bert = folder / "bert-base-uncased"
-        BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                             intermediate_size=32)).save_pretrained(bert)
-        (bert / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-        BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
-        with pytest.MonkeyPatch.context() as patch:
-            small_grounding_dino(patch)
-            arguments = SLConfig.fromfile(str(Path(config.__file__).parent / "GroundingDINO_SwinT_OGC.py"))
-            arguments.text_encoder_type = str(bert)
-            state = build_model(arguments).state_dict()
+    folder = tmp_path_factory.mktemp("ckpt")
+    torch.manual_seed(0)
+    torch.save(grounded_sam.build_sam("vit_tiny").state_dict(), folder / "sam_hq_vit_tiny.pth")
+    bert = folder / "bert-base-uncased"
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=32)).save_pretrained(bert)
+    (bert / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
+    with pytest.MonkeyPatch.context() as patch:
+        small_grounding_dino(patch)
+        state = grounded_sam.build_grounding_dino("swint_ogc", bert).state_dict()
     # The published file's keys have this prefix, and it holds parameters that inference does not need.
     state = {f"module.{key}": value for key, value in state.items()} | {"module.label_enc.weight": torch.zeros(2, 2)}
     torch.save({"model": state}, folder / "groundingdino_swint_ogc.pth")
