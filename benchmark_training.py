@@ -82,7 +82,7 @@ def main() -> None:
 
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
     report = {"stage": args.stage, "preset": args.preset, "steps_of_preset": steps, "device": str(device),
-              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
               "threads": torch.get_num_threads(), "torch": torch.__version__,
               "settings": getattr(chosen, args.stage).model_dump(),
               "matrix_multiply_adds_per_second": rates, "variants": {}}
