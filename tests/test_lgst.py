@@ -126,6 +126,30 @@ def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
     assert relative_difference(gradients["bf16"], gradients["fp32"]) < 5e-2
 
 
+def test_bf16_learns_as_much_as_fp32_in_as_many_steps(pictures):
+    chosen = settings.load("none", "quick", {"lgst.width": 8, "lgst.teacher_channels": 8}).lgst
+    encoder, penalties = Encoder(), PenaltyImages("rendered")
+    left = {}
+
+    def judge(model):
+        return sum(steps.losses(model.eval(), encoder, judged, chosen.hard_quantile, "fp32").values()).item()
+    for precision, model in zip(("fp32", "bf16"), twin_models(chosen)):
+        lessons = Lessons(pictures, model, encoder, torch.device("cpu"), "teach")
+        lessons.fit_teacher_normalisation()
+        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
+        judged = lessons.batch(draw(len(pictures), penalties, chosen, 1000, "c", 0))
+        at_first = judge(model)
+        model.train()
+        for step in range(25):
+            batch = lessons.batch(draw(len(pictures), penalties, chosen, step, "c", 0))
+            optimizer.zero_grad()
+            sum(steps.losses(model, encoder, batch, chosen.hard_quantile, precision).values()).backward()
+            optimizer.step()
+        left[precision] = judge(model) / at_first
+    assert left["fp32"] < 0.9
+    assert left["bf16"] == pytest.approx(left["fp32"], rel=0.03)
+
+
 def test_draws_depend_on_seed_and_step_only(pictures):
     chosen = settings.load("none", "quick", {"lgst.penalty_every": 1}).lgst
     penalties = PenaltyImages("rendered")
