@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.encoder import TapEncoder, resize
 from models.fused import FusedModel
-from models.lgst import MAP_SIZE
+from models.lgst import MAP_SIZE, Student
 from models.segmentor import ConvBnRelu
 
 IMAGE_SIZE = 256
@@ -58,8 +58,23 @@ class FoldedTeacher(nn.Module):
         return F.avg_pool2d(features, 3, stride=1, padding=1) + self.bias
 
 
+class FoldedStudent(nn.Module):
+    """Images -> local and global features one after the other, (B, 2 channels, 64, 64)."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.heads = nn.Conv2d(student.conv_st.in_channels, 2 * student.conv_st.out_channels, 1)
+        for name in ("weight", "bias"):
+            getattr(self.heads, name).data = torch.cat([getattr(student.conv_st, name), getattr(student.conv_ae, name)])
+        del student.conv_st, student.conv_ae
+        self.trunk = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.heads(self.trunk.trunk(images))
+
+
 class FoldedModel(nn.Module):
-    """Images in, score out, or with maps everything in `Maps`.
+    """Images in, score out; with maps, everything in `Maps`.
 
     Args:
         model: what to fold; it is not changed.
@@ -73,21 +88,15 @@ class FoldedModel(nn.Module):
                  mean: tuple[float, ...] = (0, 0, 0), std: tuple[float, ...] = (1, 1, 1), dtype: torch.dtype = torch.float32):
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
+        channels = _eighth_and_sixteenth(model)
         self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
         self.encoder = fold_encoder(model.encoder)
-        projection, student = model.teacher.proj, model.local_st
-        sixteenth = projection.weight.shape[1] - _eighth_channels(model)
-        self.teacher = FoldedTeacher(projection, model.teacher_mean, model.teacher_std,
-                                     (_eighth_channels(model), sixteenth))
-        self.heads = nn.Conv2d(student.conv_st.in_channels, 2 * student.conv_st.out_channels, 1)
-        for name in ("weight", "bias"):
-            getattr(self.heads, name).data = torch.cat([getattr(student.conv_st, name), getattr(student.conv_ae, name)])
-        self.student, self.autoencoder = student, model.autoencoder
-        del student.conv_st, student.conv_ae
+        self.teacher = FoldedTeacher(model.teacher.proj, model.teacher_mean, model.teacher_std, channels)
+        self.student, self.autoencoder = FoldedStudent(model.local_st), model.autoencoder
         self.segmentor = fold_blocks(model.segmentor)
         # The last resize of the logits is done here, in fp32.
         self.segmentor.output_size = MAP_SIZE
-        for part in (self.encoder, self.teacher, self.heads, self.student, self.autoencoder, self.segmentor):
+        for part in (self.encoder, self.teacher, self.student, self.autoencoder, self.segmentor):
             part.to(dtype)
 
         self.detector = model.patch_hist_detector
@@ -102,13 +111,18 @@ class FoldedModel(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor | Maps:
+        maps = self.analyse(images)
+        return maps if self.with_map else maps.score
+
+    def analyse(self, images: Tensor) -> Maps:
+        """(B, 3, 256, 256) -> everything, whatever `forward` returns of it."""
         if self.raw_input:
             images = (images.float() - self.image_mean) / self.image_std
         images = images.to(self.dtype)
         features = self.encoder(images)
 
         wanted = torch.cat([self.teacher(*features[1:]), self.autoencoder(images)], dim=1).float()
-        given = self.heads(self.student.trunk(images)).float()
+        given = self.student(images).float()
         local, global_ = (part.mean(1) for part in (wanted - given).square().chunk(2, dim=1))
         anomaly_map = self.scale[0] * local + self.scale[1] * global_ + self.offset
         lgst_score = (anomaly_map.amax((1, 2)) - self.lgst_mean) / self.lgst_std
@@ -118,8 +132,6 @@ class FoldedModel(nn.Module):
         patch_histogram_score = (self.detector(label_map) - self.patch_hist_mean) / self.patch_hist_std
 
         score = lgst_score + patch_histogram_score
-        if not self.with_map:
-            return score
         large = resize(anomaly_map[:, None], (IMAGE_SIZE, IMAGE_SIZE))[:, 0]
         return Maps(score, large, label_map.to(torch.uint8), lgst_score, patch_histogram_score)
 
@@ -156,7 +168,8 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _eighth_channels(model: FusedModel) -> int:
-    """Channels of the encoder's map at 1/8, the first that the teacher projects."""
+def _eighth_and_sixteenth(model: FusedModel) -> tuple[int, int]:
+    """Channels of the two encoder maps that the teacher projects."""
     with torch.no_grad():
-        return model.encoder(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=model.lgst_mean.device))[1].shape[1]
+        features = model.encoder(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=model.lgst_mean.device))
+    return features[1].shape[1], features[2].shape[1]

@@ -139,14 +139,20 @@ class Workspace:
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
 
     # Stages 4 and 5
-    def exported_model(self, category: str, runtime: str) -> Path:
+    def exported_model(self, category: str, runtime: str, precision: str = "fp32") -> Path:
+        """fp32 has the published names; other precisions lie beside it as {category}_{precision}."""
         folder, suffix = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"),
                           "openvino": ("openvino_models", ".xml")}[runtime]
-        return self.root / "ckpt" / folder / f"{category}{suffix}"
+        return self.root / "ckpt" / folder / f"{_with_precision(category, precision)}{suffix}"
 
-    def evaluation(self, category: str, runtime: str) -> Path:
+    def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:
         """Score of every test image; its twin with suffix .json holds the AUROCs and what made them."""
-        return self.root / "anomaly_score" / f"{category}_{runtime}_scores.csv"
+        return self.root / "anomaly_score" / f"{category}_{_with_precision(runtime, precision)}_scores.csv"
+
+    @property
+    def export_report(self) -> Path:
+        """What every evaluated export came to; its twin with suffix .md is the same as a table."""
+        return self.root / "export_report.json"
 
     @property
     def combined_scores(self) -> Path:
@@ -183,6 +189,10 @@ class Workspace:
             yield
         finally:
             lock.release()
+
+
+def _with_precision(name: str, precision: str) -> str:
+    return name if precision == "fp32" else f"{name}_{precision}"
 
 
 def _images(folder: Path) -> list[Path]:

@@ -52,7 +52,8 @@ def label_histograms(labels: Tensor, classes: int, background: bool = False) -> 
 def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor) -> Tensor:
     """Distances of histograms (B, n) from a mean (n, 1), (B,); Euclidean where Mahalanobis is not a number."""
     difference = histograms - mean.view(1, -1)
-    squared = (difference @ inverse_covariance * difference).sum(1)
+    # Products and a sum instead of a matrix product: runtimes take the latter for a network's layer and run it in bf16.
+    squared = (difference[:, :, None] * inverse_covariance * difference[:, None, :]).sum((1, 2))
     euclidean = difference.square().sum(1)
     return torch.where(squared >= 0, squared, euclidean).sqrt()
 

@@ -1,0 +1,139 @@
+"""Write a fused model for other runtimes: ONNX with a batch size left open, and OpenVINO's two files (METHOD.md section 4)."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deploy.engines import INPUT_SIZE, METADATA_KEY, require_package
+from deploy.folded import FoldedModel, Maps
+from errors import UserError
+from loco import files
+from loco.images import IMAGENET_MEAN, IMAGENET_STD
+from models.fused import from_state, metadata
+
+OPSET = 17
+INT8_OPERATORS = ["Conv", "Relu", "AveragePool", "MaxPool", "Add", "Concat"]  # for which onnxruntime has int8 kernels
+NETWORKS = ("/encoder/", "/teacher/", "/student/", "/autoencoder/", "/segmentor/")  # how their nodes' names begin
+
+
+def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_input: bool) -> bytes:
+    """Fold a fused state dict and turn it into a checked ONNX file's content.
+
+    Args:
+        state: of the fused model; a published one has no metadata and gets what can be known.
+        precision: fp32 or fp16, of the networks.
+        with_map: outputs anomaly_map, label_map and the two branches' scores besides the score.
+        raw_input: takes uint8 RGB.
+    """
+    known = {"category": category, "input_size": INPUT_SIZE, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
+             "classes": state["segmentor.fc2.conv3.weight"].shape[0]} | metadata(state)
+    known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
+    model = FoldedModel(from_state(state), with_map, raw_input, known["mean"], known["std"])
+    content = to_onnx(model, known, Maps._fields if with_map else Maps._fields[:1])
+    return half_networks(content) if precision == "fp16" else content
+
+
+def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, ...]) -> bytes:
+    """Trace a model of images (B, 3, 256, 256) with B left open; the metadata goes along as JSON."""
+    onnx = require_package("onnx")
+    buffer = io.BytesIO()
+    # Two images, so that nothing of size 1 is mistaken for a constant.
+    example = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8 if known["raw_input"] else torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant sizes are meant to be constant
+        # The tracing exporter needs no further package and names nodes after modules, which quantisation goes by.
+        torch.onnx.export(model, (example,), buffer, dynamo=False, opset_version=OPSET, input_names=["images"],
+                          output_names=list(outputs), dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)})
+    content = with_metadata(buffer.getvalue(), known)
+    onnx.checker.check_model(content, full_check=True)
+    return content
+
+
+def half_networks(content: bytes) -> bytes:
+    """The same ONNX model with its networks in fp16; inputs, outputs and what lies outside the networks stay in fp32."""
+    onnx, float16 = require_package("onnx"), require_package("onnxruntime.transformers.float16")
+    model = onnx.load_from_string(content)
+    # Weights that occur twice are kept once, and pass through nodes called Identity.
+    outside = [node.name for node in model.graph.node if not node.name.startswith((*NETWORKS, "Identity"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights that become 0 in fp16 are said one by one
+        model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=outside)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def write_openvino(model: Any, path: Path, known: dict[str, Any]) -> None:
+    """Write an `openvino.Model` as .xml and .bin; fp16 keeps its weights in fp16."""
+    openvino = require_package("openvino")
+    note_metadata(model, known)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / path.name
+        openvino.save_model(model, written, compress_to_fp16=known["precision"] == "fp16")
+        for suffix in (".bin", ".xml"):  # the .xml last: it is what people open
+            files.write_bytes(path.with_suffix(suffix), written.with_suffix(suffix).read_bytes())
+
+
+def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> bytes:
+    """Quantise the networks of an fp32 ONNX model with onnxruntime, weights per channel.
+
+    Args:
+        calibration: images as the model takes them; the range of every activation is that on these.
+        kept: beginnings of the names of nodes that stay in fp32, besides everything outside the networks.
+    """
+    onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
+    images = iter(calibration)
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(images, None)
+            return None if image is None else {"images": image[None]}
+
+    model = onnx.load_from_string(content)
+    excluded = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS) or node.name.startswith(tuple(kept))]
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "int8.onnx"
+        quantization.quantize_static(model, written, Reader(), per_channel=True, op_types_to_quantize=INT8_OPERATORS,
+                                     nodes_to_exclude=excluded)
+        return written.read_bytes()
+
+
+def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str]) -> Any:
+    """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
+    nncf = require_package("nncf")
+    nncf.set_log_level("ERROR")
+    outside = f"^(?!({'|'.join(NETWORKS)})).*"
+    ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
+    return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
+                         preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+
+
+def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:
+    """The same ONNX model with other metadata."""
+    onnx = require_package("onnx")
+    model = onnx.load_from_string(content)
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(known)})
+    return model.SerializeToString()
+
+
+def note_metadata(model: Any, known: dict[str, Any]) -> None:
+    """Keep metadata with an `openvino.Model`."""
+    model.set_rt_info(json.dumps(known), METADATA_KEY)
+
+
+def require_category(known: dict[str, Any], category: str, path: Path) -> None:
+    """Refuse a model that was made for another category; published files do not say for which.
+
+    Raises:
+        UserError: it was.
+    """
+    if known.get("category", category) != category:
+        raise UserError(f"{path} is a model of {known['category']}, expected {category}; export it again")

@@ -1,0 +1,90 @@
+"""Which parts of a model int8 can have: as much as possible while the scores stay those of fp32.
+
+Quantising everything moves borders of the label map, and the patch histogram weighs single pixels. So parts are taken back
+into higher precision one after another, those first that cost least, until the scores agree with fp32's on good images and
+on anomalies made from them. Test images decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deploy.engines import Engine
+from loco.metrics import auroc
+
+# Cumulative. The student, three quarters of all arithmetic, is int8 in any case.
+LADDER = (
+    ("nothing", ()),
+    ("output layers", ("/student/heads/", "/teacher/", "/autoencoder/deconv8/", "/segmentor/fc2/conv3/")),
+    ("segmentor", ("/segmentor/",)),
+    ("encoder", ("/encoder/",)),
+    ("autoencoder", ("/autoencoder/",)),
+)
+TOLERATED_POINTS = 0.2  # of AUROC between good images and made anomalies
+TOLERATED_SHARE = 0.2  # of the good images' spread, by which the median score may move
+
+
+@dataclass(frozen=True)
+class Check:
+    """Scores that a quantised model has to reproduce.
+
+    Attributes:
+        images: (N, 3, 256, 256) as the model takes them.
+        scores: (N,) of fp32.
+        good: (N,) bool, or made anomalies.
+    """
+
+    images: np.ndarray
+    scores: np.ndarray
+    good: np.ndarray
+
+    def agreement(self, engine: Engine) -> Agreement:
+        found = np.concatenate([engine.score(image[None]) for image in self.images])
+        points = abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
+        share = float(np.median(np.abs(found - self.scores)) / max(self.scores[self.good].std(), 1e-6))
+        return Agreement(points, share)
+
+
+class Agreement(NamedTuple):
+    """How far the scores of a quantised model are from those of fp32."""
+
+    points: float  # of AUROC
+    share: float  # median difference of a score, in standard deviations of the good images' scores
+
+    @property
+    def suffices(self) -> bool:
+        return self.points <= TOLERATED_POINTS and self.share <= TOLERATED_SHARE
+
+    def __str__(self) -> str:
+        return f"AUROC moves by {self.points:.2f} points, the median score by {self.share:.2f} standard deviations"
+
+
+def quantise(build: Callable[[tuple[str, ...]], tuple[Any, Engine]], check: Check,
+             say: Callable[[str], None]) -> tuple[Any, list[str], Agreement]:
+    """Climb the ladder until the scores agree.
+
+    Args:
+        build: beginnings of node names to keep -> quantised model and an engine that runs it.
+        say: told what every rung came to.
+
+    Returns:
+        The model of the first rung that agrees (else of the last one), the names of the parts in higher
+        precision, and how well its scores agree.
+    """
+    kept, prefixes = [], ()
+    for name, more in LADDER:
+        kept, prefixes = kept + ([name] if more else []), prefixes + more
+        model, engine = build(prefixes)
+        agreement = check.agreement(engine)
+        say(f"int8 with {', '.join(kept) or 'nothing'} in higher precision: {agreement}")
+        if agreement.suffices:
+            break
+    return model, kept, agreement
+
+
+def _auroc(scores: np.ndarray, good: np.ndarray) -> float:
+    return auroc(scores[good], scores[~good])
