@@ -24,13 +24,12 @@ from report.components import deviations
 from report.scores import BRANCHES, PARTS, normalised_scores
 
 FALSE_POSITIVE_RATE = 0.01  # of validation images, from which the verdict's threshold follows
-PICTURES_LIMIT = 13_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
+PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
 QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
-RUNTIMES = ("torch", "onnx", "openvino")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python", "onnxruntime", "openvino")
 
 
@@ -153,8 +152,9 @@ def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str,
         "histogram": figures.histograms({kind: found[both] for kind, found in fused.items()}, threshold,
                                         f"score histograms of {category.name}"),
         "pseudo_labels": pseudo_labels(category, workspace), "records": records_of(category, workspace),
-        "models": [files.read_json(path) for runtime in RUNTIMES
-                   if (path := workspace.evaluation(category.name, runtime).with_suffix(".json")).exists()]}
+        "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
+                                               if workspace.export_report.exists() else [])
+                   if evaluated["category"] == category.name]}
 
 
 def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any] | None:
