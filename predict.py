@@ -222,7 +222,7 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
         row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
         width, height = picture.size
         drawing = None if picture.shown is None else side_by_side(
-            picture.shown, heat_overlay(picture.shown, anomaly_map), label_overlay(picture.shown, label_map))
+            picture.shown, label_overlay(picture.shown, label_map), heat_overlay(picture.shown, anomaly_map))
         histogram = engine.metadata.get("histogram")
         predictions.append(Prediction(
             picture.path, ANOMALOUS if score > threshold else NORMAL, threshold, score, float(found.lgst_score[index]),
