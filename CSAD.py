@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from tqdm import tqdm
 import settings
 from errors import run_script
 from loco import files, images, layout, records
-from models.device import choose_device
+from models.device import all_devices
 from models.encoder import Backbone, build_backbone
 from models.lgst import LGST, MAP_SIZE, Differences
+from models.precision import choose_precision, memory_format
+from training.ahead import draw_ahead
+from training.fleet import run_all
 from training.interruption import interrupts_wait
-from training.lgst import PenaltyImages, draw_batch, losses
+from training.lgst import Draw, Lessons, PenaltyImages, draw, losses
 
 SAVE_EVERY_SECONDS = 60
 SHOW_EVERY_STEPS = 20
@@ -33,30 +37,34 @@ SCORING_BATCH = 8
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
+    args = settings.training_command_line(__doc__).parse_args()
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
-    device = choose_device(args.device)
-    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
-    with workspace.lock():
+    devices = all_devices(args.device)
+    precision = choose_precision(args.precision, devices[0])
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints)
+    jobs = {}
+    for seed, home in workspace.of_seeds(args.seeds).items():
         for category in categories:
             chosen = settings.load(category.name, args.preset, settings.overrides(args)).lgst
-            train_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+            name = category.name if seed is None else f"{category.name}, seed {seed}"
+            jobs[name] = partial(train_category, category, home, chosen, backbone, precision=precision,
+                                 seed=args.seed if seed is None else seed, overwrite=args.overwrite)
+    with workspace.lock():
+        run_all(jobs, devices)
 
 
 def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.LgstSettings,
-                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+                   backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
+    backbone.to(device)
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
     scores = [workspace.scores(category.name, branch, part)
               for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]
     scores.append(workspace.anomaly_maps(category.name))
     penalties = PenaltyImages(chosen.penalty_images)
-    stand_ins = ([f"backbone {backbone.name}"] if backbone.is_stand_in else []) + (
-        [] if penalties.paths else ["rendered penalty images"])
-    used = {"settings": chosen.model_dump(), "seed": seed, "backbone": backbone.name,
-            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(category.train),
-            "stand_ins": stand_ins}
+    used = {"settings": chosen.model_dump(), "precision": precision,
+            **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
     if not records.begin(checkpoint.with_suffix(".json"), used, [checkpoint, *scores], overwrite, [progress]):
         print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
         return
@@ -70,7 +78,8 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         model.load_state_dict(saved["state"])
         model.to(device).eval()
     else:
-        model = train(category.name, train_images, chosen, backbone, penalties, progress, device, seed)
+        model = train(category.name, train_images, chosen, backbone, penalties, progress, device, precision,
+                      seed)
         model.eval()
         maps = differences(model, backbone, validation, device, f"{category.name}: normalise maps")
         model.fit_map_normalisation(maps)
@@ -83,16 +92,15 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
 
 
 def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, backbone: Backbone,
-          penalties: PenaltyImages, progress_file: Path, device: torch.device, seed: int) -> LGST:
+          penalties: PenaltyImages, progress_file: Path, device: torch.device, precision: str, seed: int) -> LGST:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     torch.manual_seed(seed)
-    model = LGST(backbone.channels, chosen.width, chosen.teacher_channels).to(device)
+    model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
     if chosen.he_initialisation:
         model.start_fast()
-    normalise_teacher(model, backbone, train_images, device, category)
-    model.train()
+    model.to(device, memory_format=memory_format(precision)).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, int(LAST_PHASE * chosen.steps)), gamma=0.1)
 
     done = 0
@@ -102,17 +110,22 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         done = saved["done"]
+    lessons = Lessons(train_images, model, backbone.encoder, device, f"{category}: teach")
+    if done == 0:
+        lessons.fit_teacher_normalisation()
 
     def save_progress() -> None:
         files.write_state(progress_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                           "schedule": schedule.state_dict(), "done": done})
 
+    def draw_step(step: int) -> Draw:
+        return draw(len(train_images), penalties, chosen, step, category, seed)
+
     last_saved = time.monotonic()
     with (interrupts_wait() as interrupted,
           tqdm(total=chosen.steps, initial=done, desc=f"{category}: train LGST", unit="step") as bar):
-        while done < chosen.steps:
-            batch = draw_batch(train_images, penalties, chosen, done, category, seed).to(device)
-            parts = losses(model, backbone.encoder, batch, chosen.hard_quantile)
+        for drawn in draw_ahead(draw_step, done, chosen.steps):
+            parts = losses(model, backbone.encoder, lessons.batch(drawn), chosen.hard_quantile, precision)
             loss = sum(parts.values())
             optimizer.zero_grad()
             loss.backward()
@@ -127,25 +140,11 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
                 last_saved = time.monotonic()
             if interrupted():
                 raise KeyboardInterrupt
-    return model
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.cpu() for key, value in module.state_dict().items()}
-
-
-@torch.no_grad()
-def normalise_teacher(model: LGST, backbone: Backbone, train_images: Tensor, device: torch.device,
-                      category: str) -> None:
-    """Set the teacher's channel mean and std over all positions of all training images."""
-    count, total, total_of_squares = 0, 0.0, 0.0
-    for batch in tqdm(train_images.split(SCORING_BATCH), desc=f"{category}: normalise teacher", leave=False):
-        features = model.teacher(*backbone.encoder(images.normalise(batch.to(device)))[1:]).double()
-        count += features.shape[0] * features.shape[2] * features.shape[3]
-        total = total + features.sum((0, 2, 3))
-        total_of_squares = total_of_squares + features.square().sum((0, 2, 3))
-    mean = total / count
-    model.fit_teacher_normalisation(mean.float(), (total_of_squares / count - mean**2).clamp(min=0).sqrt().float())
 
 
 @torch.no_grad()

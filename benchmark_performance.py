@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import settings
 from errors import UserError, run_script
-from loco import files, layout, localisation
+from loco import files, layout, localisation, seeds
 from loco.metrics import auroc, average_precision, f1_max
 from report.scores import BRANCHES, PARTS, normalised_scores
 
@@ -28,26 +28,43 @@ ANOMALIES = {kind.removesuffix("_anomalies"): (part, kind) for part, kind in PAR
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
+    args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     with workspace.lock():
-        measured = {}
-        for category in tqdm(categories, desc="measure", unit="category", leave=False):
-            scores = normalised_scores(category, workspace)
-            measured[category.name] = {
-                "category": category.name, "dataset": dataset.root.name,
-                "stand_ins": sorted(used_stand_ins(category.name, workspace)),
-                "detection": {"+".join(branches): detection(category, [scores[branch] for branch in branches])
-                              for branches in COMBINATIONS},
-                "localisation": where(category, workspace)}
-        for name, content in measured.items():
-            files.write_json(workspace.metrics(name), _without_nan(content))
-        lines = table(measured)
-        files.write_text(workspace.combined_scores, "\n".join(lines) + "\n")
+        runs = []
+        for home in workspace.of_seeds(args.seeds).values():
+            runs.append(measure(categories, dataset, home))
+            for name, content in runs[-1].items():
+                files.write_json(home.metrics(name), _without_nan(content))
+            target, lines = home.combined_scores, table(runs[-1])
+            files.write_text(target, "\n".join(lines) + "\n")
+        if args.seeds:
+            target, lines = workspace.over_seeds(target.stem), seeds.table(seeds.over_seeds(runs), args.seeds)
+            if stand_ins := used_by_any(runs):
+                lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+            files.write_text(target, "\n".join(lines) + "\n")
     print("\n".join(lines))
-    print(f"\nwrote {workspace.combined_scores}")
+    print(f"\nwrote {target}")
+
+
+def measure(categories: list[layout.Category], dataset: layout.Dataset, workspace: layout.Workspace) -> dict[str, dict]:
+    """Everything there is to measure in one workspace, by category."""
+    measured = {}
+    for category in tqdm(categories, desc="measure", unit="category", leave=False):
+        scores = normalised_scores(category, workspace)
+        measured[category.name] = {
+            "category": category.name, "dataset": dataset.root.name,
+            "stand_ins": sorted(used_stand_ins(category.name, workspace)),
+            "detection": {"+".join(branches): detection(category, [scores[branch] for branch in branches])
+                          for branches in COMBINATIONS},
+            "localisation": where(category, workspace)}
+    return measured
+
+
+def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
+    return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
 
 
 def detection(category: layout.Category, branches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
@@ -93,7 +110,7 @@ def table(measured: dict[str, dict]) -> list[str]:
                                       for content in measured.values()]) for kind in ANOMALIES)
         lines.append(f"average {branches} logical {logical:.3f} structural {structural:.3f} "
                      f"mean {_mean([logical, structural]):.3f}")
-    if stand_ins := sorted({name for content in measured.values() for name in content["stand_ins"]}):
+    if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
 

@@ -25,7 +25,7 @@ from deploy import exporters, quantisation
 from deploy.assembly import fused_state
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model, read_openvino
 from errors import UserError, run_script
-from loco import files, images, layout
+from loco import files, images, layout, seeds
 from loco.metrics import auroc
 from models.device import choose_device
 from training.logical_synthesis import synthesise
@@ -41,7 +41,7 @@ IMPOSSIBLE = {
 
 
 def main() -> None:
-    parser = settings.command_line(__doc__)
+    parser = settings.with_seeds(settings.command_line(__doc__))
     parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always")
     parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly map and label map, too")
@@ -58,20 +58,32 @@ def main() -> None:
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     device = choose_device(args.device)
-    reports = []
     with workspace.lock():
-        for category in categories:
-            path = workspace.exported_model(category.name, args.format, args.precision)
-            if not args.inference_only:
-                # Always from the newest artefacts: nothing to skip or resume here.
-                {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
-                    category, workspace, path, args, device)
-                print(f"{category.name}: wrote {path}")
-            files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
-            engine = open_model(path, device)
-            exporters.require_category(engine.metadata, category.name, path)
-            reports.append(evaluate(category, engine, workspace, args, device))
-        write_report(reports, workspace)
+        runs = [export_and_evaluate(categories, home, args, device) for home in workspace.of_seeds(args.seeds).values()]
+    if args.seeds:
+        lines = seeds.table(seeds.over_seeds(runs), args.seeds)
+        files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
+        print("\n" + "\n".join(lines))
+
+
+def export_and_evaluate(categories: list[layout.Category], workspace: layout.Workspace, args: argparse.Namespace,
+                        device: torch.device) -> dict[str, dict[str, float]]:
+    """One workspace, which is one seed; returns {category: AUROCs and milliseconds}."""
+    reports = []
+    for category in categories:
+        path = workspace.exported_model(category.name, args.format, args.precision)
+        if not args.inference_only:
+            # Always from the newest artefacts: nothing to skip or resume here.
+            {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
+                category, workspace, path, args, device)
+            print(f"{category.name}: wrote {path}")
+        files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
+        engine = open_model(path, device)
+        exporters.require_category(engine.metadata, category.name, path)
+        reports.append(evaluate(category, engine, workspace, args, device))
+    write_report(reports, workspace)
+    return {report["category"]: {name: report[name] for name in ("auroc_logical", "auroc_structural", "auroc_mean",
+                                                                 "ms_per_image")} for report in reports}
 
 
 def export_torch(category: layout.Category, workspace: layout.Workspace, path: Path, args: argparse.Namespace,

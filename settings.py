@@ -41,7 +41,8 @@ class PseudoLabelSettings(Section):
     rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
                                                      "the backbone it was tuned for, wide_resnet50_2")
-    variants: bool = Field(description="parts that only some kinds of images have get labels, too (published: no)")
+    variants: bool = Field(description="label parts that only some kinds of images have, or that differ "
+                          "in size alone, too (published: no)")
     one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
 
 
@@ -135,6 +136,21 @@ def command_line(story: str) -> argparse.ArgumentParser:
         for key, field in model.annotation.model_fields.items():
             single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
                                 metavar="VALUE", help=field.description)
+    return parser
+
+
+def training_command_line(story: str) -> argparse.ArgumentParser:
+    """The options of the stages that train networks."""
+    parser = command_line(story)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+                        help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
+    return with_seeds(parser)
+
+
+def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+                        help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
+                             "pseudo-labels of WORKSPACE; tables give mean and standard deviation")
     return parser
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,16 @@ from tqdm import tqdm
 import settings
 from errors import run_script
 from loco import files, images, layout, records
-from models.device import choose_device
+from models.device import all_devices
 from models.encoder import Backbone, build_backbone
 from models.patch_histogram import fit_parameters, fitted_detector
+from models.precision import choose_precision, memory_format
 from models.segmentor import Segmentor
+from training.ahead import draw_ahead
+from training.fleet import run_all
 from training.interruption import interrupts_wait
 from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
-from training.segmentor import TrainingData, draw_batch, learning_rate, weighted_losses
+from training.segmentor import Draw, Lessons, TrainingData, draw, learning_rate, weighted_losses
 
 SAVE_EVERY_SECONDS = 60
 SHOW_EVERY_STEPS = 10
@@ -38,32 +42,37 @@ SCORING_BATCH = 8
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
+    args = settings.training_command_line(__doc__).parse_args()
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
-    device = choose_device(args.device)
-    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
-    with workspace.lock():
+    devices = all_devices(args.device)
+    precision = choose_precision(args.precision, devices[0])
+    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints)
+    jobs = {}
+    for seed, home in workspace.of_seeds(args.seeds).items():
         for category in categories:
             chosen = settings.load(category.name, args.preset, settings.overrides(args)).segmentor
-            train_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+            name = category.name if seed is None else f"{category.name}, seed {seed}"
+            jobs[name] = partial(train_category, category, home, chosen, backbone, precision=precision,
+                                 seed=args.seed if seed is None else seed, overwrite=args.overwrite)
+    with workspace.lock():
+        run_all(jobs, devices)
 
 
 def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.SegmentorSettings,
-                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+                   backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
+    backbone.to(device)
     checkpoint, progress = workspace.segmentor(category.name), workspace.segmentor_progress(category.name)
     parameter_file = workspace.patch_histogram_parameters(category.name)
     tested = (category.root / "test").is_dir()
     parts = ("logi", "struc", "val") if tested else ("val",)
     outputs = [checkpoint, parameter_file, *(workspace.scores(category.name, "patchhist", part) for part in parts)]
     trusted, classes = read_stage_1(category, workspace)
-    used = {"settings": chosen.model_dump(), "seed": seed, "backbone": backbone.name,
-            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(category.train),
+    used = {"settings": chosen.model_dump(), "precision": precision,
             "pseudo_labels": records.digest(workspace.info(category.name) / "filtered_component_histogram.npy"),
             "trusted": records.digest(workspace.info(category.name) / "filtered_histogram_indices.npy"),
-            "stand_ins": sorted({*stand_ins_of_stage_1(category, workspace),
-                                 *([f"backbone {backbone.name}"] if backbone.is_stand_in else [])})}
+            **records.inputs(category.train, seed, backbone, stand_ins_of_stage_1(category, workspace))}
     if not records.begin(checkpoint.with_suffix(".json"), used, outputs, overwrite, [progress]):
         print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
         return
@@ -77,7 +86,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         segmentor.to(device).eval()
     else:
         data = training_data(category, workspace, train_images, trusted, classes)
-        segmentor = train(category.name, data, classes, chosen, backbone, progress, device, seed).eval()
+        segmentor = train(category.name, data, classes, chosen, backbone, progress, device, precision, seed).eval()
         state = {key: value.cpu() for key, value in segmentor.state_dict().items()}
         meta = used | {"category": category.name, "classes": classes, "width": chosen.width}
         files.write_state(checkpoint, {"state": state, "meta": meta})
@@ -106,11 +115,13 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
 
 
 def train(category: str, data: TrainingData, classes: int, chosen: settings.SegmentorSettings, backbone: Backbone,
-          progress_file: Path, device: torch.device, seed: int) -> Segmentor:
+          progress_file: Path, device: torch.device, precision: str, seed: int) -> Segmentor:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     torch.manual_seed(seed)
-    segmentor = Segmentor(backbone.channels, chosen.width, classes).to(device).train()
-    optimizer = torch.optim.Adam(segmentor.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    segmentor = Segmentor(backbone.channels, chosen.width, classes).train()
+    segmentor.to(device, memory_format=memory_format(precision))
+    optimizer = torch.optim.Adam(segmentor.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay,
+                                 fused=device.type != "mps")
     steps_per_epoch = math.ceil(len(data.trusted) / chosen.batch_size)
     steps = chosen.epochs * steps_per_epoch
 
@@ -120,18 +131,21 @@ def train(category: str, data: TrainingData, classes: int, chosen: settings.Segm
         segmentor.load_state_dict(saved["segmentor"])
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["done"]
+    lessons = Lessons(data, backbone.encoder, device, precision, f"{category}: encode")
 
     def save_progress() -> None:
         files.write_state(progress_file, {"segmentor": segmentor.state_dict(), "optimizer": optimizer.state_dict(),
                                           "done": done})
 
+    def draw_step(step: int) -> Draw:
+        unsupervised = step // steps_per_epoch >= chosen.unsupervised_from_epoch
+        return draw(data, chosen, step, unsupervised, category, seed)
+
     last_saved = time.monotonic()
     with (interrupts_wait() as interrupted,
           tqdm(total=steps, initial=done, desc=f"{category}: train segmentor", unit="step") as bar):
-        while done < steps:
-            unsupervised = done // steps_per_epoch >= chosen.unsupervised_from_epoch
-            batch = draw_batch(data, chosen, done, unsupervised, category, seed)
-            parts = weighted_losses(segmentor, backbone.encoder, batch.to(device), chosen)
+        for drawn in draw_ahead(draw_step, done, steps):
+            parts = weighted_losses(segmentor, backbone.encoder, lessons.batch(drawn), chosen, precision)
             loss = sum(parts.values())
             optimizer.param_groups[0]["lr"] = learning_rate(chosen, done, steps)
             optimizer.zero_grad()
@@ -146,7 +160,7 @@ def train(category: str, data: TrainingData, classes: int, chosen: settings.Segm
                 last_saved = time.monotonic()
             if interrupted():
                 raise KeyboardInterrupt
-    return segmentor
+    return segmentor.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -88,9 +88,18 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that the stages write, by METHOD.md's names."""
+    """Everything that the stages write, by METHOD.md's names.
+
+    Attributes:
+        shared: the workspace around the one of a single seed, whose data set, pseudo-labels and downloads it uses.
+    """
 
     root: Path
+    shared: Workspace | None = None
+
+    def of_seeds(self, seeds: Sequence[int] | None) -> dict[int | None, Workspace]:
+        """A workspace in seeds/{seed} for each; without seeds, this one alone, under the key None."""
+        return {seed: Workspace(self.root / "seeds" / str(seed), self) for seed in seeds} if seeds else {None: self}
 
     @property
     def default_dataset(self) -> Path:
@@ -98,7 +107,7 @@ class Workspace:
 
     # Stage 1
     def masks(self, category: str) -> Path:
-        return self.root / "datasets" / "masks" / category
+        return (self.shared or self).root / "datasets" / "masks" / category
 
     def image_masks(self, category: str, image: Path) -> Path:
         """Folder of one training image's masks: grounding_mask.png, all_masks.png, filtered_cluster_map.png, ..."""
@@ -117,7 +126,7 @@ class Workspace:
         return self.root / "ckpt" / f"{category}_segmentor_progress.pth"
 
     def segmentation_output(self, category: str, kind: str, image: Path) -> Path:
-        return self.masks(category) / "test_seg_output" / f"{kind}_{image.stem}.png"
+        return self.root / "datasets" / "masks" / category / "test_seg_output" / f"{kind}_{image.stem}.png"
 
     def patch_histogram_parameters(self, category: str) -> Path:
         return self.root / "anomaly_score" / f"{category}_patchhist_params.npz"
@@ -158,6 +167,10 @@ class Workspace:
     def combined_scores(self) -> Path:
         return self.root / "score_combine_result.txt"
 
+    def over_seeds(self, what: str) -> Path:
+        """A table over several seeds: mean and standard deviation."""
+        return self.root / "seeds" / f"{what}.txt"
+
     def metrics(self, category: str) -> Path:
         """Everything that stage 5 measured on one category."""
         return self.root / "anomaly_score" / f"{category}_metrics.json"
@@ -169,7 +182,7 @@ class Workspace:
     @property
     def checkpoints(self) -> Path:
         """Folder in which downloaded weights are looked for."""
-        return self.root / "ckpt"
+        return (self.shared or self).root / "ckpt"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -6,10 +6,30 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from errors import UserError
 from loco import files
+
+
+class Backbone(Protocol):
+    """What a record says of a backbone (models.encoder.Backbone)."""
+
+    name: str
+    fingerprint: str
+    is_stand_in: bool
+
+
+def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields that every training stage's record has: what it was made from.
+
+    Args:
+        train: the category's training images.
+        stand_ins: what other than the backbone stood in for the real thing.
+    """
+    own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
+    return {"seed": seed, "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
+            "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
 
 
 def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite: bool,

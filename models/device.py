@@ -23,3 +23,11 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as problem:
         raise UserError(f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto") from problem
     return device
+
+
+def all_devices(name: str) -> list[torch.device]:
+    """Where trainings may run side by side: every GPU of this machine for auto and cuda, else the one device named."""
+    chosen = choose_device(name)
+    if chosen.type == "cuda" and chosen.index is None:
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [chosen]

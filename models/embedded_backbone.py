@@ -4,6 +4,9 @@ It stands in for the ImageNet Wide-ResNet-50-2 of CSAD (METHOD.md section 2) whe
 residual network of four stages, trained on formula-made pictures only; `training/embedded_backbone.py` tells how, and
 `embedded_backbone.json`, beside the weights, what came out. It is no match for ImageNet features, and results made with it
 must say so.
+
+It sees logarithms of the colours, less their mean over the image: the strength and the colour of the light become a constant
+there, and the constant is gone. An ImageNet network learns to overlook light from a million photographs; this one is told.
 """
 
 import hashlib
@@ -22,6 +25,10 @@ PROVENANCE_PATH = Path(__file__).with_suffix(".json")
 CHANNELS = (48, 96, 192, 256)  # of the four stages, at strides 4, 8, 16 and 32
 BLOCKS = (1, 2, 2, 1)  # residual blocks per stage
 STEM_CHANNELS = 32
+DARK = 0.05  # added to colours (0..1) before the logarithm, so that noise in the dark is not blown up
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ResidualBlock(nn.Module):
@@ -49,6 +56,21 @@ class ResidualBlock(nn.Module):
         return self.activation(self.body(x) + self.shortcut(x))
 
 
+class Gain(nn.Module):
+    """Fixed factors of the channels that the backbone returns.
+
+    Training sets them so that all channels vary alike (standard deviation 1 on formula pictures): a random projection, as
+    LGST's teacher makes one, would otherwise hear only the loudest.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class EmbeddedBackbone(nn.Module):
     """Four-stage residual encoder.
 
@@ -59,6 +81,7 @@ class EmbeddedBackbone(nn.Module):
 
     Attributes:
         channels: as given; what `forward` returns, stage by stage.
+        gains: one per stage, see `Gain`.
     """
 
     def __init__(
@@ -75,6 +98,9 @@ class EmbeddedBackbone(nn.Module):
             first = ResidualBlock(inputs, outputs, stride=2)
             self.stages.append(nn.Sequential(first, *(ResidualBlock(outputs, outputs, 1) for _ in range(depth - 1))))
             inputs = outputs
+        self.gains = nn.ModuleList(Gain(width) for width in channels)
+        self.register_buffer("imagenet_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("imagenet_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Encode images.
@@ -85,10 +111,11 @@ class EmbeddedBackbone(nn.Module):
         Returns:
             Four non-negative feature maps (B, channels[i], ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
         """
-        x, features = self.stem(images), []
-        for stage in self.stages:
+        logarithms = (images * self.imagenet_std + self.imagenet_mean + DARK).clamp(min=DARK / 2).log()
+        x, features = self.stem(logarithms - logarithms.mean((2, 3), keepdim=True)), []
+        for stage, gain in zip(self.stages, self.gains, strict=True):
             x = stage(x)
-            features.append(x)
+            features.append(gain(x))
         return tuple(features)
 
 

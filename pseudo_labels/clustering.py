@@ -13,6 +13,12 @@ from sklearn.cluster import HDBSCAN
 
 LEAST_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
 LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds of images only
+ALWAYS = 0.8  # of the images: so many have a part, or else one of those that take its place
+SIZE_STEP = 0.2  # of log area, from one part to the next larger one that looks like it
+SIZE_SHARE = 0.9  # of the images that show such a step
+SIZE_CLARITY = 2.0  # of the step's median over its median deviation; about 1 among parts of one size
+FRAGMENT = 1 / 3  # of a cluster's median area
+EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each other's place
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
@@ -61,12 +67,18 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
         bandwidth: of MeanShift, in units of ``features``.
         largest_kind_only: trust images of the largest kind only ("one histogram cluster").
         variants: also label parts that occur in some kinds of images only, say a cable in three colours: clusters of
-            15 % rather than half the images do, and a label has to be large enough in any of the trusted kinds rather
-            than in the largest one.
+            15 % rather than half the images do if others take their place elsewhere (`without_sporadic`), and a label
+            has to be large enough in any of the trusted kinds rather than in the largest one. And tell parts apart that
+            differ in nothing but their size (`split_by_size`), and count images of no kind to the nearest one, so that half of
+            all images can be trusted: a short training needs many.
     """
     clusters = cluster_components(features, bandwidth, (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images)
+    if variants:
+        clusters = split_by_size(without_sporadic(clusters, image_of, images), areas, image_of, images)
     raw_histogram = label_histograms(clusters, areas, image_of, images)
     kinds = kinds_of_images(raw_histogram)
+    if variants:
+        kinds = with_nearest_kind(raw_histogram, kinds)
     kept = labels_of_size(raw_histogram, kinds, every_kind=variants and not largest_kind_only)
     return SemanticLabels(clusters, kept[clusters], raw_histogram, raw_histogram[:, kept[1:] > 0], kinds,
                           trusted_images(raw_histogram, kinds, largest_kind_only))
@@ -114,6 +126,55 @@ def cluster_components(features: np.ndarray, bandwidth: float, least: float) -> 
     large = order[members[order] >= least]
     numbers[large] = np.arange(1, len(large) + 1)
     return numbers[found]
+
+
+def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
+    """Clusters that good images have by rule, renumbered 1..; the others become 0. Where none is left, all stay.
+
+    By rule means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
+    place there (the juices of a bottle). A tray's compartment that is proposed now and then, and anything else that comes
+    and goes without a substitute, says more about the proposer than about the product.
+    """
+    present = np.zeros((images, clusters.max(initial=0) + 1), bool)
+    present[image_of, clusters] = True
+    present = present[:, 1:]
+    share = present.mean(0)
+    together = (present.T.astype(float) @ present) / images
+    exclusive = together < EXCLUSIVE * np.minimum(share[:, None], share)
+    np.fill_diagonal(exclusive, True)  # a part stands in for itself
+    regular = np.array([present[:, row].any(1).mean() >= ALWAYS for row in exclusive], bool)
+    if not regular.any():
+        return clusters
+    return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
+
+
+def split_by_size(clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
+    """Clusters that hold parts of two sizes, a long and a short bolt, in two; the smaller part gets a new number.
+
+    Noise makes sizes differ, too, but not by the same step in every image: the areas of the usual number of members in
+    an image are sorted, and where 90 % of the images show a step at the same rank, the members on either side of
+    it are different parts. Fragments of such parts get no label.
+    """
+    logs, result = np.log(np.maximum(areas, 1e-9)), clusters.copy()
+    for cluster in range(1, clusters.max(initial=0) + 1):
+        least = np.median(logs[clusters == cluster]) + np.log(FRAGMENT)
+        whole = (clusters == cluster) & (logs > least)
+        numbers = np.bincount(image_of[whole], minlength=images)
+        usual = np.bincount(numbers[numbers > 0]).argmax()
+        if usual < 2 or (numbers == usual).sum() < (numbers > 0).sum() / 2:
+            continue
+        ranked = np.array([np.sort(logs[whole & (image_of == image)]) for image in np.flatnonzero(numbers == usual)])
+        steps = np.diff(ranked, axis=1)
+        middle = np.median(steps, axis=0)
+        deviation = 1.4826 * np.median(np.abs(steps - middle), axis=0)
+        clear = ((steps >= SIZE_STEP).mean(0) >= SIZE_SHARE) & (middle >= SIZE_CLARITY * deviation)
+        if not clear.any():
+            continue
+        rank = np.where(clear, middle, 0).argmax()
+        border = np.median(ranked[:, rank:rank + 2], axis=0).mean()
+        result[whole & (logs <= border)] = result.max() + 1
+        result[(clusters == cluster) & ~whole] = 0
+    return result
 
 
 def mean_shift(features: np.ndarray, bandwidth: float) -> np.ndarray:
@@ -167,6 +228,13 @@ def kinds_of_images(histograms: np.ndarray) -> np.ndarray:
             order = np.argsort(-np.bincount(found[found >= 0]), kind="stable")
             return np.where(found >= 0, np.argsort(order)[found], -1)
     return np.zeros(images, np.int64)
+
+
+def with_nearest_kind(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Give images of no kind (-1) that whose mean histogram is nearest, by the largest absolute difference; (images,)."""
+    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1)])
+    nearest = np.abs(histograms[:, None] - means).max(2, initial=0).argmin(1)
+    return np.where(kinds < 0, nearest, kinds)
 
 
 def trusted_images(histograms: np.ndarray, kinds: np.ndarray, largest_kind_only: bool) -> np.ndarray:

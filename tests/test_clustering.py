@@ -59,6 +59,11 @@ def test_kinds_are_numbered_by_frequency_and_asked_for_until_one_appears():
     assert (clustering.kinds_of_images(np.zeros((5, 0))) == 0).all()
 
 
+def test_images_of_no_kind_join_the_nearest():
+    histograms, kinds = np.array([[0.1, 0], [0.12, 0], [0.5, 0], [0.17, 0], [0.4, 0]]), np.array([0, 0, 1, -1, -1])
+    np.testing.assert_array_equal(clustering.with_nearest_kind(histograms, kinds), [0, 0, 1, 0, 1])
+
+
 def test_the_half_nearest_the_mean_is_trusted():
     histograms = np.array([[0.1], [0.2], [0.35], [0.9], [0.5], [0.7]])
     kinds = np.array([0, 0, 0, 1, -1, 1])
@@ -86,6 +91,35 @@ def test_variants_of_a_part_get_labels_only_on_request(variants, parts):
     assert found.filtered_histogram.shape == (30, found.labels.max())
     np.testing.assert_allclose(found.filtered_histogram, clustering.label_histograms(found.labels, areas, image_of, 30))
     assert len(found.trusted) and (np.diff(found.trusted) > 0).all()
+
+
+def test_parts_that_come_and_go_without_a_substitute_get_no_label():
+    image_of = np.repeat(np.arange(10), 3)
+    always, juices, now_and_then = np.full(10, 1), 2 + np.arange(10) % 3, np.where(np.arange(10) < 5, 5, 0)
+    clusters = np.stack([always, juices, now_and_then], 1).ravel()
+    kept = clustering.without_sporadic(clusters, image_of, 10)
+    np.testing.assert_array_equal(kept, np.where(clusters == 5, 0, clusters))
+    # Without the juices' substitute in every third image, they come and go, too.
+    kept = clustering.without_sporadic(np.where(clusters == 4, 0, clusters), image_of, 10)
+    np.testing.assert_array_equal(kept, clusters == 1)
+    # Nothing by rule: better all labels than none.
+    some = np.array([1, 2, 0, 0])
+    np.testing.assert_array_equal(clustering.without_sporadic(some, np.array([0, 0, 2, 3]), 4), some)
+
+
+def test_parts_that_differ_in_size_alone_are_told_apart():
+    rng = np.random.default_rng(0)
+    images = 20
+    sizes = np.array([0.02, 0.03, 0.01, 0.01])  # a short and a long bolt, two equal nuts
+    areas = (sizes * rng.lognormal(0, 0.05, (images, 4))).ravel()
+    image_of, clusters = np.repeat(np.arange(images), 4), np.tile([1, 1, 2, 2], images)
+    np.testing.assert_array_equal(clustering.split_by_size(clusters, areas, image_of, images), np.tile([3, 1, 2, 2], images))
+    # A crumb of a bolt is no bolt.
+    found = clustering.split_by_size(np.append(clusters, 1), np.append(areas, 0.002), np.append(image_of, 0), images)
+    assert found[-1] == 0 and found.max() == 3
+    # Sizes that differ from image to image, but not in every one of them, are one part's.
+    areas = (sizes * rng.lognormal(0, 0.4, (images, 4))).ravel()
+    np.testing.assert_array_equal(clustering.split_by_size(clusters, areas, image_of, images), clusters)
 
 
 def test_usual_numbers():

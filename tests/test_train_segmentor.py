@@ -1,5 +1,6 @@
 """Stage 2 end to end on a tiny data set: outputs, resuming, and mistakes told in a sentence."""
 
+import copy
 import sys
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_parts
+from reference_steps import assert_gradients_agree, segmentor_losses
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,10 +69,10 @@ def prepared(tmp_path, make_dataset):
     return category, workspace
 
 
-def train(category, workspace, backbone, seed=0, overwrite=False, **more):
+def train(category, workspace, backbone, seed=0, overwrite=False, precision="fp32", **more):
     overrides = TINY | {f"segmentor.{key}": value for key, value in more.items()}
     chosen = settings.load(CATEGORY, "quick", overrides).segmentor
-    train_segmentor.train_category(category, workspace, chosen, backbone, CPU, seed, overwrite)
+    train_segmentor.train_category(category, workspace, chosen, backbone, CPU, precision, seed, overwrite)
 
 
 def outputs(workspace):
@@ -279,7 +281,7 @@ def test_a_batch_depends_on_seed_category_and_step_alone(training_data):
     chosen = settings.load(CATEGORY, "quick", TINY).segmentor
 
     def draw(step, category, seed):
-        return steps.draw_batch(training_data, chosen, step, True, category, seed)
+        return steps.draw(training_data, chosen, step, True, category, seed)
     assert all((one == other).all() for one, other in zip(draw(3, "a", 0), draw(3, "a", 0)))
     for different in ((4, "a", 0), (3, "b", 0), (3, "a", 1)):
         assert (draw(*different).images != draw(3, "a", 0).images).any()
@@ -301,12 +303,55 @@ def test_the_paper_keeps_its_learning_rate():
 
 def test_other_images_wait_for_their_epoch(training_data):
     chosen = settings.load(CATEGORY, "quick", TINY).segmentor
-    batch = steps.draw_batch(training_data, chosen, 0, False, CATEGORY, 0)
-    assert batch.others.shape == (0, 3, 256, 256) and batch.other_labels.shape == (0, 256, 256)
     backbone, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1)
-    assert steps.weighted_losses(segmentor, backbone, batch, chosen).keys() == {"ce", "focal", "dice"}
-    batch = steps.draw_batch(training_data, chosen, 0, True, CATEGORY, 0)
-    assert "histogram" in steps.weighted_losses(segmentor, backbone, batch, chosen)
+    lessons = steps.Lessons(training_data, backbone, CPU, "fp32", "encode")
+    batch = lessons.batch(steps.draw(training_data, chosen, 0, False, CATEGORY, 0))
+    assert batch.others.shape == (0, 3, 256, 256) and batch.other_labels.shape == (0, 256, 256)
+    assert steps.weighted_losses(segmentor, backbone, batch, chosen, "fp32").keys() == {"ce", "focal", "dice"}
+    batch = lessons.batch(steps.draw(training_data, chosen, 0, True, CATEGORY, 0))
+    assert "histogram" in steps.weighted_losses(segmentor, backbone, batch, chosen, "fp32")
+
+
+@pytest.mark.parametrize("kept, count", [(True, 20), (False, 2)])
+def test_twenty_steps_are_the_reference_steps(training_data, kept, count, monkeypatch):
+    """From the same weights and draws, at each of the first twenty steps: losses within 1e-4, gradients within 1e-3."""
+    if not kept:
+        monkeypatch.setattr(steps, "cache_room", lambda device: 0)
+    chosen = settings.load(CATEGORY, "paper", TINY).segmentor
+    torch.manual_seed(0)
+    encoder, engine = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1).train()
+    plain = copy.deepcopy(engine)
+    lessons = steps.Lessons(training_data, encoder, CPU, "fp32", "encode")
+    optimizer = torch.optim.Adam(engine.parameters(), lr=chosen.lr, fused=True)
+    for step in range(count):
+        plain.load_state_dict(engine.state_dict())
+        drawn = steps.draw(training_data, chosen, step, step >= count // 2, CATEGORY, 0)
+        batch = lessons.batch(drawn)
+        assert (batch.other_features is not None) == kept
+        found = steps.weighted_losses(engine, encoder, batch, chosen, "fp32")
+        expected = segmentor_losses(plain, encoder, batch.images, batch.labels, training_data.images[drawn.others],
+                                    torch.from_numpy(training_data.labels)[drawn.compared].long(), chosen)
+        for parts, model in ((found, engine), (expected, plain)):
+            model.zero_grad()
+            sum(parts.values()).backward()
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), (step, name)
+        assert_gradients_agree(engine, plain, step)
+        optimizer.step()
+
+
+def test_bf16_resumes_exactly_and_is_remembered(prepared, backbone, monkeypatch):
+    category, make = prepared
+    whole, broken = make("whole"), make("broken")
+    train(category, whole, backbone, precision="bf16")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Stop(patch, 3, press_control_c)
+        train(category, broken, backbone, precision="bf16")
+    with pytest.raises(UserError, match="precision: bf16 -> fp32"):
+        train(category, broken, backbone)
+    train(category, broken, backbone, precision="bf16")
+    assert outputs(broken) == outputs(whole)
 
 
 def test_every_trusted_image_is_seen_before_any_is_seen_twice(training_data, monkeypatch):
@@ -314,16 +359,45 @@ def test_every_trusted_image_is_seen_before_any_is_seen_twice(training_data, mon
     seen = []
     monkeypatch.setattr(steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels))
     for step in range(2):
-        steps.draw_batch(training_data, chosen, step, False, CATEGORY, 0)
+        steps.draw(training_data, chosen, step, False, CATEGORY, 0)
     found = [next(index for index in range(8) if (training_data.labels[index] == one).all()) for one in seen]
     assert sorted(found) == training_data.trusted.tolist()
 
 
 def test_augmentation_is_small_and_keeps_labels(training_data):
-    image, labels = training_data.images[0].permute(1, 2, 0).numpy(), training_data.labels[0]
-    for seed in range(10):
-        new_image, new_labels = steps.augment(image, labels, np.random.default_rng(seed))
-        assert new_image.dtype == new_labels.dtype == np.uint8
-        assert set(np.unique(new_labels)) == set(np.unique(labels))
-        assert (new_labels != labels).mean() < 0.1
-        assert abs(new_image.astype(float).mean() - image.mean()) < 0.12 * 255
+    chosen = settings.load(CATEGORY, "quick", TINY).segmentor
+    image, labels = training_data.images[:1], torch.from_numpy(training_data.labels[:1])
+    changed = 0
+    for step in range(10):
+        drawn = steps.draw(training_data, chosen, step, False, CATEGORY, 0)
+        new_image, new_labels = steps.augment(image, labels, drawn.movements[:1], drawn.light[:1])
+        assert 0 <= new_image.min() and new_image.max() <= 255 and new_labels.dtype == torch.int64
+        assert set(new_labels.unique().tolist()) == set(labels.unique().tolist())
+        assert (new_labels != labels).float().mean() < 0.1
+        assert abs(new_image.mean() - image.float().mean()) < 0.12 * 255
+        changed += bool((new_image - image).abs().max() > 1)
+    assert 3 <= changed < 10  # each pair with probability 0.5
+
+
+def test_movements_turn_shift_and_scale_as_opencv_does():
+    """The same movement by OpenCV, whose coordinates are pixels and which warps the other way round."""
+    rng = np.random.default_rng(3)
+    picture = cv2.GaussianBlur(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8), (9, 9), 0)
+    angle, scale, shift = 8.0, 1.05, np.array([0.05, -0.03])
+    matrix = cv2.getRotationMatrix2D((31.5, 31.5), angle, scale)
+    matrix[:, 2] += shift * 63
+    expected = cv2.warpAffine(picture, matrix, (64, 64), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+    class Drawn:
+        """Gives out the wanted values in the order in which they are drawn."""
+        values = iter([angle, scale - 1, shift])
+
+        def random(self):
+            return 0.0
+
+        def uniform(self, *_):
+            return next(self.values)
+    movement = torch.from_numpy(steps._draw_movement(Drawn()))[None]
+    images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
+    found, _ = steps.augment(images, images[:, 0], movement, torch.tensor([[1.0, 0.0]]))
+    assert (found[0].permute(1, 2, 0).numpy() - expected).__abs__().mean() < 1

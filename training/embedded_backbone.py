@@ -14,7 +14,10 @@ The story, in the order of the code:
      distance in which patch features are compared afterwards;
    - *patches*: each patch of A knows its counterpart in B among all patches of the batch (InfoNCE);
    - *pictures*: the same for whole pictures.
-   Colour is jittered only mildly, so that it stays in the features: components are told apart by it.
+   Saturation and hue are jittered only mildly, so that they stay in the features: components are told apart by them. Light
+   of another strength or colour, over the whole view or unevenly, is to be overlooked.
+
+5. `equalise` sets the gains of the returned channels, so that each counts alike.
 
     python -m training.embedded_backbone --out models/embedded_backbone.pth --pictures 20000 --steps 1000 --seed 0
     python -m training.embedded_backbone --evaluate DATASET_ROOT/CATEGORY
@@ -53,6 +56,7 @@ VIEW_SIZE = 128  # pixels, as seen by the network; a multiple of 32
 LABEL_STRIDE = 8  # pixels of a view per labelled patch
 EVALUATION_SIZE = 256
 CHECKPOINT_EVERY = 250  # steps
+EQUALISED_ON = 512  # pictures
 
 BATCH = 64  # pictures per step, two views each
 LEARNING_RATE = 2e-3
@@ -65,7 +69,8 @@ PICTURE_TEMPERATURE = 0.2
 ANCHORS = 12  # patches per picture and stage that look for their counterpart
 
 DAMAGED_SHARE = 0.8  # of the B views
-DAMAGE_AREA = (0.002, 0.12)  # of a view, smallest and largest
+DAMAGE_AREA = (0.001, 0.1)  # of a view, smallest and largest
+SCRATCH_SHARE = 0.3  # of the damages: only the outline of the mask, two or three pixels wide
 VISIBLE_CHANGE = 0.05  # mean absolute change of a pixel (0..1) that counts as damage
 CHANGED_PATCH = 0.12  # share of a patch that must be damaged to call the patch damaged
 
@@ -185,7 +190,10 @@ def damage(view: View, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     suitable[:, 0] = False
     chosen = torch.where(suitable, torch.rand(count, 256, generator=generator), -1.0).argmax(1, keepdim=True)
     mask = (shapes == chosen).float() * suitable.any(1, keepdim=True) * _chance(generator, count, DAMAGED_SHARE)[:, None]
-    mask = F.avg_pool2d(mask.view(count, 1, *image.shape[2:]), 3, 1, 1)
+    mask = mask.view(count, 1, *image.shape[2:])
+    outline = F.max_pool2d(mask, 3, 1, 1) + F.max_pool2d(-mask, 3, 1, 1)
+    scratched = _chance(generator, count, SCRATCH_SHARE).view(-1, 1, 1, 1)
+    mask = F.avg_pool2d(scratched * outline + (1 - scratched) * mask, 3, 1, 1)
 
     # What comes in its place, one of six per picture.
     near, far = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((2, 7), (10, 40)))
@@ -220,13 +228,14 @@ def photograph(image: Tensor, generator: torch.Generator) -> Tensor:
     hue = _uniform(generator, count, -0.12, 0.12).view(-1, 1, 1)
     twist = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     matrix = (torch.eye(3) + hue * twist) @ matrix
+    cast = (0.25 * (2 * torch.rand(count, 3, 1, 1, generator=generator) - 1)).exp()
     contrast = _uniform(generator, count, 0.65, 1.35).view(-1, 1, 1, 1)
     brightness = _uniform(generator, count, -0.12, 0.12).view(-1, 1, 1, 1)
     mean = image.mean((1, 2, 3), keepdim=True)
     image = torch.einsum("bij,bjhw->bihw", matrix, image)
-    image = (image - mean) * contrast + mean + brightness
+    image = ((image - mean) * contrast + mean + brightness) * cast
     # Uneven light: a smooth random field.
-    field = torch.randn(count, 1, 3, 3, generator=generator) * _uniform(generator, count, 0, 0.2).view(-1, 1, 1, 1)
+    field = torch.randn(count, 1, 3, 3, generator=generator) * _uniform(generator, count, 0, 0.35).view(-1, 1, 1, 1)
     image = image * F.interpolate(field, image.shape[2:], mode="bilinear").exp()
     # Blurred (positive) or sharpened (negative).
     sharpness = (_uniform(generator, count, -0.5, 1) * _chance(generator, count, 0.5)).view(-1, 1, 1, 1)
@@ -416,7 +425,19 @@ def train(pictures: np.ndarray, steps: int, seed: int, checkpoint: Path) -> tupl
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1, "recent": recent}
             _replace(checkpoint, lambda path: torch.save(state, path))
-    return backbone.eval(), {name: sum(r[name] for r in recent) / len(recent) for name in WEIGHTS}
+    equalise(backbone.eval(), pictures)
+    return backbone, {name: sum(r[name] for r in recent) / len(recent) for name in WEIGHTS}
+
+
+@torch.inference_mode()
+def equalise(backbone: EmbeddedBackbone, pictures: np.ndarray) -> None:
+    """Set the gains so that every returned channel has standard deviation 1 on the first pictures."""
+    images = torch.from_numpy(pictures[:EQUALISED_ON, ..., :3]).permute(0, 3, 1, 2).float() / 255
+    features = [backbone(batch) for batch in ((images - IMAGENET_MEAN) / IMAGENET_STD).split(BATCH)]
+    for gain, stage in zip(backbone.gains, zip(*features, strict=True), strict=True):
+        spread = torch.cat([maps.transpose(0, 1).flatten(1) for maps in stage], 1).std(1)
+        # A channel that never speaks stays silent.
+        gain.factor.copy_(torch.where(spread > 1e-3, 1 / spread.clamp(min=1e-3), 0).view_as(gain.factor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

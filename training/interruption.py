@@ -1,4 +1,4 @@
-"""Ctrl-C between two training steps instead of within one."""
+"""Ctrl-C, and the SIGTERM of a machine that shuts down, between two training steps instead of within one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def interrupts_wait() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C, so that a training step is either done or not begun when progress is saved.
+    """Hold back the first Ctrl-C or SIGTERM, so that a training step is either done or not begun when progress is saved.
 
-    Yields a function that says whether Ctrl-C was pressed; the loop asks it after every step. A second Ctrl-C
-    interrupts at once. Outside the main thread, which alone receives signals, nothing changes.
+    Yields a function that says whether one came; the loop asks it after every step. A second one ends the run at once.
+    A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    pressed = False
-    before = signal.getsignal(signal.SIGINT)
+    came = False
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
+        nonlocal came
+        came = True
+        restore()
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

@@ -1,8 +1,14 @@
-"""One training step of LGST: its random draws and its losses (paper section 3.3, METHOD.md section 3)."""
+"""One training step of LGST: its random draws and its losses (paper section 3.3, METHOD.md section 3).
+
+What every step would do again the same way is done once: images lie on the device as 8-bit RGB, and what the frozen
+encoder and the teacher's projection make of them is kept. Only the colour-jittered twins, new in every step, go
+through the encoder. tests/reference_steps.py says the same step as plainly as METHOD.md; both agree.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,17 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 from errors import UserError
 from loco.images import normalise, read_rgb
 from loco.layout import IMAGE_SUFFIXES
 from models.lgst import LGST
+from models.precision import autocast, memory_format
 from settings import IMAGE_SIZE, LgstSettings
 from training.formula_pictures import render_picture
+from training.transfer import cache_room, send
 
 JITTER = 0.2
 GREY_PROBABILITY = 0.3
 PENALTY_RESIZE = 512
+TEACHING_BATCH = 8
+
+
+class Draw(NamedTuple):
+    """The random choices of one step."""
+
+    indices: Tensor  # (B,) int64 into the training images
+    adjustments: Tensor  # (B,) int64, what the twin's jitter changes: 0 brightness, 1 contrast, 2 saturation
+    factors: Tensor  # (B,) float32, by how much
+    penalty: Tensor  # (1, 3, 256, 256) float RGB in 0..255, or (0, 3, 256, 256) on steps without one
+    dropout_seed: int
 
 
 class Batch(NamedTuple):
@@ -29,9 +49,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, 256, 256)
     twins: Tensor  # the same, colour-jittered
     penalty: Tensor  # (1, 3, 256, 256), or (0, 3, 256, 256) on steps without one
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(part.to(device) for part in self))
+    taught: tuple[Tensor, Tensor] | None  # Teacher.project of the images, if it was kept
 
 
 class PenaltyImages:
@@ -66,36 +84,98 @@ class PenaltyImages:
         return tensor[None]
 
 
-def draw_batch(images: Tensor, penalties: PenaltyImages, settings: LgstSettings, step: int, category: str,
-               seed: int) -> Batch:
-    """Draw the batch of one step.
+def draw(count: int, penalties: PenaltyImages, settings: LgstSettings, step: int, category: str, seed: int) -> Draw:
+    """Make the random choices of one step.
 
-    The draws depend on seed, category and step alone, so a resumed run sees what an uninterrupted one would have.
-    Also seeds PyTorch, for the autoencoder's dropout.
+    They depend on seed, category and step alone, so a resumed run sees what an uninterrupted one would have.
 
     Args:
-        images: all training images, (N, 3, 256, 256) uint8.
+        count: number of training images.
     """
     rng = np.random.default_rng([seed, zlib.crc32(category.encode()), step])
-    torch.manual_seed(int(rng.integers(2**63)))
+    dropout_seed = int(rng.integers(2**63))
     # Shuffled epochs: every image is seen before any is seen twice, whatever the batch size.
     first = step * settings.batch_size
-    chosen = []
+    indices = []
     for position in range(first, first + settings.batch_size):
-        epoch, within = divmod(position, len(images))
-        order = np.random.default_rng([seed, zlib.crc32(category.encode()), epoch, 1]).permutation(len(images))
-        chosen.append(int(order[within]))
-    originals = images[chosen].float()
-    twins = torch.stack([jitter_colour(image, rng) for image in originals])
-    draws_penalty = step % settings.penalty_every == 0
-    penalty = penalties.draw(rng) if draws_penalty else originals[:0]
-    return Batch(originals, twins, penalty)
+        epoch, within = divmod(position, count)
+        order = np.random.default_rng([seed, zlib.crc32(category.encode()), epoch, 1]).permutation(count)
+        indices.append(int(order[within]))
+    jitters = [(int(rng.integers(3)), float(rng.uniform(1 - JITTER, 1 + JITTER))) for _ in indices]
+    penalty = penalties.draw(rng) if step % settings.penalty_every == 0 else torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE)
+    adjustments, factors = zip(*jitters)
+    return Draw(torch.tensor(indices), torch.tensor(adjustments), torch.tensor(factors), penalty, dropout_seed)
 
 
-def jitter_colour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Change one of brightness, contrast and saturation by up to 20 %; (3, H, W) float in 0..255."""
-    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[rng.integers(3)]
-    return adjust(image / 255, rng.uniform(1 - JITTER, 1 + JITTER)) * 255
+class Lessons:
+    """All training images on the device, and what the teacher's projection makes of them.
+
+    Args:
+        images: (N, 3, 256, 256) uint8.
+        description: of the progress bar.
+    """
+
+    def __init__(self, images: Tensor, model: LGST, encoder: nn.Module, device: torch.device, description: str):
+        self.images = images.to(device)
+        self.device = device
+        self._model, self._encoder, self._description = model, encoder, description
+        self._taught: tuple[Tensor, Tensor] | None = None
+        sides, channels = (IMAGE_SIZE // 8, IMAGE_SIZE // 16), model.teacher.proj.out_channels
+        needed = 4 * len(images) * channels * sum(side * side for side in sides)
+        if needed <= cache_room(device):
+            kept = tuple(torch.empty(len(images), channels, side, side, device=device) for side in sides)
+            for parts in zip(*(maps.split(TEACHING_BATCH) for maps in kept), self.teach_all()):
+                for space, found in zip(parts, parts[-1]):
+                    space.copy_(found)
+            self._taught = kept
+
+    @torch.no_grad()
+    def teach_all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Teacher.project of all training images, batch by batch, in float32: kept, or computed anew."""
+        if self._taught is not None:
+            yield from zip(*(maps.split(TEACHING_BATCH) for maps in self._taught))
+            return
+        for batch in tqdm(self.images.split(TEACHING_BATCH), desc=self._description, leave=False):
+            yield self._model.teacher.project(*self._encoder(normalise(batch))[1:])
+
+    @torch.no_grad()
+    def fit_teacher_normalisation(self) -> None:
+        """Set the teacher's channel mean and std over all positions of all training images."""
+        count, total, total_of_squares = 0, 0.0, 0.0
+        for maps in self.teach_all():
+            # On the CPU, because MPS has no float64.
+            features = self._model.teacher.assemble(*maps).cpu().double()
+            count += features.shape[0] * features.shape[2] * features.shape[3]
+            total = total + features.sum((0, 2, 3))
+            total_of_squares = total_of_squares + features.square().sum((0, 2, 3))
+        mean = total / count
+        std = (total_of_squares / count - mean**2).clamp(min=0).sqrt()
+        self._model.fit_teacher_normalisation(mean.float(), std.float())
+
+    def batch(self, drawn: Draw) -> Batch:
+        """Fetch and jitter the drawn images on the device; also seeds PyTorch, for the autoencoder's dropout."""
+        torch.manual_seed(drawn.dropout_seed)
+        indices, adjustments, factors, penalty = (send(part, self.device) for part in drawn[:4])
+        images = self.images[indices].float()
+        taught = None if self._taught is None else tuple(maps[indices] for maps in self._taught)
+        return Batch(images, jitter_colour(images, adjustments, factors), penalty, taught)
+
+
+def jitter_colour(images: Tensor, adjustments: Tensor, factors: Tensor) -> Tensor:
+    """Change one of brightness, contrast and saturation of each image by its factor.
+
+    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation, but for a batch in which they are mixed.
+
+    Args:
+        images: (B, 3, H, W) float in 0..255; the result is, too.
+        adjustments: (B,) 0 brightness, 1 contrast, 2 saturation.
+        factors: (B,) 1 changes nothing.
+    """
+    grey = TF.rgb_to_grayscale(images)
+    what = adjustments.view(-1, 1, 1, 1)
+    # Away from black, away from the picture's mean grey, or away from the pixel's own grey.
+    pivot = torch.where(what == 0, 0.0, torch.where(what == 1, grey.mean((1, 2, 3), keepdim=True), grey))
+    return torch.lerp(pivot.expand_as(images), images, factors.view(-1, 1, 1, 1)).clamp(0, 255)
 
 
 def hard_mean(differences: Tensor, quantile: float) -> Tensor:
@@ -105,21 +185,32 @@ def hard_mean(differences: Tensor, quantile: float) -> Tensor:
     return values.topk(kept, sorted=False).values.mean()
 
 
-def losses(model: LGST, encoder: nn.Module, batch: Batch, hard_quantile: float) -> dict[str, Tensor]:
+def losses(model: LGST, encoder: nn.Module, batch: Batch, hard_quantile: float, precision: str) -> dict[str, Tensor]:
     """The four losses of one step, to be added with weight 1.
+
+    Args:
+        precision: fp32 or bf16, what convolutions multiply in; differences are taken in float32.
 
     Returns:
         local: hard teacher-student difference; penalty: squared student output on the penalty image;
         autoencoder: teacher-autoencoder; global: autoencoder-student, the last two on the jittered twins.
     """
     count = len(batch.images)
-    seen = normalise(torch.cat([batch.images, batch.twins]))
-    with torch.no_grad():
-        targets = model.teach(encoder(seen))
-    features = model.local_st.trunk(torch.cat([seen, normalise(batch.penalty)]))
-    local = model.local_st.conv_st(torch.cat([features[:count], features[2 * count:]]))
-    global_ = model.local_st.conv_ae(features[count:2 * count])
-    decoded = model.autoencoder(seen[count:])
+    pictures = normalise(torch.cat([batch.images, batch.twins, batch.penalty])).contiguous(
+        memory_format=memory_format(precision))
+    with autocast(pictures.device, precision):
+        with torch.no_grad():
+            new = pictures[:2 * count] if batch.taught is None else pictures[count:2 * count]
+            taught = model.teacher.project(*encoder(new)[1:])
+        features = model.local_st.trunk(pictures)
+        # Originals and penalty are asked for what the teacher says, twins for what the autoencoder says.
+        local = model.local_st.conv_st(torch.cat([features[:count], features[2 * count:]])).float()
+        global_ = model.local_st.conv_ae(features[count:2 * count]).float()
+        decoded = model.autoencoder(pictures[count:2 * count]).float()
+    taught = tuple(maps.float() for maps in taught)
+    if batch.taught is not None:
+        taught = tuple(torch.cat(maps) for maps in zip(batch.taught, taught))
+    targets = model.normalise_taught(model.teacher.assemble(*taught))
     penalty = local[count:].square().mean() if len(batch.penalty) else local.new_zeros(())
     return {
         "local": hard_mean((targets[:count] - local[:count]).square(), hard_quantile),
