@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -117,8 +118,9 @@ def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], netw
     nncf.set_log_level("ERROR")
     outside = f"^(?!({'|'.join(networks)})).*"
     ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
-    return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
-                         preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
+                             preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
 
 
 def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:
