@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -61,13 +62,15 @@ def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, .
 def half_networks(content: bytes) -> bytes:
     """The same ONNX model with its networks in fp16; inputs, outputs and what lies outside the networks stay in fp32."""
     onnx, float16 = require_package("onnx"), require_package("onnxruntime.transformers.float16")
+    tools = require_package("onnxruntime.transformers.onnx_model")
     model = onnx.load_from_string(content)
     # Weights that occur twice are kept once, and pass through nodes called Identity.
     outside = [node.name for node in model.graph.node if not node.name.startswith((*NETWORKS, "Identity"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights that become 0 in fp16 are said one by one
         model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=outside)
-    onnx.checker.check_model(model)
+    tools.OnnxModel(model).topological_sort()
+    onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
@@ -82,12 +85,14 @@ def write_openvino(model: Any, path: Path, known: dict[str, Any]) -> None:
             files.write_bytes(path.with_suffix(suffix), written.with_suffix(suffix).read_bytes())
 
 
-def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> bytes:
+def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],
+              networks: tuple[str, ...] = NETWORKS) -> bytes:
     """Quantise the networks of an fp32 ONNX model with onnxruntime, weights per channel.
 
     Args:
         calibration: images as the model takes them; the range of every activation is that on these.
         kept: beginnings of the names of nodes that stay in fp32, besides everything outside the networks.
+        networks: how the names of the networks' nodes begin.
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
     images = iter(calibration)
@@ -98,7 +103,8 @@ def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> b
             return None if image is None else {"images": image[None]}
 
     model = onnx.load_from_string(content)
-    excluded = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS) or node.name.startswith(tuple(kept))]
+    excluded = [node.name for node in model.graph.node
+                if not node.name.startswith(networks) or node.name.startswith(tuple(kept))]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
         quantization.quantize_static(model, written, Reader(), per_channel=True, op_types_to_quantize=INT8_OPERATORS,
@@ -106,14 +112,15 @@ def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> b
         return written.read_bytes()
 
 
-def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str]) -> Any:
+def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS) -> Any:
     """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
     nncf = require_package("nncf")
     nncf.set_log_level("ERROR")
-    outside = f"^(?!({'|'.join(NETWORKS)})).*"
+    outside = f"^(?!({'|'.join(networks)})).*"
     ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
-    return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
-                         preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
+                             preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
 
 
 def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:
