@@ -74,7 +74,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
 
     if checkpoint.exists():
         saved = files.read_state(checkpoint)
-        model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
+        model = LGST(backbone.channels, chosen.width, chosen.teacher_channels, backbone.blind_to_light)
         model.load_state_dict(saved["state"])
         model.to(device).eval()
     else:
@@ -95,7 +95,7 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
           penalties: PenaltyImages, progress_file: Path, device: torch.device, precision: str, seed: int) -> LGST:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     torch.manual_seed(seed)
-    model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
+    model = LGST(backbone.channels, chosen.width, chosen.teacher_channels, backbone.blind_to_light)
     if chosen.he_initialisation:
         model.start_fast()
     model.to(device, memory_format=memory_format(precision)).train()

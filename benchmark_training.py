@@ -3,8 +3,9 @@
 The plain step is tests/reference_steps.py in fp32. Steps of all variants take turns in one run, so that whatever else
 the machine does strikes them alike; the median counts. Pictures are noise and the encoder has random weights, because
 neither changes the time: nothing is downloaded. Prints a table and writes benchmark_training_{stage}.json into the
-workspace: milliseconds per step, hours for all steps of the preset, the memory that a step takes on top of what is
-held between steps, and the floor: the step's multiply-adds at the rate of this machine's large matrix products.
+workspace: milliseconds per step (by the clock, and of all processor cores together, which other work on the machine
+stretches less), hours for all steps of the preset, the memory that a step takes on top of what is held between steps,
+and the floor: the step's multiply-adds at the rate of this machine's large matrix products.
 """
 
 from __future__ import annotations
@@ -70,19 +71,21 @@ def main() -> None:
             with FlopCounterMode(display=False) as counter:
                 step()
         multiply_adds[name] = counter.get_total_flops() / 2
-    seconds, memory = {name: [] for name in variants}, dict.fromkeys(variants, float("nan"))
+    seconds, processor_seconds = ({name: [] for name in variants} for _ in range(2))
+    memory = dict.fromkeys(variants, float("nan"))
     for _ in tqdm(range(args.timed_steps), desc="time", unit="round"):
         for name, step in variants.items():
             before = start_memory(device)
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             step()
             synchronise(device)
             seconds[name].append(time.perf_counter() - start)
+            processor_seconds[name].append(time.process_time() - processor_start)
             memory[name] = np.fmax(memory[name], peak_memory(device) - before)
 
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
     report = {"stage": args.stage, "preset": args.preset, "steps_of_preset": steps, "device": str(device),
-              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
               "threads": torch.get_num_threads(), "torch": torch.__version__,
               "settings": getattr(chosen, args.stage).model_dump(),
               "matrix_multiply_adds_per_second": rates, "variants": {}}
@@ -91,7 +94,8 @@ def main() -> None:
         middle = statistics.median(found)
         report["variants"][name] = {
             "ms_per_step": 1000 * middle, "ms_fastest": 1000 * min(found), "ms_all": [1000 * one for one in found],
-            "times_plain": plain / middle, "hours_of_preset": middle * steps / 3600,
+            "processor_ms": 1000 * statistics.median(processor_seconds[name]), "times_plain": plain / middle,
+            "hours_of_preset": middle * steps / 3600,
             "step_memory_mib": None if np.isnan(memory[name]) else memory[name] / 2**20,
             "multiply_adds": multiply_adds[name], "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]]}
     target = workspace.root / f"benchmark_training_{args.stage}.json"
@@ -231,11 +235,13 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 def print_table(report: dict) -> None:
     print(f"\none training step of {report['stage']}, preset {report['preset']}, {report['device']}, "
           f"{report['threads']} threads, torch {report['torch']}")
-    print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}{'floor ms':>10}")
+    print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'CPU ms':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}"
+          f"{'floor ms':>10}")
     for name, row in report["variants"].items():
         memory = "?" if row["step_memory_mib"] is None else f"{row['step_memory_mib']:.0f}"
-        print(f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['times_plain']:9.2f}"
-              f"{row['hours_of_preset']:8.1f}{memory:>12}{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}")
+        print(f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['processor_ms']:10.0f}"
+              f"{row['times_plain']:9.2f}{row['hours_of_preset']:8.1f}{memory:>12}"
+              f"{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}")
     print(f"hours: all {report['steps_of_preset']} steps; floor: the multiply-adds at the rate of a large matrix product")
 
 

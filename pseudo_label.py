@@ -7,10 +7,14 @@ each label they show, and the most ordinary ones of each group are trusted.
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
 datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
 others are used as they are. METHOD.md, section 1; proposals and maps have 256x256 pixels, like what the networks see.
+
+--proposer says where the masks come from: grounded_sam (Grounding DINO and SAM-HQ, the method's own), sam (SAM-HQ alone),
+classical (image processing, no download), or auto: the first of them for which prompt and checkpoints are there.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import cv2
@@ -23,15 +27,27 @@ from errors import UserError, run_script
 from loco import files, images, layout, records
 from models.device import choose_device
 from models.encoder import Backbone, build_backbone
-from pseudo_labels import clustering, components, masks
-from pseudo_labels.proposers import ClassicalProposer, Proposals, Proposer
+from pseudo_labels import checkpoints, clustering, components, masks
+from pseudo_labels.classical import ClassicalProposer
+from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
+from pseudo_labels.proposers import Proposals, Proposer
 
 PICTURE = 640  # side of feature.png
-COMPONENTS = "components.npz"  # per image, written last: where it lies, the image is done
+REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
+COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
+MASKS = ("grounding_mask", "grounding_background", "all_masks", "refined_masks")
+IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU gains nothing from more than one
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
+    parser = settings.command_line(__doc__)
+    own = parser.add_argument_group("options of this stage")
+    own.add_argument("--proposer", dest="pseudo_labels.proposer", default=argparse.SUPPRESS, metavar="NAME",
+                     help="auto, grounded_sam, sam or classical; the same as --pseudo_labels.proposer")
+    own.add_argument("--save_all_masks", dest="pseudo_labels.save_all_masks", action="store_const", const="true",
+                     default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
+    own.add_argument("--download", action="store_true", help="fetch missing checkpoints into WORKSPACE/ckpt")
+    args = parser.parse_args()
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
@@ -40,46 +56,53 @@ def main() -> None:
     with workspace.lock():
         for category in categories:
             chosen = settings.load(category.name, args.preset, settings.overrides(args)).pseudo_labels
-            label_category(category, workspace, chosen, backbone, device, args.seed, args.overwrite)
+            proposer = choose_proposer(category.name, chosen, workspace.checkpoints, device, args.download)
+            label_category(category, workspace, chosen, proposer, backbone, device, args.seed, args.overwrite)
 
 
 def label_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.PseudoLabelSettings,
-                   backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
+                   proposer: Proposer, backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
     paths, info = category.train, workspace.info(category.name)
     folders = [workspace.image_masks(category.name, path) for path in paths]
-    proposer = choose_proposer(category.name, chosen)
-    used = {"settings": chosen.model_dump(), "seed": seed, "proposer": proposer.name, "backbone": backbone.name,
-            "backbone_fingerprint": backbone.fingerprint, "train_images": records.digest_images(paths),
+    used = {"settings": chosen.model_dump(), "seed": seed, "proposer": proposer.name, "checkpoints": proposer.checkpoints,
+            "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
+            "train_images": records.digest_images(paths),
             "stand_ins": ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
             + ([f"backbone {backbone.name}"] if backbone.is_stand_in else [])}
     outputs = [*(folder / "filtered_cluster_map.png" for folder in folders),
                info / "filtered_component_histogram.npy", info / "filtered_histogram_indices.npy"]
     record = info / "pseudo_label.json"
     refuse_strangers(record, folders, outputs, overwrite)
-    if not records.begin(record, used, outputs, overwrite, [folder / COMPONENTS for folder in folders]):
+    if overwrite or not (record.exists() or all(path.exists() for path in outputs)):
+        proposer.load()  # before anything is taken away or noted: a bad checkpoint leaves everything as it was
+    if not records.begin(record, used, outputs, overwrite, made_on_the_way(folders)):
         print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
         return
 
     # Only cnn_image costs time; it is left out where nobody asked for it.
     embedding = components.CropEmbedding(backbone.deepest, chosen.rotations).to(device) if (
         "cnn_image" in chosen.features) else None
-    for path, folder in zip(tqdm(paths, desc=f"{category.name}: find components", unit="image"), folders):
-        if (folder / COMPONENTS).exists():
-            continue
-        image = images.read_rgb(path, settings.IMAGE_SIZE)
-        proposals = proposer.propose(image)
-        candidates, refined = refine(proposals, chosen)
-        save_masks(folder, proposals, candidates, refined)
-        files.write_arrays(folder / COMPONENTS, **describe(image, refined, embedding))
+    at_once = 1 if device.type == "cpu" else IMAGES_AT_ONCE
+    with tqdm(total=len(paths), desc=f"{category.name}: find components", unit="image") as bar:
+        # Always the same images together, so that a resumed run repeats the very same numbers.
+        for first in range(0, len(paths), at_once):
+            group = slice(first, first + at_once)
+            if not all((folder / COMPONENTS).exists() for folder in folders[group]):
+                pictures = [images.read_rgb(path, settings.IMAGE_SIZE) for path in paths[group]]
+                label_maps = [refined_masks(picture, folder, proposer, chosen)
+                              for picture, folder in zip(pictures, folders[group])]
+                for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):
+                    files.write_arrays(folder / COMPONENTS, **features)
+            bar.update(len(folders[group]))
 
-    refined_maps = [images.read_mask(folder / "refined_masks.png") for folder in folders]
+    refined_maps = [images.read_mask(folder / REFINED) for folder in folders]
     described = [files.read_arrays(folder / COMPONENTS) for folder in folders]
     image_of = np.repeat(np.arange(len(paths)), [len(one["area"]) for one in described])
     features = {name: np.concatenate([one[name] for one in described]) for name in described[0]}
     if not len(image_of):
         raise UserError(f"{category.name}: no parts were found in any training image; parts should stand out from "
                         "their background by colour")
-    vectors, bandwidth = feature_space(category.name, features, chosen, backbone, seed)
+    vectors, bandwidth = feature_space(category.name, features, len(paths), chosen, backbone, seed)
     found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
                                        chosen.one_histogram_cluster, chosen.variants)
     if not found.filtered_histogram.shape[1]:
@@ -95,14 +118,43 @@ def label_category(category: layout.Category, workspace: layout.Workspace, chose
           f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}")
 
 
-def choose_proposer(category: str, chosen: settings.PseudoLabelSettings) -> Proposer:
-    """The proposer that the settings ask for; ``auto`` says what it takes instead of the method's own."""
-    if chosen.proposer == "auto":
-        print(f"{category}: proposals by the classical stand-in instead of SAM-HQ and Grounding DINO; to have those, "
-              "put pseudo-labels made with them into datasets/masks")
-    if chosen.no_sam or chosen.inside_grounding:
-        print(f"{category}: no_sam and inside_grounding are for Grounding DINO and do not apply to classical proposals")
-    return ClassicalProposer(chosen.container)
+def choose_proposer(category: str, chosen: settings.PseudoLabelSettings, folder: Path, device: torch.device,
+                    download: bool) -> Proposer:
+    """The proposer that the settings ask for; ``auto`` says what it takes, and how to get the method's own.
+
+    Args:
+        folder: where checkpoints lie.
+        download: fetch those that are missing.
+
+    Raises:
+        UserError: a checkpoint is missing, or the prompt that Grounding DINO needs.
+    """
+    sam, grounding_dino = checkpoints.SAM[chosen.sam], checkpoints.GROUNDING_DINO[chosen.grounding_dino]
+    kind = chosen.proposer
+    if kind == "auto":
+        needed = [sam, grounding_dino] if chosen.text_prompt else [sam]
+        missing = [] if download else [one for one in needed if not (folder / one.file).exists()]
+        if not missing:
+            kind = "grounded_sam" if chosen.text_prompt else "sam"
+            print(f"{category}: proposals by {kind}")
+        else:
+            kind = "classical" if sam in missing else "sam"
+            print(f"{category}: proposals by {'the classical stand-in' if kind == 'classical' else 'SAM-HQ alone'} instead "
+                  f"of {'SAM-HQ and Grounding DINO' if chosen.text_prompt else 'SAM-HQ'}; to have those, put "
+                  f"{' and '.join(one.file for one in missing)} into {folder}, or let --download do it "
+                  f"({sum(one.megabytes for one in missing):g} MB)")
+    if kind != "grounded_sam" and (chosen.no_sam or chosen.inside_grounding):
+        print(f"{category}: no_sam and inside_grounding are for Grounding DINO and do not apply to {kind} proposals")
+    if kind == "classical":
+        return ClassicalProposer(chosen.container)
+    if kind == "sam":
+        return SamProposer(chosen, checkpoints.obtain(sam, folder, download), device, bool(chosen.text_prompt))
+    if not chosen.text_prompt:
+        raise UserError(f"{category}: Grounding DINO has to be told what the parts are called; say so with "
+                        "--pseudo_labels.text_prompt 'screw . nut .' or in the category's file, or take --proposer sam")
+    return GroundedSamProposer(chosen, checkpoints.obtain(sam, folder, download),
+                               checkpoints.obtain(grounding_dino, folder, download),
+                               checkpoints.obtain_text_encoder(folder, download), device)
 
 
 def refuse_strangers(record: Path, folders: list[Path], outputs: list[Path], overwrite: bool) -> None:
@@ -120,40 +172,71 @@ def refuse_strangers(record: Path, folders: list[Path], outputs: list[Path], ove
                         "pseudo-labels, or make new ones with --overwrite")
 
 
-def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray, np.ndarray]:
-    """METHOD.md's order of operations: proposals -> candidate masks (N, H, W) and label map (H, W) of components."""
-    candidates = masks.split_components(proposals.masks)
-    if proposals.grounding is not None and chosen.inside_grounding:
-        candidates = masks.inside_grounding(candidates, proposals.grounding.any(0))
-    candidates = masks.without_background(candidates, proposals.background)
-    if proposals.grounding_background is not None:
-        candidates = masks.without_background(candidates, proposals.grounding_background)
-    candidates = masks.largest(candidates)
-    chosen_masks = candidates
+def made_on_the_way(folders: list[Path]) -> list[Path]:
+    """What an earlier run may have left and --overwrite takes away: every file that decides later ones."""
+    return [folder / name for folder in folders
+            for name in (COMPONENTS, *(f"{mask}{twin}.png" for mask in MASKS for twin in ("", "_color")))]
+
+
+def refined_masks(image: np.ndarray, folder: Path, proposer: Proposer, chosen: settings.PseudoLabelSettings) -> np.ndarray:
+    """The label map (H, W) of an image's components: the one made before, or else proposed now and saved."""
+    if (folder / REFINED).exists():
+        return images.read_mask(folder / REFINED)
+    proposals = proposer.propose(image)
+    candidates, refined = refine(proposals, chosen)
+    save_masks(folder, proposals, candidates, refined)
+    return refined
+
+
+def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray | None, np.ndarray]:
+    """METHOD.md's order of operations: proposals -> candidate masks (N, H, W), if any were proposed, and label map (H, W)."""
+    candidates = None
+    if proposals.masks is not None:
+        candidates = masks.split_components(proposals.masks)
+        if proposals.grounding is not None and chosen.inside_grounding:
+            candidates = masks.inside_grounding(candidates, proposals.grounding.any(0))
+        candidates = masks.without_background(candidates, proposals.background)
+        if proposals.grounding_background is not None:
+            candidates = masks.without_background(candidates, proposals.grounding_background)
+        candidates = masks.largest(candidates)
     if proposals.grounding is not None and chosen.no_sam:
-        chosen_masks = masks.largest(masks.split_components(proposals.grounding))
-    return candidates, masks.merge(masks.combine(chosen_masks))
+        instances = masks.split_components(masks.label_masks(grounding_map(proposals.grounding)))
+        return candidates, masks.merge(masks.combine(masks.largest(instances)))
+    return candidates, masks.merge(masks.combine(candidates))
 
 
-def describe(image: np.ndarray, refined: np.ndarray,
-             embedding: components.CropEmbedding | None) -> dict[str, np.ndarray]:
-    """The features of an image's components, each (n, ...), in the order of their indices in the label map."""
-    features, crops = components.shallow_features(image, masks.label_masks(refined))
+def grounding_map(instances: np.ndarray) -> np.ndarray:
+    """Instances (M, H, W) -> label map (H, W) with the 255 largest of them, small ones on top."""
+    return masks.merge(masks.largest(instances))
+
+
+def describe(pictures: list[np.ndarray], label_maps: list[np.ndarray],
+             embedding: components.CropEmbedding | None) -> list[dict[str, np.ndarray]]:
+    """For each image the features of its components, each (n, ...), in the order of their indices in the label map."""
+    described, crops = zip(*(components.shallow_features(picture, masks.label_masks(labels))
+                             for picture, labels in zip(pictures, label_maps)))
     if embedding is not None:
-        features["cnn_image"] = embedding(torch.from_numpy(crops).permute(0, 3, 1, 2)).cpu().numpy()
-    return features
+        deep = embedding(torch.from_numpy(np.concatenate(crops)).permute(0, 3, 1, 2)).cpu().numpy()
+        for features, own in zip(described, np.split(deep, np.cumsum([len(one) for one in crops])[:-1])):
+            features["cnn_image"] = own
+    return list(described)
 
 
-def feature_space(category: str, features: dict[str, np.ndarray], chosen: settings.PseudoLabelSettings,
+def feature_space(category: str, features: dict[str, np.ndarray], images: int, chosen: settings.PseudoLabelSettings,
                   backbone: Backbone, seed: int) -> tuple[np.ndarray, float]:
     """The vectors (components, D) to cluster, and MeanShift's bandwidth among them.
 
-    A configured bandwidth is in units of the published network's projected cnn_image. Anything else is brought to units
-    of its own, in which the bandwidth is 1.
+    The published network's cnn_image is projected as published, and a configured bandwidth is in units of that. Anything
+    else is brought to units of its own, in which the bandwidth is 1.
     """
-    if not backbone.is_stand_in and chosen.features == ["cnn_image"] and chosen.bandwidth != "auto":
+    if not backbone.is_stand_in and chosen.features == ["cnn_image"]:
         deep = features["cnn_image"]
-        return deep @ components.random_projection(deep.shape[1], seed), chosen.bandwidth
+        vectors = deep @ components.random_projection(deep.shape[1], seed)
+        if chosen.bandwidth != "auto":
+            return vectors, chosen.bandwidth
+        bandwidth = clustering.estimate_bandwidth(vectors, images)
+        print(f"{category}: no bandwidth is set for MeanShift, estimated {bandwidth:.3g}")
+        return vectors, bandwidth
     print(f"{category}: clustering {', '.join(chosen.features)} with bandwidth {clustering.UNIT_BANDWIDTH} in units of "
           "their own; a configured one is for wide_resnet50_2's cnn_image alone")
     return clustering.comparable({name: features[name] for name in chosen.features}), clustering.UNIT_BANDWIDTH
@@ -167,14 +250,15 @@ def paint(refined: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return table[refined]
 
 
-def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray, refined: np.ndarray) -> None:
+def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray | None, refined: np.ndarray) -> None:
     if proposals.grounding is not None:
-        save_label_map(folder / "grounding_mask.png", masks.merge(masks.largest(proposals.grounding)))
+        save_label_map(folder / "grounding_mask.png", grounding_map(proposals.grounding))
     if proposals.grounding_background is not None:
         files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
-    save_label_map(folder / "all_masks.png", masks.merge(candidates))
+    if candidates is not None:
+        save_label_map(folder / "all_masks.png", masks.merge(candidates))
     files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)
-    save_label_map(folder / "refined_masks.png", refined)
+    save_label_map(folder / REFINED, refined)
 
 
 def save_label_map(path: Path, labels: np.ndarray) -> None:
@@ -194,7 +278,8 @@ def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: 
     files.write_array(info / "component_num_mode.npy", modes)
     files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))
     files.write_text(info / "info.txt", "\n".join([
-        f"proposer: {used['proposer']}", f"backbone: {used['backbone']}", f"stand_ins: {used['stand_ins']}",
+        f"proposer: {used['proposer']}", f"checkpoints: {sorted(used['checkpoints'])}",
+        f"backbone: {used['backbone']}", f"stand_ins: {used['stand_ins']}",
         f"components: {len(image_of)}", f"bandwidth: {bandwidth:.6g}", f"clusters: {found.raw_histogram.shape[1]}",
         f"labels: {labels}", f"usual number of each label: {modes.tolist()}",
         f"images of each kind: {np.bincount(found.kinds[found.kinds >= 0]).tolist()}",

@@ -32,7 +32,20 @@ class Section(BaseModel):
 class PseudoLabelSettings(Section):
     """Stage 1 (METHOD.md section 1)."""
 
-    proposer: Literal["auto", "classical"] = Field(description="where masks come from")
+    proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
+        description="where masks come from; auto takes the first of the three for which everything is there")
+    sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field(description="size of SAM-HQ (the paper: vit_h)")
+    grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field(description="Grounding DINO (the paper: swint_ogc)")
+    text_prompt: str | None = Field(description="names of the parts, each with a dot after it; none: SAM-HQ alone")
+    background_prompt: str | None = Field(description="of these names, those that are no part")
+    box_threshold: float = Field(ge=0, le=1, description="Grounding DINO: least score of a box's best word")
+    text_threshold: float = Field(ge=0, le=1, description="Grounding DINO: least score of the words of a box's phrase")
+    points_per_side: int = Field(ge=1, description="SAM-HQ's automatic masks: grid of points")
+    crop_n_layers: int = Field(ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ...")
+    pred_iou_thresh: float = Field(ge=0, le=1, description="SAM-HQ's automatic masks: least predicted quality")
+    stability_score_thresh: float = Field(ge=0, le=1, description="SAM-HQ's automatic masks: least stability")
+    min_mask_region_area: int = Field(ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels")
+    save_all_masks: bool = Field(description="run automatic mask generation even where no_sam does not need it")
     inside_grounding: bool = Field(description="keep only masks inside the grounding mask")
     no_sam: bool = Field(description="take the grounding mask's instances as refined masks")
     container: bool = Field(description="classical proposer: the parts lie in something (tray, bag) that is no part")

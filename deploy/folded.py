@@ -92,6 +92,7 @@ class FoldedModel(nn.Module):
         self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
         self.encoder = fold_encoder(model.encoder)
         self.teacher = FoldedTeacher(model.teacher.proj, model.teacher_mean, model.teacher_std, channels)
+        self.colours = model.colours
         self.student, self.autoencoder = FoldedStudent(model.local_st), model.autoencoder
         self.segmentor = fold_blocks(model.segmentor)
         # The last resize of the logits is done here, in fp32.
@@ -118,11 +119,11 @@ class FoldedModel(nn.Module):
         """(B, 3, 256, 256) -> everything, whatever `forward` returns of it."""
         if self.raw_input:
             images = (images.float() - self.image_mean) / self.image_std
-        images = images.to(self.dtype)
-        features = self.encoder(images)
+        seen = self.colours(images).to(self.dtype)
+        features = self.encoder(images.to(self.dtype))
 
-        wanted = torch.cat([self.teacher(*features[1:]), self.autoencoder(images)], dim=1).float()
-        given = self.student(images).float()
+        wanted = torch.cat([self.teacher(*features[1:]), self.autoencoder(seen)], dim=1).float()
+        given = self.student(seen).float()
         local, global_ = (part.mean(1) for part in (wanted - given).square().chunk(2, dim=1))
         anomaly_map = self.scale[0] * local + self.scale[1] * global_ + self.offset
         lgst_score = (anomaly_map.amax((1, 2)) - self.lgst_mean) / self.lgst_std

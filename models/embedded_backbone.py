@@ -5,8 +5,8 @@ residual network of four stages, trained on formula-made pictures only; `trainin
 `embedded_backbone.json`, beside the weights, what came out. It is no match for ImageNet features, and results made with it
 must say so.
 
-It sees logarithms of the colours, less their mean over the image: the strength and the colour of the light become a constant
-there, and the constant is gone. An ImageNet network learns to overlook light from a million photographs; this one is told.
+It sees images without their light (`models.light`): an ImageNet network learns to overlook light from a million photographs,
+this one is told.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from models.light import LogColours
 
 WEIGHTS_PATH = Path(__file__).with_suffix(".pth")
 PROVENANCE_PATH = Path(__file__).with_suffix(".json")
@@ -25,10 +26,6 @@ PROVENANCE_PATH = Path(__file__).with_suffix(".json")
 CHANNELS = (48, 96, 192, 256)  # of the four stages, at strides 4, 8, 16 and 32
 BLOCKS = (1, 2, 2, 1)  # residual blocks per stage
 STEM_CHANNELS = 32
-DARK = 0.05  # added to colours (0..1) before the logarithm, so that noise in the dark is not blown up
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ResidualBlock(nn.Module):
@@ -89,6 +86,7 @@ class EmbeddedBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.colours = LogColours()
         self.stem = nn.Sequential(
             nn.Conv2d(3, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
         )
@@ -99,8 +97,6 @@ class EmbeddedBackbone(nn.Module):
             self.stages.append(nn.Sequential(first, *(ResidualBlock(outputs, outputs, 1) for _ in range(depth - 1))))
             inputs = outputs
         self.gains = nn.ModuleList(Gain(width) for width in channels)
-        self.register_buffer("imagenet_mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("imagenet_std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Encode images.
@@ -111,8 +107,7 @@ class EmbeddedBackbone(nn.Module):
         Returns:
             Four non-negative feature maps (B, channels[i], ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
         """
-        logarithms = (images * self.imagenet_std + self.imagenet_mean + DARK).clamp(min=DARK / 2).log()
-        x, features = self.stem(logarithms - logarithms.mean((2, 3), keepdim=True)), []
+        x, features = self.stem(self.colours(images)), []
         for stage, gain in zip(self.stages, self.gains, strict=True):
             x = stage(x)
             features.append(gain(x))

@@ -46,6 +46,11 @@ class Backbone:
     fingerprint: str
 
     @property
+    def blind_to_light(self) -> bool:
+        """See `blind_to_light`."""
+        return blind_to_light(self.name)
+
+    @property
     def is_stand_in(self) -> bool:
         """True for anything but the published network."""
         return self.name != PUBLISHED
@@ -145,6 +150,15 @@ def empty_encoder(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     network = EmbeddedBackbone() if name == EMBEDDED else _network(name)
     encoder, _, channels = _parts(name, network)
     return encoder.eval().requires_grad_(False), channels
+
+
+def blind_to_light(name: str) -> bool:
+    """True if the backbone of that name does not see the light's strength and colour (`models.light`).
+
+    LGST's student and autoencoder must not see it, either: they could not tell what of it the teacher overlooks, since
+    they look at one neighbourhood at a time.
+    """
+    return name == EMBEDDED
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.encoder import PUBLISHED, empty_encoder
+from models.encoder import PUBLISHED, blind_to_light, empty_encoder
 from models.lgst import LGST, Differences
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor
@@ -40,11 +40,12 @@ class FusedModel(LGST):
         segmentor: its maps -> logits (B, C, 256, 256).
         detector: label maps -> patch-histogram score.
         width, channels: of the student and of the teacher.
+        log_colours: see `LGST`.
     """
 
     def __init__(self, encoder: nn.Module, encoder_channels: tuple[int, int, int], segmentor: Segmentor,
-                 detector: PatchHistogramDetector, width: int, channels: int):
-        super().__init__(encoder_channels, width, channels)
+                 detector: PatchHistogramDetector, width: int, channels: int, log_colours: bool):
+        super().__init__(encoder_channels, width, channels, log_colours)
         self.encoder = encoder
         self.segmentor = segmentor
         self.patch_hist_detector = detector
@@ -79,11 +80,12 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         UserError: a key is missing, unknown, or has another shape than its neighbours imply.
     """
     try:
-        encoder, encoder_channels = empty_encoder(metadata(state).get("backbone", PUBLISHED))
+        backbone = metadata(state).get("backbone", PUBLISHED)
+        encoder, encoder_channels = empty_encoder(backbone)
         classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
         channels, student_width = state["local_st.conv_st.weight"].shape[:2]
         model = FusedModel(encoder, encoder_channels, Segmentor(encoder_channels, width, classes),
-                           PatchHistogramDetector(classes), student_width, channels)
+                           PatchHistogramDetector(classes), student_width, channels, blind_to_light(backbone))
         model.load_state_dict(state)
     except (KeyError, RuntimeError, AttributeError, TypeError) as problem:
         reason = " ".join(str(problem).split())[:200]

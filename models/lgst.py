@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.encoder import resize
+from models.light import LogColours
 
 MAP_SIZE = 64  # side of every feature and anomaly map
 QUANTILES = (0.9, 0.995)  # of the validation maps, mapped to 0 and 0.1
@@ -124,10 +125,16 @@ class LGST(nn.Module):
     """Teacher, student, autoencoder, and the numbers that normalise what they say.
 
     The parameter and buffer names are the published ones.
+
+    Args:
+        encoder_channels: of the encoder's three maps.
+        width, channels: of the student and of the teacher.
+        log_colours: student and autoencoder see images without their light (`models.light`), because the encoder does.
     """
 
-    def __init__(self, encoder_channels: tuple[int, int, int], width: int, channels: int):
+    def __init__(self, encoder_channels: tuple[int, int, int], width: int, channels: int, log_colours: bool = False):
         super().__init__()
+        self.colours = LogColours() if log_colours else nn.Identity()
         self.teacher = Teacher(encoder_channels[1] + encoder_channels[2], channels)
         self.teacher.requires_grad_(False)
         self.local_st = Student(width, channels)
@@ -157,9 +164,10 @@ class LGST(nn.Module):
 
     def differences(self, images: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Differences:
         """Images and the encoder's maps of them -> where student, teacher and autoencoder disagree."""
-        local, global_ = self.local_st(images)
+        seen = self.colours(images)
+        local, global_ = self.local_st(seen)
         return Differences((self.teach(features) - local).square().mean(1),
-                           (self.autoencoder(images) - global_).square().mean(1))
+                           (self.autoencoder(seen) - global_).square().mean(1))
 
     def anomaly_map(self, differences: Differences) -> Tensor:
         """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.cluster import HDBSCAN
+from sklearn.cluster import estimate_bandwidth as sklearn_estimate
 
 LEAST_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
 LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds of images only
@@ -21,6 +22,7 @@ FRAGMENT = 1 / 3  # of a cluster's median area
 EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each other's place
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
+NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
 LEAST_AREA = 0.001  # mean share of the image that a label takes in the largest kind, or it is dropped
@@ -177,6 +179,17 @@ def split_by_size(clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray,
     return result
 
 
+def estimate_bandwidth(features: np.ndarray, images: int) -> float:
+    """A MeanShift bandwidth for components (n, D) of so many images.
+
+    scikit-learn's estimate, the mean distance to the k-th nearest neighbour, with k = the members of the smallest cluster
+    that counts as a label instead of 30 % of everything, which joins parts as soon as an image has more than three.
+    """
+    share = min(max(LEAST_MEMBERS * images / len(features), 1 / min(len(features), NEIGHBOURS_OF)), 1)
+    found = sklearn_estimate(features, quantile=share, n_samples=NEIGHBOURS_OF, random_state=0)
+    return float(max(found, np.finfo(np.float32).eps))
+
+
 def mean_shift(features: np.ndarray, bandwidth: float) -> np.ndarray:
     """MeanShift with a flat kernel, as scikit-learn does it, (n, D) -> (n,) clusters 0.. in order of density.
 
@@ -184,12 +197,16 @@ def mean_shift(features: np.ndarray, bandwidth: float) -> np.ndarray:
     with up to 1500 points, which then are all seeds, the result is the same.
     """
     features = np.asarray(features, np.float64)
+    features = features - features.mean(0)  # short vectors lose little in the differences of squares below
+    lengths = (features ** 2).sum(1)
     # Not every n-th: components come in a regular order in each image, a stride can miss the same part in all of them.
     drawn = np.random.default_rng(0).permutation(len(features))[:MOST_SEEDS]
     centres = features[np.sort(drawn)]
     climbing, members = np.arange(len(centres)), np.zeros(len(centres))
     for _ in range(MOST_STEPS):
-        near = cdist(centres[climbing], features) <= bandwidth
+        # As matrix products, which for wide features take a tenth of the time of cdist and of a product with booleans.
+        squares = (centres[climbing] ** 2).sum(1)[:, None] + lengths - 2 * centres[climbing] @ features.T
+        near = (squares <= bandwidth ** 2).astype(features.dtype)
         members[climbing] = near.sum(1)
         means = near @ features / np.maximum(members[climbing], 1)[:, None]
         steps = np.linalg.norm(means - centres[climbing], axis=1)

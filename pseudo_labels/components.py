@@ -20,7 +20,7 @@ CROP = 65  # side of the aligned crop
 LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
 PROJECTED = 512  # values of cnn_image after the published network's random projection
 PROJECTION_STD = 0.01
-CROPS_PER_BATCH = 256
+CROPS_PER_BATCH = 256  # turned ones; on a GPU eight times as many
 
 
 def area(mask: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ class CropEmbedding(nn.Module):
         crops = crops.to(self.grids.device).float()
         # One batch per few crops: always cut the same way, so that a resumed run repeats the very same numbers.
         rotations = len(self.grids)
-        per_batch = max(CROPS_PER_BATCH // rotations, 1)
+        per_batch = max(CROPS_PER_BATCH * (1 if crops.device.type == "cpu" else 8) // rotations, 1)
         if not len(crops):
             return self._embed(crops.new_zeros(1, 3, CROP, CROP), rotations)[:0]
         return torch.cat([self._embed(batch, rotations) for batch in crops.split(per_batch)])

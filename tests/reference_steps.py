@@ -53,7 +53,7 @@ def lgst_losses(model: nn.Module, encoder: nn.Module, images: Tensor, twins: Ten
     position = hard_quantile * (len(values) - 1)
     below, above = values[int(position)], values[min(int(position) + 1, len(values) - 1)]
     threshold = torch.lerp(below, above, position - int(position)).detach()
-    penalty_local, _ = model.local_st(prepared(penalty))
+    penalty_local = model.local_st(prepared(penalty))[0] if len(penalty) else torch.zeros(1)  # not every preset's every step
     decoded = model.autoencoder(prepared(twins))
     _, student_global = model.local_st(prepared(twins))
     return {"local": difference[difference >= threshold].mean(),

@@ -1,5 +1,7 @@
 """From component features to labels and trusted images, on small made-up categories."""
 
+import time
+
 import numpy as np
 import pytest
 from sklearn.cluster import MeanShift
@@ -35,6 +37,29 @@ def test_mean_shift_finds_the_same_groups_from_fewer_seeds(monkeypatch):
     features, _, _, part_of = made_up()
     monkeypatch.setattr(clustering, "MOST_SEEDS", 40)
     assert same_grouping(clustering.mean_shift(features, 1.0), part_of)
+
+
+def wide(components, images, spread=0.02):
+    """As many components in eight parts, 512 values each, as a projected cnn_image has."""
+    rng = np.random.default_rng(0)
+    part_of = rng.integers(0, 8, components)
+    centres = rng.normal(0, 0.2, (8, 512))
+    return centres[part_of] + rng.normal(0, spread, (components, 512)), part_of
+
+
+def test_an_estimated_bandwidth_keeps_parts_apart():
+    features, part_of = wide(800, 100)
+    found = clustering.mean_shift(features, clustering.estimate_bandwidth(features, 100))
+    assert same_grouping(found, part_of)
+    assert clustering.estimate_bandwidth(np.zeros((3, 2)), 2) > 0
+    assert clustering.estimate_bandwidth(np.zeros((1, 2)), 5) > 0
+
+
+def test_thousands_of_wide_components_take_seconds():
+    features, part_of = wide(5000, 500)
+    start = time.process_time()
+    assert same_grouping(clustering.mean_shift(features, 1.0), part_of)
+    assert time.process_time() - start < 60  # a few seconds on an idle machine
 
 
 def test_small_clusters_are_no_label():

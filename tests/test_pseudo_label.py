@@ -14,6 +14,7 @@ from errors import UserError
 from loco import files, images, layout
 from loco.label_metrics import match_labels
 from models.encoder import Backbone, fingerprint
+from pseudo_labels.components import CropEmbedding
 from pseudo_labels.proposers import Proposals
 
 IMAGES, SIDE = 8, 256
@@ -35,11 +36,12 @@ def label(category):
     deepest = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
     backbone = Backbone("tiny", deepest, deepest, (8, 8, 8), fingerprint(deepest))
 
-    def run(root, overwrite=False, seed=0, **changes):
+    def run(root, overwrite=False, seed=0, proposed_by=None, **changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
         chosen = settings.load("discs", "quick", named).pseudo_labels
-        workspace = layout.Workspace(root)
-        pseudo_label.label_category(category, workspace, chosen, backbone, torch.device("cpu"), seed, overwrite)
+        workspace, device = layout.Workspace(root), torch.device("cpu")
+        proposer = proposed_by or pseudo_label.choose_proposer("discs", chosen, workspace.checkpoints, device, False)
+        pseudo_label.label_category(category, workspace, chosen, proposer, backbone, device, seed, overwrite)
         return workspace
     return run
 
@@ -163,15 +165,92 @@ def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
     assert (tmp_path / "grounding_mask_color.png").exists() and (tmp_path / "grounding_background.png").exists()
 
 
+class Drawn:
+    """Proposes the masks it is given."""
+
+    name, is_stand_in, checkpoints = "drawn", False, {}
+
+    def __init__(self, masks, **more):
+        self.proposals = Proposals(masks, np.zeros((256, 256), bool), **more)
+
+    def load(self):
+        pass
+
+    def propose(self, image):
+        return self.proposals
+
+
+def tiles(count):
+    """As many square masks (256, 256) beside each other, each of 81 pixels."""
+    masks = np.zeros((count, 256, 256), bool)
+    for index, mask in enumerate(masks):
+        row, column = divmod(index, 25)
+        mask[row * 10:row * 10 + 9, column * 10:column * 10 + 9] = True
+    return masks
+
+
+@pytest.mark.parametrize("no_sam", [False, True])
+def test_three_hundred_masks_leave_the_255_largest(label, category, tmp_path, no_sam):
+    workspace = label(tmp_path, proposed_by=Drawn(tiles(300), grounding=tiles(300)), no_sam=no_sam)
+    folder = workspace.image_masks("discs", category.train[0])
+    for name in ("grounding_mask", "all_masks", "refined_masks"):
+        assert len(np.unique(images.read_mask(folder / f"{name}.png"))) == 256
+
+
+@pytest.mark.parametrize("no_sam", [False, True])
+def test_one_mask_covering_everything_is_no_part(label, tmp_path, no_sam):
+    everything = np.ones((1, 256, 256), bool)
+    with pytest.raises(UserError, match="no parts were found"):
+        label(tmp_path, proposed_by=Drawn(everything, grounding=everything), no_sam=no_sam)
+
+
+def test_without_automatic_masks_there_is_no_all_masks(label, category, tmp_path):
+    workspace = label(tmp_path, proposed_by=Drawn(None, grounding=tiles(4)), no_sam=True)
+    folder = workspace.image_masks("discs", category.train[0])
+    assert (folder / "grounding_mask.png").exists() and not (folder / "all_masks.png").exists()
+    label(tmp_path, overwrite=True)
+    assert (folder / "all_masks.png").exists() and not (folder / "grounding_mask.png").exists()
+
+
+def test_a_bad_checkpoint_leaves_everything_as_it_was(label, tmp_path):
+    workspace = label(tmp_path)
+    before = contents(workspace)
+
+    class Damaged(Drawn):
+        def load(self):
+            raise UserError("damaged")
+
+    for root in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match="damaged"):
+            label(root, proposed_by=Damaged(tiles(1)), overwrite=True)
+    assert contents(workspace) == before
+
+
+def test_images_described_together_are_described_as_one_by_one():
+    rng = np.random.default_rng(0)
+    drawn = [draw_parts(rng, parts, 256) for parts in (4, 1, 3)] + [(np.zeros((256, 256, 3), np.uint8),) * 2]
+    pictures, label_maps = [image for image, _ in drawn], [labels if labels.ndim == 2 else labels[..., 0] for _, labels in drawn]
+    embedding = CropEmbedding(nn.Conv2d(3, 5, 3), 4)
+    together = pseudo_label.describe(pictures, label_maps, embedding)
+    for picture, labels, found in zip(pictures, label_maps, together):
+        alone = pseudo_label.describe([picture], [labels], embedding)[0]
+        assert len(found["cnn_image"]) == labels.max()
+        for name, values in alone.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
+
+
 def test_the_published_space_is_projected_and_has_its_own_bandwidth(category):
     rng = np.random.default_rng(0)
     features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
     published = Backbone("wide_resnet50_2", nn.Identity(), nn.Identity(), (256, 512, 1024), "")
     chosen = settings.load("screw_bag", "paper").pseudo_labels
-    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, chosen, published, 0)
+    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, published, 0)
     assert vectors.shape == (6, 512) and bandwidth == 3.0
+    unset = settings.load("screw_bag", "paper", {"pseudo_labels.bandwidth": "auto"}).pseudo_labels
+    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, unset, published, 0)
+    assert vectors.shape == (6, 512) and 0 < bandwidth < 3
     other = settings.load("screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}).pseudo_labels
-    assert pseudo_label.feature_space("screw_bag", features, other, published, 0)[1] == 1.0
+    assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
 
 def test_the_command_line_tells_a_mistake(tmp_path, monkeypatch, capsys):

@@ -202,11 +202,12 @@ def losses(model: LGST, encoder: nn.Module, batch: Batch, hard_quantile: float, 
         with torch.no_grad():
             new = pictures[:2 * count] if batch.taught is None else pictures[count:2 * count]
             taught = model.teacher.project(*encoder(new)[1:])
-        features = model.local_st.trunk(pictures)
+        seen = model.colours(pictures)
+        features = model.local_st.trunk(seen)
         # Originals and penalty are asked for what the teacher says, twins for what the autoencoder says.
         local = model.local_st.conv_st(torch.cat([features[:count], features[2 * count:]])).float()
         global_ = model.local_st.conv_ae(features[count:2 * count]).float()
-        decoded = model.autoencoder(pictures[count:2 * count]).float()
+        decoded = model.autoencoder(seen[count:2 * count]).float()
     taught = tuple(maps.float() for maps in taught)
     if batch.taught is not None:
         taught = tuple(torch.cat(maps) for maps in zip(batch.taught, taught))

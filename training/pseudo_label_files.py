@@ -47,12 +47,15 @@ def training_data(category: layout.Category, workspace: layout.Workspace, train_
                   classes: int) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
+    Where others left out background.jpg, what has no label counts as background, and that is said.
+
     Raises:
         UserError: a label map is missing, unreadable, or has a label that is no class.
     """
     side = train_images.shape[-1]
     labels = np.zeros((len(train_images), side, side), np.uint8)
     backgrounds = np.zeros(labels.shape, bool)
+    without_background = 0
     for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
         folder = workspace.image_masks(category.name, category.train[index])
         path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
@@ -62,8 +65,12 @@ def training_data(category: layout.Category, workspace: layout.Workspace, train_
                             f"{classes - 1} components; run {MADE_BY} --overwrite")
         labels[index] = _to_side(label_map, side)
         background = folder / "background.jpg"
+        without_background += not background.exists()
         backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 127 if background.exists()
                               else labels[index] == 0)
+    if without_background:
+        print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
+              "pseudo-label leaves out is taken as background")
     others = np.setdiff1d(np.arange(len(train_images)), trusted)
     return TrainingData(train_images, labels, backgrounds, trusted, others if len(others) else trusted)
 

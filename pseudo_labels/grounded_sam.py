@@ -1,0 +1,342 @@
+"""The method's own proposers (METHOD.md, section 1): SAM-HQ, alone or with boxes that Grounding DINO finds by a text.
+
+Both networks come from their packages, segment-anything-hq and groundingdino-py, which are imported when they are needed:
+that takes seconds. Whatever the packages print or warn about while they are built is kept from the user, who can do
+nothing about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from pseudo_labels import checkpoints
+from pseudo_labels.proposers import Proposals
+from settings import PseudoLabelSettings
+
+PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO = "vit_h", "swint_ogc"
+STABILITY_OFFSET, NMS_IOU, CROP_OVERLAP = 1.0, 0.7, 512 / 1500  # of automatic mask generation
+PROMPTS_PER_BATCH = 16
+SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of what Grounding DINO sees; at least, at most
+INSET = 10  # pixels from the border: where four of the background's eight points lie
+
+
+class SamProposer:
+    """SAM-HQ alone: automatic masks, and the background from eight points.
+
+    Args:
+        chosen: the stage's settings.
+        sam: path of SAM-HQ's checkpoint, of the size that the settings name.
+        is_stand_in: it takes the place of ``GroundedSamProposer``.
+    """
+
+    def __init__(self, chosen: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False):
+        self.chosen, self.sam, self.device = chosen, sam, device
+        self.name = "sam" if chosen.sam == PUBLISHED_SAM else f"sam {chosen.sam}"
+        self.is_stand_in = is_stand_in or chosen.sam != PUBLISHED_SAM
+        self.checkpoints = {sam.name: checkpoints.digest(sam)}
+
+    def load(self) -> None:
+        load_sam(self.chosen.sam, self.sam, self.device)
+
+    def propose(self, image: np.ndarray) -> Proposals:
+        sam = load_sam(self.chosen.sam, self.sam, self.device)
+        sam.look_at(image)
+        return Proposals(masks=sam.everything(self.chosen), background=sam.background())
+
+
+class GroundedSamProposer:
+    """Grounding DINO finds boxes by the category's text prompt, SAM-HQ turns them into instances.
+
+    For a category that takes its refined masks from these instances (``no_sam``) automatic mask generation, by far the
+    slowest step, does not run unless ``save_all_masks`` asks for its result.
+
+    Args:
+        chosen: the stage's settings, with a text prompt.
+        sam, grounding_dino: paths of the checkpoints, of the sizes that the settings name.
+        text_encoder: folder of the BERT that Grounding DINO reads the prompt with.
+    """
+
+    def __init__(self, chosen: PseudoLabelSettings, sam: Path, grounding_dino: Path, text_encoder: Path,
+                 device: torch.device):
+        self.chosen, self.sam, self.grounding_dino = chosen, sam, grounding_dino
+        self.text_encoder, self.device = text_encoder, device
+        self.is_stand_in = (chosen.sam, chosen.grounding_dino) != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
+        self.name = f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
+        self.checkpoints = {path.name: checkpoints.digest(path) for path in (sam, grounding_dino)}
+
+    def load(self) -> None:
+        self._networks()
+
+    def propose(self, image: np.ndarray) -> Proposals:
+        sam, grounding_dino = self._networks()
+        boxes, phrases = grounding_dino.detect(image, self.chosen.text_prompt, self.chosen.box_threshold,
+                                               self.chosen.text_threshold)
+        is_background = np.array([names_background(phrase, self.chosen.background_prompt) for phrase in phrases], bool)
+        sam.look_at(image)
+        instances = sam.inside(boxes)
+        wanted = not self.chosen.no_sam or self.chosen.save_all_masks
+        return Proposals(masks=sam.everything(self.chosen) if wanted else None, background=sam.background(),
+                         grounding=instances[~is_background],
+                         grounding_background=instances[is_background].any(0))
+
+    def _networks(self) -> tuple[SamHQ, GroundingDino]:
+        return (load_sam(self.chosen.sam, self.sam, self.device),
+                load_grounding_dino(self.chosen.grounding_dino, self.grounding_dino, self.text_encoder, self.device))
+
+
+def names_background(phrase: str, background_prompt: str | None) -> bool:
+    """Whether the phrase of a box holds one of the background prompts, which dots separate."""
+    # The tokenizer puts spaces around hyphens.
+    phrase = phrase.replace(" - ", "-")
+    return any(prompt.strip() in phrase for prompt in (background_prompt or "").lower().split(".") if prompt.strip())
+
+
+class SamHQ:
+    """SAM-HQ with its image encoder in half precision on CUDA; one image at a time, set by ``look_at``.
+
+    Args:
+        sam: the package's network, in eval mode and on its device.
+    """
+
+    def __init__(self, sam: nn.Module):
+        with quietly():
+            from segment_anything_hq import SamPredictor
+        sam.image_encoder = _ImageEncoder(sam.image_encoder)
+        self.predictor = SamPredictor(sam)
+        self.image = np.zeros((1, 1, 3), np.uint8)
+
+    def look_at(self, image: np.ndarray) -> None:
+        """Encode an image (H, W, 3) uint8 RGB."""
+        self.image = image
+        with quietly():
+            self.predictor.set_image(image)
+
+    def background(self) -> np.ndarray:
+        """The mask (H, W) bool at eight points: the four corners and four 10 pixels inside."""
+        height, width = self.image.shape[:2]
+        points = [(x, y) for inset in (INSET, 0) for x in (inset, width - inset) for y in (inset, height - inset)]
+        masks, _, _ = self.predictor.predict(np.array(points), np.ones(len(points)), multimask_output=False)
+        return masks[0]
+
+    def inside(self, boxes: np.ndarray) -> np.ndarray:
+        """The mask in each of the boxes (N, 4), (x0, y0, x1, y1) in pixels -> (N, H, W) bool."""
+        size = self.image.shape[:2]
+        boxes = torch.from_numpy(boxes).float()
+        boxes = self.predictor.transform.apply_boxes_torch(boxes, size).to(self.predictor.device)
+        masks = [self.predictor.predict_torch(None, None, some, multimask_output=False)[0][:, 0].cpu().numpy()
+                 for some in boxes.split(PROMPTS_PER_BATCH) if len(some)]
+        return np.concatenate([np.zeros((0, *size), bool), *masks])
+
+    def everything(self, chosen: PseudoLabelSettings) -> np.ndarray:
+        """Automatic masks, (N, H, W) bool."""
+        generator = _mask_generator()(
+            self.predictor.model, points_per_side=chosen.points_per_side, points_per_batch=PROMPTS_PER_BATCH,
+            pred_iou_thresh=chosen.pred_iou_thresh, stability_score_thresh=chosen.stability_score_thresh,
+            stability_score_offset=STABILITY_OFFSET, box_nms_thresh=NMS_IOU, crop_n_layers=chosen.crop_n_layers,
+            crop_nms_thresh=NMS_IOU, crop_overlap_ratio=CROP_OVERLAP, crop_n_points_downscale_factor=1,
+            min_mask_region_area=chosen.min_mask_region_area)
+        with quietly():
+            found = generator.generate(self.image)
+        return np.array([one["segmentation"] for one in found], bool).reshape(-1, *self.image.shape[:2])
+
+
+class _ImageEncoder(nn.Module):
+    """SAM's image encoder in half precision on CUDA, which remembers its last image.
+
+    The background's points, the boxes and the automatic masks all begin with the whole image.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.img_size = encoder, encoder.img_size
+        self.last: tuple[Tensor, tuple[Tensor, list[Tensor]]] | None = None
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if self.last is None or not torch.equal(self.last[0], image):
+            with torch.autocast(image.device.type, torch.float16, enabled=image.device.type == "cuda"):
+                features, early = self.encoder(image)
+            self.last = image, (features.float(), [one.float() for one in early])
+        return self.last[1]
+
+
+class GroundingDino:
+    """Grounding DINO on one image at a time.
+
+    Args:
+        network: the package's network, in eval mode and on ``device``.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        with quietly():
+            from groundingdino.datasets import transforms
+        self.network, self.device = network, device
+        self.prepare = transforms.Compose([
+            transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE), transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+    @torch.inference_mode()
+    def detect(self, image: np.ndarray, prompt: str, box_threshold: float,
+               text_threshold: float) -> tuple[np.ndarray, list[str]]:
+        """Find what a text names.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            prompt: names, each followed by a dot.
+            box_threshold: a box is kept when its best token is over it, 0..1.
+            text_threshold: the tokens over it make the box's phrase, 0..1.
+
+        Returns:
+            Boxes (N, 4), (x0, y0, x1, y1) in pixels, and their phrases.
+        """
+        from groundingdino.util.utils import get_phrases_from_posmap
+        from PIL import Image
+
+        caption = prompt.lower().strip()
+        caption += "" if caption.endswith(".") else "."
+        prepared, _ = self.prepare(Image.fromarray(image), None)
+        with quietly():
+            found = self.network(prepared[None].to(self.device), captions=[caption])
+            tokens = self.network.tokenizer(caption)
+        logits, boxes = found["pred_logits"][0].sigmoid().cpu(), found["pred_boxes"][0].cpu()
+        kept = logits.max(1).values > box_threshold
+        phrases = [get_phrases_from_posmap(one > text_threshold, tokens, self.network.tokenizer) for one in logits[kept]]
+        centres, sides = boxes[kept, :2].double(), boxes[kept, 2:].double()
+        scale = torch.tensor([image.shape[1], image.shape[0]])
+        return torch.cat([(centres - sides / 2) * scale, (centres + sides / 2) * scale], 1).numpy(), phrases
+
+
+@functools.cache
+def load_sam(size: str, path: Path, device: torch.device) -> SamHQ:
+    """SAM-HQ from its checkpoint; read once, however many categories there are.
+
+    Raises:
+        UserError: the file is damaged or holds another network.
+    """
+    network = build_sam(size)
+    _fill(network, _read(path), f"{path} does not hold the weights of SAM-HQ {size}; put the published {path.name} there, or "
+                                "name another size with --pseudo_labels.sam")
+    # Eval mode once more, now that the weights are in: TinyViT derives tables from them when it is entered.
+    return SamHQ(network.to(device).eval())
+
+
+@functools.cache
+def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch.device) -> GroundingDino:
+    """Grounding DINO from its checkpoint and the folder of its text encoder; read once.
+
+    Raises:
+        UserError: a file is damaged or holds another network, or the folder does not hold a BERT.
+    """
+    network = build_grounding_dino(size, text_encoder)
+    other = (f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
+             f"published {path.name} there, or name another size with --pseudo_labels.grounding_dino")
+    state = _read(path)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(other)
+    prefix = "module."  # of a network saved while it was trained on several devices
+    _fill(network, {name.removeprefix(prefix): values for name, values in state["model"].items()}, other)
+    return GroundingDino(network.to(device).eval(), device)
+
+
+def build_sam(size: str) -> nn.Module:
+    """The package's SAM-HQ with random weights: vit_h, vit_l, vit_b or vit_tiny."""
+    with quietly():
+        from segment_anything_hq import sam_model_registry
+        return sam_model_registry[size]()
+
+
+def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
+    """The package's Grounding DINO with random weights but for the text encoder's: swint_ogc or swinb_cogcoor.
+
+    Raises:
+        UserError: the folder does not hold a BERT.
+    """
+    with quietly():
+        from groundingdino import config
+        from groundingdino.models import build_model
+        from groundingdino.util.slconfig import SLConfig
+
+        name = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}[size]
+        arguments = SLConfig.fromfile(str(Path(config.__file__).parent / name))
+        arguments.text_encoder_type = str(text_encoder)
+        # Recomputing activations saves memory in training, which is not what happens here.
+        arguments.use_checkpoint = arguments.use_transformer_ckpt = False
+        try:
+            return build_model(arguments)
+        except (OSError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as problem:
+            raise UserError(f"{text_encoder} does not hold the text encoder {checkpoints.TEXT_ENCODER} "
+                            f"({str(problem).splitlines()[0]}); it needs config.json, vocab.txt and model.safetensors, "
+                            "which --download fetches") from problem
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as problem:
+        raise UserError(f"checkpoint {path} is damaged ({str(problem).splitlines()[0] if str(problem) else 'empty'}); "
+                        "delete it and fetch it again, --download does so") from problem
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], otherwise: str) -> None:
+    """Load a state dict that has every parameter of the network; what else it holds does not matter.
+
+    Raises:
+        UserError: with the sentence ``otherwise``, when it has not.
+    """
+    try:
+        missing = network.load_state_dict(state, strict=False).missing_keys
+    except (RuntimeError, TypeError, AttributeError) as problem:
+        raise UserError(otherwise) from problem
+    if {name for name, _ in network.named_parameters()} & set(missing):
+        raise UserError(otherwise)
+
+
+@functools.cache
+def _mask_generator() -> type:
+    """The package's automatic mask generator, mended for images and devices on which it fails."""
+    with quietly():
+        from segment_anything_hq import SamAutomaticMaskGenerator
+        from segment_anything_hq.utils.transforms import ResizeLongestSide
+
+    class SinglePrecision(ResizeLongestSide):
+        """Coordinates in float32: Apple's MPS knows no float64."""
+
+        def apply_coords(self, coords: np.ndarray, original_size: tuple[int, ...]) -> np.ndarray:
+            return super().apply_coords(coords, original_size).astype(np.float32)
+
+    class MaskGenerator(SamAutomaticMaskGenerator):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.predictor.transform = SinglePrecision(self.predictor.transform.target_length)
+
+        def _process_crop(self, *args):
+            found = super()._process_crop(*args)
+            # A crop without masks has no crop boxes either, which the package then cannot index.
+            found["crop_boxes"] = found["crop_boxes"].reshape(-1, 4)
+            return found
+
+    return MaskGenerator
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep standard output, warnings and logged warnings from the user."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
