@@ -268,7 +268,7 @@ def scatter(rows: list[dict]) -> str:
         (x, y), colour = place(row), colours[row["runtime"]]
         fill = colour if row["graph"] == OURS else "white"
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
-                  f'<text x="{x:.1f}" y="{y - 11 - 12 * (number % 2):.1f}" text-anchor="middle">{number}</text>']
+                  f'<text x="{x:.1f}" y="{y - 11 - 12 * (number % 4):.1f}" text-anchor="middle">{number}</text>']
         line = top + 8 + 22 * (number - 1)
         parts += [f'<circle cx="{width - right + 26}" cy="{line}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
                   f'<text x="{width - right + 40}" y="{line + 4}">{number}  {row["graph"]}, {row["runtime"]} {row["precision"]}: '
