@@ -161,6 +161,7 @@ def training_command_line(story: str) -> argparse.ArgumentParser:
 
 
 def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--seeds``, for the stages after the first."""
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
                         help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
                              "pseudo-labels of WORKSPACE; tables give mean and standard deviation")

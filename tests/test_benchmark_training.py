@@ -17,7 +17,7 @@ def test_it_times_every_variant_and_counts_the_multiply_adds(stage, tmp_path, mo
         "--lgst.penalty_every", "1", "--segmentor.width", "16"])
     benchmark_training.main()
     report = json.loads((tmp_path / f"benchmark_training_{stage}.json").read_text())
-    assert list(report["variants"])[:2] == ["plain fp32", "engine fp32"]
+    assert {"plain fp32", "engine fp32"} <= report["variants"].keys()
     for row in report["variants"].values():
         assert row["ms_per_step"] > 0 and math.isfinite(row["floor_ms"])
     plain, engine = (report["variants"][name]["multiply_adds"] for name in ("plain fp32", "engine fp32"))

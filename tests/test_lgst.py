@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from conftest import draw_parts
 from reference_steps import assert_gradients_agree, jittered, lgst_losses, lgst_teacher
 from torchvision.transforms import functional as TF
 
@@ -124,6 +126,32 @@ def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
     assert values["bf16"] != values["fp32"]  # it really multiplied in bf16
     assert values["bf16"] == pytest.approx(values["fp32"], rel=2e-2)
     assert relative_difference(gradients["bf16"], gradients["fp32"]) < 5e-2
+
+
+def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
+    chosen = settings.load("none", "quick", {"lgst.width": 8, "lgst.teacher_channels": 8, "lgst.lr": 0.005}).lgst
+    rng = np.random.default_rng(0)
+    pictures = torch.from_numpy(np.stack([draw_parts(rng, 4, 256)[0] for _ in range(5)])).permute(0, 3, 1, 2)
+    encoder, penalties = Encoder(), PenaltyImages("rendered")
+    left = {}
+
+    def judge(model):
+        return sum(steps.losses(model.eval(), encoder, judged, chosen.hard_quantile, "fp32").values()).item()
+    for precision, model in zip(("fp32", "bf16"), twin_models(chosen)):
+        lessons = Lessons(pictures, model, encoder, torch.device("cpu"), "teach")
+        lessons.fit_teacher_normalisation()
+        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
+        judged = lessons.batch(draw(len(pictures), penalties, chosen, 1000, "c", 0))
+        at_first = judge(model)
+        model.train()
+        for step in range(25):
+            batch = lessons.batch(draw(len(pictures), penalties, chosen, step, "c", 0))
+            optimizer.zero_grad()
+            sum(steps.losses(model, encoder, batch, chosen.hard_quantile, precision).values()).backward()
+            optimizer.step()
+        left[precision] = judge(model) / at_first
+    assert left["fp32"] < 0.9
+    assert left["bf16"] == pytest.approx(left["fp32"], rel=0.03)
 
 
 def test_draws_depend_on_seed_and_step_only(pictures):
