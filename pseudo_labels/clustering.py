@@ -17,6 +17,8 @@ LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds o
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
+TWINS_APART, TWINS_TOGETHER = 6.0, 0.8  # spreads within the twins; of the images that show either
+TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
 LEAST_AREA = 0.001  # mean share of the image that a label takes in the largest kind, or it is dropped
@@ -52,7 +54,7 @@ class SemanticLabels:
 
 
 def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
-                    largest_kind_only: bool, variants: bool = False) -> SemanticLabels:
+                    largest_kind_only: bool, variants: bool = False, twins: bool = False) -> SemanticLabels:
     """Turn components into semantic labels.
 
     Args:
@@ -65,8 +67,12 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
         variants: also label parts that occur in some kinds of images only, say a cable in three colours: clusters of
             15 % rather than half the images do, and a label has to be large enough in any of the trusted kinds rather
             than in the largest one.
+        twins: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
+            show both (see ``split_twins``).
     """
-    clusters = cluster_components(features, bandwidth, (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images)
+    least = (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images
+    found = mean_shift(features, bandwidth)
+    clusters = number_clusters(split_twins(features, found, image_of, least) if twins else found, least)
     raw_histogram = label_histograms(clusters, areas, image_of, images)
     kinds = kinds_of_images(raw_histogram)
     kept = labels_of_size(raw_histogram, kinds, every_kind=variants and not largest_kind_only)
@@ -107,15 +113,66 @@ def _principal_components(deep: np.ndarray) -> np.ndarray:
     return reduced * (DEEP_SPREAD / np.sqrt(max((reduced ** 2).sum(1).mean(), 1e-12)))
 
 
-def cluster_components(features: np.ndarray, bandwidth: float, least: float) -> np.ndarray:
-    """MeanShift over the components (n, D) -> (n,) clusters 1..K, the largest first; 0 under ``least`` members."""
-    found = mean_shift(features, bandwidth)
+def number_clusters(found: np.ndarray, least: float) -> np.ndarray:
+    """Clusters (n,) in any numbering -> (n,) 1..K, the largest first; 0 for those under ``least`` members."""
     members = np.bincount(found)
     order = np.argsort(-members, kind="stable")
     numbers = np.zeros(len(members), np.int64)
     large = order[members[order] >= least]
     numbers[large] = np.arange(1, len(large) + 1)
     return numbers[found]
+
+
+def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float) -> np.ndarray:
+    """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
+
+    One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
+    that lie six times their spread apart, each large enough for a label, and where most images show both.
+
+    Args:
+        features: (n, D).
+        found: (n,) clusters 0..
+        image_of: (n,) index of each component's image.
+        least: members of a group.
+
+    Returns:
+        (n,) clusters 0.., in another numbering.
+    """
+    found, pending = found.copy(), list(range(found.max() + 1))
+    while pending:
+        cluster = pending.pop()
+        members = np.flatnonzero(found == cluster)
+        if len(members) < 2 * least:
+            continue
+        upper, apart = max((_two_groups(column) for column in features[members].T), key=lambda split: split[1])
+        if apart < TWINS_APART or min(upper.sum(), (~upper).sum()) < least:
+            continue
+        shown = [set(image_of[members[side]].tolist()) for side in (upper, ~upper)]
+        if len(shown[0] & shown[1]) < TWINS_TOGETHER * len(shown[0] | shown[1]):
+            continue
+        found[members[upper]] = found.max() + 1
+        pending += [cluster, int(found.max())]
+    return found
+
+
+def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Cut values (n,) in two where that leaves the least variance: which are in the upper group, and how far apart they are.
+
+    The distance of the groups' medians is in units of their mean spread (1.48 MAD, a standard deviation without outliers).
+    """
+    ordered = np.sort(values)
+    tail = int(TAIL * len(ordered))
+    ordered = ordered[tail:len(ordered) - tail]
+    below = np.arange(1, len(ordered))
+    sums = np.cumsum(ordered)[:-1]
+    gain = (sums / below - (ordered.sum() - sums) / (len(ordered) - below)) ** 2 * below * (len(ordered) - below)
+    cut = gain.argmax()
+    upper = values > (ordered[cut] + ordered[cut + 1]) / 2
+    if not upper.any() or upper.all():
+        return upper, 0.0
+    medians = [np.median(values[side]) for side in (upper, ~upper)]
+    spreads = [1.48 * np.median(np.abs(values[side] - median)) for side, median in zip((upper, ~upper), medians)]
+    return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
 
 
 def estimate_bandwidth(features: np.ndarray, images: int) -> float:

@@ -64,9 +64,9 @@ def test_thousands_of_wide_components_take_seconds():
 
 def test_small_clusters_are_no_label():
     features, _, _, part_of = made_up()
-    published = clustering.cluster_components(features, 1.0, least=0.5 * 20)
+    published = clustering.number_clusters(clustering.mean_shift(features, 1.0), least=0.5 * 20)
     assert set(published[part_of == 4]) == {0} and published.max() == 4
-    assert set(clustering.cluster_components(features, 1.0, least=11)[np.isin(part_of, (2, 3, 4))]) == {0}
+    assert set(clustering.number_clusters(clustering.mean_shift(features, 1.0), least=11)[np.isin(part_of, (2, 3, 4))]) == {0}
 
 
 def test_histograms_add_up_areas():
