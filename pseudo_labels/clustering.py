@@ -17,7 +17,7 @@ LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds o
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
-TWINS_APART, TWINS_TOGETHER = 6.0, 0.8  # spreads within the twins; of the images that show either
+TWINS_APART, TWINS_TOGETHER = 4.0, 0.9  # spreads within the twins; of the images that show either
 TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
@@ -127,7 +127,7 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
     """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
 
     One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
-    that lie six times their spread apart, each large enough for a label, and where most images show both.
+    that lie four times their spread apart, each large enough for a label, and where nine of ten images show both.
 
     Args:
         features: (n, D).
@@ -144,15 +144,19 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
         members = np.flatnonzero(found == cluster)
         if len(members) < 2 * least:
             continue
-        upper, apart = max((_two_groups(column) for column in features[members].T), key=lambda split: split[1])
-        if apart < TWINS_APART or min(upper.sum(), (~upper).sum()) < least:
-            continue
-        shown = [set(image_of[members[side]].tolist()) for side in (upper, ~upper)]
-        if len(shown[0] & shown[1]) < TWINS_TOGETHER * len(shown[0] | shown[1]):
-            continue
-        found[members[upper]] = found.max() + 1
-        pending += [cluster, int(found.max())]
+        splits = [(apart, upper) for upper, apart in map(_two_groups, features[members].T)
+                  if apart > TWINS_APART and min(upper.sum(), (~upper).sum()) >= least
+                  and _together(image_of[members[upper]], image_of[members[~upper]]) > TWINS_TOGETHER]
+        if splits:
+            _, upper = max(splits, key=lambda split: split[0])
+            found[members[upper]] = found.max() + 1
+            pending += [cluster, int(found.max())]
     return found
+
+
+def _together(ones: np.ndarray, others: np.ndarray) -> float:
+    """Of the images (numbers) that are in either of two lists, the share that is in both."""
+    return len(np.intersect1d(ones, others)) / len(np.union1d(ones, others))
 
 
 def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:

@@ -113,6 +113,33 @@ def test_variants_of_a_part_get_labels_only_on_request(variants, parts):
     assert len(found.trusted) and (np.diff(found.trusted) > 0).all()
 
 
+def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
+    """In each image a long and a short bolt, alike but for their length (feature 1); light varies (feature 0)."""
+    rng = np.random.default_rng(seed)
+    parts = [(image, length) for image in range(images) for length in (0, 1) if length == 0 or long_in(image)]
+    image_of, is_long = np.array(parts).T
+    features = np.stack([rng.normal(0, 0.3, len(parts)), apart * is_long + rng.normal(0, 0.03, len(parts))], 1)
+    features[::20, 1] += rng.normal(0, 1, len(features[::20]))  # some are cut badly
+    return features, image_of, is_long
+
+
+def test_twins_side_by_side_are_told_apart():
+    features, image_of, is_long = bolts()
+    together = np.zeros(len(features), np.int64)
+    found = clustering.split_twins(features, together, image_of, least=10)
+    assert found.max() == 1
+    assert max(np.mean(found == is_long), np.mean(found != is_long)) > 0.9
+    areas = np.full(len(features), 0.1)
+    for twins, labels in ((False, 1), (True, 2)):
+        assert clustering.semantic_labels(features, areas, image_of, 30, 2.0, False, True, twins).labels.max() == labels
+
+
+@pytest.mark.parametrize("changes", [{"apart": 0.08}, {"long_in": lambda image: image % 2}, {"long_in": lambda image: image < 5}])
+def test_no_twins_are_seen_where_there_are_none(changes):
+    features, image_of, _ = bolts(**changes)
+    assert not clustering.split_twins(features, np.zeros(len(features), np.int64), image_of, least=10).any()
+
+
 def test_usual_numbers():
     labels, image_of = np.array([1, 1, 2, 1, 1, 2, 1, 0]), np.array([0, 0, 0, 1, 1, 1, 2, 2])
     np.testing.assert_array_equal(clustering.usual_numbers(labels, image_of, np.array([0, 1, 2]), 4, 2), [2, 1])
