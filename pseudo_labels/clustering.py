@@ -17,7 +17,7 @@ LEAST_MEMBERS_VARIANTS = 0.15  # the same where parts may belong to some kinds o
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
-TWINS_APART, TWINS_TOGETHER = 4.0, 0.9  # spreads within the twins; of the images that show either
+TWINS_APART, TWINS_TOGETHER = 4.0, 0.9  # spreads within the twins; of the images, see _side_by_side
 TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
@@ -68,7 +68,7 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
             15 % rather than half the images do, and a label has to be large enough in any of the trusted kinds rather
             than in the largest one.
         twins: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
-            show both (see ``split_twins``).
+            show both in the same numbers (see ``split_twins``).
     """
     least = (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images
     found = mean_shift(features, bandwidth)
@@ -127,7 +127,7 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
     """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
 
     One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
-    that lie four times their spread apart, each large enough for a label, and where nine of ten images show both.
+    that lie four times their spread apart, each large enough for a label, and where nine of ten images show both in the same numbers.
 
     Args:
         features: (n, D).
@@ -146,7 +146,7 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
             continue
         splits = [(apart, upper) for upper, apart in map(_two_groups, features[members].T)
                   if apart > TWINS_APART and min(upper.sum(), (~upper).sum()) >= least
-                  and _together(image_of[members[upper]], image_of[members[~upper]]) > TWINS_TOGETHER]
+                  and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > TWINS_TOGETHER]
         if splits:
             _, upper = max(splits, key=lambda split: split[0])
             found[members[upper]] = found.max() + 1
@@ -154,9 +154,17 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
     return found
 
 
-def _together(ones: np.ndarray, others: np.ndarray) -> float:
-    """Of the images (numbers) that are in either of two lists, the share that is in both."""
-    return len(np.intersect1d(ones, others)) / len(np.union1d(ones, others))
+def _side_by_side(ones: np.ndarray, others: np.ndarray) -> float:
+    """How regularly two groups, lists of image numbers, appear together, 0..1.
+
+    Of the images that show the usual number of both together (proposals failed in the others), the share in which each
+    group has its usual number, at least one.
+    """
+    counts = np.stack([np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1)
+    totals = counts.sum(1)
+    usual = np.bincount(totals[totals > 0]).argmax()
+    pairs, often = np.unique(counts[totals == usual], axis=0, return_counts=True)
+    return float(often.max() / often.sum()) if pairs[often.argmax()].all() else 0.0
 
 
 def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
