@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from deploy import exporters
 from deploy.assembly import versions
-from deploy.engines import Engine, OnnxEngine, TorchEngine, open_model, read_openvino
+from deploy.engines import Engine, OnnxEngine, TorchEngine, open_model
 from deploy.quantisation import LADDER
 from errors import UserError, run_script
 from loco import files, images, layout
@@ -155,7 +155,7 @@ def other_engine(runtime: str, precision: str, path: Path, known: dict, calibrat
         if precision == "fp16":
             content = exporters.half_networks(content)
         return OnnxEngine(exporters.with_metadata(content, known), device)
-    model = read_openvino(path)
+    model = exporters.openvino_model(path.read_bytes(), precision)
     if precision == "int8":
         model = exporters.int8_openvino(model, calibration, kept, networks)
     target = path.with_suffix(".xml")
