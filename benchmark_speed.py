@@ -11,6 +11,7 @@ Writes speed.json and benchmark_speed.svg (latency against mean AUROC, where exp
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import tempfile
 import time
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from deploy import exporters
 from deploy.assembly import versions
-from deploy.engines import Engine, OnnxEngine, TorchEngine, open_model, read_openvino
+from deploy.engines import Engine, OnnxEngine, TorchEngine, open_model
 from deploy.quantisation import LADDER
 from errors import UserError, run_script
 from loco import files, images, layout
@@ -132,7 +133,7 @@ class PublishedTorch:
     """The published graph in PyTorch's eager mode, as its own script runs it."""
 
     def __init__(self, model: FusedModel, precision: str, device: torch.device):
-        self.model, self.device = from_state(model.state_dict()).to(device), device
+        self.model, self.device = copy.deepcopy(model).to(device), device
         half = precision != "fp32" and not (precision == "fp16" and device.type == "cpu")
         self.precision = precision if half else "fp32"
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision) if half else None
@@ -154,7 +155,7 @@ def other_engine(runtime: str, precision: str, path: Path, known: dict, calibrat
         if precision == "fp16":
             content = exporters.half_networks(content)
         return OnnxEngine(exporters.with_metadata(content, known), device)
-    model = read_openvino(path)
+    model = exporters.openvino_model(path.read_bytes(), precision)
     if precision == "int8":
         model = exporters.int8_openvino(model, calibration, kept, networks)
     target = path.with_suffix(".xml")
@@ -163,8 +164,8 @@ def other_engine(runtime: str, precision: str, path: Path, known: dict, calibrat
 
 
 def kept_parts(reports: list[dict], format_: str) -> tuple[str, ...]:
-    """What int8 left in higher precision for the scores' sake, over all evaluated categories."""
-    names = {name for one in reports if (one["format"], one["precision"]) == (format_, "int8")
+    """What int8 left in higher precision for the scores' sake, over all evaluated categories; at least the first rung."""
+    names = {LADDER[0][0]} | {name for one in reports if (one["format"], one["precision"]) == (format_, "int8")
              for name in one["kept_in_higher_precision"]}
     return tuple(prefix for name, prefixes in LADDER if name in names for prefix in prefixes)
 
