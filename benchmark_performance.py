@@ -83,7 +83,7 @@ def where(category: layout.Category, workspace: layout.Workspace) -> dict[str, d
     """Localisation by the anomaly maps, logical and structural apart; {"missing": why} where it cannot be measured."""
     path = workspace.anomaly_maps(category.name)
     if not path.exists():
-        return {"missing": f"{path} is missing; CSAD.py adds it without training again"}
+        return {"missing": f"{path.relative_to(workspace.root)} is missing; CSAD.py adds it without training again"}
     maps = files.read_arrays(path)
     try:
         found = {name: localisation.measure(category, maps, kind) for name, (_, kind) in ANOMALIES.items()

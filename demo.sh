@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up (on first use), render the built-in data set and run the five stages on it, on two categories or, with --all, on five.
+# Set up (on first use), render the built-in data set, run the five stages on it and put everything on one page (report.html);
+# on two categories or, with --all, on five.
 #
 #   ./demo.sh [--all] [--small] [--workspace FOLDER] [--seed N]
 #
@@ -38,15 +39,21 @@ stage="--workspace $workspace --dataset_root $dataset --categories $categories -
 "$python" CSAD.py $stage --backbone embedded
 "$python" export_model.py $stage --format torch
 "$python" benchmark_performance.py $stage > /dev/null
+"$python" report.py $stage
 
 echo
 cat "$workspace/score_combine_result.txt"
+first="${categories%% *}"
 cat <<TEXT
 
 Everything lies in $workspace:
-  score_combine_result.txt          image AUROC per category and branch
+  report.html                       open this one: results, curves, every test image with what was found in it
+  score_combine_result.txt          image AUROC per category and branch, localisation
   anomaly_score/                    scores of every image, one CSV per model
   ckpt/pytorch_models/              the deployable models
   datasets/synthetic_loco/          the rendered images, in MVTec LOCO AD's layout
   datasets/masks/                   pseudo-labels (filtered_cluster_map_color.png) and label maps of the test images
+
+Score images of your own with a model of it, for example
+  $python predict.py $dataset/$first/test --model $workspace/ckpt/pytorch_models/$first.pth --save_maps
 TEXT

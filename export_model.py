@@ -23,7 +23,7 @@ from tqdm import tqdm
 import settings
 from deploy import exporters, quantisation
 from deploy.assembly import fused_state
-from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model, read_openvino
+from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model
 from errors import UserError, run_script
 from loco import files, images, layout, seeds
 from loco.metrics import auroc
@@ -121,7 +121,7 @@ def export_openvino(category: layout.Category, workspace: layout.Workspace, path
     for option in ("with_map", "raw_input"):
         if getattr(args, option) and not known[option]:
             raise UserError(f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first")
-    model = read_openvino(source)
+    model = exporters.openvino_model(source.read_bytes(), args.precision)
     if args.precision != "int8":
         exporters.write_openvino(model, path, known | {"precision": args.precision})
         return

@@ -61,7 +61,7 @@ def main() -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be 1 or more")
     rounds = watch(args.images, args.output) if args.watch else [find_images(args.images, args.output)]
-    engine = open_model(args.model, device=choose_device(args.device))
+    engine = open_model(args.model, choose_device(args.device))
     if not engine.metadata.get("with_map", True) and args.save_maps:
         raise UserError(f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps")
     threshold = choose_threshold(args.threshold, args.false_positive_rate, engine.metadata, args.model)
@@ -222,7 +222,7 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
         row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
         width, height = picture.size
         drawing = None if picture.shown is None else side_by_side(
-            picture.shown, heat_overlay(picture.shown, anomaly_map), label_overlay(picture.shown, label_map))
+            picture.shown, label_overlay(picture.shown, label_map), heat_overlay(picture.shown, anomaly_map))
         histogram = engine.metadata.get("histogram")
         predictions.append(Prediction(
             picture.path, ANOMALOUS if score > threshold else NORMAL, threshold, score, float(found.lgst_score[index]),

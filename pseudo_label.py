@@ -104,7 +104,7 @@ def label_category(category: layout.Category, workspace: layout.Workspace, chose
                         "their background by colour")
     vectors, bandwidth = feature_space(category.name, features, len(paths), chosen, backbone, seed)
     found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
-                                       chosen.one_histogram_cluster, chosen.variants)
+                                       chosen.one_histogram_cluster, chosen.variants, chosen.twins)
     if not found.filtered_histogram.shape[1]:
         raise UserError(f"{category.name}: clustering the {len(image_of)} components left no label (bandwidth "
                         f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")

@@ -1,4 +1,4 @@
-"""Put everything a run found on one page: WORKSPACE/report.html, which needs no other file and no network.
+"""Put everything a run found on one page: WORKSPACE/report.html, which needs no other file and no network (one per seed).
 
 Reads what the five stages wrote: scores, metrics, label maps, anomaly maps, pseudo-labels and the records of settings. The page
 has the results with the published figures beside them, ROC curves, score histograms, every test image with its components,
@@ -7,8 +7,6 @@ anomaly map and verdict (sortable, and to be filtered by score, kind and error),
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
+from deploy.assembly import versions
 from errors import UserError, run_script
 from loco import files, images, layout
 from models.fused import metadata
@@ -24,35 +23,36 @@ from report.components import deviations
 from report.scores import BRANCHES, PARTS, normalised_scores
 
 FALSE_POSITIVE_RATE = 0.01  # of validation images, from which the verdict's threshold follows
-PICTURES_LIMIT = 13_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
+PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
 QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
-RUNTIMES = ("torch", "onnx", "openvino")
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python", "onnxruntime", "openvino")
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
+    dataset = layout.Dataset(args.dataset_root or layout.Workspace(args.workspace).default_dataset)
     categories = dataset.select(args.categories)
-    if not args.categories:  # of a data set that is only begun, what is done
-        categories = [category for category in categories if workspace.metrics(category.name).exists()]
-    if not categories:
-        raise UserError(f"{workspace.root} holds no results yet; run benchmark_performance.py first")
-    for category in categories:
-        files.require(workspace.metrics(category.name), "benchmark_performance.py")
+    for workspace in layout.Workspace(args.workspace).of_seeds(args.seeds).values():
+        done = [category for category in categories if workspace.metrics(category.name).exists()]
+        if not done:
+            raise UserError(f"{workspace.root} holds no results yet; run benchmark_performance.py first")
+        if args.categories:  # without names, what is done of a data set that is only begun
+            for category in categories:
+                files.require(workspace.metrics(category.name), "benchmark_performance.py")
+        write_page(dataset.root.name, done, workspace)
 
+
+def write_page(dataset: str, categories: list[layout.Category], workspace: layout.Workspace) -> None:
     shown = [tested for category in categories for tested in test_images(category, workspace)]
     side = choose_side(shown)
     cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
     content = page.render(
-        dataset=dataset.root.name, categories=[summary(category, workspace) for category in categories],
+        dataset=dataset, categories=[summary(category, workspace) for category in categories],
         cards=sorted(cards, key=lambda one: -one["score"]), side=side, false_positive_rate=FALSE_POSITIVE_RATE,
-        versions={"Python": platform.python_version()} | {name: version(name) for name in PACKAGES})
+        versions=versions())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({len(content.encode()) / 1e6:.1f} MB, {len(cards)} test images)")
 
@@ -153,8 +153,9 @@ def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str,
         "histogram": figures.histograms({kind: found[both] for kind, found in fused.items()}, threshold,
                                         f"score histograms of {category.name}"),
         "pseudo_labels": pseudo_labels(category, workspace), "records": records_of(category, workspace),
-        "models": [files.read_json(path) for runtime in RUNTIMES
-                   if (path := workspace.evaluation(category.name, runtime).with_suffix(".json")).exists()]}
+        "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
+                                               if workspace.export_report.exists() else [])
+                   if evaluated["category"] == category.name]}
 
 
 def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any] | None:

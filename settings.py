@@ -54,8 +54,9 @@ class PseudoLabelSettings(Section):
     rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
                                                      "the backbone it was tuned for, wide_resnet50_2")
-    variants: bool = Field(description="label parts that only some kinds of images have, or that differ "
-                          "in size alone, too (published: no)")
+    variants: bool = Field(description="parts that only some kinds of images have get labels, too (published: no)")
+    twins: bool = Field(description="parts that differ in one feature only, like a long and a short bolt, side by side in "
+                                    "most images, get labels of their own (published: no)")
     one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
 
 

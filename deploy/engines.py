@@ -8,8 +8,10 @@ A new runtime is one class that fills in `Engine`, and a line in ``open_model``.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +29,7 @@ from models.fused import from_state, metadata
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INPUT_SIZE = 256
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Findings(NamedTuple):
@@ -110,6 +113,8 @@ class TorchEngine(Engine):
         self.precision = "fp32" if wanted == "fp16" and device.type == "cpu" else wanted
         model = FoldedModel(from_state(state), dtype=DTYPES[self.precision])
         self.model = model.to(device, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            keep_freed_memory()
 
     @torch.inference_mode()
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
@@ -228,6 +233,18 @@ def require_package(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as problem:
         raise UserError(f"{name} is not installed; install it with: pip install {name}") from problem
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
+
+    By default it gives large blocks back to the system at once, and every layer of every batch pays again for having
+    its pages handed out one by one and zeroed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _decoded(text: str | None, kind: str) -> dict[str, Any]:

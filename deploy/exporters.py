@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy.engines import INPUT_SIZE, METADATA_KEY, require_package
+from deploy.engines import INPUT_SIZE, METADATA_KEY, read_openvino, require_package
 from deploy.folded import FoldedModel, Maps
 from errors import UserError
 from loco import files
@@ -53,41 +54,65 @@ def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, .
         # The tracing exporter needs no further package and names nodes after modules, which quantisation goes by.
         torch.onnx.export(model, (example,), buffer, dynamo=False, opset_version=OPSET, input_names=["images"],
                           output_names=list(outputs), dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)})
-    content = with_metadata(buffer.getvalue(), known)
+    model = onnx.load_from_string(buffer.getvalue())
+    _own_weights(model.graph)
+    content = with_metadata(model.SerializeToString(), known)
     onnx.checker.check_model(content, full_check=True)
     return content
+
+
+def _own_weights(graph: Any) -> None:
+    """Give every layer its own weights again: the exporter keeps equal ones once, which quantisers do not understand."""
+    weights = {weight.name: weight for weight in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.input[0] in weights]:
+        copy = graph.initializer.add()
+        copy.CopyFrom(weights[node.input[0]])
+        copy.name = node.output[0]
+        graph.node.remove(node)
 
 
 def half_networks(content: bytes) -> bytes:
     """The same ONNX model with its networks in fp16; inputs, outputs and what lies outside the networks stay in fp32."""
     onnx, float16 = require_package("onnx"), require_package("onnxruntime.transformers.float16")
+    tools = require_package("onnxruntime.transformers.onnx_model")
     model = onnx.load_from_string(content)
-    # Weights that occur twice are kept once, and pass through nodes called Identity.
-    outside = [node.name for node in model.graph.node if not node.name.startswith((*NETWORKS, "Identity"))]
+    outside = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # weights that become 0 in fp16 are said one by one
         model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=outside)
-    onnx.checker.check_model(model)
+    tools.OnnxModel(model).topological_sort()
+    onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
+def openvino_model(content: bytes, precision: str) -> Any:
+    """An fp32 ONNX model as an `openvino.Model`; for fp16, with its networks in fp16."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(half_networks(content) if precision == "fp16" else content)
+        return read_openvino(path)
+
+
 def write_openvino(model: Any, path: Path, known: dict[str, Any]) -> None:
-    """Write an `openvino.Model` as .xml and .bin; fp16 keeps its weights in fp16."""
+    """Write an `openvino.Model` as .xml and .bin."""
     openvino = require_package("openvino")
     note_metadata(model, known)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / path.name
-        openvino.save_model(model, written, compress_to_fp16=known["precision"] == "fp16")
+        # Not OpenVINO's own fp16: that one would also round the inverse covariances, and the distances with them.
+        openvino.save_model(model, written, compress_to_fp16=False)
         for suffix in (".bin", ".xml"):  # the .xml last: it is what people open
             files.write_bytes(path.with_suffix(suffix), written.with_suffix(suffix).read_bytes())
 
 
-def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> bytes:
+def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],
+              networks: tuple[str, ...] = NETWORKS) -> bytes:
     """Quantise the networks of an fp32 ONNX model with onnxruntime, weights per channel.
 
     Args:
         calibration: images as the model takes them; the range of every activation is that on these.
         kept: beginnings of the names of nodes that stay in fp32, besides everything outside the networks.
+        networks: how the names of the networks' nodes begin.
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
     images = iter(calibration)
@@ -98,7 +123,8 @@ def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> b
             return None if image is None else {"images": image[None]}
 
     model = onnx.load_from_string(content)
-    excluded = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS) or node.name.startswith(tuple(kept))]
+    excluded = [node.name for node in model.graph.node
+                if not node.name.startswith(networks) or node.name.startswith(tuple(kept))]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
         quantization.quantize_static(model, written, Reader(), per_channel=True, op_types_to_quantize=INT8_OPERATORS,
@@ -106,14 +132,15 @@ def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str]) -> b
         return written.read_bytes()
 
 
-def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str]) -> Any:
+def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS) -> Any:
     """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
     nncf = require_package("nncf")
     nncf.set_log_level("ERROR")
-    outside = f"^(?!({'|'.join(NETWORKS)})).*"
+    outside = f"^(?!({'|'.join(networks)})).*"
     ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
-    return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
-                         preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
+                             preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
 
 
 def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@
     "score-rising": (a, b) => score(a) - score(b),
     error: (a, b) => errors.indexOf(a.dataset.error) - errors.indexOf(b.dataset.error) || score(b) - score(a),
     kind: (a, b) => kinds.indexOf(a.dataset.kind) - kinds.indexOf(b.dataset.kind) || score(b) - score(a),
-    name: (a, b) => a.dataset.category.localeCompare(b.dataset.category)
+    name: (a, b) => a.dataset.category - b.dataset.category
       || kinds.indexOf(a.dataset.kind) - kinds.indexOf(b.dataset.kind) || a.dataset.name.localeCompare(b.dataset.name),
   };
   const limit = (id, otherwise) => (byId(id).value === "" ? otherwise : Number(byId(id).value));

@@ -64,9 +64,9 @@ def test_thousands_of_wide_components_take_seconds():
 
 def test_small_clusters_are_no_label():
     features, _, _, part_of = made_up()
-    published = clustering.cluster_components(features, 1.0, least=0.5 * 20)
+    published = clustering.number_clusters(clustering.mean_shift(features, 1.0), least=0.5 * 20)
     assert set(published[part_of == 4]) == {0} and published.max() == 4
-    assert set(clustering.cluster_components(features, 1.0, least=11)[np.isin(part_of, (2, 3, 4))]) == {0}
+    assert set(clustering.number_clusters(clustering.mean_shift(features, 1.0), least=11)[np.isin(part_of, (2, 3, 4))]) == {0}
 
 
 def test_histograms_add_up_areas():
@@ -132,19 +132,31 @@ def test_parts_that_come_and_go_without_a_substitute_get_no_label():
     np.testing.assert_array_equal(clustering.without_sporadic(some, np.array([0, 0, 2, 3]), 4), some)
 
 
-def test_parts_that_differ_in_size_alone_are_told_apart():
-    rng = np.random.default_rng(0)
-    images = 20
-    sizes = np.array([0.02, 0.03, 0.01, 0.01])  # a short and a long bolt, two equal nuts
-    areas = (sizes * rng.lognormal(0, 0.05, (images, 4))).ravel()
-    image_of, clusters = np.repeat(np.arange(images), 4), np.tile([1, 1, 2, 2], images)
-    np.testing.assert_array_equal(clustering.split_by_size(clusters, areas, image_of, images), np.tile([3, 1, 2, 2], images))
-    # A crumb of a bolt is no bolt.
-    found = clustering.split_by_size(np.append(clusters, 1), np.append(areas, 0.002), np.append(image_of, 0), images)
-    assert found[-1] == 0 and found.max() == 3
-    # Sizes that differ from image to image, but not in every one of them, are one part's.
-    areas = (sizes * rng.lognormal(0, 0.4, (images, 4))).ravel()
-    np.testing.assert_array_equal(clustering.split_by_size(clusters, areas, image_of, images), clusters)
+def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
+    """In each image a long and a short bolt, alike but for their length (feature 1); light varies (feature 0)."""
+    rng = np.random.default_rng(seed)
+    parts = [(image, length) for image in range(images) for length in (0, 1) if length == 0 or long_in(image)]
+    image_of, is_long = np.array(parts).T
+    features = np.stack([rng.normal(0, 0.3, len(parts)), apart * is_long + rng.normal(0, 0.03, len(parts))], 1)
+    features[::20, 1] += rng.normal(0, 1, len(features[::20]))  # some are cut badly
+    return features, image_of, is_long
+
+
+def test_twins_side_by_side_are_told_apart():
+    features, image_of, is_long = bolts()
+    together = np.zeros(len(features), np.int64)
+    found = clustering.split_twins(features, together, image_of, least=10)
+    assert found.max() == 1
+    assert max(np.mean(found == is_long), np.mean(found != is_long)) > 0.9
+    areas = np.full(len(features), 0.1)
+    for twins, labels in ((False, 1), (True, 2)):
+        assert clustering.semantic_labels(features, areas, image_of, 30, 2.0, False, True, twins).labels.max() == labels
+
+
+@pytest.mark.parametrize("changes", [{"apart": 0.08}, {"long_in": lambda image: image % 2}, {"long_in": lambda image: image < 5}])
+def test_no_twins_are_seen_where_there_are_none(changes):
+    features, image_of, _ = bolts(**changes)
+    assert not clustering.split_twins(features, np.zeros(len(features), np.int64), image_of, least=10).any()
 
 
 def test_usual_numbers():

@@ -264,3 +264,25 @@ def test_foreign_backbone_weights_and_devices(fails, make_dataset, tmp_path):
     assert "does not exist" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights", "no.pth")
     assert "backbone 'resnet17'" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet17")
     assert "device 'gpu'" in fails("CSAD", tmp_path / "w", dataset, "--device", "gpu")
+
+
+def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path):
+    work, dataset = copy_of_finished
+    model = work / "ckpt/pytorch_models/discs.pth"
+    done = subprocess.run([sys.executable, "predict.py", str(dataset / "discs/test"), "--model", str(model), "--output",
+                           str(tmp_path / "out"), "--device", "cpu", "--save_maps"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 4), done.stderr
+    with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
+        expected = {row["image"]: float(row["score"]) for row in csv.DictReader(handle)}
+    with open(tmp_path / "out/predictions.csv", newline="") as handle:
+        found = {Path(row["image"]).relative_to(dataset / "discs").as_posix(): row for row in csv.DictReader(handle)}
+    assert found.keys() == expected.keys()
+    for image, row in found.items():
+        assert float(row["score"]) == pytest.approx(expected[image], rel=1e-3, abs=1e-2)
+        assert float(row["lgst_score"]) + float(row["patch_histogram_score"]) == pytest.approx(float(row["score"]), abs=1e-2)
+    assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
+
+    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (work / "report.html").read_text().count("<article") == 12

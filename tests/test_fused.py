@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 
+from deploy.folded import FoldedModel
 from errors import UserError
 from loco import files
 from loco.images import normalise
@@ -75,6 +76,15 @@ def test_published_state_dict_gives_the_published_outputs(published):
     assert (found.label_map.numpy() == expected["label_map"].reshape(-1, 256, 256)).mean() >= 0.999
     np.testing.assert_allclose(found.patch_histogram_score.numpy(), expected["patch_histogram_score"].ravel(), rtol=1e-3)
     np.testing.assert_allclose(found.score.numpy(), expected["score"].ravel(), atol=1e-3)
+
+
+def test_the_folded_graph_gives_the_published_scores(published):
+    state, expected = published
+    images = torch.from_numpy(expected["images"])
+    images = normalise(images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images)
+    model = from_state(state)
+    with torch.no_grad():
+        torch.testing.assert_close(FoldedModel(model)(images), model(images), atol=1e-4, rtol=0)
 
 
 def test_batch_scores_are_the_single_scores(published):

@@ -1,6 +1,7 @@
 """SAM-HQ and Grounding DINO from their packages, with small checkpoints of random weights. They say nothing about quality."""
 
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -16,6 +17,16 @@ from loco import files, images
 from pseudo_labels import grounded_sam
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """What lies in ckpt/ is used without asking anybody."""
+    def connect(*_):
+        raise AssertionError("went online")
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . ? , - zip lock bag pin push ##pin nut screw".split()
 PROMPT = "pin . nut . zip-lock bag ."
 

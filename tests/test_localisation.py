@@ -216,10 +216,10 @@ def test_one_image_of_a_megapixel_takes_a_fraction_of_a_second():
     anomaly_map = enlarge(np.random.default_rng(0).normal(size=(64, 64)), (1024, 1024))
     truth = region(slice(100, 400), slice(100, 400), (1024, 1024))
     filled = Sweep()
-    start = time.perf_counter()
+    start = time.process_time()  # other programs are none of its business
     for _ in range(3):
         filled.add(anomaly_map, [truth])
-    assert (time.perf_counter() - start) / 3 < 0.4
+    assert (time.process_time() - start) / 3 < 0.4
 
 
 def test_image_metrics_by_hand():

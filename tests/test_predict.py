@@ -137,7 +137,7 @@ def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos,
     drawn = cv2.imread(str(maps / "b/a.png"))
     assert drawn.shape[0] == 60
     assert drawn.shape[1] > 3 * 80
-    heat, plain = drawn[15, 80 + 4 + 40].astype(int), drawn[15, 40].astype(int)
+    heat, plain = drawn[15, 2 * (80 + 4) + 40].astype(int), drawn[15, 40].astype(int)
     assert np.ptp(plain) == 0  # the image is grey
     assert np.ptp(heat) > 20  # where the map peaks it is coloured
 

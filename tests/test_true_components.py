@@ -53,10 +53,10 @@ class TrueComponents:
 
 
 def ragged(part, rng):
-    """A mask with a border that wavers by a pixel."""
+    """A mask with a border that wavers by half a pixel."""
     near = cv2.GaussianBlur(part.astype(np.float32), (0, 0), 1)
     waver = cv2.GaussianBlur(rng.normal(0, 1, part.shape).astype(np.float32), (0, 0), 3)
-    return near > 0.5 + 0.2 * waver / waver.std()
+    return near > 0.5 + 0.1 * waver / waver.std()
 
 
 def true_labels(path):
@@ -80,7 +80,7 @@ def label_true_components(category, components, workspace, seed=0):
 @pytest.mark.parametrize("name", sorted(CATEGORIES))
 def test_pseudo_labels_agree_with_the_truth(name, tmp_path):
     root = tmp_path / "loco"
-    write_dataset(root, [name], Settings(image_size=256, train=40, validation=0, test_good=0, test_logical=0,
+    write_dataset(root, [name], Settings(image_size=256, train=60, validation=0, test_good=0, test_logical=0,
                                          test_structural=0, seed=5))
     match = label_true_components(layout.Category(root / name), components_root(root), layout.Workspace(tmp_path / "work"))
     assert match.mean_iou > 0.85, match

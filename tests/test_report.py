@@ -1,0 +1,242 @@
+"""The report page: what it says, that it needs nothing else, and, in a browser, that it looks and works as it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from errors import run_script
+from loco import files, layout
+from report import figures, pictures
+
+
+def load(script: str):
+    """A script of the root by its file: a room may have the same name."""
+    specification = importlib.util.spec_from_file_location(f"{script}_script", Path(__file__).parent.parent / f"{script}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+SCRIPTS = {script: load(script) for script in ("benchmark_performance", "report")}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script on a workspace in this process; returns its exit status."""
+    def run_it(script: str, workspace, dataset, *extra: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--workspace", str(workspace), "--dataset_root", str(dataset), *extra])
+        try:
+            run_script(SCRIPTS[script].main)
+        except SystemExit as ended:
+            return ended.code
+        return 0
+    return run_it
+
+
+@pytest.fixture
+def results(make_dataset, tmp_path):
+    """(workspace, data set) as stages 1 to 3 would leave them, written straight away; two of twelve verdicts are wrong."""
+    dataset = make_dataset(category="discs <b>")  # a name that must be escaped
+    category, workspace = layout.Category(dataset / "discs <b>"), layout.Workspace(tmp_path / "work")
+    rng = np.random.default_rng(0)
+    name = category.name
+    for branch in ("patchhist", "LGST"):
+        files.write_array(workspace.scores(name, branch, "val"), np.linspace(0, 1, 6))
+        for part in ("logi", "struc"):
+            files.write_array(workspace.scores(name, branch, part), np.r_[0.1, 0.2, 0.3, 9.0, 5.0, 6.0, 7.0, 0.1])
+    files.write_arrays(workspace.anomaly_maps(name), **{kind: rng.normal(0, 0.1, (4, 64, 64)).astype(np.float32)
+                                                        for kind in layout.KINDS})
+    for kind, path in category.test_images:
+        files.write_image(workspace.segmentation_output(name, kind, path), rng.integers(0, 3, (256, 256)).astype(np.uint8))
+    info = workspace.info(name)
+    files.write_array(info / "filtered_histogram_indices.npy", np.arange(5))
+    files.write_array(info / "filtered_component_histogram.npy", np.full((12, 2), 0.1))
+    for path in category.train:
+        files.write_image(workspace.image_masks(name, path) / "filtered_cluster_map.png", np.ones((256, 256), np.uint8))
+    used = {"settings": {"lr": 0.123}, "seed": 7, "stand_ins": ["backbone embedded"]}
+    files.write_json(workspace.lgst(name).with_suffix(".json"), used)
+    files.write_json(workspace.segmentor(name).with_suffix(".json"), used)
+    return workspace.root, dataset
+
+
+@pytest.fixture
+def page(results, run):
+    """Path of a finished report."""
+    assert run("benchmark_performance", *results) == 0
+    assert run("report", *results) == 0
+    return results[0] / "report.html"
+
+
+def test_the_page_says_everything_and_needs_nothing(page):
+    text = page.read_text()
+    assert text.count('<article class="card') == 12
+    assert len(re.findall(r"<article[^>]*data-error=.missed", text)) == 2
+    assert len(re.findall(r"<article[^>]*data-error=.false-alarm", text)) == 1
+    for word in ("Made with stand-ins", "backbone embedded", "0.123", "95.3", "quoted from the authors", "sPRO 0.05"):
+        assert word in text
+    assert "discs <b>" not in text
+    assert "discs &lt;b&gt;" in text
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "@import" not in text and "url(" not in text
+    assert page.stat().st_size < 20e6
+
+
+def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page):
+    measured = files.read_json(layout.Workspace(results[0]).metrics("discs <b>"))
+    assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
+    assert "defects_config.json" in measured["localisation"]["missing"]
+    said = (results[0] / "score_combine_result.txt").read_text()
+    assert "not measured" in said
+    (results[0] / "anomaly_score/discs <b>_LGST_maps.npz").unlink()
+    assert run("benchmark_performance", *results) == 0
+    assert "CSAD.py" in (results[0] / "score_combine_result.txt").read_text()
+    assert run("report", *results) == 0  # without anomaly maps
+
+
+def test_mistakes_get_a_sentence(results, run, capsys):
+    assert run("report", *results) == 2
+    assert "benchmark_performance.py" in capsys.readouterr().err
+    (results[1] / "more/train").mkdir(parents=True)  # a category that is not done is left out, unless it is asked for
+    assert run("benchmark_performance", *results, "--categories", "discs <b>") == 0
+    assert run("report", *results) == 0
+    assert run("report", *results, "--categories", "discs <b>", "more") == 2
+    assert "more_metrics.json is missing" in capsys.readouterr().err
+
+
+def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
+    large = len(page.read_bytes())
+    monkeypatch.setattr(SCRIPTS["report"], "PICTURES_LIMIT", 70_000)
+    assert run("report", *results) == 0
+    text = page.read_text()
+    assert len(text) < large
+    assert text.count('<article class="card') == 12
+    shown = sum(len(uri) for uri in re.findall(r'<img src="([^"]+)" alt="(?:good|logical|structural)', text)) * 0.75
+    assert shown < 70_000
+    monkeypatch.setattr(SCRIPTS["report"], "PICTURES_LIMIT", 100)
+    assert run("report", *results) == 2
+
+
+def test_roc_figure_reaches_both_corners():
+    figure = figures.roc({"both": np.array([0, 1, 2])}, {"both": np.array([1.5, 3])}, 'a "label"')
+    points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', figure)[1].split()]
+    assert points[0] == (figures._x(0), figures._y(0))
+    assert points[-1] == (figures._x(1), figures._y(1))
+    assert "a &#34;label&#34;" in figure
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 5.0, 1e9], []])
+def test_histogram_figure_takes_any_scores(values):
+    figure = figures.histograms({"good": np.array([1.0, 1.0]), "logical": np.array(values)}, 1.0, "scores")
+    assert "nan" not in figure and "inf" not in figure
+
+
+def test_outlines_and_overlays_keep_the_image_elsewhere():
+    image = np.full((60, 80, 3), 90, np.uint8)
+    truth = np.zeros((120, 160), bool)
+    truth[40:80, 40:80] = True
+    drawn = pictures.outline(image, truth)
+    assert (drawn[30, 30] == 90).all()  # inside
+    assert (drawn[0, 0] == 90).all()
+    assert (drawn[20, 25] == (255, 0, 200)).all()
+    heat = pictures.heat_overlay(image, np.pad(np.ones((8, 8)), 28) - 0.5)
+    assert (heat[0, 0] == 90).all()
+    assert np.ptp(heat[30, 40].astype(int)) > 20
+    labels = pictures.label_overlay(image, np.pad(np.ones((4, 4), np.uint8), 28))
+    assert np.ptp(labels[30, 40].astype(int)) > 20
+    assert pictures.shrink(image, 40).shape == (30, 40, 3)
+    assert pictures.shrink(image, 400) is image
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium: the one on this machine, or playwright's own."""
+    api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
+    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    with api.sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except api.Error as problem:
+            pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, page):
+    """Open the report; fails on any message in the console and on any request but for the page itself."""
+    pages, wrong = [], []
+
+    def open_page(width=1280, scheme="light", script=True):
+        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, java_script_enabled=script)
+        shown = context.new_page()
+        shown.on("console", lambda message: wrong.append(message.text))
+        shown.on("pageerror", lambda problem: wrong.append(str(problem)))
+        shown.on("request", lambda request: wrong.append(request.url)
+                 if not request.url.startswith(("file:", "data:")) else None)
+        shown.goto(page.as_uri())
+        pages.append(context)
+        return shown
+
+    yield open_page
+    for context in pages:
+        context.close()
+    assert wrong == []
+
+
+def visible(shown) -> list[str]:
+    cards = shown.locator(".card")
+    return [cards.nth(index).get_attribute("data-name") + " " + cards.nth(index).get_attribute("data-kind")
+            for index in range(cards.count()) if cards.nth(index).is_visible()]
+
+
+def test_in_a_browser_sorting_and_filtering_work(opened):
+    shown = opened()
+    scores = [float(card.get_attribute("data-score")) for card in shown.locator(".card").all()]
+    assert scores == sorted(scores, reverse=True)
+    assert shown.locator("#count").inner_text() == "12 of 12 images"
+    shown.locator("#sort").select_option("score-rising")
+    again = [float(card.get_attribute("data-score")) for card in shown.locator(".card").all()]
+    assert again == scores[::-1]
+    shown.locator("#sort").select_option("error")
+    assert [card.get_attribute("data-error") for card in shown.locator(".card").all()][:3] == ["missed", "missed", "false-alarm"]
+
+    shown.get_by_text("structural", exact=True).and_(shown.locator("label")).click()
+    assert len(visible(shown)) == 4
+    assert shown.locator("#count").inner_text() == "4 of 12 images"
+    shown.get_by_text("missed", exact=True).and_(shown.locator("label")).click()
+    assert visible(shown) == ["003.png structural"]
+    for label in shown.locator("label", has_text="all").all():
+        label.click()
+    shown.locator("#from").fill("10")
+    assert 0 < len(visible(shown)) < 12
+    assert all(float(card.get_attribute("data-score")) >= 10 for card in shown.locator(".card").all() if card.is_visible())
+
+
+def test_in_a_browser_without_script_all_but_sorting_works(opened):
+    shown = opened(script=False)
+    assert len(visible(shown)) == 12
+    assert not shown.locator("#sort").is_visible()
+    shown.get_by_text("wrong", exact=True).and_(shown.locator("label")).click()
+    assert len(visible(shown)) == 3
+
+
+def test_in_a_browser_it_fits_a_phone_and_follows_the_dark(opened, tmp_path):
+    phone, dark = opened(width=390), opened(scheme="dark")
+    assert phone.evaluate("document.documentElement.scrollWidth") == 390
+    light_paper, dark_paper = (shown.evaluate("getComputedStyle(document.body).backgroundColor") for shown in (phone, dark))
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (light_paper, dark_paper)]
+    assert brightness[0] > 600 > 150 > brightness[1]
+    # A screenshot of the cards shows pictures, not empty frames.
+    import cv2
+    picture = phone.locator(".card img").first
+    picture.scroll_into_view_if_needed()
+    shot = cv2.imdecode(np.frombuffer(picture.screenshot(), np.uint8), cv2.IMREAD_COLOR)
+    assert shot.std() > 5
