@@ -136,6 +136,7 @@ def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
             batch = normalise(torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2).to(device))
             deepest(batch).mean((0, 2, 3)).cpu()
 
+    embedding(tensor[:1])  # the first call prepares the network
     yield Cost("features: cnn_image, a PIL call per rotation (before)", seconds(published) / PARTS, "component")
     yield Cost("features: cnn_image, rotations sampled in batches", seconds(lambda: embedding(tensor).cpu()) / PARTS, "component")
 
