@@ -176,12 +176,17 @@ class OpenVinoEngine(Engine):
         self.metadata = _decoded(model.get_rt_info(METADATA_KEY).astype(str) if METADATA_KEY in model.rt_info else None,
                                  "OpenVINO")
         wanted = self.metadata.get("precision", "fp32")
+        core = openvino.Core()
         hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
-        self.compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint,
-                                                                     "PERFORMANCE_HINT": "LATENCY"})
+        if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it
+        self.compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"})
         real = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         real = {"f32": "fp32", "f16": "fp16"}.get(real, real)
-        self.precision = real if real == wanted else wanted if wanted == "int8" else f"{real} (weights in {wanted})"
+        if wanted == "int8":
+            self.precision = f"int8, the rest in {real}"
+        else:
+            self.precision = real if real == wanted else f"{real} (weights in {wanted})"
         self.request = self.compiled.create_infer_request()
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
