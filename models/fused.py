@@ -44,7 +44,8 @@ class FusedModel(LGST):
     """
 
     def __init__(self, encoder: nn.Module, encoder_channels: tuple[int, int, int], segmentor: Segmentor,
-                 detector: PatchHistogramDetector, width: int, channels: int, log_colours: bool):
+                 detector: PatchHistogramDetector, width: int, channels: int,
+                 log_colours: bool = False):
         super().__init__(encoder_channels, width, channels, log_colours)
         self.encoder = encoder
         self.segmentor = segmentor

@@ -35,7 +35,7 @@ def draw_model(backbone: str = "embedded") -> FusedModel:
     torch.manual_seed(3)
     built = build_backbone(backbone, None, Path())
     model = FusedModel(built.encoder, built.channels, Segmentor(built.channels, 16, CLASSES), PatchHistogramDetector(CLASSES),
-                       16, 24)
+                       16, 24, built.blind_to_light)
     model.start_fast()
     for name, buffer in model.named_buffers():
         if name.startswith("encoder"):
