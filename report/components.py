@@ -17,6 +17,7 @@ from models.patch_histogram import QUARTERS, label_histograms
 PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # METHOD.md's order
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
+MANY = 10.0  # times the normal area; from there on a number says less than that it hardly ever is there
 SMALL = 0.001  # areas of a thousandth of the image count as nothing (METHOD.md section 1); no std is smaller
 
 
@@ -40,6 +41,8 @@ class Deviation(NamedTuple):
         if self.area < SMALL:
             return f"component {self.component} is missing" + ("" if self.place == WHOLE else f" from the {self.place}")
         ratio = self.area / self.normal_area
+        if ratio >= MANY:
+            return f"component {self.component}{there}, where there is normally hardly any{mostly}"
         times = f"{ratio:.1f} times the normal area" if ratio >= 1.05 else f"{100 * ratio:.0f} % of the normal area"
         return f"component {self.component}: {times}{there}{mostly}"
 

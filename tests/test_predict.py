@@ -19,7 +19,7 @@ import pytest
 
 import predict
 from errors import run_script
-from report.components import LIMIT, deviations
+from report.components import LIMIT, Deviation, deviations
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
              "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]], "quarter_std": [[0.02, 0.02, 0.01]] * 4}
@@ -274,6 +274,11 @@ def test_words_say_what_and_where():
     assert "component 2: 2.4 times the normal area, above all in the bottom-right quarter" in words
     assert all(abs(one.deviation) >= LIMIT for one in found)
     assert [abs(one.deviation) for one in found] == sorted((abs(one.deviation) for one in found), reverse=True)
+
+
+def test_words_of_a_part_that_is_hardly_ever_there():
+    seldom = Deviation(2, "top-left quarter", area=0.4, normal_area=0.002, deviation=90.0)
+    assert seldom.words == "component 2 in the top-left quarter, where there is normally hardly any"
 
 
 def test_words_of_a_part_in_the_wrong_quarter():
