@@ -5,7 +5,8 @@ export_model.py makes, run by the engines that predict.py uses. Weights are rand
 --model names a torch model: they do not change the speed. All variants take turns, so that whatever else the machine does
 hits all of them alike, and the median of the turns counts.
 
-Writes speed.json and benchmark_speed.svg (latency against mean AUROC, where export_report.json knows it) to --workspace.
+Writes speed.json and benchmark_speed.svg (latency against mean AUROC, of a --model that export_report.json knows) to
+--workspace.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         variants = build_variants(state, args, device, reports, Path(folder))
         measure(variants, args.batches, args.turns)
-    rows = results(variants, reports)
+    # Random weights have no AUROC, and that of another model is not theirs.
+    rows = results(variants, reports if args.model else [])
     files.write_json(args.workspace / "speed.json", {
         "results": rows, "machine": machine(device), "model": str(args.model.name if args.model else "random, paper size"),
         "turns": args.turns, "versions": versions()})
@@ -230,7 +232,7 @@ def draw(rows: list[dict], target: Path) -> None:
     """Latency at the smallest batch against mean AUROC, one mark per variant that has been evaluated."""
     rows = [row for row in rows if row["batch"] == min(row["batch"] for row in rows) and row["auroc_mean"] is not None]
     if not rows:
-        print(f"{target.name} is not drawn: no AUROC is known; evaluate models with export_model.py in this workspace first")
+        print(f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this workspace")
         return
     files.write_text(target, scatter(rows))
     print(f"wrote {target}")
