@@ -232,7 +232,8 @@ def draw(rows: list[dict], target: Path) -> None:
     """Latency at the smallest batch against mean AUROC, one mark per variant that has been evaluated."""
     rows = [row for row in rows if row["batch"] == min(row["batch"] for row in rows) and row["auroc_mean"] is not None]
     if not rows:
-        print(f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this workspace")
+        print(f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this "
+              "workspace")
         return
     files.write_text(target, scatter(rows))
     print(f"wrote {target}")
