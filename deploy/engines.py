@@ -13,10 +13,12 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +28,11 @@ from errors import UserError
 from loco import files
 from models.fused import from_state, metadata
 
+Result = TypeVar("Result")
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INPUT_SIZE = 256
+_OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -176,11 +180,7 @@ class OpenVinoEngine(Engine):
         self.metadata = _decoded(model.get_rt_info(METADATA_KEY).astype(str) if METADATA_KEY in model.rt_info else None,
                                  "OpenVINO")
         wanted = self.metadata.get("precision", "fp32")
-        core = openvino.Core()
-        hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
-        if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it
-        self.compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"})
+        self.compiled = in_openvino_thread(_compile, openvino, model, wanted)
         real = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         real = {"f32": "fp32", "f16": "fp16"}.get(real, real)
         if wanted == "int8":
@@ -190,7 +190,7 @@ class OpenVinoEngine(Engine):
         self.request = self.compiled.create_infer_request()
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        found = self.request.infer({"images": images})
+        found = in_openvino_thread(self.request.infer, {"images": images})
         return tuple(found[name].copy() for name in (Maps._fields if maps else Maps._fields[:1]))
 
 
@@ -219,6 +219,14 @@ def open_model(path: Path, device: torch.device) -> Engine:
         raise problem if str(path) in str(problem) else UserError(f"{path}: {problem}") from problem
 
 
+def _compile(openvino: ModuleType, model: Any, wanted: str) -> Any:
+    core = openvino.Core()
+    hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
+    if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"})
+
+
 def read_openvino(path: Path) -> Any:
     """Read an ``.xml`` with its ``.bin``, or an ``.onnx``, as an `openvino.Model`."""
     openvino = require_package("openvino")
@@ -238,6 +246,15 @@ def require_package(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as problem:
         raise UserError(f"{name} is not installed; install it with: pip install {name}") from problem
+
+
+def in_openvino_thread(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Call a function that makes OpenVINO load its CPU plugin, compile or infer, in the one thread that does so.
+
+    Loading the plugin gives the calling thread a signal stack that may be freed later. Had it been the main thread, to which
+    signals come, a Ctrl-C or SIGTERM after that would end in a segmentation fault.
+    """
+    return _OPENVINO_THREAD.submit(function, *arguments, **options).result()
 
 
 def keep_freed_memory() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy.engines import INPUT_SIZE, METADATA_KEY, read_openvino, require_package
+from deploy.engines import INPUT_SIZE, METADATA_KEY, in_openvino_thread, read_openvino, require_package
 from deploy.folded import FoldedModel, Maps
 from errors import UserError
 from loco import files
@@ -139,8 +139,9 @@ def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], netw
     outside = f"^(?!({'|'.join(networks)})).*"
     ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(model, nncf.Dataset([{"images": image[None]} for image in calibration]),
-                             preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+        return in_openvino_thread(
+            nncf.quantize, model, nncf.Dataset([{"images": image[None]} for image in calibration]),
+            preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
 
 
 def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:

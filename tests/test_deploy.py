@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import sys
@@ -114,6 +115,27 @@ def test_a_batch_of_eight_gives_the_eight_single_scores(suffix, paths, batch):
     assert singles.std() > 1e-3
     np.testing.assert_allclose(engine.score(batch), singles, atol=1e-4)
     np.testing.assert_allclose(engine.score(batch[:3]), singles[:3], atol=1e-4)
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    @classmethod
+    def of_this_thread(cls) -> tuple[int | None, int, int]:
+        found = cls()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+        return found.start, found.flags, found.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_runtimes_leave_the_main_thread_its_signal_stack(suffix, paths, batch):
+    """OpenVINO's plugin would replace it by one that is freed later: the next Ctrl-C would be a segmentation fault."""
+    before = SignalStack.of_this_thread()
+    engine = open_model(paths[suffix], CPU)
+    assert SignalStack.of_this_thread() == before
+    engine.score(batch[:1])
+    assert SignalStack.of_this_thread() == before
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "squeezenet1_0"])
