@@ -28,11 +28,10 @@ from models.precision import choose_precision, memory_format
 from training.ahead import draw_ahead
 from training.fleet import run_all
 from training.interruption import interrupts_wait
-from training.lgst import Draw, Lessons, PenaltyImages, draw, losses
+from training.lgst import Draw, Lessons, PenaltyImages, draw, learning_rate, losses
 
 SAVE_EVERY_SECONDS = 60
 SHOW_EVERY_STEPS = 20
-LAST_PHASE = 0.95  # share of the steps after which the learning rate drops to a tenth
 SCORING_BATCH = 8
 
 
@@ -101,14 +100,12 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
     model.to(device, memory_format=memory_format(precision)).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, int(LAST_PHASE * chosen.steps)), gamma=0.1)
 
     done = 0
     if progress_file.exists():
         saved = files.read_state(progress_file)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
         done = saved["done"]
     lessons = Lessons(train_images, model, backbone.encoder, device, f"{category}: teach")
     if done == 0:
@@ -116,7 +113,7 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
 
     def save_progress() -> None:
         files.write_state(progress_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                          "schedule": schedule.state_dict(), "done": done})
+                                          "done": done})
 
     def draw_step(step: int) -> Draw:
         return draw(len(train_images), penalties, chosen, step, category, seed)
@@ -127,10 +124,10 @@ def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, ba
         for drawn in draw_ahead(draw_step, done, chosen.steps):
             parts = losses(model, backbone.encoder, lessons.batch(drawn), chosen.hard_quantile, precision)
             loss = sum(parts.values())
+            optimizer.param_groups[0]["lr"] = learning_rate(chosen, done)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             done += 1
             bar.update()
             if done % SHOW_EVERY_STEPS == 0:

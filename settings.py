@@ -93,6 +93,10 @@ class LgstSettings(Section):
     he_initialisation: bool = Field(description="He's initial weights instead of PyTorch's: for short runs")
     penalty_images: str = Field(description="folder of ImageNet-like pictures, or 'rendered'")
     penalty_every: int = Field(ge=1, description="steps from one penalty image to the next (the paper: 1)")
+    global_every: int = Field(ge=1, description="steps from one that trains the autoencoder and the student's global head "
+                                                "to the next; the others train the local head alone (the paper: 1)")
+    cosine: bool = Field(description="the learning rate falls to nothing along half a cosine, instead of to a tenth after "
+                                     "95 % of the steps: for short runs")
 
 
 class Settings(Section):

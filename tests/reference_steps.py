@@ -54,12 +54,13 @@ def lgst_losses(model: nn.Module, encoder: nn.Module, images: Tensor, twins: Ten
     below, above = values[int(position)], values[min(int(position) + 1, len(values) - 1)]
     threshold = torch.lerp(below, above, position - int(position)).detach()
     penalty_local = model.local_st(prepared(penalty))[0] if len(penalty) else torch.zeros(1)  # not every preset's every step
-    decoded = model.autoencoder(prepared(twins))
-    _, student_global = model.local_st(prepared(twins))
-    return {"local": difference[difference >= threshold].mean(),
-            "penalty": penalty_local.square().mean(),
-            "autoencoder": (teacher(twins) - decoded).square().mean(),
-            "global": (decoded - student_global).square().mean()}
+    parts = {"local": difference[difference >= threshold].mean(), "penalty": penalty_local.square().mean()}
+    if len(twins):  # the same
+        decoded = model.autoencoder(prepared(twins))
+        _, student_global = model.local_st(prepared(twins))
+        parts |= {"autoencoder": (teacher(twins) - decoded).square().mean(),
+                  "global": (decoded - student_global).square().mean()}
+    return parts
 
 
 def segmentor_losses(segmentor: nn.Module, encoder: nn.Module, images: Tensor, labels: Tensor, others: Tensor,

@@ -62,8 +62,8 @@ def relative_difference(found, expected):
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("kept, count", [(True, 20), (False, 2)])
-def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch):
+@pytest.mark.parametrize("kept, count, every", [(True, 20, 1), (False, 2, 1), (True, 3, 2), (False, 2, 2)])
+def test_twenty_steps_are_the_reference_steps(pictures, kept, count, every, monkeypatch):
     """From the same weights, images and draws, at each of the first twenty steps: losses within 1e-4, gradients within 1e-3.
 
     Gradients by tensor, but for what is under 1e-5 of the whole. The reference takes over the weights before every step:
@@ -72,7 +72,8 @@ def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch
     """
     if not kept:
         monkeypatch.setattr(steps, "cache_room", lambda device: 0)
-    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12}).lgst
+    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12, "lgst.global_every": every,
+                                             "lgst.penalty_every": every}).lgst
     encoder, penalties = Encoder(), PenaltyImages("rendered")
     engine, plain = twin_models(chosen)
     lessons = Lessons(pictures, engine, encoder, torch.device("cpu"), "teach")
@@ -87,7 +88,9 @@ def test_twenty_steps_are_the_reference_steps(pictures, kept, count, monkeypatch
         assert (batch.taught is not None) == kept
         found = steps.losses(engine, encoder, batch, chosen.hard_quantile, "fp32")
         # Twins agree but for rounding; the networks get the same ones, lest a ReLU at 0 takes rounding for a decision.
-        torch.testing.assert_close(batch.twins, jittered(pictures, drawn), rtol=0, atol=1e-3)
+        assert len(batch.twins) == (0 if step % every else chosen.batch_size)
+        if len(batch.twins):
+            torch.testing.assert_close(batch.twins, jittered(pictures, drawn), rtol=0, atol=1e-3)
         torch.manual_seed(drawn.dropout_seed)
         expected = lgst_losses(plain, encoder, pictures[drawn.indices], batch.twins, drawn.penalty, chosen.hard_quantile)
         for parts, model in ((found, engine), (expected, plain)):
@@ -173,6 +176,12 @@ def test_every_image_is_drawn_once_per_epoch():
     chosen = settings.load("none", "quick", {"lgst.batch_size": 2, "lgst.penalty_every": 100}).lgst
     seen = [int(index) for step in range(3) for index in draw(6, PenaltyImages("rendered"), chosen, step, "c", 0).indices]
     assert sorted(seen) == list(range(6))
+
+
+@pytest.mark.parametrize("cosine, expected", [(False, [1, 1, 1, 0.1]), (True, [1, 0.5, 0.00886, 0.000247])])
+def test_learning_rate_falls(cosine, expected):
+    chosen = settings.load("none", "paper", {"lgst.steps": 100, "lgst.lr": 1, "lgst.cosine": cosine}).lgst
+    assert [steps.learning_rate(chosen, step) for step in (0, 50, 94, 99)] == pytest.approx(expected, rel=0.01)
 
 
 def test_jitter_is_torchvisions(pictures):

@@ -7,6 +7,7 @@ through the encoder. tests/reference_steps.py says the same step as plainly as M
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,14 +32,15 @@ JITTER = 0.2
 GREY_PROBABILITY = 0.3
 PENALTY_RESIZE = 512
 TEACHING_BATCH = 8
+LAST_PHASE = 0.95  # share of the steps after which the learning rate drops to a tenth
 
 
 class Draw(NamedTuple):
     """The random choices of one step."""
 
     indices: Tensor  # (B,) int64 into the training images
-    adjustments: Tensor  # (B,) int64, what the twin's jitter changes: 0 brightness, 1 contrast, 2 saturation
-    factors: Tensor  # (B,) float32, by how much
+    adjustments: Tensor  # (B,) int64, what the twin's jitter changes: 0 brightness, 1 contrast, 2 saturation; or (0,)
+    factors: Tensor  # (B,) float32, by how much; (0,) on steps without twins
     penalty: Tensor  # (1, 3, 256, 256) float RGB in 0..255, or (0, 3, 256, 256) on steps without one
     dropout_seed: int
 
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
     """What one step sees: float RGB in 0..255, not yet normalised."""
 
     images: Tensor  # (B, 3, 256, 256)
-    twins: Tensor  # the same, colour-jittered
+    twins: Tensor  # the same, colour-jittered, or (0, 3, 256, 256) on steps that train the local head alone
     penalty: Tensor  # (1, 3, 256, 256), or (0, 3, 256, 256) on steps without one
     taught: tuple[Tensor, Tensor] | None  # Teacher.project of the images, if it was kept
 
@@ -103,8 +105,9 @@ def draw(count: int, penalties: PenaltyImages, settings: LgstSettings, step: int
         indices.append(int(order[within]))
     jitters = [(int(rng.integers(3)), float(rng.uniform(1 - JITTER, 1 + JITTER))) for _ in indices]
     penalty = penalties.draw(rng) if step % settings.penalty_every == 0 else torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE)
-    adjustments, factors = zip(*jitters)
-    return Draw(torch.tensor(indices), torch.tensor(adjustments), torch.tensor(factors), penalty, dropout_seed)
+    adjustments, factors = (torch.tensor(values) for values in zip(*jitters))
+    twins = settings.batch_size if step % settings.global_every == 0 else 0
+    return Draw(torch.tensor(indices), adjustments[:twins], factors[:twins], penalty, dropout_seed)
 
 
 class Lessons:
@@ -158,7 +161,7 @@ class Lessons:
         indices, adjustments, factors, penalty = (send(part, self.device) for part in drawn[:4])
         images = self.images[indices].float()
         taught = None if self._taught is None else tuple(maps[indices] for maps in self._taught)
-        return Batch(images, jitter_colour(images, adjustments, factors), penalty, taught)
+        return Batch(images, jitter_colour(images[:len(factors)], adjustments, factors), penalty, taught)
 
 
 def jitter_colour(images: Tensor, adjustments: Tensor, factors: Tensor) -> Tensor:
@@ -193,29 +196,37 @@ def losses(model: LGST, encoder: nn.Module, batch: Batch, hard_quantile: float, 
 
     Returns:
         local: hard teacher-student difference; penalty: squared student output on the penalty image;
-        autoencoder: teacher-autoencoder; global: autoencoder-student, the last two on the jittered twins.
+        autoencoder: teacher-autoencoder; global: autoencoder-student, the last two on the jittered twins. 0 where there
+        is no penalty image, or are no twins.
     """
-    count = len(batch.images)
+    count, end = len(batch.images), len(batch.images) + len(batch.twins)
     pictures = normalise(torch.cat([batch.images, batch.twins, batch.penalty])).contiguous(
         memory_format=memory_format(precision))
     with autocast(pictures.device, precision):
         with torch.no_grad():
-            new = pictures[:2 * count] if batch.taught is None else pictures[count:2 * count]
-            taught = model.teacher.project(*encoder(new)[1:])
+            new = pictures[:end] if batch.taught is None else pictures[count:end]
+            taught = [model.teacher.project(*encoder(new)[1:])] if len(new) else []
         seen = model.colours(pictures)
         features = model.local_st.trunk(seen)
         # Originals and penalty are asked for what the teacher says, twins for what the autoencoder says.
-        local = model.local_st.conv_st(torch.cat([features[:count], features[2 * count:]])).float()
-        global_ = model.local_st.conv_ae(features[count:2 * count]).float()
-        decoded = model.autoencoder(seen[count:2 * count]).float()
-    taught = tuple(maps.float() for maps in taught)
+        local = model.local_st.conv_st(torch.cat([features[:count], features[end:]])).float()
+        if len(batch.twins):
+            global_ = model.local_st.conv_ae(features[count:end]).float()
+            decoded = model.autoencoder(seen[count:end]).float()
     if batch.taught is not None:
-        taught = tuple(torch.cat(maps) for maps in zip(batch.taught, taught))
-    targets = model.normalise_taught(model.teacher.assemble(*taught))
-    penalty = local[count:].square().mean() if len(batch.penalty) else local.new_zeros(())
+        taught.insert(0, batch.taught)
+    targets = model.normalise_taught(model.teacher.assemble(*(torch.cat(maps).float() for maps in zip(*taught))))
+    nothing = local.new_zeros(())
     return {
         "local": hard_mean((targets[:count] - local[:count]).square(), hard_quantile),
-        "penalty": penalty,
-        "autoencoder": (targets[count:] - decoded).square().mean(),
-        "global": (decoded - global_).square().mean(),
+        "penalty": local[count:].square().mean() if len(batch.penalty) else nothing,
+        "autoencoder": (targets[count:] - decoded).square().mean() if len(batch.twins) else nothing,
+        "global": (decoded - global_).square().mean() if len(batch.twins) else nothing,
     }
+
+
+def learning_rate(settings: LgstSettings, step: int) -> float:
+    """Of one step: a tenth in the last phase, or falling along half a cosine."""
+    if settings.cosine:
+        return settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return settings.lr * (0.1 if step >= max(1, int(LAST_PHASE * settings.steps)) else 1)
