@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import errno
+import pickle
+import struct
 import sys
+import zipfile
 from collections.abc import Callable
+
+# What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
+DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
+           zipfile.BadZipFile)
 
 
 class UserError(Exception):
@@ -32,6 +39,8 @@ def run_script(main: Callable[[], None]) -> None:
         if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _stop(f"no permission to write or read {problem.filename or 'a file'}; "
                   "change its permissions or choose another --workspace")
+        if problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            _stop(f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder")
         raise
 
 

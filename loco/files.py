@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import DAMAGED, UserError
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -121,7 +120,6 @@ class _named_mistakes:
     def __exit__(self, kind, problem, traceback) -> None:
         if isinstance(problem, FileNotFoundError):
             raise UserError(f"{self.path} is missing") from problem
-        if isinstance(problem, (ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile)) or (
-                type(problem).__name__ == "UnpicklingError"):
-            reason = str(problem).split(".")[0].splitlines()[0] if str(problem) else type(problem).__name__
+        if isinstance(problem, DAMAGED):
+            reason = (str(problem).splitlines() or [type(problem).__name__])[0].split(".")[0]
             raise UserError(f"{self.path} cannot be read ({reason}); delete it and make it again") from problem
