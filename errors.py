@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import pickle
 import struct
 import sys
@@ -23,6 +24,8 @@ def run_script(main: Callable[[], None]) -> None:
 
     Programming errors keep their traceback: they are ours to mend, not the user's.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
     try:
         main()
     except UserError as mistake:

@@ -164,6 +164,11 @@ def test_damaged_files_are_named(tmp_path):
             read(tmp_path / f"no_{name}")
 
 
+def test_text_may_hold_names_that_are_none(tmp_path):
+    files.write_text(tmp_path / "a.csv", "\udcff.png, µ")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "\\udcff.png, µ"
+
+
 # Records
 
 def test_record_notices_what_changed(tmp_path):
