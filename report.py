@@ -54,7 +54,7 @@ def write_page(dataset: str, categories: list[layout.Category], workspace: layou
         cards=sorted(cards, key=lambda one: -one["score"]), side=side, false_positive_rate=FALSE_POSITIVE_RATE,
         versions=versions())
     files.write_text(workspace.report, content)
-    print(f"wrote {workspace.report} ({len(content.encode()) / 1e6:.1f} MB, {len(cards)} test images)")
+    print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
 
 class TestImage(NamedTuple):
@@ -119,9 +119,13 @@ def choose_side(shown: list[TestImage]) -> int:
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
     image = pictures.shrink(images.read_rgb(tested.path), side)
-    masks = [images.read_mask(path) > 0 for path in tested.category.region_masks(tested.kind, tested.path)]
-    drawn = [("image" + (", annotated region outlined" if masks else ""),
-              pictures.outline(image, np.any(masks, axis=0)) if masks else image)]
+    drawn = [("image", image)]
+    try:
+        masks = [images.read_mask(path) > 0 for path in tested.category.region_masks(tested.kind, tested.path)]
+        if masks:
+            drawn = [("image, annotated region outlined", pictures.outline(image, *masks))]
+    except UserError:  # stage 5 says what is wrong with it; the page is worth having without
+        drawn = [("image, annotated region unreadable", image)]
     words = []
     if tested.label_map.exists():
         label_map = images.read_mask(tested.label_map)

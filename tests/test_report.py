@@ -89,6 +89,19 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert page.stat().st_size < 20e6
 
 
+def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
+    truth = results[1] / "discs <b>/ground_truth/logical_anomalies"
+    for image, sizes in (("000", ((128, 128), (64, 32))), ("001", ((128, 128, 3),))):
+        for index, size in enumerate(sizes):
+            files.write_image(truth / image / f"{index:03d}.png", np.full(size, 255, np.uint8))
+    (truth / "002").mkdir()
+    (truth / "002/000.png").write_bytes(b"no picture")
+    assert run("report", *results) == 0
+    text = page.read_text()
+    assert text.count('title="image, annotated region outlined"') == 1
+    assert text.count('title="image, annotated region unreadable"') == 2
+
+
 def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page):
     measured = files.read_json(layout.Workspace(results[0]).metrics("discs <b>"))
     assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
