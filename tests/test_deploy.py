@@ -181,6 +181,22 @@ def test_half_precision_comes_close_and_says_what_ran(state, batch, expected, pa
     np.testing.assert_allclose(found.lgst_score, share, rtol=0.1, atol=0.1)
 
 
+def test_openvinos_two_files_never_mix(paths, tmp_path, monkeypatch):
+    model = exporters.openvino_model(paths[".onnx"].read_bytes(), "fp32")
+    exporters.write_openvino(model, tmp_path / "model.xml", {})
+    write_bytes = files.write_bytes
+
+    def stop_before_the_second(path, data):
+        if path.suffix == ".xml":
+            raise KeyboardInterrupt
+        write_bytes(path, data)
+
+    monkeypatch.setattr(files, "write_bytes", stop_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        exporters.write_openvino(model, tmp_path / "model.xml", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_int8_keeps_parts_until_the_scores_agree(runtime, state, paths, raw, batch, expected):
     """The ladder ends at a model whose scores agree, and what it kept is really not quantised."""
