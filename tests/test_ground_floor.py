@@ -164,6 +164,12 @@ def test_damaged_files_are_named(tmp_path):
             read(tmp_path / f"no_{name}")
 
 
+def test_json_has_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [float("nan"), {"b": (1.5, float("nan"))}]})
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert files.read_json(tmp_path / "a.json") == {"a": [None, {"b": [1.5, None]}]}
+
+
 def test_text_may_hold_names_that_are_none(tmp_path):
     files.write_text(tmp_path / "a.csv", "\udcff.png, µ")
     assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "\\udcff.png, µ"

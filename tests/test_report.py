@@ -102,13 +102,15 @@ def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, p
     assert text.count('title="image, annotated region unreadable"') == 2
 
 
-def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page):
+def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page, capsys):
     measured = files.read_json(layout.Workspace(results[0]).metrics("discs <b>"))
     assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
     assert "defects_config.json" in measured["localisation"]["missing"]
     said = (results[0] / "score_combine_result.txt").read_text()
     assert "not measured" in said
     (results[0] / "anomaly_score/discs <b>_LGST_maps.npz").unlink()
+    assert run("report", *results) == 2
+    assert "benchmark_performance.py again" in capsys.readouterr().err
     assert run("benchmark_performance", *results) == 0
     assert "CSAD.py" in (results[0] / "score_combine_result.txt").read_text()
     assert run("report", *results) == 0  # without anomaly maps
