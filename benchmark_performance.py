@@ -31,6 +31,7 @@ def main() -> None:
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     with workspace.lock():
         runs = []
         for home in workspace.of_seeds(args.seeds).values():

@@ -57,6 +57,7 @@ def main() -> None:
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     device = choose_device(args.device)
     with workspace.lock():
         runs = [export_and_evaluate(categories, home, args, device) for home in workspace.of_seeds(args.seeds).values()]

@@ -35,6 +35,7 @@ def main() -> None:
     args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
     dataset = layout.Dataset(args.dataset_root or layout.Workspace(args.workspace).default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     for workspace in layout.Workspace(args.workspace).of_seeds(args.seeds).values():
         done = [category for category in categories if workspace.metrics(category.name).exists()]
         if not done:

@@ -386,6 +386,7 @@ def test_script_mistakes_get_a_sentence(export, trained):
     assert "no format 'tflite'" in export("--format", "tflite")
     assert "int8" in export("--format", "torch", "--precision", "int8")
     assert "bf16" in export("--format", "onnx", "--precision", "bf16")
+    assert "lgst.steps" in export("--lgst.steps", "banana")
     assert "is missing" in export("--format", "openvino", "--precision", "bf16", "--inference_only")
     export("--format", "torch")
     state = files.read_state(work / "ckpt/pytorch_models/discs.pth")

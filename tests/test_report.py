@@ -124,6 +124,10 @@ def test_mistakes_get_a_sentence(results, run, capsys):
     assert run("report", *results) == 0
     assert run("report", *results, "--categories", "discs <b>", "more") == 2
     assert "more_metrics.json is missing" in capsys.readouterr().err
+    for script in SCRIPTS:  # options of other stages are taken, nonsense is not
+        assert run(script, *results, "--categories", "discs <b>", "--preset", "quick", "--lgst.steps", "9") == 0
+        assert run(script, *results, "--lgst.steps", "banana") == 2
+        assert "lgst.steps" in capsys.readouterr().err
 
 
 def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
