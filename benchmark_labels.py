@@ -28,7 +28,9 @@ def main() -> None:
     if not truth.is_dir():
         raise UserError(f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them")
     found = {}
-    for category in dataset.select(args.categories):
+    categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
+    for category in categories:
         trusted = files.read_array(files.require(workspace.info(category.name) / "filtered_histogram_indices.npy",
                                                  "pseudo_label.py"))
         paths = [category.train[index] for index in trusted]

@@ -8,7 +8,6 @@ per-region overlap) stands on lines of its own. The same numbers per category: a
 
 from __future__ import annotations
 
-import math
 from itertools import chain, combinations
 
 import numpy as np
@@ -17,8 +16,8 @@ from tqdm import tqdm
 import settings
 from errors import UserError, run_script
 from loco import files, layout, localisation, seeds
-from loco.metrics import auroc, average_precision, f1_max
-from report.scores import BRANCHES, PARTS, normalised_scores
+from loco.metrics import auroc, average_precision, f1_max, mean_known
+from report.scores import BRANCHES, PARTS, digest_scores, normalised_scores
 
 COMBINATIONS = tuple(chain.from_iterable(combinations(BRANCHES, size) for size in (1, 2)))
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
@@ -32,12 +31,13 @@ def main() -> None:
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     with workspace.lock():
         runs = []
         for home in workspace.of_seeds(args.seeds).values():
             runs.append(measure(categories, dataset, home))
             for name, content in runs[-1].items():
-                files.write_json(home.metrics(name), _without_nan(content))
+                files.write_json(home.metrics(name), content)
             target, lines = home.combined_scores, table(runs[-1])
             files.write_text(target, "\n".join(lines) + "\n")
         if args.seeds:
@@ -56,7 +56,7 @@ def measure(categories: list[layout.Category], dataset: layout.Dataset, workspac
         scores = normalised_scores(category, workspace)
         measured[category.name] = {
             "category": category.name, "dataset": dataset.root.name,
-            "stand_ins": sorted(used_stand_ins(category.name, workspace)),
+            "stand_ins": sorted(used_stand_ins(category.name, workspace)), "measured": digest_scores(category, workspace),
             "detection": {"+".join(branches): detection(category, [scores[branch] for branch in branches])
                           for branches in COMBINATIONS},
             "localisation": where(category, workspace)}
@@ -106,10 +106,10 @@ def table(measured: dict[str, dict]) -> list[str]:
 
     lines += ["", f"data set: {next(iter(measured.values()))['dataset']}"]
     for branches in COMBINATIONS:
-        logical, structural = (_mean([content["detection"]["+".join(branches)][kind]["auroc"]
+        logical, structural = (mean_known([content["detection"]["+".join(branches)][kind]["auroc"]
                                       for content in measured.values()]) for kind in ANOMALIES)
         lines.append(f"average {branches} logical {logical:.3f} structural {structural:.3f} "
-                     f"mean {_mean([logical, structural]):.3f}")
+                     f"mean {mean_known([logical, structural]):.3f}")
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
@@ -137,19 +137,6 @@ def table(measured: dict[str, dict]) -> list[str]:
         means["mean"] = np.mean(list(means.values()), axis=0)
         lines += [f"{'average':22}{kind:12}" + "".join(f"{value:14.3f}" for value in mean) for kind, mean in means.items()]
     return lines
-
-
-def _mean(values: list[float]) -> float:
-    """Of what is a number; NaN where nothing is."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else float("nan")
-
-
-def _without_nan(content):
-    """The same for JSON, which has no NaN."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def used_stand_ins(category: str, workspace: layout.Workspace) -> set[str]:

@@ -5,8 +5,8 @@ export_model.py makes, run by the engines that predict.py uses. Weights are rand
 --model names a torch model: they do not change the speed. All variants take turns, so that whatever else the machine does
 hits all of them alike, and the median of the turns counts.
 
-Writes speed.json and benchmark_speed.svg (latency against mean AUROC, of a --model that export_report.json knows) to
---workspace.
+Writes speed.json and benchmark_speed.svg (latency against mean AUROC, of a --model whose category export_report.json
+knows) to --workspace.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def main() -> None:
         variants = build_variants(state, args, device, reports, Path(folder))
         measure(variants, args.batches, args.turns)
     # Random weights have no AUROC, and that of another model is not theirs.
-    rows = results(variants, reports if args.model else [])
+    category = metadata(state).get("category")
+    rows = results(variants, [one for one in reports if one["category"] == category])
     files.write_json(args.workspace / "speed.json", {
         "results": rows, "machine": machine(device), "model": str(args.model.name if args.model else "random, paper size"),
         "turns": args.turns, "versions": versions()})
@@ -189,9 +190,9 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
     """One row per variant and batch size; speed-ups are over the published graph in torch fp32, image by image."""
     rows = []
     for variant in variants:
-        scores = [one["auroc_mean"] for one in reports
-                  if (one["format"], one["precision"]) == (FORMAT_OF[variant.runtime],
-                                                           "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)]
+        scores = [one["auroc_mean"] for one in reports if one["auroc_mean"] is not None and
+                  (one["format"], one["precision"]) == (FORMAT_OF[variant.runtime],
+                                                          "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)]
         known = variant.graph == OURS or variant.precision == "fp32"
         for size, seconds in variant.seconds.items():
             milliseconds = 1000 * float(np.median(seconds)) / size

@@ -31,15 +31,15 @@ done
 
 # Stand-ins by name, so that the demo is the same on every machine, with or without downloads.
 dataset="$workspace/datasets/synthetic_loco"
-stage="--workspace $workspace --dataset_root $dataset --categories $categories --preset quick --seed $seed $steps"
+stage=(--workspace "$workspace" --dataset_root "$dataset" --categories $categories --preset quick --seed "$seed" $steps)
 
 "$python" make_synthetic_loco.py --dataset_root "$dataset" --categories $categories --seed "$seed" $images
-"$python" pseudo_label.py $stage --backbone embedded --pseudo_labels.proposer classical
-"$python" train_segmentor.py $stage --backbone embedded
-"$python" CSAD.py $stage --backbone embedded
-"$python" export_model.py $stage --format torch
-"$python" benchmark_performance.py $stage > /dev/null
-"$python" report.py $stage
+"$python" pseudo_label.py "${stage[@]}" --backbone embedded --pseudo_labels.proposer classical
+"$python" train_segmentor.py "${stage[@]}" --backbone embedded
+"$python" CSAD.py "${stage[@]}" --backbone embedded
+"$python" export_model.py "${stage[@]}" --format torch
+"$python" benchmark_performance.py "${stage[@]}" > /dev/null
+"$python" report.py "${stage[@]}"
 
 echo
 cat "$workspace/score_combine_result.txt"
@@ -55,5 +55,5 @@ Everything lies in $workspace:
   datasets/masks/                   pseudo-labels (filtered_cluster_map_color.png) and label maps of the test images
 
 Score images of your own with a model of it, for example
-  $python predict.py $dataset/$first/test --model $workspace/ckpt/pytorch_models/$first.pth --save_maps
+  $python predict.py "$dataset/$first/test" --model "$workspace/ckpt/pytorch_models/$first.pth" --save_maps
 TEXT

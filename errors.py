@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
+import pickle
+import struct
 import sys
+import zipfile
 from collections.abc import Callable
+
+# What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
+DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
+           zipfile.BadZipFile)
 
 
 class UserError(Exception):
@@ -16,6 +24,8 @@ def run_script(main: Callable[[], None]) -> None:
 
     Programming errors keep their traceback: they are ours to mend, not the user's.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
     try:
         main()
     except UserError as mistake:
@@ -32,6 +42,8 @@ def run_script(main: Callable[[], None]) -> None:
         if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _stop(f"no permission to write or read {problem.filename or 'a file'}; "
                   "change its permissions or choose another --workspace")
+        if problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            _stop(f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder")
         raise
 
 

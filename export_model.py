@@ -26,7 +26,7 @@ from deploy.assembly import fused_state
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model
 from errors import UserError, run_script
 from loco import files, images, layout, seeds
-from loco.metrics import auroc
+from loco.metrics import auroc, mean_known
 from models.device import choose_device
 from training.logical_synthesis import synthesise
 
@@ -57,6 +57,7 @@ def main() -> None:
     workspace = layout.Workspace(args.workspace)
     dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     device = choose_device(args.device)
     with workspace.lock():
         runs = [export_and_evaluate(categories, home, args, device) for home in workspace.of_seeds(args.seeds).values()]
@@ -200,7 +201,7 @@ def evaluate(category: layout.Category, engine: Engine, workspace: layout.Worksp
     target = workspace.evaluation(category.name, args.format, args.precision)
     report = {"category": category.name, "format": args.format, "precision": args.precision, "runtime": engine.runtime,
               "ran_in": engine.precision, "auroc_logical": logical, "auroc_structural": structural,
-              "auroc_mean": float(np.nanmean([logical, structural])),
+              "auroc_mean": mean_known([logical, structural]),
               "ms_per_image": _median_ms(seconds), "preprocessing_ms": _median_ms(preparing),
               "largest_difference": largest_difference(rows, category, engine, workspace, args, device),
               "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
@@ -259,11 +260,12 @@ def table_of(reports: list[dict]) -> str:
             rows.append({"category": "average", "format": kind[0], "precision": kind[1],
                          "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
                          "largest_difference": None if None in differences else max(differences)}
-                        | {name: float(np.nanmean([one[name] for one in same])) for name in numbers})
+                        | {name: mean_known(one[name] for one in same) for name in numbers})
     for one in rows:
         difference = one["largest_difference"]
-        lines.append((one["category"], one["format"], one["precision"], one["ran_in"], f"{one['auroc_logical']:.3f}",
-                      f"{one['auroc_structural']:.3f}", f"{one['auroc_mean']:.3f}", f"{one['ms_per_image']:.2f}",
+        found = [mean_known([one[name]]) for name in ("auroc_logical", "auroc_structural", "auroc_mean")]  # null is NaN
+        lines.append((one["category"], one["format"], one["precision"], one["ran_in"], *(f"{value:.3f}" for value in found),
+                      f"{one['ms_per_image']:.2f}",
                       f"{one['preprocessing_ms']:.2f}", "not known" if difference is None else f"{difference:.2g}"))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]

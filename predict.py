@@ -75,7 +75,8 @@ def main() -> None:
                     counts[image.verdict] += 1
         except KeyboardInterrupt:
             if not args.watch:
-                raise
+                raise UserError(f"interrupted; what is scored so far is in {output.table}, and the same command starts anew "
+                                "and replaces it") from None
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {output.table}")
     raise SystemExit(3 if counts[UNREADABLE] else 4 if counts[ANOMALOUS] else 0)
 
@@ -246,8 +247,8 @@ class Output:
 
     def __enter__(self) -> Output:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.csv = open(self.table, "w", newline="", encoding="utf-8")
-        self.lines = open(self.table.with_suffix(".jsonl"), "w", encoding="utf-8")
+        self.csv = open(self.table, "w", newline="", encoding="utf-8", errors="backslashreplace")
+        self.lines = open(self.table.with_suffix(".jsonl"), "w", encoding="utf-8", errors="backslashreplace")
         self.rows = csv.writer(self.csv, lineterminator="\n")
         self.rows.writerow(COLUMNS)
         return self

@@ -20,7 +20,7 @@ from loco import files, images, layout
 from models.fused import metadata
 from report import figures, page, pictures
 from report.components import deviations
-from report.scores import BRANCHES, PARTS, normalised_scores
+from report.scores import BRANCHES, PARTS, digest_scores, normalised_scores
 
 FALSE_POSITIVE_RATE = 0.01  # of validation images, from which the verdict's threshold follows
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
@@ -35,6 +35,7 @@ def main() -> None:
     args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
     dataset = layout.Dataset(args.dataset_root or layout.Workspace(args.workspace).default_dataset)
     categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
     for workspace in layout.Workspace(args.workspace).of_seeds(args.seeds).values():
         done = [category for category in categories if workspace.metrics(category.name).exists()]
         if not done:
@@ -46,15 +47,15 @@ def main() -> None:
 
 
 def write_page(dataset: str, categories: list[layout.Category], workspace: layout.Workspace) -> None:
+    summaries = [summary(category, workspace) for category in categories]
     shown = [tested for category in categories for tested in test_images(category, workspace)]
     side = choose_side(shown)
     cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
     content = page.render(
-        dataset=dataset, categories=[summary(category, workspace) for category in categories],
-        cards=sorted(cards, key=lambda one: -one["score"]), side=side, false_positive_rate=FALSE_POSITIVE_RATE,
-        versions=versions())
+        dataset=dataset, categories=summaries, cards=sorted(cards, key=lambda one: -one["score"]), side=side,
+        false_positive_rate=FALSE_POSITIVE_RATE, versions=versions())
     files.write_text(workspace.report, content)
-    print(f"wrote {workspace.report} ({len(content.encode()) / 1e6:.1f} MB, {len(cards)} test images)")
+    print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
 
 class TestImage(NamedTuple):
@@ -119,9 +120,13 @@ def choose_side(shown: list[TestImage]) -> int:
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
     image = pictures.shrink(images.read_rgb(tested.path), side)
-    masks = [images.read_mask(path) > 0 for path in tested.category.region_masks(tested.kind, tested.path)]
-    drawn = [("image" + (", annotated region outlined" if masks else ""),
-              pictures.outline(image, np.any(masks, axis=0)) if masks else image)]
+    drawn = [("image", image)]
+    try:
+        masks = [images.read_mask(path) > 0 for path in tested.category.region_masks(tested.kind, tested.path)]
+        if masks:
+            drawn = [("image, annotated region outlined", pictures.outline(image, *masks))]
+    except UserError:  # stage 5 says what is wrong with it; the page is worth having without
+        drawn = [("image, annotated region unreadable", image)]
     words = []
     if tested.label_map.exists():
         label_map = images.read_mask(tested.label_map)
@@ -146,7 +151,7 @@ def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str,
     both = "both"
     fused = {kind: {both: sum(branches.values())} | branches for kind, branches in kinds.items()}
     return {
-        "name": category.name, "metrics": files.read_json(workspace.metrics(category.name)), "threshold": threshold,
+        "name": category.name, "metrics": metrics_of(category, workspace), "threshold": threshold,
         "images": {kind: len(found[both]) for kind, found in fused.items()},
         "curves": {kind: figures.roc(fused["good"], found, f"ROC curves of {category.name}, {kind}")
                    for kind, found in fused.items() if kind != "good"},
@@ -156,6 +161,19 @@ def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str,
         "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
                                                if workspace.export_report.exists() else [])
                    if evaluated["category"] == category.name]}
+
+
+def metrics_of(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any]:
+    """What stage 5 measured.
+
+    Raises:
+        UserError: it measured other scores than those that the curves and pictures show.
+    """
+    path = workspace.metrics(category.name)
+    metrics, now = files.read_json(path), digest_scores(category, workspace)
+    if metrics.get("measured", now) != now:
+        raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
+    return metrics
 
 
 def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ An unknown key or a value out of range is an error that names it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +132,12 @@ def load(category: str, preset: str = "paper", overrides: dict[str, Any] | None 
         if first["type"] == "extra_forbidden":
             raise UserError(f"there is no setting {name}; configs/default.yaml lists them all") from problem
         raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
+
+
+def check(categories: Iterable[str], arguments: argparse.Namespace) -> None:
+    """Refuse wrong single settings in a script that uses none, but takes the options of all stages like the others."""
+    for category in categories:
+        load(category, arguments.preset, overrides(arguments))
 
 
 def command_line(story: str) -> argparse.ArgumentParser:

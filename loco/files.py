@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import DAMAGED, UserError
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -40,11 +40,21 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8; of a file name that is none, the odd bytes as \\udcXX."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    """Write JSON, which has neither NaN nor infinity: null stands for them."""
+    write_text(path, json.dumps(_without_nan(content), indent=1, sort_keys=True) + "\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -121,7 +131,6 @@ class _named_mistakes:
     def __exit__(self, kind, problem, traceback) -> None:
         if isinstance(problem, FileNotFoundError):
             raise UserError(f"{self.path} is missing") from problem
-        if isinstance(problem, (ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile)) or (
-                type(problem).__name__ == "UnpicklingError"):
-            reason = str(problem).split(".")[0].splitlines()[0] if str(problem) else type(problem).__name__
+        if isinstance(problem, DAMAGED):
+            reason = (str(problem).splitlines() or [type(problem).__name__])[0].split(".")[0]
             raise UserError(f"{self.path} cannot be read ({reason}); delete it and make it again") from problem

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -22,6 +25,12 @@ def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
         precision, recall, _ = precision_recall_curve(labels, scores)
         return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
     return _percent(best, good, anomalous)
+
+
+def mean_known(values: Iterable[float | None]) -> float:
+    """Mean of what is a number; NaN where nothing is."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def _percent(metric, good: np.ndarray, anomalous: np.ndarray) -> float:

@@ -84,7 +84,7 @@ def digest(path: Path) -> str:
 def digest_images(paths: Sequence[Path]) -> str:
     """A digest of an image list by names and file sizes: cheap, and changes when images come or go."""
     listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:

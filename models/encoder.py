@@ -8,7 +8,6 @@ that have no ImageNet weights and no way to get them.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from errors import UserError
+from errors import DAMAGED, UserError
 from models.embedded_backbone import EmbeddedBackbone, load_embedded_backbone
 
 PUBLISHED = "wide_resnet50_2"
@@ -183,7 +182,7 @@ def _load(network: nn.Module, name: str, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             network.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as problem:
+        except (*DAMAGED, IsADirectoryError) as problem:
             raise UserError(f"{path} does not hold a state dict of torchvision's {name}; name the right network with "
                             "--backbone or the right file with --backbone_weights") from problem
         return
@@ -191,9 +190,11 @@ def _load(network: nn.Module, name: str, path: Path) -> None:
     socket.setdefaulttimeout(10)
     try:
         network.load_state_dict(torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
-            progress=True, check_hash=True))
-    except (OSError, RuntimeError) as problem:
-        raise WeightsMissing(f"no ImageNet weights for {name}: {path} is missing and the download failed ({problem}); "
+            progress=True, check_hash=True, map_location="cpu", weights_only=True))
+    except (OSError, *DAMAGED) as problem:
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise WeightsMissing(f"no ImageNet weights for {name}: {path} is missing, and torchvision's file could not be "
+                             f"downloaded or its copy in {torch.hub.get_dir()} is damaged ({reason}); "
                              "name a file with --backbone_weights, or use --backbone embedded") from problem
     finally:
         socket.setdefaulttimeout(patience)
@@ -222,8 +223,11 @@ def _find_taps(name: str, network: nn.Module) -> tuple[tuple[str, ...], tuple[in
         return hook
 
     hooks = [module.register_forward_hook(note(path)) for path, module in stages.items()]
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, 3, 256, 256))
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, 256, 256))
+    except (AssertionError, RuntimeError):
+        maps.clear()  # a transformer for another size of image
     for hook in hooks:
         hook.remove()
 

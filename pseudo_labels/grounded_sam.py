@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import DAMAGED, UserError
 from pseudo_labels import checkpoints
 from pseudo_labels.proposers import Proposals
 from settings import PseudoLabelSettings
@@ -283,7 +283,7 @@ def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as problem:
+    except (OSError, *DAMAGED) as problem:
         raise UserError(f"checkpoint {path} is damaged ({str(problem).splitlines()[0] if str(problem) else 'empty'}); "
                         "delete it and fetch it again, --download does so") from problem
 

@@ -40,9 +40,9 @@ def label_overlay(image: np.ndarray, label_map: np.ndarray) -> np.ndarray:
     return np.where((labels > 0)[..., None], painted, image // 2 + 32)
 
 
-def outline(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Draw the border of an annotated region (h, w) bool around it in an image (H, W, 3) uint8."""
-    mask = _enlarge(truth.astype(np.uint8), image, cv2.INTER_NEAREST_EXACT)
+def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
+    """Draw the border of annotated regions, (h, w) bool of any size each, around all of them in an image (H, W, 3) uint8."""
+    mask = np.max([_enlarge(region.astype(np.uint8), image, cv2.INTER_NEAREST_EXACT) for region in truth], axis=0)
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     drawn = image.copy()
     cv2.drawContours(drawn, contours, -1, (255, 0, 200), max(1, round(max(image.shape) / 160)))

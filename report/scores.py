@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from errors import UserError
-from loco import files, layout
+from loco import files, layout, records
 from models.normalisation import apply_trimmed_z, fit_trimmed_z
 
 BRANCHES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py"}
@@ -30,3 +30,9 @@ def normalised_scores(category: layout.Category, workspace: layout.Workspace) ->
         mean, std = fit_trimmed_z(scores["val"])
         normalised[branch] = {part: apply_trimmed_z(values, mean, std) for part, values in scores.items()}
     return normalised
+
+
+def digest_scores(category: layout.Category, workspace: layout.Workspace) -> dict[str, str]:
+    """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
+    paths = [workspace.scores(category.name, branch, part) for branch in BRANCHES for part in (*PARTS, "val")]
+    return {path.name: records.digest(path) for path in (*paths, workspace.anomaly_maps(category.name)) if path.exists()}

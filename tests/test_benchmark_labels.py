@@ -41,3 +41,6 @@ def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_pa
     assert found["pseudo-labels"]["mean_iou"] == 1
     np.testing.assert_allclose([found["segmentor"]["per_class"][name] for name in ("1", "2")], 0.5, atol=0.05)
     assert "| discs | 1.000 |" in capsys.readouterr().out
+    sys.argv += ["--lgst.steps", "banana"]
+    with pytest.raises(UserError, match="lgst.steps"):
+        benchmark_labels.main()

@@ -16,6 +16,7 @@ import torch
 from conftest import make_discs
 
 import benchmark_speed
+import export_model
 from deploy import engines, exporters, quantisation
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, open_model
 from deploy.folded import FoldedModel
@@ -179,6 +180,22 @@ def test_half_precision_comes_close_and_says_what_ran(state, batch, expected, pa
     assert (found.label_map == expected.label_map.numpy()).mean() > 0.97
     share = (expected.lgst_score - state["lgst_mean"]) / state["lgst_std"]
     np.testing.assert_allclose(found.lgst_score, share, rtol=0.1, atol=0.1)
+
+
+def test_openvinos_two_files_never_mix(paths, tmp_path, monkeypatch):
+    model = exporters.openvino_model(paths[".onnx"].read_bytes(), "fp32")
+    exporters.write_openvino(model, tmp_path / "model.xml", {})
+    write_bytes = files.write_bytes
+
+    def stop_before_the_second(path, data):
+        if path.suffix == ".xml":
+            raise KeyboardInterrupt
+        write_bytes(path, data)
+
+    monkeypatch.setattr(files, "write_bytes", stop_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        exporters.write_openvino(model, tmp_path / "model.xml", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -352,11 +369,24 @@ def test_from_stages_to_every_format_and_the_report(export, trained):
         assert known["versions"]["torch"]
 
 
+def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
+    workspace = layout.Workspace(tmp_path)
+    for category, logical in (("discs", float("nan")), ("rings", 80.0)):  # the second reads what the first wrote
+        export_model.write_report([{
+            "category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,
+            "auroc_structural": float("nan"), "auroc_mean": logical, "ms_per_image": 1.0, "preprocessing_ms": 1.0,
+            "largest_difference": 0.0, "kept_in_higher_precision": [], "stand_ins": []}], workspace)
+    assert "NaN" not in workspace.export_report.read_text()
+    average = next(line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line)
+    assert [cell.strip() for cell in average.split("|")[5:8]] == ["80.000", "nan", "80.000"]
+
+
 def test_script_mistakes_get_a_sentence(export, trained):
     work, _ = trained
     assert "no format 'tflite'" in export("--format", "tflite")
     assert "int8" in export("--format", "torch", "--precision", "int8")
     assert "bf16" in export("--format", "onnx", "--precision", "bf16")
+    assert "lgst.steps" in export("--lgst.steps", "banana")
     assert "is missing" in export("--format", "openvino", "--precision", "bf16", "--inference_only")
     export("--format", "torch")
     state = files.read_state(work / "ckpt/pytorch_models/discs.pth")
@@ -371,8 +401,11 @@ def test_script_mistakes_get_a_sentence(export, trained):
 
 def test_benchmark_measures_every_variant_and_draws(state, tmp_path, monkeypatch, capsys):
     files.write_state(tmp_path / "discs.pth", state)
-    reports = [{"format": "torch", "precision": "fp32", "auroc_mean": 80.0, "kept_in_higher_precision": []},
-               {"format": "openvino", "precision": "int8", "auroc_mean": 79.9, "kept_in_higher_precision": ["segmentor"]}]
+    reports = [{"category": category, "format": format_, "precision": precision, "auroc_mean": auroc,
+                "kept_in_higher_precision": kept}
+               for category, format_, precision, auroc, kept in (
+                   ("discs", "torch", "fp32", 80.0, []), ("discs", "openvino", "int8", 79.9, ["segmentor"]),
+                   ("discs", "openvino", "fp32", None, []), ("screws", "torch", "fp32", 60.0, []))]
     files.write_json(tmp_path / "export_report.json", reports)
     monkeypatch.setattr(sys, "argv", ["benchmark_speed.py", "--workspace", str(tmp_path), "--model", str(tmp_path / "discs.pth"),
                                       "--turns", "1", "--batches", "1", "2", "--device", "cpu", "--precisions", "fp32", "int8"])
@@ -384,6 +417,7 @@ def test_benchmark_measures_every_variant_and_draws(state, tmp_path, monkeypatch
     assert {row["batch"] for row in content["results"]} == {1, 2}
     base = next(row for row in content["results"] if (row["graph"], row["runtime"], row["batch"]) == ("published", "torch", 1))
     assert base["speed_up"] == 1
+    assert base["auroc_mean"] == 80  # of its own category
     drawn = ElementTree.parse(tmp_path / "benchmark_speed.svg").getroot()
     assert sum(part.tag.endswith("circle") for part in drawn.iter()) == 2 * 3  # two marks each: in the plot and in the key
     assert "/segmentor/" in benchmark_speed.kept_parts(reports, "openvino")

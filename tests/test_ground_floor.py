@@ -127,7 +127,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("problem", "words"), [
     (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
-    (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full")])
+    (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+    (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long")])
 def test_a_mistake_is_one_sentence_and_status_2(problem, words, capsys):
     def main():
         raise problem
@@ -152,11 +156,23 @@ def test_pickles_are_refused(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     for name, read in (("a.npy", files.read_array), ("a.npz", files.read_arrays), ("a.pth", files.read_state),
                        ("a.json", files.read_json), ("a.png", images.read_rgb), ("b.png", images.read_mask)):
-        (tmp_path / name).write_bytes(b"\x89PNG not really")
-        with pytest.raises(UserError, match=name):
-            read(tmp_path / name)
+        for content in (b"\x89PNG not really", b"", b"a text\n", b"hello world", b"G", b".\n"):  # torch has an error for each
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / name)
         with pytest.raises(UserError, match="missing"):
             read(tmp_path / f"no_{name}")
+
+
+def test_json_has_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [float("nan"), {"b": (1.5, float("nan"))}]})
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert files.read_json(tmp_path / "a.json") == {"a": [None, {"b": [1.5, None]}]}
+
+
+def test_text_may_hold_names_that_are_none(tmp_path):
+    files.write_text(tmp_path / "a.csv", "\udcff.png, µ")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "\\udcff.png, µ"
 
 
 # Records

@@ -19,6 +19,7 @@ import pytest
 
 import predict
 from errors import run_script
+from loco import records
 from report.components import LIMIT, Deviation, deviations
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
@@ -128,6 +129,36 @@ def test_unreadable_files_are_reported_and_skipped(engine, run, photos, tmp_path
         path.write_bytes(b"")
     (photos / "b/c.jpg").unlink()
     assert run(photos) == 3  # a batch without any readable image
+
+
+def test_a_name_that_is_no_text_ends_nothing(engine, run, photos, tmp_path, capsys):
+    odd = photos / os.fsdecode(b"\xff.png")
+    try:
+        odd.write_bytes((photos / "a.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert run(photos, "--save_maps") == 4
+    assert rows(tmp_path)[3]["image"].endswith(r"\udcff.png")
+    assert lines(tmp_path)[3]["image"] == str(odd)
+    assert r"\udcff.png" in capsys.readouterr().out
+    assert records.digest_images([odd]) != records.digest_images([photos / "a.png"])
+
+
+def test_ctrl_c_says_what_is_kept(engine, run, photos, tmp_path, capsys, monkeypatch):
+    scored = []
+
+    def score(images):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(images)
+        return np.zeros(len(images), np.float32)
+
+    engine.metadata["with_map"] = False
+    monkeypatch.setattr(engine, "score", score)
+    assert run(photos, "--batch_size", 1) == 2
+    assert len(rows(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "predictions.csv" in said and "starts anew" in said and "continues" not in said
 
 
 def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos, tmp_path):

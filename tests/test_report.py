@@ -89,13 +89,28 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert page.stat().st_size < 20e6
 
 
-def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page):
+def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
+    truth = results[1] / "discs <b>/ground_truth/logical_anomalies"
+    for image, sizes in (("000", ((128, 128), (64, 32))), ("001", ((128, 128, 3),))):
+        for index, size in enumerate(sizes):
+            files.write_image(truth / image / f"{index:03d}.png", np.full(size, 255, np.uint8))
+    (truth / "002").mkdir()
+    (truth / "002/000.png").write_bytes(b"no picture")
+    assert run("report", *results) == 0
+    text = page.read_text()
+    assert text.count('title="image, annotated region outlined"') == 1
+    assert text.count('title="image, annotated region unreadable"') == 2
+
+
+def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page, capsys):
     measured = files.read_json(layout.Workspace(results[0]).metrics("discs <b>"))
     assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
     assert "defects_config.json" in measured["localisation"]["missing"]
     said = (results[0] / "score_combine_result.txt").read_text()
     assert "not measured" in said
     (results[0] / "anomaly_score/discs <b>_LGST_maps.npz").unlink()
+    assert run("report", *results) == 2
+    assert "benchmark_performance.py again" in capsys.readouterr().err
     assert run("benchmark_performance", *results) == 0
     assert "CSAD.py" in (results[0] / "score_combine_result.txt").read_text()
     assert run("report", *results) == 0  # without anomaly maps
@@ -109,6 +124,10 @@ def test_mistakes_get_a_sentence(results, run, capsys):
     assert run("report", *results) == 0
     assert run("report", *results, "--categories", "discs <b>", "more") == 2
     assert "more_metrics.json is missing" in capsys.readouterr().err
+    for script in SCRIPTS:  # options of other stages are taken, nonsense is not
+        assert run(script, *results, "--categories", "discs <b>", "--preset", "quick", "--lgst.steps", "9") == 0
+        assert run(script, *results, "--lgst.steps", "banana") == 2
+        assert "lgst.steps" in capsys.readouterr().err
 
 
 def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
