@@ -55,6 +55,23 @@ def test_every_setting_is_an_option():
     assert chosen.pseudo_labels.features == ["area", "color"]
 
 
+@pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x", "2020-13-01"])
+def test_a_value_that_is_no_yaml_names_its_option(value):
+    args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])
+    with pytest.raises(UserError, match="--lgst.penalty_images .* is not valid YAML"):
+        settings.overrides(args)
+
+
+def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
+    parser = settings.training_command_line("story")
+    assert parser.parse_args(["--seed", str(2**63 - 1), "--seeds", "0", "7"]).seeds == [0, 7]
+    for wrong in (["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2**63)], ["--seeds", "0", "-3"]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(wrong)
+        assert ended.value.code == 2
+        assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
+
+
 # Layout
 
 def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
