@@ -59,9 +59,10 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
                    backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
     backbone.to(device)
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
-    scores = [workspace.scores(category.name, branch, part)
-              for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]
-    scores.append(workspace.anomaly_maps(category.name))
+    parts = ("logi", "struc", "val") if category.tested else ("val",)
+    scores = [workspace.scores(category.name, branch, part) for part in parts for branch in ("LGST", "CSAD")]
+    if category.tested:
+        scores.append(workspace.anomaly_maps(category.name))
     penalties = PenaltyImages(chosen.penalty_images)
     used = {"settings": chosen.model_dump(), "precision": precision,
             **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
@@ -69,7 +70,9 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
         return
 
-    validation = category.validation  # asked for first: a missing split should not cost an hour of training
+    # Asked for first: a missing split should not cost an hour of training.
+    validation = category.validation
+    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
     train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
 
     if checkpoint.exists():
@@ -88,7 +91,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
                                        "meta": used | {"category": category.name}})
     progress.unlink(missing_ok=True)
 
-    score_files(model, category, workspace, backbone, device)
+    score_files(model, category, validation, test, workspace, backbone, device)
 
 
 def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, backbone: Backbone,
@@ -159,24 +162,28 @@ def differences(model: LGST, backbone: Backbone, paths: Sequence[Path], device: 
     return Differences(*(torch.cat(maps).cpu() for maps in zip(*batches)))
 
 
-def score_files(model: LGST, category: layout.Category, workspace: layout.Workspace, backbone: Backbone,
-                device: torch.device) -> None:
-    """Score validation and test images; write the six files (LGST and its published twin name CSAD), before them the maps."""
+def score_files(model: LGST, category: layout.Category, validation: Sequence[Path], test: dict[str, Sequence[Path]],
+                workspace: layout.Workspace, backbone: Backbone, device: torch.device) -> None:
+    """Score validation and test images; write the six files (LGST and its published twin name CSAD) and the test maps."""
     def anomaly_maps(paths: Sequence[Path], what: str) -> np.ndarray:
         if not paths:
             return np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
         maps = differences(model, backbone, paths, device, f"{category.name}: score {what}")
         return model.anomaly_map(Differences(*(part.to(device) for part in maps))).cpu().numpy()
 
-    maps = {kind: anomaly_maps(category.test(kind), kind) for kind in layout.KINDS}
-    files.write_arrays(workspace.anomaly_maps(category.name), **maps)
-    scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
-    validation = anomaly_maps(category.validation, "validation").max((1, 2)).astype(np.float64)
-    parts = {"val": validation, "logi": np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]),
-             "struc": np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]])}
-    for part, values in parts.items():
+    def write(part: str, values: np.ndarray) -> None:
         for branch in ("LGST", "CSAD"):
             files.write_array(workspace.scores(category.name, branch, part), values)
+
+    write("val", anomaly_maps(validation, "validation").max((1, 2)).astype(np.float64))
+    if not test:
+        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
+        return
+    maps = {kind: anomaly_maps(paths, kind) for kind, paths in test.items()}
+    files.write_arrays(workspace.anomaly_maps(category.name), **maps)
+    scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
+    write("logi", np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]))
+    write("struc", np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]]))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     backbone.to(device)
     checkpoint, progress = workspace.segmentor(category.name), workspace.segmentor_progress(category.name)
     parameter_file = workspace.patch_histogram_parameters(category.name)
-    tested = (category.root / "test").is_dir()
-    parts = ("logi", "struc", "val") if tested else ("val",)
+    parts = ("logi", "struc", "val") if category.tested else ("val",)
     outputs = [checkpoint, parameter_file, *(workspace.scores(category.name, "patchhist", part) for part in parts)]
     trusted, classes = read_stage_1(category, workspace)
     used = {"settings": chosen.model_dump(), "precision": precision,
@@ -77,7 +76,9 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
         return
 
-    validation = category.validation  # asked for first: a missing split should not cost an hour of training
+    # Asked for first: a missing split should not cost an hour of training.
+    validation = category.validation
+    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
     train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
 
     if checkpoint.exists():
@@ -99,12 +100,11 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     detector = fitted_detector(parameters, classes)
     files.write_array(workspace.scores(category.name, "patchhist", "val"), detector(validation_maps).numpy())
 
-    if not tested:
-        print(f"{category.name}: there is no folder {category.root / 'test'}, so no test scores")
+    if not test:
+        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
         return
     found = {}
-    for kind in layout.KINDS:
-        paths = category.test(kind)
+    for kind, paths in test.items():
         maps = label_maps(segmentor, backbone, paths, device, f"{category.name}: segment test images, {kind}")
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, kind, path), label_map.numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -350,6 +351,20 @@ def test_from_stages_to_every_format_and_the_report(export, trained):
         assert known["training"]["lgst"]["settings"] == {"steps": 1}
         assert known["dataset"] == "data"
         assert known["versions"]["torch"]
+
+
+def test_without_test_images_a_model_is_exported_all_the_same(export, trained):
+    work, dataset = trained
+    for folder in ("ckpt", "anomaly_score"):
+        shutil.copytree(work / folder, work / "seeds/0" / folder)
+    (dataset / "discs/test/good").rename(dataset / "elsewhere")
+    try:
+        assert "nothing to evaluate" in export("--format", "torch")
+        assert "nothing to evaluate" in export("--format", "torch", "--seeds", "0")
+    finally:
+        (dataset / "elsewhere").rename(dataset / "discs/test/good")
+    assert (work / "seeds/0/ckpt/pytorch_models/discs.pth").exists()
+    assert not (work / "seeds/0/export_report.json").exists()
 
 
 def test_script_mistakes_get_a_sentence(export, trained):

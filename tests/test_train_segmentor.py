@@ -199,14 +199,26 @@ def test_label_maps_of_another_size_are_resized_without_inventing_labels(prepare
     assert (data[512].labels != data[256].labels).mean() < 0.01
 
 
-def test_without_test_images_the_rest_is_written(prepared, backbone, capsys, tmp_path):
+@pytest.mark.parametrize("missing", ["test", "test/good"])
+def test_without_test_images_the_rest_is_written(prepared, backbone, capsys, tmp_path, missing):
     category, make = prepared
-    (category.root / "test").rename(tmp_path / "elsewhere")
+    (category.root / missing).rename(tmp_path / "elsewhere")
     workspace = make("work")
     train(category, workspace, backbone)
     assert workspace.scores(CATEGORY, "patchhist", "val").exists()
     assert not workspace.scores(CATEGORY, "patchhist", "logi").exists()
     assert "no test scores" in capsys.readouterr().out
+    train(category, workspace, backbone)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_an_empty_test_folder_is_noticed_before_training(prepared, backbone):
+    category, make = prepared
+    for path in category.test("logical_anomalies"):
+        path.unlink()
+    with pytest.raises(UserError, match="no images in .*logical_anomalies"):
+        train(category, make("work"), backbone)
+    assert not make("work").segmentor(CATEGORY).exists()
 
 
 def damage_missing_stage(workspace, category):
