@@ -66,29 +66,31 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     penalties = PenaltyImages(chosen.penalty_images)
     used = {"settings": chosen.model_dump(), "precision": precision,
             **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
-    if not records.begin(checkpoint.with_suffix(".json"), used, [checkpoint, *scores], overwrite, [progress]):
-        print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
-        return
-
     # Asked for first: a missing split should not cost an hour of training.
     validation = category.validation
     test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
-    train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
+    scored, record = records.scored(validation, test), checkpoint.with_suffix(".json")
+    if not records.begin(record, used, [checkpoint, *scores], overwrite, [progress], checkpoint, scored):
+        print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
+        return
 
     if checkpoint.exists():
-        saved = files.read_state(checkpoint)
         model = LGST(backbone.channels, chosen.width, chosen.teacher_channels, backbone.blind_to_light)
-        model.load_state_dict(saved["state"])
+        normalised_on = files.load_checkpoint(model, checkpoint)["meta"].get("validation_images")
         model.to(device).eval()
     else:
+        train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
         model = train(category.name, train_images, chosen, backbone, penalties, progress, device, precision,
                       seed)
         model.eval()
+        normalised_on = None
+    if normalised_on != scored["validation"]:  # just trained, or the validation images have changed since
         maps = differences(model, backbone, validation, device, f"{category.name}: normalise maps")
         model.fit_map_normalisation(maps)
         # The encoder goes along, so that export and deployment never look for its weights again.
-        files.write_state(checkpoint, {"state": on_cpu(model), "encoder": on_cpu(backbone.encoder),
-                                       "meta": used | {"category": category.name}})
+        files.write_state(checkpoint, {
+            "state": on_cpu(model), "encoder": on_cpu(backbone.encoder),
+            "meta": used | {"category": category.name, "validation_images": scored["validation"]}})
     progress.unlink(missing_ok=True)
 
     score_files(model, category, validation, test, workspace, backbone, device)

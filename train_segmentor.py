@@ -72,18 +72,19 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
             "pseudo_labels": records.digest(workspace.info(category.name) / "filtered_component_histogram.npy"),
             "trusted": records.digest(workspace.info(category.name) / "filtered_histogram_indices.npy"),
             **records.inputs(category.train, seed, backbone, stand_ins_of_stage_1(category, workspace))}
-    if not records.begin(checkpoint.with_suffix(".json"), used, outputs, overwrite, [progress]):
-        print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
-        return
-
     # Asked for first: a missing split should not cost an hour of training.
     validation = category.validation
     test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
+    record = checkpoint.with_suffix(".json")
+    if not records.begin(record, used, outputs, overwrite, [progress], checkpoint, records.scored(validation, test)):
+        print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
+        return
+
     train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
 
     if checkpoint.exists():
         segmentor = Segmentor(backbone.channels, chosen.width, classes)
-        segmentor.load_state_dict(files.read_state(checkpoint)["state"])
+        files.load_checkpoint(segmentor, checkpoint)
         segmentor.to(device).eval()
     else:
         data = training_data(category, workspace, train_images, trusted, classes)

@@ -1,5 +1,7 @@
 """Stage 3 end to end on a tiny data set and with a tiny encoder: what it writes, and mistakes told in a sentence."""
 
+import shutil
+
 import pytest
 import torch
 from test_train_segmentor import TinyEncoder
@@ -57,3 +59,38 @@ def test_an_empty_test_folder_is_noticed_before_training(category, workspace):
     with pytest.raises(UserError, match="no images in .*good"):
         train(category, workspace)
     assert not workspace.lgst(CATEGORY).exists()
+
+
+def test_changed_validation_and_test_images_are_scored_without_training(category, workspace, monkeypatch, capsys):
+    train(category, workspace)
+    before = files.read_state(workspace.lgst(CATEGORY))["state"]
+    monkeypatch.setattr(CSAD, "train", None)
+    shutil.copy(category.test(layout.STRUCTURAL)[0], category.validation[0].with_name("new.png"))
+    train(category, workspace)
+    assert scores(workspace)["discs_LGST_val_score.npy"] == 3
+    after = files.read_state(workspace.lgst(CATEGORY))["state"]
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"q_st_start", "q_st_end", "q_ae_start", "q_ae_end"}
+
+    checkpoint = workspace.lgst(CATEGORY).read_bytes()
+    category.test(layout.LOGICAL)[0].unlink()
+    train(category, workspace)
+    assert scores(workspace)["discs_CSAD_logi_score.npy"] == 3
+    assert workspace.lgst(CATEGORY).read_bytes() == checkpoint
+    assert "skipped" not in capsys.readouterr().out
+    train(category, workspace)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_record_is_no_blank_cheque(category, workspace, monkeypatch):
+    train(category, workspace)
+    record = workspace.lgst(CATEGORY).with_suffix(".json")
+    noted = record.read_bytes()
+    record.unlink()
+    workspace.scores(CATEGORY, "LGST", "val").unlink()
+    with pytest.raises(UserError, match="best_discs.pth holds work .*steps: 2 -> 5"):
+        train(category, workspace, steps=5)
+    assert not record.exists()
+    monkeypatch.setattr(CSAD, "train", None)
+    train(category, workspace)
+    assert record.read_bytes() == noted and len(scores(workspace)) == 6

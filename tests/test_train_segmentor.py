@@ -1,6 +1,7 @@
 """Stage 2 end to end on a tiny data set: outputs, resuming, and mistakes told in a sentence."""
 
 import copy
+import shutil
 import sys
 
 import cv2
@@ -159,6 +160,31 @@ def test_a_run_interrupted_after_training_only_scores(prepared, backbone, monkey
     monkeypatch.setattr(train_segmentor, "train", None)
     train(category, workspace, backbone)
     assert outputs(workspace) == before
+
+
+def test_changed_validation_and_test_images_are_scored_without_training(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone, epochs=1)
+    before = outputs(workspace)
+    monkeypatch.setattr(train_segmentor, "train", None)
+    shutil.copy(category.validation[0], category.validation[0].with_name("new.png"))
+    category.test("logical_anomalies")[0].unlink()
+    train(category, workspace, backbone, epochs=1)
+    after = outputs(workspace)
+    scores = {part: len(files.read_array(workspace.scores(CATEGORY, "patchhist", part))) for part in ("logi", "struc", "val")}
+    assert scores == {"logi": 7, "struc": 8, "val": 7}
+    parameters, checkpoint = f"anomaly_score/{CATEGORY}_patchhist_params.npz", f"ckpt/segmentor_{CATEGORY}_256.pth"
+    assert after[parameters] != before[parameters] and after[checkpoint] == before[checkpoint]
+
+
+def test_a_checkpoint_without_a_record_is_no_blank_cheque(prepared, backbone):
+    category, make = prepared
+    workspace = make("work")
+    files.write_state(workspace.segmentor(CATEGORY), {"fc2.conv3.bias": torch.zeros(5)})  # as published
+    with pytest.raises(UserError, match="segmentor_discs_256.pth does not say what it was made from"):
+        train(category, workspace, backbone)
+    assert not workspace.segmentor(CATEGORY).with_suffix(".json").exists()
 
 
 def test_finished_work_is_skipped_and_changed_settings_are_noticed(prepared, backbone, monkeypatch, capsys):
