@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
-from errors import run_script
+from errors import UserError, run_script
 from loco import files, images, layout, records
 from models.device import all_devices
 from models.encoder import Backbone, build_backbone
@@ -86,6 +86,11 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         normalised_on = None
     if normalised_on != scored["validation"]:  # just trained, or the validation images have changed since
         maps = differences(model, backbone, validation, device, f"{category.name}: normalise maps")
+        if not all(part.isfinite().all() for part in maps):
+            for path in (progress, record):  # nothing to go on from; without the record the next run may have other settings
+                path.unlink(missing_ok=True)
+            raise UserError(f"{category.name}: training diverged, LGST gives no finite scores; "
+                            f"lower --lgst.lr (it was {chosen.lr})")
         model.fit_map_normalisation(maps)
         # The encoder goes along, so that export and deployment never look for its weights again.
         files.write_state(checkpoint, {

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
-from errors import run_script
+from errors import UserError, run_script
 from loco import files, images, layout, records
 from models.device import all_devices
 from models.encoder import Backbone, build_backbone
@@ -90,6 +90,11 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         data = training_data(category, workspace, train_images, trusted, classes)
         segmentor = train(category.name, data, classes, chosen, backbone, progress, device, precision, seed).eval()
         state = {key: value.cpu() for key, value in segmentor.state_dict().items()}
+        if not all(value.isfinite().all() for value in state.values()):
+            for path in (progress, record):  # nothing to go on from; without the record the next run may have other settings
+                path.unlink(missing_ok=True)
+            raise UserError(f"{category.name}: training diverged, the segmentor's weights are not finite; "
+                            f"lower --segmentor.lr (it was {chosen.lr})")
         meta = used | {"category": category.name, "classes": classes, "width": chosen.width}
         files.write_state(checkpoint, {"state": state, "meta": meta})
     progress.unlink(missing_ok=True)

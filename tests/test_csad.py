@@ -94,3 +94,12 @@ def test_a_checkpoint_without_a_record_is_no_blank_cheque(category, workspace, m
     monkeypatch.setattr(CSAD, "train", None)
     train(category, workspace)
     assert record.read_bytes() == noted and len(scores(workspace)) == 6
+
+
+def test_diverged_training_says_so_and_leaves_nothing_behind(category, workspace, monkeypatch):
+    monkeypatch.setattr(CSAD, "SAVE_EVERY_SECONDS", 0)
+    with pytest.raises(UserError, match="discs: training diverged.* lower --lgst.lr"):
+        train(category, workspace, lr=1e30)
+    assert list((workspace.root / "ckpt").iterdir()) == []
+    train(category, workspace)
+    assert len(scores(workspace)) == 6

@@ -178,6 +178,15 @@ def test_changed_validation_and_test_images_are_scored_without_training(prepared
     assert after[parameters] != before[parameters] and after[checkpoint] == before[checkpoint]
 
 
+def test_diverged_training_says_so_and_leaves_nothing_behind(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    monkeypatch.setattr(train_segmentor, "SAVE_EVERY_SECONDS", 0)
+    with pytest.raises(UserError, match="discs: training diverged.* lower --segmentor.lr"):
+        train(category, workspace, backbone, lr=1e30, epochs=1)
+    assert outputs(workspace) == {}
+
+
 def test_a_checkpoint_without_a_record_is_no_blank_cheque(prepared, backbone):
     category, make = prepared
     workspace = make("work")
