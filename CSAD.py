@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
-from errors import run_script
+from errors import UserError, run_script
 from loco import files, images, layout, records
 from models.device import all_devices
 from models.encoder import Backbone, build_backbone
@@ -58,36 +58,46 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
                    backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
     backbone.to(device)
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
-    scores = [workspace.scores(category.name, branch, part)
-              for part in ("logi", "struc", "val") for branch in ("LGST", "CSAD")]
-    scores.append(workspace.anomaly_maps(category.name))
+    parts = ("logi", "struc", "val") if category.tested else ("val",)
+    scores = [workspace.scores(category.name, branch, part) for part in parts for branch in ("LGST", "CSAD")]
+    if category.tested:
+        scores.append(workspace.anomaly_maps(category.name))
     penalties = PenaltyImages(chosen.penalty_images)
     used = {"settings": chosen.model_dump(), "precision": precision,
             **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
-    if not records.begin(checkpoint.with_suffix(".json"), used, [checkpoint, *scores], overwrite, [progress]):
+    # Asked for first: a missing split should not cost an hour of training.
+    validation = category.validation
+    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
+    scored, record = records.scored(validation, test), checkpoint.with_suffix(".json")
+    if not records.begin(record, used, [checkpoint, *scores], overwrite, [progress], checkpoint, scored):
         print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
         return
 
-    validation = category.validation  # asked for first: a missing split should not cost an hour of training
-    train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
-
     if checkpoint.exists():
-        saved = files.read_state(checkpoint)
         model = LGST(backbone.channels, chosen.width, chosen.teacher_channels, backbone.blind_to_light)
-        model.load_state_dict(saved["state"])
+        normalised_on = files.load_checkpoint(model, checkpoint)["meta"].get("validation_images")
         model.to(device).eval()
     else:
+        train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
         model = train(category.name, train_images, chosen, backbone, penalties, progress, device, precision,
                       seed)
         model.eval()
+        normalised_on = None
+    if normalised_on != scored["validation"]:  # just trained, or the validation images have changed since
         maps = differences(model, backbone, validation, device, f"{category.name}: normalise maps")
+        if not all(part.isfinite().all() for part in maps):
+            for path in (progress, record):  # nothing to go on from; without the record the next run may have other settings
+                path.unlink(missing_ok=True)
+            raise UserError(f"{category.name}: training diverged, LGST gives no finite scores; "
+                            f"lower --lgst.lr (it was {chosen.lr})")
         model.fit_map_normalisation(maps)
         # The encoder goes along, so that export and deployment never look for its weights again.
-        files.write_state(checkpoint, {"state": on_cpu(model), "encoder": on_cpu(backbone.encoder),
-                                       "meta": used | {"category": category.name}})
+        files.write_state(checkpoint, {
+            "state": on_cpu(model), "encoder": on_cpu(backbone.encoder),
+            "meta": used | {"category": category.name, "validation_images": scored["validation"]}})
     progress.unlink(missing_ok=True)
 
-    score_files(model, category, workspace, backbone, device)
+    score_files(model, category, validation, test, workspace, backbone, device)
 
 
 def train(category: str, train_images: Tensor, chosen: settings.LgstSettings, backbone: Backbone,
@@ -156,24 +166,28 @@ def differences(model: LGST, backbone: Backbone, paths: Sequence[Path], device: 
     return Differences(*(torch.cat(maps).cpu() for maps in zip(*batches)))
 
 
-def score_files(model: LGST, category: layout.Category, workspace: layout.Workspace, backbone: Backbone,
-                device: torch.device) -> None:
-    """Score validation and test images; write the six files (LGST and its published twin name CSAD), before them the maps."""
+def score_files(model: LGST, category: layout.Category, validation: Sequence[Path], test: dict[str, Sequence[Path]],
+                workspace: layout.Workspace, backbone: Backbone, device: torch.device) -> None:
+    """Score validation and test images; write the six files (LGST and its published twin name CSAD) and the test maps."""
     def anomaly_maps(paths: Sequence[Path], what: str) -> np.ndarray:
         if not paths:
             return np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
         maps = differences(model, backbone, paths, device, f"{category.name}: score {what}")
         return model.anomaly_map(Differences(*(part.to(device) for part in maps))).cpu().numpy()
 
-    maps = {kind: anomaly_maps(category.test(kind), kind) for kind in layout.KINDS}
-    files.write_arrays(workspace.anomaly_maps(category.name), **maps)
-    scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
-    validation = anomaly_maps(category.validation, "validation").max((1, 2)).astype(np.float64)
-    parts = {"val": validation, "logi": np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]),
-             "struc": np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]])}
-    for part, values in parts.items():
+    def write(part: str, values: np.ndarray) -> None:
         for branch in ("LGST", "CSAD"):
             files.write_array(workspace.scores(category.name, branch, part), values)
+
+    write("val", anomaly_maps(validation, "validation").max((1, 2)).astype(np.float64))
+    if not test:
+        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
+        return
+    maps = {kind: anomaly_maps(paths, kind) for kind, paths in test.items()}
+    files.write_arrays(workspace.anomaly_maps(category.name), **maps)
+    scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
+    write("logi", np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]))
+    write("struc", np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,25 @@ class UserError(Exception):
     """A mistake the user can mend; the message says what was expected, where, and what to do."""
 
 
+def disk_is_full(problem: Exception) -> bool:
+    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def in_a_sentence(problem: Exception) -> str | None:
+    """What to tell the user about a problem that is theirs to mend; None for all others."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    if disk_is_full(problem):
+        return (f"the disk is full while writing {problem.filename or 'a file'}; "
+                "free some space and run the same command again, finished files are kept")
+    if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (f"no permission to write or read {problem.filename or 'a file'}; "
+                "change its permissions or choose another --workspace")
+    if isinstance(problem, OSError) and problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
+    return None
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a stage script; a mistake ends it with one sentence on stderr and exit status 2.
 
@@ -28,23 +47,16 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
     try:
         main()
-    except UserError as mistake:
-        _stop(str(mistake))
     except KeyboardInterrupt:
         _stop("interrupted; everything finished so far is kept, the same command continues from there")
     except BrokenPipeError:
         # The reader of our output (head, less) went away; nothing is wrong.
         sys.stderr.close()
-    except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            _stop(f"the disk is full while writing {problem.filename or 'a file'}; "
-                  "free some space and run the same command again, finished files are kept")
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _stop(f"no permission to write or read {problem.filename or 'a file'}; "
-                  "change its permissions or choose another --workspace")
-        if problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-            _stop(f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder")
-        raise
+    except Exception as problem:
+        sentence = in_a_sentence(problem)
+        if sentence is None:
+            raise
+        _stop(sentence)
 
 
 def _stop(sentence: str) -> None:

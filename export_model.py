@@ -61,7 +61,7 @@ def main() -> None:
     device = choose_device(args.device)
     with workspace.lock():
         runs = [export_and_evaluate(categories, home, args, device) for home in workspace.of_seeds(args.seeds).values()]
-    if args.seeds:
+    if args.seeds and any(runs):
         lines = seeds.table(seeds.over_seeds(runs), args.seeds)
         files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
         print("\n" + "\n".join(lines))
@@ -81,8 +81,12 @@ def export_and_evaluate(categories: list[layout.Category], workspace: layout.Wor
         files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
         engine = open_model(path, device)
         exporters.require_category(engine.metadata, category.name, path)
+        if not category.tested:
+            print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so nothing to evaluate")
+            continue
         reports.append(evaluate(category, engine, workspace, args, device))
-    write_report(reports, workspace)
+    if reports:
+        write_report(reports, workspace)
     return {report["category"]: {name: report[name] for name in ("auroc_logical", "auroc_structural", "auroc_mean",
                                                                  "ms_per_image")} for report in reports}
 

@@ -116,9 +116,10 @@ def find_images(places: Sequence[Path], output: Path) -> list[Path]:
 def images_in(folder: Path, output: Path) -> list[tuple[Path, tuple[int, int]]]:
     """(path, (bytes, time of change)) of all images below a folder, sorted by path."""
     own = output.resolve()
+    ours = (own, own / "maps")  # the second where the output goes to the very folder that is scored
     found = []
     for here, below, names in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith(".") and (Path(here) / name).resolve() != own]
+        below[:] = [name for name in below if not name.startswith(".") and (Path(here) / name).resolve() not in ours]
         for name in names:
             if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
                 path = Path(here) / name
@@ -259,7 +260,11 @@ class Output:
 
     def write(self, image: Prediction) -> None:
         if image.drawing is not None:
-            name = Path(os.path.relpath(image.path.resolve(), self.top))
+            # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
+            name = Path(os.path.relpath(image.path.parent.resolve() / image.path.name, self.top))
+            if name.parts[0] == os.pardir:
+                raise UserError(f"{image.path} no longer lies in {self.top}, so its picture would not lie in {self.folder}/maps; "
+                                "run the same command again")
             files.write_image(self.folder / "maps" / name.with_name(name.name.removesuffix(".png") + ".png"), image.drawing)
         self.rows.writerow([image.path, image.verdict, *("" if value is None else f"{value:.6g}" for value in (
             image.score, image.threshold, image.lgst_score, image.patch_histogram_score)), *(image.unusual or ("", "")),

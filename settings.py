@@ -154,7 +154,7 @@ def command_line(story: str) -> argparse.ArgumentParser:
                         help="auto, wide_resnet50_2, embedded, or a torchvision classification network")
     common.add_argument("--backbone_weights", type=Path, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--seed", type=seed, default=0)
     common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
     single = parser.add_argument_group("single settings", "defaults: configs/default.yaml, category file, preset")
     for section, model in Settings.model_fields.items():
@@ -174,15 +174,34 @@ def training_command_line(story: str) -> argparse.ArgumentParser:
 
 def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--seeds``, for the stages after the first."""
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+    parser.add_argument("--seeds", type=seed, nargs="+", metavar="SEED",
                         help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
                              "pseudo-labels of WORKSPACE; tables give mean and standard deviation")
     return parser
 
 
+def seed(text: str) -> int:
+    """A seed from the command line; NumPy takes no negative ones, PyTorch none of more than 64 bits."""
+    if not (text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"'{text}' is no seed; it must be a whole number from 0 to {2**63 - 1}")
+    return int(text)
+
+
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The single settings given on the command line, parsed as YAML."""
-    return {name: yaml.safe_load(value) for name, value in vars(arguments).items() if "." in name}
+    """The single settings given on the command line, parsed as YAML.
+
+    Raises:
+        UserError: a value is no YAML.
+    """
+    found = {}
+    for name, value in vars(arguments).items():
+        if "." in name:
+            try:
+                found[name] = yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError) as problem:  # ValueError: a date that no calendar has
+                raise UserError(f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
+                                f"plain text may need quotes of its own: --{name} '\"{value}\"'") from problem
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

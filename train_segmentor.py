@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
-from errors import run_script
+from errors import UserError, run_script
 from loco import files, images, layout, records
 from models.device import all_devices
 from models.encoder import Backbone, build_backbone
@@ -65,29 +65,36 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     backbone.to(device)
     checkpoint, progress = workspace.segmentor(category.name), workspace.segmentor_progress(category.name)
     parameter_file = workspace.patch_histogram_parameters(category.name)
-    tested = (category.root / "test").is_dir()
-    parts = ("logi", "struc", "val") if tested else ("val",)
+    parts = ("logi", "struc", "val") if category.tested else ("val",)
     outputs = [checkpoint, parameter_file, *(workspace.scores(category.name, "patchhist", part) for part in parts)]
     trusted, classes = read_stage_1(category, workspace)
     used = {"settings": chosen.model_dump(), "precision": precision,
             "pseudo_labels": records.digest(workspace.info(category.name) / "filtered_component_histogram.npy"),
             "trusted": records.digest(workspace.info(category.name) / "filtered_histogram_indices.npy"),
             **records.inputs(category.train, seed, backbone, stand_ins_of_stage_1(category, workspace))}
-    if not records.begin(checkpoint.with_suffix(".json"), used, outputs, overwrite, [progress]):
+    # Asked for first: a missing split should not cost an hour of training.
+    validation = category.validation
+    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
+    record = checkpoint.with_suffix(".json")
+    if not records.begin(record, used, outputs, overwrite, [progress], checkpoint, records.scored(validation, test)):
         print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
         return
 
-    validation = category.validation  # asked for first: a missing split should not cost an hour of training
     train_images = images.load_images(category.train, settings.IMAGE_SIZE, f"{category.name}: read training images")
 
     if checkpoint.exists():
         segmentor = Segmentor(backbone.channels, chosen.width, classes)
-        segmentor.load_state_dict(files.read_state(checkpoint)["state"])
+        files.load_checkpoint(segmentor, checkpoint)
         segmentor.to(device).eval()
     else:
         data = training_data(category, workspace, train_images, trusted, classes)
         segmentor = train(category.name, data, classes, chosen, backbone, progress, device, precision, seed).eval()
         state = {key: value.cpu() for key, value in segmentor.state_dict().items()}
+        if not all(value.isfinite().all() for value in state.values()):
+            for path in (progress, record):  # nothing to go on from; without the record the next run may have other settings
+                path.unlink(missing_ok=True)
+            raise UserError(f"{category.name}: training diverged, the segmentor's weights are not finite; "
+                            f"lower --segmentor.lr (it was {chosen.lr})")
         meta = used | {"category": category.name, "classes": classes, "width": chosen.width}
         files.write_state(checkpoint, {"state": state, "meta": meta})
     progress.unlink(missing_ok=True)
@@ -99,12 +106,11 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     detector = fitted_detector(parameters, classes)
     files.write_array(workspace.scores(category.name, "patchhist", "val"), detector(validation_maps).numpy())
 
-    if not tested:
-        print(f"{category.name}: there is no folder {category.root / 'test'}, so no test scores")
+    if not test:
+        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
         return
     found = {}
-    for kind in layout.KINDS:
-        paths = category.test(kind)
+    for kind, paths in test.items():
         maps = label_maps(segmentor, backbone, paths, device, f"{category.name}: segment test images, {kind}")
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, kind, path), label_map.numpy())

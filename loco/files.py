@@ -108,6 +108,20 @@ def read_state(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def load_checkpoint(module: torch.nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load the weights of a stage's checkpoint into ``module``; returns all that the file holds.
+
+    Raises:
+        UserError: the file is damaged, or holds another network.
+    """
+    saved = read_state(path)
+    try:
+        module.load_state_dict(saved["state"])
+    except (KeyError, RuntimeError) as problem:
+        raise UserError(f"{path} does not hold the network that these settings describe; --overwrite trains it anew") from problem
+    return saved
+
+
 def require(path: str | Path, made_by: str) -> Path:
     """Return ``path`` if it exists; otherwise name it and what makes it.
 

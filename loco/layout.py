@@ -41,6 +41,11 @@ class Category:
     def validation(self) -> list[Path]:
         return _images(self.root / "validation" / GOOD)
 
+    @property
+    def tested(self) -> bool:
+        """Whether there are test images: they are optional, and without good ones nothing can be measured."""
+        return (self.root / "test" / GOOD).is_dir()
+
     def test(self, kind: str) -> list[Path]:
         """Test images of one kind; empty where the category has no folder for that kind of anomaly."""
         folder = self.root / "test" / kind

@@ -32,8 +32,13 @@ def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iter
             "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
 
 
+def scored(validation: Sequence[Path], test: dict[str, Sequence[Path]]) -> dict[str, str]:
+    """What a training stage's scores, but not its training, depend on: digests of validation and test images."""
+    return {name: digest_images(paths) for name, paths in {"validation": validation, **test}.items()}
+
+
 def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite: bool,
-          progress: Iterable[Path] = ()) -> bool:
+          progress: Iterable[Path] = (), checkpoint: Path | None = None, scored: dict[str, str] | None = None) -> bool:
     """Decide whether a stage has work to do, and note what it uses.
 
     Args:
@@ -42,6 +47,9 @@ def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite
         outputs: files that exist when the stage is done.
         overwrite: take away ``outputs``, ``progress`` and the record first.
         progress: files of an unfinished run that must not survive ``overwrite``.
+        checkpoint: that of the outputs from which the others are made; its "meta" holds what is in ``used``.
+        scored: what the outputs other than the checkpoint depend on besides; where it differs from the record (or the
+            record, an older one, does not tell) they are taken away, to be made anew.
 
     Returns:
         False when every output is there already (made by the same settings, or by others, without a record).
@@ -52,16 +60,31 @@ def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite
     if overwrite:
         for path in (*outputs, *progress, record):
             path.unlink(missing_ok=True)
+    outdated = False
     if record.exists():
-        changes = difference(files.read_json(record), _as_json(used))
-        if changes:
-            raise UserError(f"{record.parent} holds work begun with something else ({'; '.join(changes[:4])}); "
-                            "--overwrite starts over, another --workspace keeps both")
-    if outputs and all(path.exists() for path in outputs):
+        noted = files.read_json(record)
+        outdated = noted.pop("scored", None) != scored
+        _refuse(difference(noted, _as_json(used)), record.parent)
+    if not outdated and outputs and all(path.exists() for path in outputs):
         return False
-    if not record.exists():
-        files.write_json(record, used)
+    if checkpoint is not None and checkpoint.exists():
+        saved = files.read_state(checkpoint)
+        if not (isinstance(saved, dict) and {"state", "meta"} <= saved.keys()):
+            raise UserError(f"{checkpoint} does not say what it was made from (published files do not), so it cannot be "
+                            "gone on from; --overwrite starts over, another --workspace keeps both")
+        _refuse(difference(_as_json({key: saved["meta"].get(key) for key in used}), _as_json(used)), checkpoint)
+    if outdated:
+        for path in outputs:
+            if path != checkpoint:
+                path.unlink(missing_ok=True)
+    files.write_json(record, used if scored is None else used | {"scored": scored})
     return True
+
+
+def _refuse(changes: list[str], place: Path) -> None:
+    if changes:
+        raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
+                        "--overwrite starts over, another --workspace keeps both")
 
 
 def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -379,6 +380,20 @@ def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
     assert "NaN" not in workspace.export_report.read_text()
     average = next(line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line)
     assert [cell.strip() for cell in average.split("|")[5:8]] == ["80.000", "nan", "80.000"]
+
+
+def test_without_test_images_a_model_is_exported_all_the_same(export, trained):
+    work, dataset = trained
+    for folder in ("ckpt", "anomaly_score"):
+        shutil.copytree(work / folder, work / "seeds/0" / folder)
+    (dataset / "discs/test/good").rename(dataset / "elsewhere")
+    try:
+        assert "nothing to evaluate" in export("--format", "torch")
+        assert "nothing to evaluate" in export("--format", "torch", "--seeds", "0")
+    finally:
+        (dataset / "elsewhere").rename(dataset / "discs/test/good")
+    assert (work / "seeds/0/ckpt/pytorch_models/discs.pth").exists()
+    assert not (work / "seeds/0/export_report.json").exists()
 
 
 def test_script_mistakes_get_a_sentence(export, trained):

@@ -1,5 +1,6 @@
 """Several trainings at once: seeds, processes, failures and interruptions."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError
+from errors import UserError, run_script
 from loco import files, layout, seeds
 from models.device import all_devices
 from training.ahead import draw_ahead
@@ -34,6 +35,14 @@ def crash(device):
     raise MemoryError("out of memory\nsecond line")
 
 
+def forbidden(device):
+    raise OSError(errno.EACCES, "Permission denied", "scores.npy")
+
+
+def fill_the_disk(device):
+    raise OSError(errno.ENOSPC, "No space left on device", "scores.npy")
+
+
 def die(device):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -50,17 +59,34 @@ def stop_when_asked(started, saved, device):
 
 
 @pytest.mark.parametrize("devices, extra", [([CPU], {}), ([CPU, CPU], {"killed": die})])
-def test_one_that_fails_does_not_take_the_others_along(tmp_path, devices, extra):
-    jobs = {"wrong": mistake, "broken": crash, **extra,
+def test_one_that_fails_does_not_take_the_others_along(tmp_path, devices, extra, capfd):
+    jobs = {"wrong": mistake, "broken": crash, "forbidden": forbidden, **extra,
             **{name: partial(write, tmp_path / name) for name in ("first", "second")}}
     with pytest.raises(UserError, match="no such picture") as said:
         run_all(jobs, devices)
     assert f"{len(jobs) - 2} of {len(jobs)} failed" in str(said.value)
     assert "broken: MemoryError: out of memory" in str(said.value)
+    assert "forbidden: no permission to write or read scores.npy" in str(said.value)
+    assert "PermissionError" not in capfd.readouterr().err
     if extra:
         assert "killed: its process ended with status -9" in str(said.value)
     pids = {(tmp_path / name).read_text().split()[1] for name in ("first", "second")}
     assert (str(os.getpid()) in pids) == (len(devices) == 1)
+
+
+@pytest.mark.parametrize("devices", [[CPU], [CPU, CPU]])
+def test_a_full_disk_ends_the_whole_run(tmp_path, devices, capfd):
+    before = ({"wrong": mistake} if len(devices) == 1 else
+              {"long": partial(stop_when_asked, tmp_path / "started", tmp_path / "saved")})
+    jobs = before | {"full": fill_the_disk, "last": partial(write, tmp_path / "last")}
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: run_all(jobs, devices))
+    said = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert "error: the disk is full while writing scores.npy" in said
+    assert ("wrong failed: no such picture" in said) == (len(devices) == 1)
+    assert "Traceback" not in said
+    assert not (tmp_path / "last").exists()
 
 
 def test_a_single_job_speaks_for_itself():

@@ -55,6 +55,23 @@ def test_every_setting_is_an_option():
     assert chosen.pseudo_labels.features == ["area", "color"]
 
 
+@pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x", "2020-13-01"])
+def test_a_value_that_is_no_yaml_names_its_option(value):
+    args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])
+    with pytest.raises(UserError, match="--lgst.penalty_images .* is not valid YAML"):
+        settings.overrides(args)
+
+
+def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
+    parser = settings.training_command_line("story")
+    assert parser.parse_args(["--seed", str(2**63 - 1), "--seeds", "0", "7"]).seeds == [0, 7]
+    for wrong in (["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2**63)], ["--seeds", "0", "-3"]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(wrong)
+        assert ended.value.code == 2
+        assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
+
+
 # Layout
 
 def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
@@ -194,6 +211,46 @@ def test_record_notices_what_changed(tmp_path):
 def test_outputs_of_others_are_used_as_they_are(tmp_path):
     files.write_array(tmp_path / "made.npy", np.zeros(1))
     assert not records.begin(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"], overwrite=False)
+
+
+def test_other_scored_images_leave_the_checkpoint_and_take_the_rest(tmp_path):
+    record, checkpoint, scores = (tmp_path / name for name in ("made.json", "made.pth", "made.npy"))
+    used, outputs = {"seed": 0, "names": ("a", "b")}, [checkpoint, scores]
+
+    def begin(**scored):
+        return records.begin(record, used, outputs, False, checkpoint=checkpoint, scored=scored)
+    assert begin(validation="1")
+    files.write_state(checkpoint, {"state": {}, "meta": used | {"more": 1}})
+    files.write_array(scores, np.zeros(1))
+    assert not begin(validation="1")
+    assert begin(validation="1", good="2")
+    assert checkpoint.exists() and not scores.exists()
+    files.write_array(scores, np.zeros(1))
+    assert not begin(validation="1", good="2")
+    files.write_json(record, used)  # as older ones were
+    assert begin(validation="1", good="2")
+    assert not scores.exists()
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"state": {}, "meta": {"seed": 1, "names": ("a",)}}, "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
+    ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
+    (torch.zeros(1), "made.pth does not say what it was made from"),
+])
+def test_a_checkpoint_without_a_record_has_to_fit(tmp_path, content, said):
+    files.write_state(tmp_path / "made.pth", content)
+    with pytest.raises(UserError, match=said):
+        records.begin(tmp_path / "made.json", {"seed": 0, "names": ("a",)}, [tmp_path / "made.pth", tmp_path / "made.npy"], False,
+                      checkpoint=tmp_path / "made.pth")
+    assert not (tmp_path / "made.json").exists()
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    for state in ({"state": torch.nn.Linear(3, 2).state_dict()}, {"state": {}}, {"weight": torch.zeros(1)}):
+        files.write_state(tmp_path / "made.pth", state)
+        with pytest.raises(UserError, match="made.pth does not hold the network"):
+            files.load_checkpoint(network, tmp_path / "made.pth")
 
 
 # Images

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import predict
-from errors import run_script
+from errors import UserError, run_script
 from loco import records
 from report.components import LIMIT, Deviation, deviations
 
@@ -178,6 +178,34 @@ def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
     for _ in range(2):
         assert run(tmp_path, "--save_maps") == 0
     assert len(rows(tmp_path)) == 1
+
+
+def test_output_into_the_watched_folder_does_not_feed_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
+    write(tmp_path / "a.png", 10)
+    write(tmp_path / "maps/a.png", 10)
+    write(tmp_path / "b/maps/c.png", 10)  # somebody else's
+    rounds = predict.watch([tmp_path], tmp_path)
+    assert [next(rounds) for _ in range(2)] == [[], [tmp_path / "a.png", tmp_path / "b/maps/c.png"]]
+
+
+def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
+    original = write(tmp_path / "raw/a.png", 10)
+    before = original.read_bytes()
+    (tmp_path / "photos/b").mkdir(parents=True)
+    (tmp_path / "photos/b/link.png").symlink_to(original)
+    (tmp_path / "linked").symlink_to(tmp_path / "photos/b")
+    for places in ([tmp_path / "photos"], [tmp_path / "linked/link.png", tmp_path / "photos"]):
+        assert run(*places, "--save_maps") == 0
+        assert list((tmp_path / "out").rglob("*.png")) == [tmp_path / "out/maps/b/link.png"]
+    assert original.read_bytes() == before
+
+
+def test_a_picture_outside_of_the_output_is_refused(tmp_path):
+    image = predict.Prediction(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
+    with predict.Output(tmp_path / "out", tmp_path / "photos") as output, pytest.raises(UserError, match="no longer lies in"):
+        output.write(image)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_model_without_maps_gives_scores_only(engine, run, photos, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Stage 2 end to end on a tiny data set: outputs, resuming, and mistakes told in a sentence."""
 
 import copy
+import shutil
 import sys
 
 import cv2
@@ -161,6 +162,40 @@ def test_a_run_interrupted_after_training_only_scores(prepared, backbone, monkey
     assert outputs(workspace) == before
 
 
+def test_changed_validation_and_test_images_are_scored_without_training(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone, epochs=1)
+    before = outputs(workspace)
+    monkeypatch.setattr(train_segmentor, "train", None)
+    shutil.copy(category.validation[0], category.validation[0].with_name("new.png"))
+    category.test("logical_anomalies")[0].unlink()
+    train(category, workspace, backbone, epochs=1)
+    after = outputs(workspace)
+    scores = {part: len(files.read_array(workspace.scores(CATEGORY, "patchhist", part))) for part in ("logi", "struc", "val")}
+    assert scores == {"logi": 7, "struc": 8, "val": 7}
+    parameters, checkpoint = f"anomaly_score/{CATEGORY}_patchhist_params.npz", f"ckpt/segmentor_{CATEGORY}_256.pth"
+    assert after[parameters] != before[parameters] and after[checkpoint] == before[checkpoint]
+
+
+def test_diverged_training_says_so_and_leaves_nothing_behind(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace = make("work")
+    monkeypatch.setattr(train_segmentor, "SAVE_EVERY_SECONDS", 0)
+    with pytest.raises(UserError, match="discs: training diverged.* lower --segmentor.lr"):
+        train(category, workspace, backbone, lr=1e30, epochs=1)
+    assert outputs(workspace) == {}
+
+
+def test_a_checkpoint_without_a_record_is_no_blank_cheque(prepared, backbone):
+    category, make = prepared
+    workspace = make("work")
+    files.write_state(workspace.segmentor(CATEGORY), {"fc2.conv3.bias": torch.zeros(5)})  # as published
+    with pytest.raises(UserError, match="segmentor_discs_256.pth does not say what it was made from"):
+        train(category, workspace, backbone)
+    assert not workspace.segmentor(CATEGORY).with_suffix(".json").exists()
+
+
 def test_finished_work_is_skipped_and_changed_settings_are_noticed(prepared, backbone, monkeypatch, capsys):
     category, make = prepared
     workspace = make("work")
@@ -199,14 +234,26 @@ def test_label_maps_of_another_size_are_resized_without_inventing_labels(prepare
     assert (data[512].labels != data[256].labels).mean() < 0.01
 
 
-def test_without_test_images_the_rest_is_written(prepared, backbone, capsys, tmp_path):
+@pytest.mark.parametrize("missing", ["test", "test/good"])
+def test_without_test_images_the_rest_is_written(prepared, backbone, capsys, tmp_path, missing):
     category, make = prepared
-    (category.root / "test").rename(tmp_path / "elsewhere")
+    (category.root / missing).rename(tmp_path / "elsewhere")
     workspace = make("work")
     train(category, workspace, backbone)
     assert workspace.scores(CATEGORY, "patchhist", "val").exists()
     assert not workspace.scores(CATEGORY, "patchhist", "logi").exists()
     assert "no test scores" in capsys.readouterr().out
+    train(category, workspace, backbone)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_an_empty_test_folder_is_noticed_before_training(prepared, backbone):
+    category, make = prepared
+    for path in category.test("logical_anomalies"):
+        path.unlink()
+    with pytest.raises(UserError, match="no images in .*logical_anomalies"):
+        train(category, make("work"), backbone)
+    assert not make("work").segmentor(CATEGORY).exists()
 
 
 def damage_missing_stage(workspace, category):

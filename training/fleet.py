@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, disk_is_full, in_a_sentence
+
+DISK_FULL = 3  # exit status of a process that found it so
 
 
 class Running(NamedTuple):
@@ -33,6 +35,8 @@ def run_all(jobs: dict[str, Callable[..., None]], devices: list[torch.device]) -
         jobs: name -> function; to run side by side they must be picklable (a module's function, or a partial of one).
 
     Raises:
+        OSError: the disk is full, which ends the whole run: the next job would find it so, too. From several processes it
+            comes as a UserError.
         UserError: some failed; names them, with their reasons. A single job's own error comes through as it is.
         KeyboardInterrupt: Ctrl-C or SIGTERM; every job has saved its progress.
     """
@@ -50,11 +54,14 @@ def _one_after_another(jobs: dict[str, Callable[..., None]], device: torch.devic
     for name, job in jobs.items():
         try:
             job(device=device)
-        except UserError as mistake:
-            failures[name] = str(mistake)
         except Exception as problem:
-            traceback.print_exc()
-            failures[name] = _in_short(problem)
+            if disk_is_full(problem):
+                raise
+            sentence = in_a_sentence(problem)
+            if sentence is None:
+                traceback.print_exc()
+            failures[name] = sentence or _in_short(problem)
+            tqdm.write(f"{name} failed: {failures[name]}", file=sys.stderr)
     return failures
 
 
@@ -81,6 +88,8 @@ def _side_by_side(jobs: dict[str, Callable[..., None]], devices: list[torch.devi
                 free.append((done.line, done.device))
                 if done.process.exitcode:
                     failures[done.name] = _reason(done)
+                    if done.process.exitcode == DISK_FULL:
+                        raise UserError(failures[done.name])
                     tqdm.write(f"{done.name} failed: {failures[done.name]}", file=sys.stderr)
     finally:
         for one in running.values():
@@ -99,14 +108,14 @@ def _run_one(job: Callable[..., None], device: torch.device, told: connection.Co
     tqdm.set_lock(bars)
     try:
         job(device=device)
-    except UserError as mistake:
-        told.send(str(mistake))
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(2)
     except Exception as problem:
-        told.send(_in_short(problem))
-        raise
+        sentence = in_a_sentence(problem)
+        told.send(sentence or _in_short(problem))
+        if sentence is None:
+            raise
+        sys.exit(DISK_FULL if disk_is_full(problem) else 2)
 
 
 def _reason(done: Running) -> str:
