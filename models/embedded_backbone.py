@@ -56,8 +56,8 @@ class ResidualBlock(nn.Module):
 class Gain(nn.Module):
     """Fixed factors of the channels that the backbone returns.
 
-    Training sets them so that all channels vary alike (standard deviation 1 on formula pictures): a random projection, as
-    LGST's teacher makes one, would otherwise hear only the loudest.
+    Training sets them so that all channels of a stage vary alike on formula pictures: a random projection, as LGST's teacher
+    makes one, would otherwise hear only the loudest.
     """
 
     def __init__(self, channels: int) -> None:
