@@ -107,6 +107,7 @@ def main() -> None:
 def lgst_variants(chosen: settings.LgstSettings, encoder: nn.Module, channels: tuple[int, int, int],
                   precisions: list[str], device: torch.device) -> dict[str, Step]:
     """Name -> a function that trains one step, plain and in each precision."""
+    chosen = chosen.model_copy(update={"penalty_every": 1, "global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, settings.IMAGE_SIZE, settings.IMAGE_SIZE), dtype=torch.uint8)
     penalties = lgst.PenaltyImages(chosen.penalty_images)
     first = LGST(channels, chosen.width, chosen.teacher_channels).train()

@@ -21,8 +21,9 @@ def prepared(images: Tensor) -> Tensor:
 def jittered(images: Tensor, drawn) -> Tensor:
     """The drawn images (uint8) with one of brightness, contrast and saturation changed, float in 0..255."""
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
-    return torch.stack([255 * adjust[what](images[index].float() / 255, factor) for index, what, factor in
-                        zip(drawn.indices.tolist(), drawn.adjustments.tolist(), drawn.factors.tolist())])
+    twins = [255 * adjust[what](images[index].float() / 255, factor) for index, what, factor in
+             zip(drawn.indices.tolist(), drawn.adjustments.tolist(), drawn.factors.tolist())]
+    return torch.stack(twins) if twins else torch.zeros(0, *images.shape[1:], device=images.device)
 
 
 def teacher_features(model: nn.Module, encoder: nn.Module, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def test_it_times_every_variant_and_counts_the_multiply_adds(stage, tmp_path, mo
     monkeypatch.setattr(sys, "argv", [
         "benchmark_training.py", "--stage", stage, "--workspace", str(tmp_path), "--device", "cpu", "--preset", "quick",
         "--backbone", "embedded", "--timed_steps", "1", "--lgst.width", "16", "--lgst.teacher_channels", "16",
-        "--lgst.penalty_every", "1", "--segmentor.width", "16"])
+        "--segmentor.width", "16"])
     benchmark_training.main()
     report = json.loads((tmp_path / f"benchmark_training_{stage}.json").read_text())
     assert {"plain fp32", "engine fp32"} <= report["variants"].keys()
