@@ -158,7 +158,7 @@ def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
 
 
 def test_draws_depend_on_seed_and_step_only(pictures):
-    chosen = settings.load("none", "quick", {"lgst.penalty_every": 1}).lgst
+    chosen = settings.load("none", "quick", {"lgst.penalty_every": 1, "lgst.global_every": 1}).lgst
     penalties = PenaltyImages("rendered")
 
     def drawn(step, seed):
