@@ -17,18 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from training.fleet import run_all
 
 import settings
+from data import files, images, layouts, records
+from data.workspace import Workspace
 from errors import UserError, run_script
-from loco import files, images, layout, records
-from models.device import all_devices
-from models.encoder import Backbone, build_backbone
+from models.backbone import Backbone, build_backbone
+from models.device import all_devices, choose_precision, memory_format
 from models.lgst import LGST, MAP_SIZE, Differences
-from models.precision import choose_precision, memory_format
-from training.ahead import draw_ahead
-from training.fleet import run_all
-from training.interruption import interrupts_wait
-from training.lgst import Draw, Lessons, PenaltyImages, draw, learning_rate, losses
+from training.lgst_batches import Draw, Lessons, PenaltyImages, draw, learning_rate, losses
+from training.loop import draw_ahead, interrupts_wait
 
 SAVE_EVERY_SECONDS = 60
 SHOW_EVERY_STEPS = 20
@@ -37,8 +36,8 @@ SCORING_BATCH = 8
 
 def main() -> None:
     args = settings.training_command_line(__doc__).parse_args()
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     devices = all_devices(args.device)
     precision = choose_precision(args.precision, devices[0])
@@ -54,7 +53,7 @@ def main() -> None:
         run_all(jobs, devices)
 
 
-def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.LgstSettings,
+def train_category(category: layouts.Category, workspace: Workspace, chosen: settings.LgstSettings,
                    backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
     backbone.to(device)
     checkpoint, progress = workspace.lgst(category.name), workspace.lgst_progress(category.name)
@@ -67,7 +66,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
             **records.inputs(category.train, seed, backbone, [] if penalties.paths else ["rendered penalty images"])}
     # Asked for first: a missing split should not cost an hour of training.
     validation = category.validation
-    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
+    test = {kind: category.test(kind) for kind in layouts.SPLITS} if category.tested else {}
     scored, record = records.scored(validation, test), checkpoint.with_suffix(".json")
     if not records.begin(record, used, [checkpoint, *scores], overwrite, [progress], checkpoint, scored):
         print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
@@ -166,8 +165,8 @@ def differences(model: LGST, backbone: Backbone, paths: Sequence[Path], device: 
     return Differences(*(torch.cat(maps).cpu() for maps in zip(*batches)))
 
 
-def score_files(model: LGST, category: layout.Category, validation: Sequence[Path], test: dict[str, Sequence[Path]],
-                workspace: layout.Workspace, backbone: Backbone, device: torch.device) -> None:
+def score_files(model: LGST, category: layouts.Category, validation: Sequence[Path], test: dict[str, Sequence[Path]],
+                workspace: Workspace, backbone: Backbone, device: torch.device) -> None:
     """Score validation and test images; write the six files (LGST and its published twin name CSAD) and the test maps."""
     def anomaly_maps(paths: Sequence[Path], what: str) -> np.ndarray:
         if not paths:
@@ -181,13 +180,13 @@ def score_files(model: LGST, category: layout.Category, validation: Sequence[Pat
 
     write("val", anomaly_maps(validation, "validation").max((1, 2)).astype(np.float64))
     if not test:
-        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
+        print(f"{category.name}: there is no folder {category.root / 'test' / layouts.GOOD}, so no test scores")
         return
     maps = {kind: anomaly_maps(paths, kind) for kind, paths in test.items()}
     files.write_arrays(workspace.anomaly_maps(category.name), **maps)
     scores = {kind: found.max((1, 2)).astype(np.float64) for kind, found in maps.items()}
-    write("logi", np.concatenate([scores[layout.GOOD], scores[layout.LOGICAL]]))
-    write("struc", np.concatenate([scores[layout.GOOD], scores[layout.STRUCTURAL]]))
+    write("logi", np.concatenate([scores[layouts.GOOD], scores[layouts.LOGICAL]]))
+    write("struc", np.concatenate([scores[layouts.GOOD], scores[layouts.STRUCTURAL]]))
 
 
 if __name__ == "__main__":

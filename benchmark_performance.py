@@ -14,10 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
+from data import files, layouts
+from data.workspace import Workspace
 from errors import UserError, run_script
-from loco import files, layout, localisation, seeds
-from loco.metrics import auroc, average_precision, f1_max, mean_known
-from report.scores import BRANCHES, PARTS, digest_scores, normalised_scores
+from evaluation import localisation, seeds
+from evaluation.metrics import auroc, average_precision, f1_max, mean_known
+from evaluation.scores import BRANCHES, PARTS, digest_scores, normalised_scores
 
 COMBINATIONS = tuple(chain.from_iterable(combinations(BRANCHES, size) for size in (1, 2)))
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
@@ -28,8 +30,8 @@ ANOMALIES = {kind.removesuffix("_anomalies"): (part, kind) for part, kind in PAR
 
 def main() -> None:
     args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     settings.check((category.name for category in categories), args)
     with workspace.lock():
@@ -49,7 +51,7 @@ def main() -> None:
     print(f"\nwrote {target}")
 
 
-def measure(categories: list[layout.Category], dataset: layout.Dataset, workspace: layout.Workspace) -> dict[str, dict]:
+def measure(categories: list[layouts.Category], dataset: layouts.Dataset, workspace: Workspace) -> dict[str, dict]:
     """Everything there is to measure in one workspace, by category."""
     measured = {}
     for category in tqdm(categories, desc="measure", unit="category", leave=False):
@@ -67,9 +69,9 @@ def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
     return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
 
 
-def detection(category: layout.Category, branches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+def detection(category: layouts.Category, branches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
     """Image-level metrics of the sum of the branches' scores, logical and structural apart."""
-    good = len(category.test(layout.GOOD))
+    good = len(category.test(layouts.GOOD))
     found = {}
     for name, (part, _) in ANOMALIES.items():
         fused = sum(branch[part] for branch in branches)
@@ -79,7 +81,7 @@ def detection(category: layout.Category, branches: list[dict[str, np.ndarray]]) 
     return found
 
 
-def where(category: layout.Category, workspace: layout.Workspace) -> dict[str, dict]:
+def where(category: layouts.Category, workspace: Workspace) -> dict[str, dict]:
     """Localisation by the anomaly maps, logical and structural apart; {"missing": why} where it cannot be measured."""
     path = workspace.anomaly_maps(category.name)
     if not path.exists():
@@ -139,7 +141,7 @@ def table(measured: dict[str, dict]) -> list[str]:
     return lines
 
 
-def used_stand_ins(category: str, workspace: layout.Workspace) -> set[str]:
+def used_stand_ins(category: str, workspace: Workspace) -> set[str]:
     """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
     recorded = [path.with_suffix(".json") for path in (workspace.segmentor(category), workspace.lgst(category))]
     return {name for path in recorded if path.exists() for name in files.read_json(path)["stand_ins"]}

@@ -21,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 import settings
+from data import files, images, layouts
+from data.workspace import Workspace
 from deploy import exporters, quantisation
 from deploy.assembly import fused_state
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model
 from errors import UserError, run_script
-from loco import files, images, layout, seeds
-from loco.metrics import auroc, mean_known
+from evaluation import seeds
+from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from training.logical_synthesis import synthesise
 
@@ -54,8 +56,8 @@ def main() -> None:
         raise UserError(IMPOSSIBLE[args.format, args.precision])
     if args.format == "torch" and (args.with_map or args.raw_input):
         raise UserError("--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps")
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     settings.check((category.name for category in categories), args)
     device = choose_device(args.device)
@@ -67,7 +69,7 @@ def main() -> None:
         print("\n" + "\n".join(lines))
 
 
-def export_and_evaluate(categories: list[layout.Category], workspace: layout.Workspace, args: argparse.Namespace,
+def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace, args: argparse.Namespace,
                         device: torch.device) -> dict[str, dict[str, float]]:
     """One workspace, which is one seed; returns {category: AUROCs and milliseconds}."""
     reports = []
@@ -82,7 +84,7 @@ def export_and_evaluate(categories: list[layout.Category], workspace: layout.Wor
         engine = open_model(path, device)
         exporters.require_category(engine.metadata, category.name, path)
         if not category.tested:
-            print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so nothing to evaluate")
+            print(f"{category.name}: there is no folder {category.root / 'test' / layouts.GOOD}, so nothing to evaluate")
             continue
         reports.append(evaluate(category, engine, workspace, args, device))
     if reports:
@@ -91,12 +93,12 @@ def export_and_evaluate(categories: list[layout.Category], workspace: layout.Wor
                                                                  "ms_per_image")} for report in reports}
 
 
-def export_torch(category: layout.Category, workspace: layout.Workspace, path: Path, args: argparse.Namespace,
+def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  device: torch.device) -> None:
     files.write_state(path, fused_state(category.name, workspace, category.root.parent.name, args.precision))
 
 
-def export_onnx(category: layout.Category, workspace: layout.Workspace, path: Path, args: argparse.Namespace,
+def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                 device: torch.device) -> None:
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
@@ -118,7 +120,7 @@ def export_onnx(category: layout.Category, workspace: layout.Workspace, path: Pa
     files.write_bytes(path, exporters.with_metadata(quantised, known | noted))
 
 
-def export_openvino(category: layout.Category, workspace: layout.Workspace, path: Path, args: argparse.Namespace,
+def export_openvino(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                     device: torch.device) -> None:
     source = files.require(workspace.exported_model(category.name, "onnx"), "export_model.py --format onnx")
     known = OnnxEngine(source.read_bytes(), device).metadata
@@ -142,14 +144,14 @@ def export_openvino(category: layout.Category, workspace: layout.Workspace, path
     exporters.write_openvino(quantised, path, known | noted)
 
 
-def calibration_images(category: layout.Category, raw_input: bool) -> np.ndarray:
+def calibration_images(category: layouts.Category, raw_input: bool) -> np.ndarray:
     """Training images, evenly spread over the sorted list, as the model takes them."""
     paths = category.train
     chosen = paths[::math.ceil(len(paths) / CALIBRATION_IMAGES)]
     return prepared(images.load_images(chosen, settings.IMAGE_SIZE, f"{category.name}: read training images"), raw_input)
 
 
-def choose_int8(build, category: layout.Category, workspace: layout.Workspace, args: argparse.Namespace, raw_input: bool,
+def choose_int8(build, category: layouts.Category, workspace: Workspace, args: argparse.Namespace, raw_input: bool,
                 device: torch.device) -> tuple[object, dict]:
     """Quantise as much as agrees with fp32; returns the model and what its metadata should say."""
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
@@ -160,7 +162,7 @@ def choose_int8(build, category: layout.Category, workspace: layout.Workspace, a
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": agreement._asdict()}
 
 
-def make_check(category: layout.Category, fp32: Engine, args: argparse.Namespace, raw_input: bool) -> quantisation.Check:
+def make_check(category: layouts.Category, fp32: Engine, args: argparse.Namespace, raw_input: bool) -> quantisation.Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
     chosen = settings.load(category.name, args.preset, settings.overrides(args)).segmentor
     good = images.load_images(category.validation, settings.IMAGE_SIZE, f"{category.name}: read validation images")
@@ -184,11 +186,11 @@ def prepared(batch: torch.Tensor, raw_input: bool) -> np.ndarray:
     return (batch if raw_input else images.normalise(batch)).numpy()
 
 
-def evaluate(category: layout.Category, engine: Engine, workspace: layout.Workspace, args: argparse.Namespace,
+def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace,
              device: torch.device) -> dict:
     """Score every test image one by one, as a production line would; write the CSV and the JSON beside it."""
     rows, seconds, preparing = [], [], []
-    scores: dict[str, list[float]] = {kind: [] for kind in layout.KINDS}
+    scores: dict[str, list[float]] = {kind: [] for kind in layouts.SPLITS}
     for kind, path in tqdm(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
         start = time.perf_counter()
         image = torch.from_numpy(images.read_rgb(path, settings.IMAGE_SIZE).transpose(2, 0, 1).copy())[None]
@@ -200,8 +202,8 @@ def evaluate(category: layout.Category, engine: Engine, workspace: layout.Worksp
         scores[kind].append(score)
         rows.append((path.relative_to(category.root).as_posix(), kind, repr(score)))
 
-    good = np.array(scores[layout.GOOD])
-    logical, structural = (auroc(good, np.array(scores[kind])) for kind in (layout.LOGICAL, layout.STRUCTURAL))
+    good = np.array(scores[layouts.GOOD])
+    logical, structural = (auroc(good, np.array(scores[kind])) for kind in (layouts.LOGICAL, layouts.STRUCTURAL))
     target = workspace.evaluation(category.name, args.format, args.precision)
     report = {"category": category.name, "format": args.format, "precision": args.precision, "runtime": engine.runtime,
               "ran_in": engine.precision, "auroc_logical": logical, "auroc_structural": structural,
@@ -221,8 +223,8 @@ def evaluate(category: layout.Category, engine: Engine, workspace: layout.Worksp
     return report
 
 
-def largest_difference(rows: list[tuple[str, str, str]], category: layout.Category, engine: Engine,
-                       workspace: layout.Workspace, args: argparse.Namespace, device: torch.device) -> float | None:
+def largest_difference(rows: list[tuple[str, str, str]], category: layouts.Category, engine: Engine,
+                       workspace: Workspace, args: argparse.Namespace, device: torch.device) -> float | None:
     """Of any score from the torch fp32 model's, or None where that model, or its evaluation, is not at hand."""
     if (args.format, args.precision) == ("torch", "fp32"):
         return 0.0
@@ -237,7 +239,7 @@ def largest_difference(rows: list[tuple[str, str, str]], category: layout.Catego
     return max((abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None)
 
 
-def write_report(reports: list[dict], workspace: layout.Workspace) -> None:
+def write_report(reports: list[dict], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
     target = workspace.export_report
     key = ("category", "format", "precision")

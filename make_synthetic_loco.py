@@ -1,4 +1,4 @@
-"""Render the built-in data set: five categories with logical rules, in MVTec LOCO AD's own layout."""
+"""Render the built-in data set: five categories with logical rules, in MVTec LOCO AD's own layouts."""
 
 import argparse
 import os
@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from errors import run_script
-from loco.synthetic import CATEGORIES
-from loco.synthetic.writer import Settings, components_root, write_dataset
+from standins.rendered import CATEGORIES
+from standins.rendered.writer import Settings, components_root, write_dataset
 
 SETTING_HELP = {
     "image_size": "side of the pictures in pixels",

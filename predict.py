@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 import settings
+from data import files, images
+from data.layouts import IMAGE_SUFFIXES
 from deploy.engines import Engine, open_model
 from errors import UserError, run_script
-from loco import files, images
-from loco.layout import IMAGE_SUFFIXES
+from evaluation.deviations import Deviation, deviations
 from models.device import choose_device
-from report.components import Deviation, deviations
 from report.pictures import heat_overlay, label_overlay, shrink, side_by_side
 
 READERS = min(4, os.cpu_count() or 1)

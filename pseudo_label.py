@@ -23,14 +23,15 @@ import torch
 from tqdm import tqdm
 
 import settings
+from data import files, images, layouts, records
+from data.workspace import Workspace
 from errors import UserError, run_script
-from loco import files, images, layout, records
+from models.backbone import Backbone, build_backbone
 from models.device import choose_device
-from models.encoder import Backbone, build_backbone
 from pseudo_labels import checkpoints, clustering, components, masks
-from pseudo_labels.classical import ClassicalProposer
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
+from standins.classical import ClassicalProposer
 
 PICTURE = 640  # side of feature.png
 REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
@@ -48,8 +49,8 @@ def main() -> None:
                      default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
     own.add_argument("--download", action="store_true", help="fetch missing checkpoints into WORKSPACE/ckpt")
     args = parser.parse_args()
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     device = choose_device(args.device)
     backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
@@ -60,7 +61,7 @@ def main() -> None:
             label_category(category, workspace, chosen, proposer, backbone, device, args.seed, args.overwrite)
 
 
-def label_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.PseudoLabelSettings,
+def label_category(category: layouts.Category, workspace: Workspace, chosen: settings.PseudoLabelSettings,
                    proposer: Proposer, backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
     paths, info = category.train, workspace.info(category.name)
     folders = [workspace.image_masks(category.name, path) for path in paths]

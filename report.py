@@ -14,13 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
+from data import files, images, layouts
+from data.workspace import Workspace
 from deploy.assembly import versions
 from errors import UserError, run_script
-from loco import files, images, layout
+from evaluation.deviations import deviations
+from evaluation.scores import BRANCHES, PARTS, digest_scores, normalised_scores
 from models.fused import metadata
 from report import figures, page, pictures
-from report.components import deviations
-from report.scores import BRANCHES, PARTS, digest_scores, normalised_scores
 
 FALSE_POSITIVE_RATE = 0.01  # of validation images, from which the verdict's threshold follows
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
@@ -33,10 +34,10 @@ PSEUDO_LABEL_SIDE = 160
 
 def main() -> None:
     args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
-    dataset = layout.Dataset(args.dataset_root or layout.Workspace(args.workspace).default_dataset)
+    dataset = layouts.Dataset(args.dataset_root or Workspace(args.workspace).default_dataset)
     categories = dataset.select(args.categories)
     settings.check((category.name for category in categories), args)
-    for workspace in layout.Workspace(args.workspace).of_seeds(args.seeds).values():
+    for workspace in Workspace(args.workspace).of_seeds(args.seeds).values():
         done = [category for category in categories if workspace.metrics(category.name).exists()]
         if not done:
             raise UserError(f"{workspace.root} holds no results yet; run benchmark_performance.py first")
@@ -46,7 +47,7 @@ def main() -> None:
         write_page(dataset.root.name, done, workspace)
 
 
-def write_page(dataset: str, categories: list[layout.Category], workspace: layout.Workspace) -> None:
+def write_page(dataset: str, categories: list[layouts.Category], workspace: Workspace) -> None:
     summaries = [summary(category, workspace) for category in categories]
     shown = [tested for category in categories for tested in test_images(category, workspace)]
     side = choose_side(shown)
@@ -61,7 +62,7 @@ def write_page(dataset: str, categories: list[layout.Category], workspace: layou
 class TestImage(NamedTuple):
     """One test image and what the stages found in it."""
 
-    category: layout.Category
+    category: layouts.Category
     kind: str
     path: Path
     scores: dict[str, float]  # per branch, normalised; the score is their sum
@@ -75,14 +76,14 @@ class TestImage(NamedTuple):
         return sum(self.scores.values())
 
 
-def test_images(category: layout.Category, workspace: layout.Workspace) -> list[TestImage]:
+def test_images(category: layouts.Category, workspace: Workspace) -> list[TestImage]:
     scores = normalised_scores(category, workspace)
     threshold = verdict_threshold(scores)
     maps_file, model = workspace.anomaly_maps(category.name), workspace.exported_model(category.name, "torch")
     maps = files.read_arrays(maps_file) if maps_file.exists() else {}
     histogram = metadata(files.read_state(model)).get("histogram") if model.exists() else None
     found = []
-    for kind in layout.KINDS:
+    for kind in layouts.SPLITS:
         paths = category.test(kind)
         of_kind = by_kind(category, scores, kind)
         for index, path in enumerate(paths):
@@ -93,10 +94,10 @@ def test_images(category: layout.Category, workspace: layout.Workspace) -> list[
     return found
 
 
-def by_kind(category: layout.Category, scores: dict[str, dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
+def by_kind(category: layouts.Category, scores: dict[str, dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
     """Per branch the normalised scores of one kind of test image, in sorted file order."""
-    good = len(category.test(layout.GOOD))
-    if kind == layout.GOOD:
+    good = len(category.test(layouts.GOOD))
+    if kind == layouts.GOOD:
         return {branch: parts["logi"][:good] for branch, parts in scores.items()}
     part = next(part for part, of_kind in PARTS.items() if of_kind == kind)
     return {branch: parts[part][good:] for branch, parts in scores.items()}
@@ -136,18 +137,18 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
     if tested.anomaly_map is not None:
         drawn.append(("anomaly map", pictures.heat_overlay(image, tested.anomaly_map)))
     anomalous = tested.score > tested.threshold
-    error = "" if anomalous == (tested.kind != layout.GOOD) else "false alarm" if anomalous else "missed"
+    error = "" if anomalous == (tested.kind != layouts.GOOD) else "false alarm" if anomalous else "missed"
     return {"category": tested.category.name, "kind": tested.kind.removesuffix("_anomalies"), "name": tested.path.name,
             "score": tested.score, "branches": tested.scores, "threshold": tested.threshold, "anomalous": anomalous,
             "error": error, "words": words,
             "pictures": [(title, pictures.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
 
-def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any]:
+def summary(category: layouts.Category, workspace: Workspace) -> dict[str, Any]:
     """Everything about a category but its test images."""
     scores = normalised_scores(category, workspace)
     threshold = verdict_threshold(scores)
-    kinds = {kind.removesuffix("_anomalies"): by_kind(category, scores, kind) for kind in layout.KINDS if category.test(kind)}
+    kinds = {kind.removesuffix("_anomalies"): by_kind(category, scores, kind) for kind in layouts.SPLITS if category.test(kind)}
     both = "both"
     fused = {kind: {both: sum(branches.values())} | branches for kind, branches in kinds.items()}
     return {
@@ -163,7 +164,7 @@ def summary(category: layout.Category, workspace: layout.Workspace) -> dict[str,
                    if evaluated["category"] == category.name]}
 
 
-def metrics_of(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any]:
+def metrics_of(category: layouts.Category, workspace: Workspace) -> dict[str, Any]:
     """What stage 5 measured.
 
     Raises:
@@ -176,7 +177,7 @@ def metrics_of(category: layout.Category, workspace: layout.Workspace) -> dict[s
     return metrics
 
 
-def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dict[str, Any] | None:
+def pseudo_labels(category: layouts.Category, workspace: Workspace) -> dict[str, Any] | None:
     """Some trusted training images with their pseudo-labels; None where there are none (any more)."""
     info = workspace.info(category.name)
     trusted_file, histogram_file = info / "filtered_histogram_indices.npy", info / "filtered_component_histogram.npy"
@@ -198,7 +199,7 @@ def pseudo_labels(category: layout.Category, workspace: layout.Workspace) -> dic
                        for index, (colour, area) in enumerate(zip(colours.tolist(), areas))]}
 
 
-def records_of(category: layout.Category, workspace: layout.Workspace) -> dict[str, dict[str, Any]]:
+def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.info(category.name) / "pseudo_label.json",
              BRANCHES["patchhist"]: workspace.segmentor(category.name).with_suffix(".json"),

@@ -21,20 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from training.fleet import run_all
 
 import settings
+from data import files, images, layouts, records
+from data.workspace import Workspace
 from errors import UserError, run_script
-from loco import files, images, layout, records
-from models.device import all_devices
-from models.encoder import Backbone, build_backbone
+from models.backbone import Backbone, build_backbone
+from models.device import all_devices, choose_precision, memory_format
 from models.patch_histogram import fit_parameters, fitted_detector
-from models.precision import choose_precision, memory_format
 from models.segmentor import Segmentor
-from training.ahead import draw_ahead
-from training.fleet import run_all
-from training.interruption import interrupts_wait
+from training.loop import draw_ahead, interrupts_wait
 from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
-from training.segmentor import Draw, Lessons, TrainingData, draw, learning_rate, weighted_losses
+from training.segmentor_batches import Draw, Lessons, TrainingData, draw, learning_rate, weighted_losses
 
 SAVE_EVERY_SECONDS = 60
 SHOW_EVERY_STEPS = 10
@@ -43,8 +42,8 @@ SCORING_BATCH = 8
 
 def main() -> None:
     args = settings.training_command_line(__doc__).parse_args()
-    workspace = layout.Workspace(args.workspace)
-    dataset = layout.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
     devices = all_devices(args.device)
     precision = choose_precision(args.precision, devices[0])
@@ -60,7 +59,7 @@ def main() -> None:
         run_all(jobs, devices)
 
 
-def train_category(category: layout.Category, workspace: layout.Workspace, chosen: settings.SegmentorSettings,
+def train_category(category: layouts.Category, workspace: Workspace, chosen: settings.SegmentorSettings,
                    backbone: Backbone, device: torch.device, precision: str, seed: int, overwrite: bool) -> None:
     backbone.to(device)
     checkpoint, progress = workspace.segmentor(category.name), workspace.segmentor_progress(category.name)
@@ -74,7 +73,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
             **records.inputs(category.train, seed, backbone, stand_ins_of_stage_1(category, workspace))}
     # Asked for first: a missing split should not cost an hour of training.
     validation = category.validation
-    test = {kind: category.test(kind) for kind in layout.KINDS} if category.tested else {}
+    test = {kind: category.test(kind) for kind in layouts.SPLITS} if category.tested else {}
     record = checkpoint.with_suffix(".json")
     if not records.begin(record, used, outputs, overwrite, [progress], checkpoint, records.scored(validation, test)):
         print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
@@ -107,7 +106,7 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
     files.write_array(workspace.scores(category.name, "patchhist", "val"), detector(validation_maps).numpy())
 
     if not test:
-        print(f"{category.name}: there is no folder {category.root / 'test' / layout.GOOD}, so no test scores")
+        print(f"{category.name}: there is no folder {category.root / 'test' / layouts.GOOD}, so no test scores")
         return
     found = {}
     for kind, paths in test.items():
@@ -115,9 +114,9 @@ def train_category(category: layout.Category, workspace: layout.Workspace, chose
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, kind, path), label_map.numpy())
         found[kind] = detector(maps).numpy()
-    for part, kind in (("logi", layout.LOGICAL), ("struc", layout.STRUCTURAL)):
+    for part, kind in (("logi", layouts.LOGICAL), ("struc", layouts.STRUCTURAL)):
         files.write_array(workspace.scores(category.name, "patchhist", part),
-                          np.concatenate([found[layout.GOOD], found[kind]]))
+                          np.concatenate([found[layouts.GOOD], found[kind]]))
 
 
 def train(category: str, data: TrainingData, classes: int, chosen: settings.SegmentorSettings, backbone: Backbone,

@@ -9,12 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+from data import files
+from data.images import IMAGENET_MEAN, IMAGENET_STD
+from data.workspace import Workspace
 from errors import UserError
-from loco import files, layout
-from loco.images import IMAGENET_MEAN, IMAGENET_STD
-from models.encoder import fingerprint
+from models.backbone import fingerprint
 from models.fused import METADATA_KEY, attach_metadata, from_state
-from models.normalisation import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
+from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
 from models.patch_histogram import PatchHistogramDetector, area_statistics
 
 INPUT_SIZE = 256
@@ -22,7 +23,7 @@ FALSE_POSITIVES = 0.01  # share of good images over the suggested threshold
 _PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
-def fused_state(category: str, workspace: layout.Workspace, dataset: str, precision: str = "fp32") -> dict:
+def fused_state(category: str, workspace: Workspace, dataset: str, precision: str = "fp32") -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:

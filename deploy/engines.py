@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from data import files
 from deploy.folded import FoldedModel, Maps
 from errors import UserError
-from loco import files
 from models.fused import from_state, metadata
 
 Result = TypeVar("Result")

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from data import files
+from data.images import IMAGENET_MEAN, IMAGENET_STD
 from deploy.engines import INPUT_SIZE, METADATA_KEY, in_openvino_thread, read_openvino, require_package
 from deploy.folded import FoldedModel, Maps
 from errors import UserError
-from loco import files
-from loco.images import IMAGENET_MEAN, IMAGENET_STD
 from models.fused import from_state, metadata
 
 OPSET = 17

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.encoder import TapEncoder, resize
+from models.backbone import TapEncoder, resize
 from models.fused import FusedModel
 from models.lgst import MAP_SIZE, Student
 from models.segmentor import ConvBnRelu

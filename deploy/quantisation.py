@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.engines import Engine
-from loco.metrics import auroc
+from evaluation.metrics import auroc
 
 # Cumulative. The student's trunk, three quarters of all arithmetic, is int8 in any case. The output layers never are: what
 # they give is subtracted from one another or compared, and eight bits of it moved the scores by ten standard deviations and

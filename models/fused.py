@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.encoder import PUBLISHED, blind_to_light, empty_encoder
+from models.backbone import PUBLISHED, blind_to_light, empty_encoder
 from models.lgst import LGST, Differences
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor

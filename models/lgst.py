@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.encoder import resize
+from models.backbone import resize
 from models.light import LogColours
 
 MAP_SIZE = 64  # side of every feature and anomaly map

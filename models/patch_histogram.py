@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.normalisation import EXPORTED_STD_FLOOR, fit_trimmed_z
+from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z
 
 QUARTERS = 4
 PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models.encoder import resize
+from models.backbone import resize
 
 ASPP_RATES = (6, 12, 18)
 REDUCED_SHARE = 3 / 16  # of the width: what is left of the encoder's first map (48 of 256)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from loco.images import colour_labels
+from data.images import colour_labels
 
 FULL_HEAT = 0.3  # anomaly-map value shown at full strength; one normal pixel in two hundred exceeds 0.1 (METHOD.md section 3)
 _OPACITY = 0.65

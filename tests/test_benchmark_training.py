@@ -4,9 +4,8 @@ import json
 import math
 import sys
 
-import pytest
-
 import benchmark_training
+import pytest
 
 
 @pytest.mark.parametrize("stage", ["lgst", "segmentor"])

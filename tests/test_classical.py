@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import draw_parts
 
-from pseudo_labels.classical import ClassicalProposer, merge_alike
+from standins.classical import ClassicalProposer, merge_alike
 
 SIDE = 192
 

@@ -8,21 +8,22 @@ from test_train_segmentor import TinyEncoder
 
 import CSAD
 import settings
+from data import files, layouts
+from data.workspace import Workspace
 from errors import UserError
-from loco import files, layout
-from models.encoder import Backbone, fingerprint
+from models.backbone import Backbone, fingerprint
 
 CATEGORY = "discs"
 
 
 @pytest.fixture
 def category(make_dataset):
-    return layout.Category(make_dataset(train=3, validation=2, test=2) / CATEGORY)
+    return layouts.Category(make_dataset(train=3, validation=2, test=2) / CATEGORY)
 
 
 @pytest.fixture
 def workspace(tmp_path):
-    return layout.Workspace(tmp_path / "work")
+    return Workspace(tmp_path / "work")
 
 
 def train(category, workspace, overwrite=False, **more):
@@ -54,7 +55,7 @@ def test_without_test_images_the_rest_is_written_and_they_may_come_later(categor
 
 
 def test_an_empty_test_folder_is_noticed_before_training(category, workspace):
-    for path in category.test(layout.GOOD):
+    for path in category.test(layouts.GOOD):
         path.unlink()
     with pytest.raises(UserError, match="no images in .*good"):
         train(category, workspace)
@@ -65,7 +66,7 @@ def test_changed_validation_and_test_images_are_scored_without_training(category
     train(category, workspace)
     before = files.read_state(workspace.lgst(CATEGORY))["state"]
     monkeypatch.setattr(CSAD, "train", None)
-    shutil.copy(category.test(layout.STRUCTURAL)[0], category.validation[0].with_name("new.png"))
+    shutil.copy(category.test(layouts.STRUCTURAL)[0], category.validation[0].with_name("new.png"))
     train(category, workspace)
     assert scores(workspace)["discs_LGST_val_score.npy"] == 3
     after = files.read_state(workspace.lgst(CATEGORY))["state"]
@@ -73,7 +74,7 @@ def test_changed_validation_and_test_images_are_scored_without_training(category
     assert changed == {"q_st_start", "q_st_end", "q_ae_start", "q_ae_end"}
 
     checkpoint = workspace.lgst(CATEGORY).read_bytes()
-    category.test(layout.LOGICAL)[0].unlink()
+    category.test(layouts.LOGICAL)[0].unlink()
     train(category, workspace)
     assert scores(workspace)["discs_CSAD_logi_score.npy"] == 3
     assert workspace.lgst(CATEGORY).read_bytes() == checkpoint

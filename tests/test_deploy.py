@@ -10,21 +10,22 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import benchmark_speed
 import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import make_discs
 
-import benchmark_speed
 import export_model
+from data import files, layouts
+from data.images import load_images, normalise
+from data.workspace import Workspace
 from deploy import engines, exporters, quantisation
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, open_model
 from deploy.folded import FoldedModel
 from errors import UserError, run_script
-from loco import files, layout
-from loco.images import load_images, normalise
-from models.encoder import build_backbone, fingerprint
+from models.backbone import build_backbone, fingerprint
 from models.fused import FusedModel, attach_metadata, from_state, metadata
 from models.patch_histogram import PatchHistogramDetector, area_statistics, fit_parameters, label_histograms
 from models.segmentor import Segmentor
@@ -142,7 +143,7 @@ def test_runtimes_leave_the_main_thread_its_signal_stack(suffix, paths, batch):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "squeezenet1_0"])
 def test_folding_changes_no_score_with_other_encoders(backbone, batch, monkeypatch):
-    monkeypatch.setattr("models.encoder._load", lambda *args: None)  # random weights will do
+    monkeypatch.setattr("models.backbone._load", lambda *args: None)  # random weights will do
     model = draw_model(backbone)
     with torch.no_grad():
         images = torch.from_numpy(batch[:2])
@@ -291,7 +292,7 @@ def trained(state, tmp_path_factory):
     """(workspace, data set) as stages 2 and 3 leave them, with the small random model."""
     folder = tmp_path_factory.mktemp("trained")
     dataset = make_discs(folder / "data")
-    category, workspace = layout.Dataset(dataset).select(None)[0], layout.Workspace(folder / "work")
+    category, workspace = layouts.Dataset(dataset).select(None)[0], Workspace(folder / "work")
     model = from_state(state)
     parts = {"encoder": {}, "segmentor": {}, "lgst": {}}
     for key, value in state.items():
@@ -371,7 +372,7 @@ def test_from_stages_to_every_format_and_the_report(export, trained):
 
 
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
-    workspace = layout.Workspace(tmp_path)
+    workspace = Workspace(tmp_path)
     for category, logical in (("discs", float("nan")), ("rings", 80.0)):  # the second reads what the first wrote
         export_model.write_report([{
             "category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,

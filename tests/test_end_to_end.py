@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from data import files
 from errors import run_script
-from loco import files
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--backbone", "embedded", "--device", "cpu")
@@ -118,7 +118,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert rows[0].keys() == {"image", "kind", "score"}
-    from models.normalisation import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
+    from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
     fused = 0
     for branch in ("patchhist", "LGST"):
         logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))

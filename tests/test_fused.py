@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import REFERENCE
 
+from data import files
+from data.images import normalise
 from deploy.folded import FoldedModel
 from errors import UserError
-from loco import files
-from loco.images import normalise
 from models.fused import attach_metadata, from_state, metadata
 
 

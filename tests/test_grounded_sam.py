@@ -12,8 +12,8 @@ from PIL import Image
 
 import pseudo_label
 import settings
+from data import files, images
 from errors import UserError
-from loco import files, images
 from pseudo_labels import grounded_sam
 
 CPU = torch.device("cpu")

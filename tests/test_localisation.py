@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import layouts
 from errors import UserError
-from loco import layout, metrics
-from loco.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
+from evaluation.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
 
 
 def region(rows, columns, shape, saturation=None) -> Region:
@@ -153,7 +153,7 @@ def category(tmp_path):
     root = tmp_path / "discs"
     masks = root / "ground_truth/logical_anomalies/000"
     masks.mkdir(parents=True)
-    for kind in (layout.GOOD, layout.LOGICAL):
+    for kind in (layouts.GOOD, layouts.LOGICAL):
         (root / "test" / kind).mkdir(parents=True)
         cv2.imwrite(str(root / "test" / kind / "000.png"), np.zeros((30, 40, 3), np.uint8))
     for name, value, rows in (("000.png", 255, slice(0, 10)), ("001.png", 254, slice(20, 30))):
@@ -161,7 +161,7 @@ def category(tmp_path):
         mask[rows, :10] = value
         cv2.imwrite(str(masks / name), mask)
     write_config(root, [(255, 50, False), (254, 0.5, True)])
-    return layout.Category(root)
+    return layouts.Category(root)
 
 
 def write_config(root, entries) -> None:
@@ -171,21 +171,21 @@ def write_config(root, entries) -> None:
 
 def test_saturation_is_pixels_or_a_share_and_never_more_than_the_region(category):
     def areas():
-        path = category.test(layout.LOGICAL)[0]
-        return [found.saturation for found in read_regions(category, layout.LOGICAL, path, read_saturations(category), (40, 30))]
+        path = category.test(layouts.LOGICAL)[0]
+        return [found.saturation for found in read_regions(category, layouts.LOGICAL, path, read_saturations(category), (40, 30))]
     assert areas() == [50, 50]
     write_config(category.root, [(255, 1000, False), (254, 0.25, True)])
     assert areas() == [100, 25]
 
 
 def test_measured_from_files(category):
-    maps = {layout.GOOD: np.zeros((1, 3, 4), np.float32), layout.LOGICAL: np.zeros((1, 3, 4), np.float32)}
-    maps[layout.LOGICAL][0, 0, 0] = maps[layout.LOGICAL][0, 2, 0] = 1
-    found = measure(category, maps, layout.LOGICAL)
+    maps = {layouts.GOOD: np.zeros((1, 3, 4), np.float32), layouts.LOGICAL: np.zeros((1, 3, 4), np.float32)}
+    maps[layouts.LOGICAL][0, 0, 0] = maps[layouts.LOGICAL][0, 2, 0] = 1
+    found = measure(category, maps, layouts.LOGICAL)
     assert found.spro[0.05] == pytest.approx(100, abs=1)
     assert found.pixel_auroc > 95
-    maps[layout.LOGICAL] = 1 - maps[layout.LOGICAL]
-    assert measure(category, maps, layout.LOGICAL).spro[0.05] < 20
+    maps[layouts.LOGICAL] = 1 - maps[layouts.LOGICAL]
+    assert measure(category, maps, layouts.LOGICAL).spro[0.05] < 20
 
 
 @pytest.mark.parametrize("spoil, said", [
@@ -200,15 +200,15 @@ def test_measured_from_files(category):
 ])
 def test_ground_truth_that_does_not_fit_gets_a_sentence(category, spoil, said):
     spoil(category.root)
-    maps = {kind: np.zeros((1, 3, 4), np.float32) for kind in (layout.GOOD, layout.LOGICAL)}
+    maps = {kind: np.zeros((1, 3, 4), np.float32) for kind in (layouts.GOOD, layouts.LOGICAL)}
     with pytest.raises(UserError, match=said):
-        measure(category, maps, layout.LOGICAL)
+        measure(category, maps, layouts.LOGICAL)
 
 
 def test_maps_of_other_images_are_refused(category):
-    maps = {kind: np.zeros((2, 3, 4), np.float32) for kind in (layout.GOOD, layout.LOGICAL)}
+    maps = {kind: np.zeros((2, 3, 4), np.float32) for kind in (layouts.GOOD, layouts.LOGICAL)}
     with pytest.raises(UserError, match="2 anomaly maps"):
-        measure(category, maps, layout.LOGICAL)
+        measure(category, maps, layouts.LOGICAL)
 
 
 def test_one_image_of_a_megapixel_takes_a_fraction_of_a_second():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from models.normalisation import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
+from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
 from models.patch_histogram import (
     PatchHistogramDetector,
     fit_parameters,

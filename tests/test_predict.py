@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import predict
+from data import records
 from errors import UserError, run_script
-from loco import records
-from report.components import LIMIT, Deviation, deviations
+from evaluation.deviations import LIMIT, Deviation, deviations
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
              "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]], "quarter_std": [[0.02, 0.02, 0.01]] * 4}

@@ -10,10 +10,11 @@ from torch import nn
 
 import pseudo_label
 import settings
+from data import files, images, layouts
+from data.workspace import Workspace
 from errors import UserError
-from loco import files, images, layout
-from loco.label_metrics import match_labels
-from models.encoder import Backbone, fingerprint
+from evaluation.label_matching import match_labels
+from models.backbone import Backbone, fingerprint
 from pseudo_labels.components import CropEmbedding
 from pseudo_labels.proposers import Proposals
 
@@ -26,7 +27,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def category(make_dataset):
-    return layout.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
+    return layouts.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def label(category):
     def run(root, overwrite=False, seed=0, proposed_by=None, **changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
         chosen = settings.load("discs", "quick", named).pseudo_labels
-        workspace, device = layout.Workspace(root), torch.device("cpu")
+        workspace, device = Workspace(root), torch.device("cpu")
         proposer = proposed_by or pseudo_label.choose_proposer("discs", chosen, workspace.checkpoints, device, False)
         pseudo_label.label_category(category, workspace, chosen, proposer, backbone, device, seed, overwrite)
         return workspace
@@ -115,7 +116,7 @@ def test_changed_settings_are_noticed(label, tmp_path):
 
 
 def test_complete_files_made_by_others_are_used_and_incomplete_ones_are_not_mixed(label, category, tmp_path, capsys):
-    workspace = layout.Workspace(tmp_path)
+    workspace = Workspace(tmp_path)
     for path in category.train:
         files.write_image(workspace.image_masks("discs", path) / "filtered_cluster_map.png", np.ones((64, 64), np.uint8))
     with pytest.raises(UserError, match="filtered_component_histogram.npy is missing"):

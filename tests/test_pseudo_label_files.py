@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from loco import files, layout
+from data import files, layouts
+from data.workspace import Workspace
 from training.pseudo_label_files import read_stage_1, training_data
 
 
 @pytest.mark.parametrize("with_background", [True, False])
 def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, with_background):
-    category = layout.Category(make_dataset(train=4) / "discs")
-    workspace = layout.Workspace(tmp_path / "work")
+    category = layouts.Category(make_dataset(train=4) / "discs")
+    workspace = Workspace(tmp_path / "work")
     labels = np.zeros((40, 50), np.uint8)
     labels[10:20, 10:20], labels[30:, :] = 1, 2
     for path in category.train:

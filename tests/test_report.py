@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import files, layouts
+from data.workspace import Workspace
 from errors import run_script
-from loco import files, layout
 from report import figures, pictures
 
 
@@ -44,7 +45,7 @@ def run(monkeypatch):
 def results(make_dataset, tmp_path):
     """(workspace, data set) as stages 1 to 3 would leave them, written straight away; two of twelve verdicts are wrong."""
     dataset = make_dataset(category="discs <b>")  # a name that must be escaped
-    category, workspace = layout.Category(dataset / "discs <b>"), layout.Workspace(tmp_path / "work")
+    category, workspace = layouts.Category(dataset / "discs <b>"), Workspace(tmp_path / "work")
     rng = np.random.default_rng(0)
     name = category.name
     for branch in ("patchhist", "LGST"):
@@ -52,7 +53,7 @@ def results(make_dataset, tmp_path):
         for part in ("logi", "struc"):
             files.write_array(workspace.scores(name, branch, part), np.r_[0.1, 0.2, 0.3, 9.0, 5.0, 6.0, 7.0, 0.1])
     files.write_arrays(workspace.anomaly_maps(name), **{kind: rng.normal(0, 0.1, (4, 64, 64)).astype(np.float32)
-                                                        for kind in layout.KINDS})
+                                                        for kind in layouts.SPLITS})
     for kind, path in category.test_images:
         files.write_image(workspace.segmentation_output(name, kind, path), rng.integers(0, 3, (256, 256)).astype(np.uint8))
     info = workspace.info(name)
@@ -103,7 +104,7 @@ def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, p
 
 
 def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page, capsys):
-    measured = files.read_json(layout.Workspace(results[0]).metrics("discs <b>"))
+    measured = files.read_json(Workspace(results[0]).metrics("discs <b>"))
     assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
     assert "defects_config.json" in measured["localisation"]["missing"]
     said = (results[0] / "score_combine_result.txt").read_text()

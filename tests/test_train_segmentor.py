@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import settings
 import train_segmentor
+from data import files, layouts
+from data.workspace import Workspace
 from errors import UserError
-from loco import files, layout
-from models.encoder import Backbone, fingerprint
+from models.backbone import Backbone, fingerprint
 from models.patch_histogram import PARAMETER_NAMES
 from training import pseudo_label_files
 from training import segmentor as steps
@@ -61,10 +62,10 @@ def write_stage_1(workspace, category, trusted, side=256):
 @pytest.fixture
 def prepared(tmp_path, make_dataset):
     """(category, function that makes a workspace with stage 1's files)."""
-    category = layout.Category(make_dataset() / CATEGORY)
+    category = layouts.Category(make_dataset() / CATEGORY)
 
     def workspace(name, trusted=range(0, 12, 2), side=256):
-        made = layout.Workspace(tmp_path / name)
+        made = Workspace(tmp_path / name)
         write_stage_1(made, category, list(trusted), side)
         return made
     return category, workspace
@@ -105,7 +106,7 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
 
     maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
             for path in (workspace.masks(CATEGORY) / "test_seg_output").glob("*")}
-    assert sorted(maps) == sorted(f"{kind}_{index:03d}.png" for kind in layout.KINDS for index in range(4))
+    assert sorted(maps) == sorted(f"{kind}_{index:03d}.png" for kind in layouts.SPLITS for index in range(4))
     assert all(one.shape == (256, 256) and one.dtype == np.uint8 and one.max() <= PARTS for one in maps.values())
     assert set(np.unique(maps["good_000.png"])) == set(range(PARTS + 1))
 

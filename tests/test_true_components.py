@@ -8,13 +8,14 @@ from torch import nn
 
 import pseudo_label
 import settings
-from loco import files, images, layout
-from loco.label_metrics import match_labels
-from loco.synthetic import CATEGORIES
-from loco.synthetic.writer import Settings, components_root, write_dataset
-from models.encoder import Backbone
+from data import files, images, layouts
+from data.workspace import Workspace
+from evaluation.label_matching import match_labels
+from models.backbone import Backbone
 from pseudo_labels import masks
 from pseudo_labels.proposers import Proposals
+from standins.rendered import CATEGORIES
+from standins.rendered.writer import Settings, components_root, write_dataset
 
 MERGED, SPLIT = 0.1, 0.05  # of the images, of the components
 SPECKS = 2
@@ -82,5 +83,5 @@ def test_pseudo_labels_agree_with_the_truth(name, tmp_path):
     root = tmp_path / "loco"
     write_dataset(root, [name], Settings(image_size=256, train=60, validation=0, test_good=0, test_logical=0,
                                          test_structural=0, seed=5))
-    match = label_true_components(layout.Category(root / name), components_root(root), layout.Workspace(tmp_path / "work"))
+    match = label_true_components(layouts.Category(root / name), components_root(root), Workspace(tmp_path / "work"))
     assert match.mean_iou > 0.85, match

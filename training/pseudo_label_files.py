@@ -7,14 +7,15 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from data import files, images, layouts
+from data.workspace import Workspace
 from errors import UserError
-from loco import files, images, layout
-from training.segmentor import TrainingData
+from training.segmentor_batches import TrainingData
 
 MADE_BY = "pseudo_label.py"
 
 
-def read_stage_1(category: layout.Category, workspace: layout.Workspace) -> tuple[np.ndarray, int]:
+def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.ndarray, int]:
     """Indices of the trusted images (into the sorted training images) and number of classes with background.
 
     Raises:
@@ -37,13 +38,13 @@ def read_stage_1(category: layout.Category, workspace: layout.Workspace) -> tupl
     return np.unique(trusted), histogram.shape[1] + 1
 
 
-def stand_ins_of_stage_1(category: layout.Category, workspace: layout.Workspace) -> list[str]:
+def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> list[str]:
     """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
     record = workspace.info(category.name) / "pseudo_label.json"
     return files.read_json(record).get("stand_ins", []) if record.exists() else []
 
 
-def training_data(category: layout.Category, workspace: layout.Workspace, train_images: Tensor, trusted: np.ndarray,
+def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,
                   classes: int) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 

@@ -1,0 +1,75 @@
+"""Label maps against the truth, which only the built-in data set knows: mean IoU per category.
+
+Measured are the pseudo-label maps of the training images that stage 1 trusts, and the segmentor's label maps of the good
+test images. Neither knows class names: each true class, background included, is compared with the label that suits it best,
+one to one (`evaluation.label_matching`). Prints a Markdown table and writes label_quality.json to the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import settings
+from data import files, images, layouts
+from data.workspace import Workspace
+from errors import UserError, run_script
+from evaluation.label_matching import LabelMatch, match_labels
+from standins.rendered.writer import components_root
+
+
+def main() -> None:
+    args = settings.command_line(__doc__).parse_args()
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
+    truth = components_root(dataset.root)
+    if not truth.is_dir():
+        raise UserError(f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them")
+    found = {}
+    categories = dataset.select(args.categories)
+    settings.check((category.name for category in categories), args)
+    for category in categories:
+        trusted = files.read_array(files.require(workspace.info(category.name) / "filtered_histogram_indices.npy",
+                                                 "pseudo_label.py"))
+        paths = [category.train[index] for index in trusted]
+        good = category.test(layouts.GOOD)
+        found[category.name] = {
+            "pseudo-labels": compare([workspace.image_masks(category.name, path) / "filtered_cluster_map.png" for path in paths],
+                                     true_maps(truth, dataset.root, paths), "pseudo_label.py"),
+            "segmentor": compare([workspace.segmentation_output(category.name, layouts.GOOD, path) for path in good],
+                                 true_maps(truth, dataset.root, good), "train_segmentor.py")}
+
+    files.write_json(args.workspace / "label_quality.json",
+                     {name: {what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()}
+                      for name, parts in found.items()})
+    print("| category | trusted pseudo-labels | segmentor |\n|---|---|---|")
+    for name, parts in found.items():
+        print(f"| {name} | " + " | ".join(f"{match.mean_iou:.3f}" for match in parts.values()) + " |")
+    means = np.mean([[match.mean_iou for match in parts.values()] for parts in found.values()], axis=0)
+    print("| average | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+
+
+def true_maps(truth: Path, root: Path, paths: Sequence[Path]) -> list[Path]:
+    """Where the true label maps of images lie."""
+    return [truth / path.relative_to(root).with_suffix(".png") for path in paths]
+
+
+def compare(predicted: Sequence[Path], true: Sequence[Path], stage: str) -> LabelMatch:
+    """Match the label maps in files; true ones are brought to the predicted ones' size, nearest neighbour.
+
+    Raises:
+        UserError: a predicted map is missing; names the stage that makes it.
+    """
+    maps, targets = [], []
+    for path, target in zip(predicted, true, strict=True):
+        maps.append(images.read_mask(files.require(path, stage)))
+        height, width = maps[-1].shape
+        targets.append(cv2.resize(images.read_mask(target), (width, height), interpolation=cv2.INTER_NEAREST))
+    return match_labels(maps, targets)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,250 @@
+"""Time one training step of LGST or of the segmentor: as plainly as METHOD.md says it, and as the stages do it.
+
+The plain step is tests/reference_steps.py in fp32. Steps of all variants take turns in one run, so that whatever else
+the machine does strikes them alike; the median counts. Pictures are noise and the encoder has random weights, because
+neither changes the time: nothing is downloaded. Prints a table and writes benchmark_training_{stage}.json into the
+workspace: milliseconds per step (by the clock, and of all processor cores together, which other work on the machine
+stretches less), hours for all steps of the preset, the memory that a step takes on top of what is held between steps,
+and the floor: the step's multiply-adds at the rate of this machine's large matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import settings
+from data import files
+from data.workspace import Workspace
+from errors import run_script
+from models.backbone import PUBLISHED, empty_encoder
+from models.device import choose_device, choose_precision, memory_format
+from models.lgst import LGST
+from models.segmentor import Segmentor
+from tests import reference_steps
+from training import lgst, segmentor
+from training.loop import draw_ahead
+
+IMAGES = 16  # training images; how many there are does not change the time of a step
+CLASSES = 8  # of the segmentor
+PLAIN, WARM_UP = "plain fp32", 1
+ENDLESS = 2**40
+MATRIX = {"cpu": 2048}  # side of the matrix product whose rate is the floor; elsewhere
+LARGE_MATRIX = 8192
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = settings.command_line(__doc__)
+    parser.add_argument("--stage", default="lgst", choices=["lgst", "segmentor"])
+    parser.add_argument("--timed_steps", type=int, default=5, help="of each variant, after one to warm up")
+    args = parser.parse_args()
+    workspace, device = Workspace(args.workspace), choose_device(args.device)
+    chosen = settings.load("", args.preset, settings.overrides(args))
+    precisions = ["fp32"] + ["bf16"] * (choose_precision("auto", device) == "bf16")
+    encoder, channels = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
+    encoder.to(device)
+
+    torch.manual_seed(args.seed)
+    if args.stage == "lgst":
+        variants, steps = lgst_variants(chosen.lgst, encoder, channels, precisions, device), chosen.lgst.steps
+    else:
+        variants = segmentor_variants(chosen.segmentor, encoder, channels, precisions, device)
+        # Of MVTec LOCO AD's categories the average one has 354 training images, of which half are trusted.
+        steps = chosen.segmentor.epochs * 177 // chosen.segmentor.batch_size
+
+    multiply_adds = {}
+    for name, step in variants.items():
+        for _ in range(WARM_UP):
+            with FlopCounterMode(display=False) as counter:
+                step()
+        multiply_adds[name] = counter.get_total_flops() / 2
+    seconds, processor_seconds = ({name: [] for name in variants} for _ in range(2))
+    memory = dict.fromkeys(variants, float("nan"))
+    for _ in tqdm(range(args.timed_steps), desc="time", unit="round"):
+        for name, step in variants.items():
+            before = start_memory(device)
+            start, processor_start = time.perf_counter(), time.process_time()
+            step()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - start)
+            processor_seconds[name].append(time.process_time() - processor_start)
+            memory[name] = np.fmax(memory[name], peak_memory(device) - before)
+
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    report = {"stage": args.stage, "preset": args.preset, "steps_of_preset": steps, "device": str(device),
+              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+              "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "settings": getattr(chosen, args.stage).model_dump(),
+              "matrix_multiply_adds_per_second": rates, "variants": {}}
+    plain = statistics.median(seconds[PLAIN])
+    for name, found in seconds.items():
+        middle = statistics.median(found)
+        report["variants"][name] = {
+            "ms_per_step": 1000 * middle, "ms_fastest": 1000 * min(found), "ms_all": [1000 * one for one in found],
+            "processor_ms": 1000 * statistics.median(processor_seconds[name]), "times_plain": plain / middle,
+            "hours_of_preset": middle * steps / 3600,
+            "step_memory_mib": None if np.isnan(memory[name]) else memory[name] / 2**20,
+            "multiply_adds": multiply_adds[name], "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]]}
+    target = workspace.root / f"benchmark_training_{args.stage}.json"
+    files.write_json(target, report)
+    print_table(report)
+    print(f"\nwrote {target}")
+
+
+def lgst_variants(chosen: settings.LgstSettings, encoder: nn.Module, channels: tuple[int, int, int],
+                  precisions: list[str], device: torch.device) -> dict[str, Step]:
+    """Name -> a function that trains one step, plain and in each precision."""
+    chosen = chosen.model_copy(update={"penalty_every": 1, "global_every": 1})  # whole steps, whatever the preset leaves out
+    pictures = torch.randint(0, 256, (IMAGES, 3, settings.IMAGE_SIZE, settings.IMAGE_SIZE), dtype=torch.uint8)
+    penalties = lgst.PenaltyImages(chosen.penalty_images)
+    first = LGST(channels, chosen.width, chosen.teacher_channels).train()
+
+    def draw(step: int) -> lgst.Draw:
+        return lgst.draw(IMAGES, penalties, chosen, step, "", 0)
+
+    def plain() -> Step:
+        model, images, numbers = copy.deepcopy(first).to(device), pictures.to(device), itertools.count()
+        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
+                                     weight_decay=chosen.weight_decay)
+
+        def step() -> None:
+            drawn = draw(next(numbers))
+            torch.manual_seed(drawn.dropout_seed)
+            losses = reference_steps.lgst_losses(
+                model, encoder, images[drawn.indices.to(device)], reference_steps.jittered(images, drawn),
+                drawn.penalty.to(device), chosen.hard_quantile)
+            descend(losses, optimizer)
+        return step
+
+    def engine(precision: str) -> Step:
+        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+        lessons = lgst.Lessons(pictures, model, encoder, device, "teach")
+        draws = draw_ahead(draw, 0, ENDLESS)
+        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
+                                     weight_decay=chosen.weight_decay, fused=device.type != "mps")
+
+        def step() -> None:
+            descend(lgst.losses(model, encoder, lessons.batch(next(draws)), chosen.hard_quantile, precision), optimizer)
+        return step
+
+    return {PLAIN: plain()} | {f"engine {precision}": engine(precision) for precision in precisions}
+
+
+def segmentor_variants(chosen: settings.SegmentorSettings, encoder: nn.Module, channels: tuple[int, int, int],
+                       precisions: list[str], device: torch.device) -> dict[str, Step]:
+    """As `lgst_variants`, with all losses, as after the epoch in which the unsupervised ones join."""
+    side = settings.IMAGE_SIZE
+    rng = np.random.default_rng(0)
+    pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, side, side), dtype=np.uint8))
+    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((side // 8, side // 8))).astype(np.uint8)
+    indices = np.arange(IMAGES)
+    data = segmentor.TrainingData(pictures, labels, np.zeros(labels.shape, bool), indices[::2], indices[1::2])
+    first = Segmentor(channels, chosen.width, CLASSES).train()
+
+    def draw(step: int) -> segmentor.Draw:
+        return segmentor.draw(data, chosen, step, True, "", 0)
+
+    def plain() -> Step:
+        model, numbers = copy.deepcopy(first).to(device), itertools.count()
+        optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+
+        def step() -> None:
+            drawn = draw(next(numbers))
+            images, labels = segmentor.augment(*(part.to(device) for part in drawn[:4]))
+            descend(reference_steps.segmentor_losses(
+                model, encoder, images, labels, pictures[drawn.others].to(device),
+                torch.from_numpy(data.labels)[drawn.compared].long().to(device), chosen), optimizer)
+        return step
+
+    def engine(precision: str) -> Step:
+        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+        lessons = segmentor.Lessons(data, encoder, device, precision, "encode")
+        draws = draw_ahead(draw, 0, ENDLESS)
+        optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay,
+                                     fused=device.type != "mps")
+
+        def step() -> None:
+            descend(segmentor.weighted_losses(model, encoder, lessons.batch(next(draws)), chosen, precision), optimizer)
+        return step
+
+    return {PLAIN: plain()} | {f"engine {precision}": engine(precision) for precision in precisions}
+
+
+def descend(losses: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_memory(device: torch.device) -> float:
+    """Bytes held now; from here on the peak counts. NaN where there is no way to know."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return _status("VmRSS")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes held since `start_memory`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    """A field of Linux's /proc/self/status in bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    return next(1024.0 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Multiply-adds per second of a large matrix product, best of five."""
+    side = MATRIX.get(device.type, LARGE_MATRIX)
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return side**3 / min(seconds[1:])
+
+
+def print_table(report: dict) -> None:
+    print(f"\none training step of {report['stage']}, preset {report['preset']}, {report['device']}, "
+          f"{report['threads']} threads, torch {report['torch']}")
+    print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'CPU ms':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}"
+          f"{'floor ms':>10}")
+    for name, row in report["variants"].items():
+        memory = "?" if row["step_memory_mib"] is None else f"{row['step_memory_mib']:.0f}"
+        print(f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['processor_ms']:10.0f}"
+              f"{row['times_plain']:9.2f}{row['hours_of_preset']:8.1f}{memory:>12}"
+              f"{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}")
+    print(f"hours: all {report['steps_of_preset']} steps; floor: the multiply-adds at the rate of a large matrix product")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,183 @@
+"""How well anomaly maps say where: saturated per-region overlap and pixel metrics (METHOD.md section 5).
+
+Bergmann et al., "Beyond Dents and Scratches", IJCV 2022. Everything is measured at the images' own resolution. Thresholds
+are swept without sorting the pixels of all images: every map is counted into one histogram of values, so memory does not
+grow with the number of images, and each region adds its pixels' shares to a second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from sklearn.metrics import auc
+
+from data import files, images, layouts
+from errors import UserError
+
+FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
+_DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
+_BINS = 1 << (32 - _DROPPED_BITS)
+
+
+class Region(NamedTuple):
+    """One annotated region of a defect."""
+
+    mask: np.ndarray  # (H, W) bool, at least one pixel
+    saturation: float  # pixels that are enough, in (0, mask.sum()]
+
+
+class Localisation(NamedTuple):
+    """In percent; sPRO is the area under the curve up to each of `FPR_LIMITS`, divided by that limit."""
+
+    spro: dict[float, float]
+    pixel_auroc: float
+    pixel_f1_max: float
+
+
+class Sweep:
+    """The curves over all thresholds, filled image by image.
+
+    A pixel is marked where its value is at or over the threshold.
+    """
+
+    def __init__(self):
+        self._normal = np.zeros(_BINS, np.int64)  # pixels outside every region
+        self._anomalous = np.zeros(_BINS, np.int64)  # pixels inside a region
+        self._overlap = np.zeros(_BINS)  # saturated share, summed over regions
+        self._regions = 0
+
+    def add(self, anomaly_map: np.ndarray, regions: Iterable[Region] = ()) -> None:
+        """Count one image.
+
+        Args:
+            anomaly_map: (H, W) float, finite, higher = more anomalous.
+            regions: its annotated regions, masks (H, W); none for a good image.
+
+        Raises:
+            ValueError: a value is not finite, or a mask has another shape.
+        """
+        if not np.isfinite(anomaly_map).all():
+            raise ValueError("an anomaly map holds values that are not finite")
+        bins = _bins(anomaly_map)
+        inside = np.zeros(anomaly_map.shape, bool)
+        for mask, saturation in regions:
+            if mask.shape != anomaly_map.shape:
+                raise ValueError(f"a region's mask is {mask.shape}, the anomaly map {anomaly_map.shape}")
+            inside |= mask
+            # The region's j-th highest pixel adds 1/s to its overlap until s pixels are marked.
+            highest = np.sort(bins[mask])[::-1][:int(np.ceil(saturation))]
+            shares = np.full(len(highest), 1 / saturation)
+            shares[-1] = 1 - (len(highest) - 1) / saturation
+            np.add.at(self._overlap, highest, shares)
+            self._regions += 1
+        # Good images are most of it: no copy for them.
+        self._normal += np.bincount(bins[~inside] if inside.any() else bins.ravel(), minlength=_BINS)
+        self._anomalous += np.bincount(bins[inside], minlength=_BINS)
+
+    def result(self) -> Localisation:
+        """The areas under the curves; NaN where there is no region, or no pixel outside one."""
+        used = np.flatnonzero(self._normal + self._anomalous)[::-1]  # thresholds, falling
+        normal, anomalous = (np.r_[0, np.cumsum(counts[used])] for counts in (self._normal, self._anomalous))
+        overlap = np.r_[0, np.cumsum(self._overlap[used])]
+        if not self._regions or not normal[-1]:
+            return Localisation({limit: float("nan") for limit in FPR_LIMITS}, float("nan"), float("nan"))
+        false_positives = normal / normal[-1]
+        f1 = 2 * anomalous[1:] / (anomalous[1:] + normal[1:] + anomalous[-1])
+        return Localisation({limit: 100 * area_up_to(false_positives, overlap / self._regions, limit) / limit
+                             for limit in FPR_LIMITS},
+                            100 * area_up_to(false_positives, anomalous / anomalous[-1], 1.0), 100 * float(f1.max()))
+
+
+def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
+    """Area under a curve of straight pieces through (x, y), x rising from 0 to 1, between 0 and ``limit``."""
+    inside = x <= limit
+    return float(auc(np.r_[x[inside], limit], np.r_[y[inside], np.interp(limit, x, y)]))
+
+
+def measure(category: layouts.Category, maps: dict[str, np.ndarray], kind: str) -> Localisation:
+    """Localisation of one kind of anomaly, over the good test images and those of the kind.
+
+    Args:
+        maps: per kind the anomaly maps (N, h, w) of the category's test images, in sorted file order; enlarged here.
+        kind: `layouts.LOGICAL` or `layouts.STRUCTURAL`.
+
+    Raises:
+        UserError: maps and images differ in number, or the ground truth is missing or does not fit.
+    """
+    sweep = Sweep()
+    saturations = read_saturations(category)
+    for shown in (layouts.GOOD, kind):
+        paths = category.test(shown)
+        if len(maps.get(shown, ())) != len(paths):
+            raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
+                            f"but {len(paths)} images; run CSAD.py --overwrite")
+        for path, small in zip(paths, maps[shown]):
+            with Image.open(path) as image:  # the header only
+                size = image.size
+            regions = read_regions(category, shown, path, saturations, size) if shown != layouts.GOOD else []
+            sweep.add(enlarge(small, size), regions)
+    return sweep.result()
+
+
+def enlarge(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w) -> (H, W) float32, bilinear with align_corners False; ``size`` is (W, H)."""
+    return cv2.resize(small.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+
+
+def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]]:
+    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json.
+
+    Raises:
+        UserError: the file is missing or says something else.
+    """
+    path = category.defects_config
+    if not path.exists():
+        raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
+    try:
+        found = {int(entry["pixel_value"]): (float(entry["saturation_threshold"]), bool(entry["relative_saturation"]))
+                 for entry in files.read_json(path)}
+    except (TypeError, KeyError, ValueError) as problem:
+        raise UserError(f"{path} should be a list of entries with pixel_value, saturation_threshold and "
+                        "relative_saturation") from problem
+    for value, (threshold, _) in found.items():
+        if not threshold > 0:
+            raise UserError(f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0")
+    return found
+
+
+def read_regions(category: layouts.Category, kind: str, image: Path, saturations: dict[int, tuple[float, bool]],
+                 size: tuple[int, int]) -> list[Region]:
+    """The annotated regions of one test image; ``size`` is the image's (W, H).
+
+    Raises:
+        UserError: there is no mask, a mask is empty, of another size, or names no defect of defects_config.json.
+    """
+    paths = category.region_masks(kind, image)
+    if not paths:
+        raise UserError(f"{category.name}: {kind}/{image.name} has no ground-truth mask")
+    regions = []
+    for path in paths:
+        values = images.read_mask(path)
+        if values.shape != size[::-1]:
+            raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}")
+        value = int(values.max())
+        if value not in saturations:
+            raise UserError(f"{path} " + (f"has value {value}, which is not in {category.defects_config}" if value
+                                          else "is empty: it marks no region"))
+        mask = values > 0
+        threshold, relative = saturations[value]
+        area = int(mask.sum())
+        regions.append(Region(mask, min(threshold * area if relative else threshold, area)))
+    return regions
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """Number the values (H, W) by size, 0.._BINS-1: float32's bits are in order once those of negative numbers are turned."""
+    bits = (np.ascontiguousarray(values, np.float32) + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+    ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return (ordered >> _DROPPED_BITS).astype(np.int64) + _BINS // 2

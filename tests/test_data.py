@@ -1,0 +1,282 @@
+"""Settings, layout, files and images: what a person can get wrong, and what must survive it."""
+
+import errno
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+import settings
+from data import files, images, layouts, records
+from data.workspace import Workspace
+from errors import UserError, run_script
+
+# Settings
+
+def test_layers_override_in_order():
+    assert settings.load("screw_bag").segmentor.paste_distance == 0.1
+    assert settings.load("screw_bag").lgst.steps == 60000
+    quick = settings.load("screw_bag", "quick")
+    assert quick.segmentor.paste_distance == 0.1
+    assert quick.lgst.steps < 60000
+    assert settings.load("screw_bag", "quick", {"lgst.steps": 7}).lgst.steps == 7
+
+
+@pytest.mark.parametrize(("name", "value"), [("lgst.steps", 0), ("lgst.lr", "fast"), ("segmentor.epochs", -1),
+                                             ("pseudo_labels.bandwidth", "wide")])
+def test_bad_value_is_named(name, value):
+    with pytest.raises(UserError, match=name):
+        settings.load("screw_bag", overrides={name: value})
+
+
+def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "categories").mkdir()
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "default.yaml").write_text((settings.CONFIGS / "default.yaml").read_text())
+    (tmp_path / "categories" / "cup.yaml").write_text("lgst:\n  stesp: 3\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    with pytest.raises(UserError, match="stesp"):
+        settings.load("cup")
+    (tmp_path / "categories" / "cup.yaml").write_text("lgst: [1")
+    with pytest.raises(UserError, match="cup.yaml"):
+        settings.load("cup")
+
+
+def test_every_setting_is_an_option():
+    args = settings.command_line("story").parse_args(["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"])
+    chosen = settings.load("none", "paper", settings.overrides(args))
+    assert chosen.segmentor.lr == 1e-3
+    assert chosen.pseudo_labels.features == ["area", "color"]
+
+
+@pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x", "2020-13-01"])
+def test_a_value_that_is_no_yaml_names_its_option(value):
+    args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])
+    with pytest.raises(UserError, match="--lgst.penalty_images .* is not valid YAML"):
+        settings.overrides(args)
+
+
+def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
+    parser = settings.training_command_line("story")
+    assert parser.parse_args(["--seed", str(2**63 - 1), "--seeds", "0", "7"]).seeds == [0, 7]
+    for wrong in (["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2**63)], ["--seeds", "0", "-3"]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(wrong)
+        assert ended.value.code == 2
+        assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
+
+
+# Layout
+
+def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        layouts.Dataset(tmp_path / "nowhere").select(None)
+    dataset = layouts.Dataset(make_dataset())
+    assert [category.name for category in dataset.select(None)] == ["discs"]
+    with pytest.raises(UserError, match="'disks'.*it has discs"):
+        dataset.select(["disks"])
+
+
+def test_empty_split_and_twin_stems(make_dataset):
+    root = make_dataset(train=2)
+    category = layouts.Dataset(root).select(["discs"])[0]
+    cv2.imwrite(str(root / "discs/train/good/001.jpg"), np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(UserError, match="two images"):
+        category.train  # noqa: B018
+    for path in (root / "discs/validation/good").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no images in"):
+        category.validation  # noqa: B018
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+def test_formats_and_sorted_order(make_dataset, suffix):
+    category = layouts.Dataset(make_dataset(suffix=suffix)).select(None)[0]
+    assert [path.name for path in category.train] == sorted(path.name for path in category.train)
+    assert images.read_rgb(category.train[0], 64).shape == (64, 64, 3)
+
+
+def test_a_workspace_serves_one_run_at_a_time(tmp_path):
+    workspace = Workspace(tmp_path)
+    with workspace.lock(), pytest.raises(UserError, match="another run"), Workspace(tmp_path).lock():
+        pass
+    with workspace.lock():
+        pass
+
+
+# Files
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrays.arrays(st.sampled_from([np.uint8, np.int64, np.float64]), arrays.array_shapes(min_dims=0, max_dims=3)))
+def test_arrays_come_back_as_they_were(tmp_path, array):
+    files.write_array(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(files.read_array(tmp_path / "a.npy"), array)
+    files.write_arrays(tmp_path / "a.npz", one=array, two=array)
+    np.testing.assert_array_equal(files.read_arrays(tmp_path / "a.npz")["two"], array)
+
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20))))
+def test_label_maps_come_back_as_they_were(tmp_path, labels):
+    files.write_image(tmp_path / "labels.png", labels)
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "labels.png"), labels)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "scores.npy"
+    files.write_array(path, np.arange(3))
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        files.write_array(path, np.arange(9))
+    assert files.read_array(path).tolist() == [0, 1, 2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npy"]
+
+
+@pytest.mark.parametrize(("problem", "words"), [
+    (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+    (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long")])
+def test_a_mistake_is_one_sentence_and_status_2(problem, words, capsys):
+    def main():
+        raise problem
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_pickles_are_refused(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match="whole.pth"):
+        files.read_state(tmp_path / "whole.pth")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="objects.npy"):
+        files.read_array(tmp_path / "objects.npy")
+
+
+def test_damaged_files_are_named(tmp_path):
+    for name, read in (("a.npy", files.read_array), ("a.npz", files.read_arrays), ("a.pth", files.read_state),
+                       ("a.json", files.read_json), ("a.png", images.read_rgb), ("b.png", images.read_mask)):
+        for content in (b"\x89PNG not really", b"", b"a text\n", b"hello world", b"G", b".\n"):  # torch has an error for each
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / name)
+        with pytest.raises(UserError, match="missing"):
+            read(tmp_path / f"no_{name}")
+
+
+def test_json_has_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [float("nan"), {"b": (1.5, float("nan"))}]})
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert files.read_json(tmp_path / "a.json") == {"a": [None, {"b": [1.5, None]}]}
+
+
+def test_text_may_hold_names_that_are_none(tmp_path):
+    files.write_text(tmp_path / "a.csv", "\udcff.png, µ")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "\\udcff.png, µ"
+
+
+# Records
+
+def test_record_notices_what_changed(tmp_path):
+    record, output = tmp_path / "made.json", tmp_path / "made.npy"
+    used = {"settings": {"steps": 5, "names": ("a", "b")}, "seed": 0}
+    assert records.begin(record, used, [output], overwrite=False)
+    files.write_array(output, np.zeros(1))
+    assert not records.begin(record, used, [output], overwrite=False)
+    changed = {"settings": {"steps": 6, "names": ("a", "b")}, "seed": 0}
+    with pytest.raises(UserError, match="settings.steps: 5 -> 6"):
+        records.begin(record, changed, [output], overwrite=False)
+    assert output.exists()
+    assert records.begin(record, changed, [output], overwrite=True)
+    assert not output.exists()
+
+
+def test_outputs_of_others_are_used_as_they_are(tmp_path):
+    files.write_array(tmp_path / "made.npy", np.zeros(1))
+    assert not records.begin(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"], overwrite=False)
+
+
+def test_other_scored_images_leave_the_checkpoint_and_take_the_rest(tmp_path):
+    record, checkpoint, scores = (tmp_path / name for name in ("made.json", "made.pth", "made.npy"))
+    used, outputs = {"seed": 0, "names": ("a", "b")}, [checkpoint, scores]
+
+    def begin(**scored):
+        return records.begin(record, used, outputs, False, checkpoint=checkpoint, scored=scored)
+    assert begin(validation="1")
+    files.write_state(checkpoint, {"state": {}, "meta": used | {"more": 1}})
+    files.write_array(scores, np.zeros(1))
+    assert not begin(validation="1")
+    assert begin(validation="1", good="2")
+    assert checkpoint.exists() and not scores.exists()
+    files.write_array(scores, np.zeros(1))
+    assert not begin(validation="1", good="2")
+    files.write_json(record, used)  # as older ones were
+    assert begin(validation="1", good="2")
+    assert not scores.exists()
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"state": {}, "meta": {"seed": 1, "names": ("a",)}}, "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
+    ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
+    (torch.zeros(1), "made.pth does not say what it was made from"),
+])
+def test_a_checkpoint_without_a_record_has_to_fit(tmp_path, content, said):
+    files.write_state(tmp_path / "made.pth", content)
+    with pytest.raises(UserError, match=said):
+        records.begin(tmp_path / "made.json", {"seed": 0, "names": ("a",)}, [tmp_path / "made.pth", tmp_path / "made.npy"], False,
+                      checkpoint=tmp_path / "made.pth")
+    assert not (tmp_path / "made.json").exists()
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    for state in ({"state": torch.nn.Linear(3, 2).state_dict()}, {"state": {}}, {"weight": torch.zeros(1)}):
+        files.write_state(tmp_path / "made.pth", state)
+        with pytest.raises(UserError, match="made.pth does not hold the network"):
+            files.load_checkpoint(network, tmp_path / "made.pth")
+
+
+# Images
+
+def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
+    grey16 = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    Image.fromarray((grey16 // 257).astype(np.uint8)).save(tmp_path / "grey8.png")
+    Image.fromarray(np.dstack([(grey16 // 257).astype(np.uint8)] * 4)).save(tmp_path / "rgba.png")
+    Image.fromarray((grey16 // 257).astype(np.uint8)).convert("P").save(tmp_path / "palette.png")
+    for path in tmp_path.iterdir():
+        image = images.read_rgb(path)
+        assert image.shape == (20, 20, 3)
+        assert image.dtype == np.uint8
+        assert image.min() < 5 and image.max() > 250
+
+
+def test_truncated_image_is_named(tmp_path):
+    files.write_image(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[:len(data) // 2])
+    with pytest.raises(UserError, match="half.png"):
+        images.read_rgb(tmp_path / "half.png")
+
+
+def test_normalise_is_imagenets():
+    pixel = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert images.normalise(pixel).abs().max() < 0.02
