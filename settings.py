@@ -1,21 +1,22 @@
-"""Every setting of every stage, in one place.
+"""Every setting of every stage, in one place: name, default, range and meaning. Defaults are the numbers of docs/METHOD.md.
 
 A run's settings are merged, later over earlier, from
 
-1. ``configs/default.yaml``               the numbers of METHOD.md,
-2. ``configs/categories/{category}.yaml``  what is tuned for one category, if there is such a file,
-3. ``configs/presets/{preset}.yaml``       ``paper`` or ``quick``,
+1. the defaults below, which are the preset ``paper``,
+2. ``configs/presets/{preset}.yaml``       what another preset says differently,
+3. ``configs/categories/{category}.yaml``  what is tuned for one category, if there is such a file,
 4. the command line                        ``--segmentor.lr 0.001`` and the like.
 
-An unknown key or a value out of range is an error that names it.
+An unknown key or a value out of range is an error that names it. What a run used is saved beside what it made.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,102 +24,146 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
-IMAGE_SIZE = 256  # METHOD.md: every network sees 256x256, and file names carry the number
+PAPER = "paper"
+BRANCHES = ("patchhist", "LGST", "memory")
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: true is no number and "3" is none either.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ImageSettings(Section):
+    """How pictures are read, in every stage and by the exported model."""
+
+    size: int = Field(256, ge=256, le=2048, multiple_of=256, description="side in pixels of the view that the patch memory sees; "
+                      "all else sees its mean over blocks, 256 wide (the paper: 256)")
+    white_level: float | None = Field(None, gt=0, description="value that is white in images of more than 8 bits, for example "
+                                      "4095 where a camera writes 12 bits into 16; none: full range")
 
 
 class PseudoLabelSettings(Section):
-    """Stage 1 (METHOD.md section 1)."""
+    """Stage 1 (docs/METHOD.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
-        description="where masks come from; auto takes the first of the three for which everything is there")
-    sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field(description="size of SAM-HQ (the paper: vit_h)")
-    grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field(description="Grounding DINO (the paper: swint_ogc)")
-    text_prompt: str | None = Field(description="names of the parts, each with a dot after it; none: SAM-HQ alone")
-    background_prompt: str | None = Field(description="of these names, those that are no part")
-    box_threshold: float = Field(ge=0, le=1, description="Grounding DINO: least score of a box's best word")
-    text_threshold: float = Field(ge=0, le=1, description="Grounding DINO: least score of the words of a box's phrase")
-    points_per_side: int = Field(ge=1, description="SAM-HQ's automatic masks: grid of points")
-    crop_n_layers: int = Field(ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ...")
-    pred_iou_thresh: float = Field(ge=0, le=1, description="SAM-HQ's automatic masks: least predicted quality")
-    stability_score_thresh: float = Field(ge=0, le=1, description="SAM-HQ's automatic masks: least stability")
-    min_mask_region_area: int = Field(ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels")
-    save_all_masks: bool = Field(description="run automatic mask generation even where no_sam does not need it")
-    inside_grounding: bool = Field(description="keep only masks inside the grounding mask")
-    no_sam: bool = Field(description="take the grounding mask's instances as refined masks")
-    container: bool = Field(description="classical proposer: the parts lie in something (tray, bag) that is no part")
+        "auto", description="where masks come from; auto takes the first of the three for which everything is there")
+    inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
+    no_sam: bool = Field(False, description="take the grounding mask's instances as refined masks")
+    container: bool = Field(False, description="classical proposer: the parts lie in something (tray, bag) that is no part")
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
-        min_length=1, description="component features to cluster on")
-    rotations: int = Field(ge=1, description="rotations over which cnn_image is averaged")
-    bandwidth: Literal["auto"] | float = Field(description="MeanShift bandwidth; a number is only used with "
-                                                     "the backbone it was tuned for, wide_resnet50_2")
-    variants: bool = Field(description="parts that only some kinds of images have get labels, too (published: no)")
-    twins: bool = Field(description="parts that differ in one feature only, like a long and a short bolt, side by side in "
-                                    "most images, get labels of their own (published: no)")
-    one_histogram_cluster: bool = Field(description="trust images of the largest histogram cluster only")
+        ["cnn_image"], min_length=1, description="component features to cluster on")
+    rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
+    bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="MeanShift bandwidth; a number is only used with the backbone it was tuned for, wide_resnet50_2")
+    variants: bool = Field(False, description="parts that only some kinds of images have get labels, too, and all kinds are "
+                           "trusted, whatever one_histogram_cluster says (published: no)")
+    lookalikes: bool = Field(False, description="parts that differ in one feature only, like a long and a short bolt, side by "
+                             "side in most images, get labels of their own (published: no)")
+    one_histogram_cluster: bool = Field(False, description="trust images of the largest histogram cluster only")
+    sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field("vit_h", description="size of SAM-HQ")
+    grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field("swint_ogc", description="size of Grounding DINO")
+    text_prompt: str | None = Field(None, description="names of the parts, each with a dot after it; none: SAM-HQ alone")
+    background_prompt: str | None = Field(None, description="of these names, those that are no part")
+    box_threshold: Share = Field(0.3, description="Grounding DINO: least score of a box's best word")
+    text_threshold: Share = Field(0.3, description="Grounding DINO: least score of the words of a box's phrase")
+    points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")
+    crop_n_layers: int = Field(1, ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ...")
+    pred_iou_thresh: Share = Field(0.88, description="SAM-HQ's automatic masks: least predicted quality")
+    stability_score_thresh: Share = Field(0.96, description="SAM-HQ's automatic masks: least stability")
+    min_mask_region_area: int = Field(500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels")
+    save_all_masks: bool = Field(False, description="run automatic mask generation even where no_sam does not need it")
 
 
 class SegmentorSettings(Section):
-    """Stage 2 (METHOD.md section 2)."""
+    """Stage 2 (docs/METHOD.md section 2)."""
 
-    width: int = Field(ge=8, description="channels of ASPP and decoder (the paper: 256)")
-    epochs: int = Field(ge=1)
-    unsupervised_from_epoch: int = Field(ge=0, description="epoch in which the unsupervised losses join")
-    batch_size: int = Field(ge=2, description="trusted images per step; as many others join them")
-    lr: float = Field(gt=0)
-    final_lr_share: float = Field(ge=0, le=1, description="of lr, reached along a cosine (the paper: 1, constant)")
-    weight_decay: float = Field(ge=0)
-    weight_ce: float = Field(ge=0)
-    weight_focal: float = Field(ge=0)
-    weight_dice: float = Field(ge=0)
-    weight_histogram: float = Field(ge=0)
-    weight_entropy: float = Field(ge=0)
-    softmax_twice: bool = Field(description="cross-entropy on probabilities, as published")
-    paste_distance: float = Field(ge=0, le=1, description="logical synthesis: least move, in image sides")
-    fill_holes: bool = Field(description="logical synthesis: fill the holes of pasted components")
+    width: int = Field(256, ge=8, description="channels of ASPP and decoder")
+    epochs: int = Field(120, ge=1)
+    unsupervised_from_epoch: int = Field(50, ge=0, description="epoch in which the unsupervised losses join")
+    batch_size: int = Field(4, ge=2, description="trusted images per step; as many unlabelled ones join them")
+    lr: float = Field(0.01, gt=0)
+    final_lr_share: Share = Field(1.0, description="of lr, reached along a cosine (the paper: 1, constant)")
+    weight_decay: float = Field(1e-5, ge=0)
+    weight_ce: float = Field(0.5, ge=0)
+    weight_focal: float = Field(10.0, ge=0)
+    weight_dice: float = Field(1.0, ge=0)
+    weight_histogram: float = Field(10.0, ge=0)
+    weight_entropy: float = Field(1.0, ge=0)
+    softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
+    paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
+    fill_holes: bool = Field(False, description="logical synthesis: fill the holes of pasted components")
+    histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
+                                   "covariance (published: 0, where a fraction that never varies is not looked at)")
 
 
 class LgstSettings(Section):
-    """Stage 3 (METHOD.md section 3)."""
+    """Stage 3 (docs/METHOD.md section 3)."""
 
-    width: int = Field(ge=8, description="channels of the student (the paper: 512)")
-    teacher_channels: int = Field(ge=8, description="channels of teacher, heads and autoencoder (the paper: 512)")
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    hard_quantile: float = Field(ge=0, lt=1, description="the local loss averages differences at or over it")
-    he_initialisation: bool = Field(description="He's initial weights instead of PyTorch's: for short runs")
-    penalty_images: str = Field(description="folder of ImageNet-like pictures, or 'rendered'")
-    penalty_every: int = Field(ge=1, description="steps from one penalty image to the next (the paper: 1)")
-    global_every: int = Field(ge=1, description="steps from one that trains the autoencoder and the student's global head "
-                                                "to the next; the others train the local head alone (the paper: 1)")
-    cosine: bool = Field(description="the learning rate falls to nothing along half a cosine, instead of to a tenth after "
-                                     "95 % of the steps: for short runs")
+    width: int = Field(512, ge=8, description="channels of the student")
+    teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
+    steps: int = Field(60000, ge=1)
+    batch_size: int = Field(2, ge=1)
+    lr: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
+    he_initialisation: bool = Field(False, description="He's initial weights instead of PyTorch's: for short runs")
+    penalty_images: str = Field("bundled", description="folder of ImageNet-like pictures, or 'bundled': crops of photographs "
+                                "that scikit-image and scikit-learn bring along")
+    penalty_every: int = Field(1, ge=1, description="steps from one penalty image to the next")
+    global_every: int = Field(1, ge=1, description="steps from one that trains the autoencoder and the student's global head "
+                              "to the next; the others train the local head alone")
+    cosine: bool = Field(False, description="the learning rate falls to nothing along half a cosine, instead of to a tenth after "
+                         "95 % of the steps: for short runs")
+
+
+class MemorySettings(Section):
+    """Stage 3b, beyond the paper (docs/METHOD.md section 6)."""
+
+    rows: int = Field(8000, ge=1, description="patches that are remembered")
+    score_share: float = Field(0.005, gt=0, le=1, description="of a map's values, the largest, whose mean is the score")
+
+
+class FusionSettings(Section):
+    """Which branches' scores are added (docs/METHOD.md section 4)."""
+
+    branches: list[Literal["patchhist", "LGST", "memory"]] = Field(["patchhist", "LGST"], min_length=1)
 
 
 class Settings(Section):
-    pseudo_labels: PseudoLabelSettings
-    segmentor: SegmentorSettings
-    lgst: LgstSettings
+    """All sections, and what only a category's file can say.
+
+    Attributes:
+        logical: MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
+        roi: polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
+    """
+
+    images: ImageSettings = ImageSettings()
+    pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
+    segmentor: SegmentorSettings = SegmentorSettings()
+    lgst: LgstSettings = LgstSettings()
+    memory: MemorySettings = MemorySettings()
+    fusion: FusionSettings = FusionSettings()
+    logical: list[str] = []
+    roi: list[list[list[Share]]] = []
 
 
-def load(category: str, preset: str = "paper", overrides: dict[str, Any] | None = None) -> Settings:
+SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items() if name not in ("logical", "roi")}
+
+
+def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:
     """Merge the settings for one category.
 
     Args:
         category: its file in configs/categories/ is used if there is one.
-        preset: name of a file in configs/presets/.
-        overrides: dotted names and values from the command line, e.g. {"lgst.steps": "100"}.
+        preset: paper, or the name of a file in configs/presets/.
+        overrides: dotted names and values from the command line, e.g. {"lgst.steps": 100}.
 
     Raises:
         UserError: a file is no YAML mapping, a key is unknown, or a value is out of range.
     """
-    merged = _read_yaml(CONFIGS / "default.yaml")
-    for path in (CONFIGS / "categories" / f"{category}.yaml", CONFIGS / "presets" / f"{preset}.yaml"):
+    merged: dict[str, Any] = {}
+    for path in (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml"):
         if path.exists():
             merged = _merge(merged, _read_yaml(path))
     for dotted, value in (overrides or {}).items():
@@ -130,7 +175,7 @@ def load(category: str, preset: str = "paper", overrides: dict[str, Any] | None 
         first = problem.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2])  # what follows names a branch of a union
         if first["type"] == "extra_forbidden":
-            raise UserError(f"there is no setting {name}; configs/default.yaml lists them all") from problem
+            raise UserError(f"there is no setting {name}; settings.py lists them all") from problem
         raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
 
 
@@ -144,21 +189,23 @@ def command_line(story: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
     parser = argparse.ArgumentParser(description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = parser.add_argument_group("common options")
-    common.add_argument("--workspace", type=Path, default=Path("."),
+    common.add_argument("--workspace", type=place, default=Path("."),
                         help="folder under which everything is written (default: the current one)")
-    common.add_argument("--dataset_root", type=Path,
+    common.add_argument("--dataset_root", type=place,
                         help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)")
     common.add_argument("--categories", nargs="+", metavar="NAME", help="default: every category of the data set")
-    common.add_argument("--preset", default="paper", choices=sorted(p.stem for p in (CONFIGS / "presets").glob("*.yaml")))
+    common.add_argument("--preset", default=PAPER,
+                        choices=sorted([PAPER, *(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))]))
     common.add_argument("--backbone", default="auto",
-                        help="auto, wide_resnet50_2, embedded, or a torchvision classification network")
-    common.add_argument("--backbone_weights", type=Path, help="state dict of that backbone")
+                        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional network of "
+                             "timm's")
+    common.add_argument("--backbone_weights", type=place, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)
     common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
-    single = parser.add_argument_group("single settings", "defaults: configs/default.yaml, category file, preset")
-    for section, model in Settings.model_fields.items():
-        for key, field in model.annotation.model_fields.items():
+    single = parser.add_argument_group("single settings", "defaults: settings.py, preset, category file")
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
             single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
                                 metavar="VALUE", help=field.description)
     return parser
@@ -180,6 +227,18 @@ def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def with_branches(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--branches``, for the stages that fuse."""
+    parser.add_argument("--branches", nargs="+", dest="fusion.branches", default=argparse.SUPPRESS, metavar="BRANCH",
+                        help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches")
+    return parser
+
+
+def place(text: str) -> Path:
+    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
+    return Path(text).expanduser()
+
+
 def seed(text: str) -> int:
     """A seed from the command line; NumPy takes no negative ones, PyTorch none of more than 64 bits."""
     if not (text.isdecimal() and int(text) < 2**63):
@@ -196,25 +255,48 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name, value in vars(arguments).items():
         if "." in name:
+            if isinstance(value, list):
+                found[name] = value
+                continue
             try:
-                found[name] = yaml.safe_load(value)
-            except (yaml.YAMLError, ValueError) as problem:  # ValueError: a date that no calendar has
+                found[name] = _parse(value)
+            except (yaml.YAMLError, ValueError) as problem:
                 raise UserError(f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
                                 f"plain text may need quotes of its own: --{name} '\"{value}\"'") from problem
     return found
 
 
+class _PlainYaml(yaml.SafeLoader):
+    """YAML whose numbers mean what they look like: version 1.1 takes 010 for 8, 1:30 for 90, and yes for true."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for _tag, _pattern, _first in (
+        ("bool", r"true|false", "tf"), ("null", r"null|~|", ["n", "~", ""]), ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+        ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789")):
+    _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _parse(text: str) -> Any:
+    loader = _PlainYaml(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as problem:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as problem:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise UserError(f"{path} should hold sections of settings like configs/default.yaml")
+    if not isinstance(content, dict) or not all(isinstance(values, dict) for name, values in content.items() if name in SECTIONS):
+        raise UserError(f"{path} should hold sections of settings as in settings.py, like configs/presets/quick.yaml")
     return content
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    return below | {section: below.get(section, {}) | values for section, values in above.items()}
+    return below | {name: below.get(name, {}) | value if isinstance(value, dict) else value for name, value in above.items()}

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from errors import UserError
 
+SIZE = 256  # every network of the paper sees 256x256
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageSettings(Protocol):
+    """How pictures are read (settings.ImageSettings)."""
+
+    size: int
+    white_level: float | None
 
 
 def read_rgb(path: str | Path, size: int | None = None) -> np.ndarray:
@@ -64,19 +73,29 @@ def read_mask(path: str | Path) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
-def load_images(paths: Sequence[Path], size: int, description: str) -> torch.Tensor:
-    """Read images into one (N, 3, size, size) uint8 tensor: held once, normalised when used."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+def small_views(images: np.ndarray) -> np.ndarray:
+    """(N, 3, S, S) uint8 -> (N, 3, 256, 256) uint8: means over blocks, rounded half up."""
+    factor = images.shape[-1] // SIZE
+    if factor == 1:
+        return images
+    sums = images.reshape(len(images), 3, SIZE, factor, SIZE, factor).sum((3, 5), dtype=np.uint32)
+    return ((sums + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+
+
+def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
+    images = np.empty((len(paths), 3, size, size), np.uint8)
     for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
-        images[index] = torch.from_numpy(read_rgb(path, size).transpose(2, 0, 1).copy())
+        images[index] = read_rgb(path, size).transpose(2, 0, 1)
     return images
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W) RGB, uint8 or float in 0..255 -> float32 with the ImageNet mean and std taken off."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255 - mean) / std
+def read_small_views(paths: Sequence[Path], description: str, settings: ImageSettings) -> np.ndarray:
+    """Read images at `settings.size`, and keep of each the 256 view alone: (N, 3, 256, 256) uint8."""
+    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
+        large = read_rgb(path, settings.size).transpose(2, 0, 1)
+        images[index] = small_views(large[None])[0]
+    return images
 
 
 def colour_labels(labels: np.ndarray) -> np.ndarray:

@@ -52,6 +52,10 @@ class Category:
         """(kind, path) of every test image: good, then logical, then structural."""
         return [(kind, path) for kind in SPLITS for path in self.test(kind)]
 
+    def key(self, path: Path) -> str:
+        """A name of an image that is unique within its list, for output files."""
+        return path.stem
+
     @property
     def defects_config(self) -> Path:
         return self.root / "defects_config.json"
@@ -83,6 +87,11 @@ class Dataset:
             if name not in found:
                 raise UserError(f"there is no category '{name}' in {self.root}; it has {', '.join(found)}")
         return [Category(self.root / name) for name in names or found]
+
+
+def test_splits(category: Category) -> dict[str, list[Path]]:
+    """The test images by split; empty where there are no good ones, because then nothing can be measured."""
+    return {split: category.test(split) for split in SPLITS} if category.tested else {}
 
 
 def _images(folder: Path) -> list[Path]:

@@ -1,15 +1,22 @@
-"""What a stage used, kept as JSON beside what it made: the ground for skipping, resuming and refusing to mix."""
+"""What a stage used and made, kept as JSON beside it: the ground for skipping, resuming, and refusing to mix.
+
+A record is written last, when everything it speaks of is complete, and holds the contents' hashes of what went in and what came
+out. Whoever combines two derived files asks `require_current` first.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data import files
 from errors import UserError
+
+SKIP, SCORE, TRAIN = "skip", "score", "train"
 
 
 class Backbone(Protocol):
@@ -18,6 +25,71 @@ class Backbone(Protocol):
     name: str
     fingerprint: str
     is_stand_in: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of one stage and category.
+
+    Attributes:
+        path: JSON file beside the outputs.
+        used: everything that decides the training: settings, seed, backbone, digests of what it reads.
+        scored: what the outputs other than the checkpoint depend on besides: digests of validation and test images.
+        outputs: files that exist when the stage is done; the checkpoint, if there is one, first.
+        checkpoint: that of the outputs from which the others are made; its "meta" holds what is in ``used``.
+    """
+
+    path: Path
+    used: dict[str, Any]
+    outputs: Sequence[Path]
+    scored: dict[str, str] | None = None
+    checkpoint: Path | None = None
+
+    def begin(self, overwrite: bool) -> str:
+        """Decide what there is to do: `SKIP`, `SCORE` (from the checkpoint, without training) or `TRAIN`.
+
+        Nothing is taken away: with ``overwrite`` a finished result stays until the new one replaces it.
+
+        Raises:
+            UserError: finished work was made with something else, or by someone else and is not complete.
+        """
+        if overwrite:
+            return TRAIN
+        present = [path for path in self.outputs if path.exists()]
+        noted = files.read_json(self.path) if self.path.exists() else None
+        if noted is None and len(present) == len(self.outputs):
+            return SKIP  # made elsewhere, and used as it is
+        made = self._checkpoint_made_by()
+        if made is not None:
+            self._refuse(difference(_as_json({key: made.get(key) for key in self.used}), _as_json(self.used)), self.checkpoint)
+        elif noted is not None and present:
+            self._refuse(difference(noted["used"], _as_json(self.used)), self.path.parent)
+        if noted is not None and noted["used"] == _as_json(self.used) and noted["scored"] == self.scored and (
+                noted["outputs"] == self._digests()):
+            return SKIP
+        return TRAIN if made is None else SCORE
+
+    def finish(self) -> None:
+        """Write the record; every output has to be there."""
+        files.write_json(self.path, {"used": self.used, "scored": self.scored, "outputs": self._digests()})
+
+    def _digests(self) -> dict[str, str | None]:
+        return {path.name: digest(path) if path.exists() else None for path in self.outputs}
+
+    def _checkpoint_made_by(self) -> dict[str, Any] | None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        saved = files.read_state(self.checkpoint)
+        if not (isinstance(saved, dict) and {"state", "meta"} <= saved.keys()):
+            raise UserError(f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
+                            "gone on from; --overwrite starts over, another --workspace keeps both")
+        return saved["meta"]
+
+    @staticmethod
+    def _refuse(changes: list[str], place: Path | None) -> None:
+        if changes:
+            raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
+                            "--overwrite starts over, another --workspace keeps both")
 
 
 def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
@@ -32,59 +104,38 @@ def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iter
             "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
 
 
-def scored(validation: Sequence[Path], test: dict[str, Sequence[Path]]) -> dict[str, str]:
+def scored_images(validation: Sequence[Path], test: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     """What a training stage's scores, but not its training, depend on: digests of validation and test images."""
     return {name: digest_images(paths) for name, paths in {"validation": validation, **test}.items()}
 
 
-def begin(record: Path, used: dict[str, Any], outputs: Sequence[Path], overwrite: bool,
-          progress: Iterable[Path] = (), checkpoint: Path | None = None, scored: dict[str, str] | None = None) -> bool:
-    """Decide whether a stage has work to do, and note what it uses.
+def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path], stage: str) -> dict[str, Any] | None:
+    """Make sure that derived files belong to the data they are about to be combined with.
 
     Args:
-        record: JSON file beside the outputs.
-        used: everything that decides the outputs: settings, seed, backbone, digests of what it reads.
-        outputs: files that exist when the stage is done.
-        overwrite: take away ``outputs``, ``progress`` and the record first.
-        progress: files of an unfinished run that must not survive ``overwrite``.
-        checkpoint: that of the outputs from which the others are made; its "meta" holds what is in ``used``.
-        scored: what the outputs other than the checkpoint depend on besides; where it differs from the record (or the
-            record, an older one, does not tell) they are taken away, to be made anew.
+        path: a stage's record.
+        expected: what its ``scored`` or ``used`` should say of the data, for example digests of test images.
+        read: its outputs that are going to be read.
+        stage: the script that makes them anew.
 
     Returns:
-        False when every output is there already (made by the same settings, or by others, without a record).
+        The record; None where there is none, because the files were made elsewhere.
 
     Raises:
-        UserError: the outputs, finished or not, were begun with something else.
+        UserError: the images have changed since, or a file is not the one that the stage wrote.
     """
-    if overwrite:
-        for path in (*outputs, *progress, record):
-            path.unlink(missing_ok=True)
-    outdated = False
-    if record.exists():
-        noted = files.read_json(record)
-        outdated = noted.pop("scored", None) != scored
-        _refuse(difference(noted, _as_json(used)), record.parent)
-    if not outdated and outputs and all(path.exists() for path in outputs):
-        return False
-    if checkpoint is not None and checkpoint.exists():
-        saved = files.read_state(checkpoint)
-        if not (isinstance(saved, dict) and {"state", "meta"} <= saved.keys()):
-            raise UserError(f"{checkpoint} does not say what it was made from (published files do not), so it cannot be "
-                            "gone on from; --overwrite starts over, another --workspace keeps both")
-        _refuse(difference(_as_json({key: saved["meta"].get(key) for key in used}), _as_json(used)), checkpoint)
-    if outdated:
-        for path in outputs:
-            if path != checkpoint:
-                path.unlink(missing_ok=True)
-    files.write_json(record, used if scored is None else used | {"scored": scored})
-    return True
-
-
-def _refuse(changes: list[str], place: Path) -> None:
-    if changes:
-        raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
-                        "--overwrite starts over, another --workspace keeps both")
+    if not path.exists():
+        return None
+    noted = files.read_json(path)
+    known = noted["used"] | (noted["scored"] or {})
+    for name, value in expected.items():
+        if name in known and known[name] != value:
+            raise UserError(f"{path.with_suffix('').name}: the {name.replace('_', ' ')} images are not those that {stage} saw; "
+                            f"run {stage} again")
+    for one in read:
+        if one.name in noted["outputs"] and noted["outputs"][one.name] != digest(one):
+            raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
+    return noted
 
 
 def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
@@ -100,13 +151,20 @@ def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """First 16 hex digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """First 16 hex digits of the SHA-256 of a file's content.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError as problem:
+        raise UserError(f"{path} is missing") from problem
 
 
 def digest_images(paths: Sequence[Path]) -> str:
-    """A digest of an image list by names and file sizes: cheap, and changes when images come or go."""
-    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    """A digest of an image list by names and contents: changes when an image comes, goes, or is replaced."""
+    listing = "\n".join(f"{path.name} {digest(path)}" for path in paths)
     return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
 
 

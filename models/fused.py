@@ -1,98 +1,145 @@
-"""The whole detector as one module: image in, score out (METHOD.md section 4).
+"""The whole detector as one module: image in, score out (docs/METHOD.md section 4).
 
-Its state dict has the keys and shapes of the published export, so published ``.pth`` files load and score.
+State dicts on disk have the keys and shapes of the published export, so published ``.pth`` files load and score; a model with
+branches beyond the paper has further keys, one without LGST has fewer.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
 from errors import UserError
-from models.backbone import PUBLISHED, blind_to_light, empty_encoder
-from models.lgst import LGST, Differences
+from models.backbone import PUBLISHED, Encoder, empty_encoder
+from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector
+from models.patch_memory import PatchMemory
+from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
+STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory"}  # beginnings of the buffers with a branch's trimmed z
+_LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_")
 
 
-class Findings(NamedTuple):
-    """Everything the detector knows about a batch."""
-
-    score: Tensor  # (B,) fused
-    lgst_score: Tensor  # (B,) maximum of the anomaly map, not normalised
-    patch_histogram_score: Tensor  # (B,) sum of the two normalised distances
-    label_map: Tensor  # (B, 256, 256) component index
-    anomaly_map: Tensor  # (B, 64, 64)
-    differences: Differences  # local and global, before map normalisation
-
-
-class FusedModel(LGST):
-    """LGST, segmentor and patch histogram over one shared encoder.
+class FusedModel(nn.Module):
+    """Branches over one shared encoder; a branch that is None is not fused.
 
     Args:
-        encoder: images (B, 3, 256, 256) -> maps at 1/4, 1/8 and 1/16.
-        encoder_channels: of those maps.
-        segmentor: its maps -> logits (B, C, 256, 256).
-        detector: label maps -> patch-histogram score.
-        width, channels: of the student and of the teacher.
-        log_colours: see `LGST`.
+        encoder: see `models.backbone.Encoder`.
+        segmentor, detector: the patch histogram, both or neither.
+        lgst, memory: the other branches.
+        size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
+
+    Attributes:
+        branches: names of the fused branches, in the order of `Prediction`'s K.
     """
 
-    def __init__(self, encoder: nn.Module, encoder_channels: tuple[int, int, int], segmentor: Segmentor,
-                 detector: PatchHistogramDetector, width: int, channels: int,
-                 log_colours: bool = False):
-        super().__init__(encoder_channels, width, channels, log_colours)
-        self.encoder = encoder
-        self.segmentor = segmentor
-        self.patch_hist_detector = detector
-        for branch in ("lgst", "patch_hist"):
-            self.register_buffer(f"{branch}_mean", torch.tensor(0.0))
-            self.register_buffer(f"{branch}_std", torch.tensor(1.0))
-
-    def analyse(self, images: Tensor) -> Findings:
-        """(B, 3, 256, 256) RGB, ImageNet-normalised -> everything there is to know."""
-        features = self.encoder(images)
-        differences = self.differences(images, features)
-        anomaly_map = self.anomaly_map(differences)
-        lgst_score = anomaly_map.amax((1, 2))
-        label_map = self.segmentor(features).argmax(1)
-        patch_histogram_score = self.patch_hist_detector(label_map)
-        score = ((lgst_score - self.lgst_mean) / self.lgst_std
-                 + (patch_histogram_score - self.patch_hist_mean) / self.patch_hist_std)
-        return Findings(score, lgst_score, patch_histogram_score, label_map, anomaly_map, differences)
+    def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
+                 lgst: LGST | None = None, memory: PatchMemory | None = None, size: int = SIZE):
+        super().__init__()
+        self.size = size
+        self.encoder, self.segmentor, self.patch_hist_detector = encoder, segmentor, detector
+        self.lgst, self.memory = lgst, memory
+        present = {"patchhist": detector, "LGST": lgst, "memory": memory}
+        self.branches = [branch for branch, module in present.items() if module is not None]
+        for branch in self.branches:
+            self.register_buffer(f"{STATISTICS[branch]}_mean", torch.tensor(0.0))
+            self.register_buffer(f"{STATISTICS[branch]}_std", torch.tensor(1.0))
+        for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, 256, 256) RGB, ImageNet-normalised -> score (B,)."""
-        return self.analyse(images).score
+        """(B, 3, size, size) RGB, ImageNet-normalised -> score (B,)."""
+        return self.analyse(self.to_rgb(images)).score
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """ImageNet-normalised -> RGB in 0..255."""
+        images = images * self.image_std + self.image_mean
+        # The small view is rounded, and rounding has to start from the image's own whole numbers.
+        return images if self.size == SIZE else images.round()
+
+    def analyse(self, rgb: Tensor) -> Prediction:
+        """(B, 3, size, size) RGB in 0..255 -> everything there is to know."""
+        small = small_view(rgb)
+        maps = self.encoder(small)
+        scores, branch_maps = [], []
+        if self.patch_hist_detector is not None:
+            label_map = self.segmentor(maps).argmax(1)
+            scores.append(self.patch_hist_detector(label_map))
+            branch_maps.append(torch.zeros_like(label_map[:, :MAP_SIZE, :MAP_SIZE], dtype=torch.float32))
+        else:
+            label_map = torch.zeros_like(small[:, 0]).long()
+        if self.lgst is not None:
+            anomaly_map = self.lgst.anomaly_map(self.lgst.differences(small, maps))
+            scores.append(anomaly_map.amax((1, 2)))
+            branch_maps.append(self.lgst.scaled(anomaly_map))
+        if self.memory is not None:
+            anomaly_map = self.memory(maps if self.size == SIZE else self.encoder(rgb))
+            scores.append(self.memory.score(anomaly_map))
+            branch_maps.append(self.memory.scaled(anomaly_map))
+        branch_scores = torch.stack([(score - getattr(self, f"{STATISTICS[branch]}_mean"))
+                                     / getattr(self, f"{STATISTICS[branch]}_std")
+                                     for branch, score in zip(self.branches, scores)], 1)
+        branch_maps = torch.stack(branch_maps, 1)
+        return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
+
+
+def small_view(rgb: Tensor) -> Tensor:
+    """(B, 3, S, S) RGB in 0..255, whole numbers -> (B, 3, 256, 256): as `data.images.small_views`."""
+    factor = rgb.shape[-1] // SIZE
+    return rgb if factor == 1 else torch.floor(F.avg_pool2d(rgb, factor) + 0.5)
+
+
+def published_state(model: FusedModel) -> OrderedDict:
+    """A model's state dict with the published keys."""
+    return OrderedDict((key.replace("encoder.network.", "encoder.").removeprefix("lgst."), value)
+                       for key, value in model.state_dict().items())
 
 
 def from_state(state: Mapping[str, Tensor]) -> FusedModel:
     """Build the model that a state dict describes, published or ours, in eval mode.
 
-    Widths and class count are read off the shapes; the backbone's name is in our metadata, and a file without
-    metadata is a published one.
+    Branches, widths and class count are read off keys and shapes; the backbone's name and the view's size are in our metadata,
+    and a file without metadata is a published one.
 
     Raises:
         UserError: a key is missing, unknown, or has another shape than its neighbours imply.
     """
     try:
-        backbone = metadata(state).get("backbone", PUBLISHED)
-        encoder, encoder_channels = empty_encoder(backbone)
-        classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
-        channels, student_width = state["local_st.conv_st.weight"].shape[:2]
-        model = FusedModel(encoder, encoder_channels, Segmentor(encoder_channels, width, classes),
-                           PatchHistogramDetector(classes), student_width, channels, blind_to_light(backbone))
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError, TypeError) as problem:
+        known = metadata(state)
+        encoder = empty_encoder(known.get("backbone", PUBLISHED))
+        segmentor = detector = lgst = memory = None
+        if "segmentor.fc2.conv3.weight" in state:
+            classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
+            segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
+        if "local_st.conv_st.weight" in state:
+            channels, width = state["local_st.conv_st.weight"].shape[:2]
+            lgst = LGST(encoder.channels, width, channels)
+        if "memory.rows" in state:
+            rows, channels = state["memory.rows"].shape
+            memory = PatchMemory(channels, rows, known["memory_score_share"])
+        model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE))
+        if not model.branches:
+            raise KeyError("it has no branch")
+        model.load_state_dict({_own_key(key): value for key, value in state.items()})
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"this is not a CSAD model's state dict ({reason}); make one with "
                         "export_model.py --format torch") from problem
     return model.eval().requires_grad_(False)
+
+
+def _own_key(key: str) -> str:
+    if key.startswith("encoder."):
+        return key.replace("encoder.", "encoder.network.", 1)
+    return f"lgst.{key}" if key.startswith(_LGST_KEYS) else key
 
 
 def metadata(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -106,4 +153,6 @@ def attach_metadata(state: Mapping[str, Tensor], content: dict[str, Any]) -> Non
     They go beside the version numbers that PyTorch itself keeps in ``_metadata``: saved and loaded with the file,
     while the keys stay the published ones.
     """
+    if not hasattr(state, "_metadata"):
+        state._metadata = OrderedDict()
     state._metadata[METADATA_KEY] = content

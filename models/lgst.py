@@ -1,8 +1,10 @@
-"""LGST, the local-global student-teacher (paper section 3.3, METHOD.md section 3).
+"""LGST, the local-global student-teacher (paper section 3.3, docs/METHOD.md section 3).
 
 A teacher of fixed random projections of encoder features; a student with two heads, one imitating the teacher
 (*local*), one imitating the autoencoder (*global*); and EfficientAD's autoencoder, which imitates the teacher.
 Where they disagree, the image is unlike the training images.
+
+The networks come first, then the losses, in the paper's order. training/lgst_step.py has a faster form of the same losses.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import resize
-from models.light import LogColours
+from data.images import IMAGENET_MEAN, IMAGENET_STD
+from models.backbone import Encoder, Normalise, resize
+from models.prediction import MAP_SIZE
 
-MAP_SIZE = 64  # side of every feature and anomaly map
 QUANTILES = (0.9, 0.995)  # of the validation maps, mapped to 0 and 0.1
 _DECODER_SIZES = (3, 8, 15, 32, 63, 127)
 
@@ -129,12 +131,11 @@ class LGST(nn.Module):
     Args:
         encoder_channels: of the encoder's three maps.
         width, channels: of the student and of the teacher.
-        log_colours: student and autoencoder see images without their light (`models.light`), because the encoder does.
     """
 
-    def __init__(self, encoder_channels: tuple[int, int, int], width: int, channels: int, log_colours: bool = False):
+    def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
-        self.colours = LogColours() if log_colours else nn.Identity()
+        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)  # for student and autoencoder; an encoder brings its own
         self.teacher = Teacher(encoder_channels[1] + encoder_channels[2], channels)
         self.teacher.requires_grad_(False)
         self.local_st = Student(width, channels)
@@ -145,7 +146,7 @@ class LGST(nn.Module):
             self.register_buffer(f"q_{branch}_start", torch.tensor(0.0))
             self.register_buffer(f"q_{branch}_end", torch.tensor(1.0))
 
-    def start_fast(self) -> None:
+    def initialise_for_short_runs(self) -> None:
         """Draw all weights before a ReLU by He's rule instead of PyTorch's default: short runs learn several times faster."""
         heads = (self.local_st.conv_st, self.local_st.conv_ae, self.autoencoder.enconv6, self.autoencoder.deconv8)
         for part in (self.local_st, self.autoencoder):
@@ -154,25 +155,30 @@ class LGST(nn.Module):
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     nn.init.zeros_(module.bias)
 
-    def teach(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def teacher_features(self, maps: tuple[Tensor, ...]) -> Tensor:
         """The encoder's three maps -> normalised teacher features (B, channels, 64, 64)."""
-        return self.normalise_taught(self.teacher(features[1], features[2]))
+        return self.normalise_teacher(self.teacher(maps[1], maps[2]))
 
-    def normalise_taught(self, taught: Tensor) -> Tensor:
-        """Teacher features (B, channels, 64, 64), as they are -> with their mean and std over the training images taken off."""
-        return (taught - self.teacher_mean) / self.teacher_std
+    def normalise_teacher(self, features: Tensor) -> Tensor:
+        """Teacher features (B, channels, 64, 64) -> with their mean and std over the training images taken off."""
+        return (features - self.teacher_mean) / self.teacher_std
 
-    def differences(self, images: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Differences:
-        """Images and the encoder's maps of them -> where student, teacher and autoencoder disagree."""
-        seen = self.colours(images)
-        local, global_ = self.local_st(seen)
-        return Differences((self.teach(features) - local).square().mean(1),
-                           (self.autoencoder(seen) - global_).square().mean(1))
+    def differences(self, images: Tensor, maps: tuple[Tensor, ...]) -> Differences:
+        """RGB in 0..255 (B, 3, 256, 256) and the encoder's maps of it -> where student, teacher and autoencoder disagree."""
+        normalised = self.normalise(images)
+        local, global_ = self.local_st(normalised)
+        return Differences((self.teacher_features(maps) - local).square().mean(1),
+                           (self.autoencoder(normalised) - global_).square().mean(1))
 
     def anomaly_map(self, differences: Differences) -> Tensor:
         """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
         return (0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
                 + 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start))
+
+    @staticmethod
+    def scaled(anomaly_map: Tensor) -> Tensor:
+        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
+        return anomaly_map / 0.1
 
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
@@ -186,6 +192,38 @@ class LGST(nn.Module):
             getattr(self, f"q_{branch}_start").copy_(start)
             # Constant maps have no spread to scale by.
             getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)
+
+
+def losses(model: LGST, encoder: Encoder, images: Tensor, augmented: Tensor, penalty: Tensor,
+           hard_quantile: float) -> dict[str, Tensor]:
+    """The losses of one training step, to be added with weight 1, as plainly as the paper says them.
+
+    Args:
+        images: training images, (B, 3, 256, 256) RGB in 0..255, like all pictures here.
+        augmented: their colour-jittered views; none on steps that train the local head alone.
+        penalty: an ImageNet-like picture, (1, 3, 256, 256), or none, (0, 3, 256, 256).
+        hard_quantile: the local loss averages the differences at or over it.
+
+    Returns:
+        local: hard teacher-student difference; penalty: squared student output on the penalty picture; autoencoder:
+        teacher-autoencoder difference; global: autoencoder-student difference, the last two on the augmented views. 0 where
+        there is no such picture.
+    """
+    def teacher(pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.teacher_features(encoder(pictures))
+
+    local, _ = model.local_st(model.normalise(images))
+    difference = (teacher(images) - local).square()
+    found = {"local": difference[difference >= _quantile(difference.detach(), hard_quantile)].mean()}
+    nothing = local.new_zeros(())
+    found["penalty"] = model.local_st(model.normalise(penalty))[0].square().mean() if len(penalty) else nothing
+    if not len(augmented):
+        return found | {"autoencoder": nothing, "global": nothing}
+    decoded = model.autoencoder(model.normalise(augmented))
+    _, global_ = model.local_st(model.normalise(augmented))
+    return found | {"autoencoder": (teacher(augmented) - decoded).square().mean(),
+                    "global": (decoded - global_).square().mean()}
 
 
 def _quantile(values: Tensor, fraction: float) -> Tensor:

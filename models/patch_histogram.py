@@ -1,6 +1,6 @@
 """The patch histogram: does an image hold the usual amount of every component, in all and in each quarter?
 
-Paper section 3.3, METHOD.md section 2. A histogram is the area fraction of every class; the score is how far
+Paper section 3.3, docs/METHOD.md section 2. A histogram is the area fraction of every class; the score is how far
 (Mahalanobis) it lies from the histograms of good training images. `PatchHistogramDetector` computes it, for batches of
 any size and in every exported format; `fit_parameters` finds the numbers that it needs.
 
@@ -58,6 +58,17 @@ def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor) ->
     return torch.where(squared >= 0, squared, euclidean).sqrt()
 
 
+def whitening(inverse_covariance: Tensor) -> Tensor:
+    """W (n, n) with W^T W = the inverse covariance, so that a distance is the norm of W d: no difference of large numbers.
+
+    Where the matrix has clearly negative eigenvalues (only made-up ones have), ValueError.
+    """
+    values, vectors = torch.linalg.eigh((inverse_covariance + inverse_covariance.T).double() / 2)
+    if values.min() < -1e-6 * values.abs().max():
+        raise ValueError("the inverse covariance has negative eigenvalues")
+    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).to(inverse_covariance.dtype)
+
+
 class PatchHistogramDetector(nn.Module):
     """Label maps in, scores out; its buffers are the published ones.
 
@@ -73,6 +84,7 @@ class PatchHistogramDetector(nn.Module):
     def __init__(self, classes: int, background: bool = True):
         super().__init__()
         self.classes, self.background = classes, background
+        self.whitening: nn.ParameterList | None = None
         for name, size in (("hist", classes), ("patch_hist", QUARTERS * classes)):
             self.register_buffer(f"{name}_mean", torch.zeros(size, 1))
             self.register_buffer(f"{name}_invcov", torch.zeros(size, size))
@@ -80,12 +92,23 @@ class PatchHistogramDetector(nn.Module):
             self.register_buffer(f"{name}_val_mean", torch.tensor(0.0))
             self.register_buffer(f"{name}_val_std", torch.tensor(1.0))
 
+    def whiten(self) -> None:
+        """From now on take distances as norms of whitened differences, which float32 can do for near-singular covariances, too."""
+        try:
+            self.whitening = nn.ParameterList(nn.Parameter(whitening(inverse), requires_grad=False)
+                                              for inverse in (self.hist_invcov, self.patch_hist_invcov))
+        except ValueError:
+            self.whitening = None
+
     def distances(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> distances of the whole and of the quarters, (B,) each, not normalised."""
-        whole, quarters = label_histograms(labels, self.classes, self.background)
-        whole, quarters = whole.to(self.hist_mean.dtype), quarters.to(self.hist_mean.dtype)
-        return (mahalanobis(whole, self.hist_mean, self.hist_invcov),
-                mahalanobis(quarters, self.patch_hist_mean, self.patch_hist_invcov))
+        histograms = [one.to(self.hist_mean.dtype) for one in label_histograms(labels, self.classes, self.background)]
+        means, inverses = (self.hist_mean, self.patch_hist_mean), (self.hist_invcov, self.patch_hist_invcov)
+        if self.whitening is None:
+            return tuple(mahalanobis(*each) for each in zip(histograms, means, inverses))
+        # Products and a sum instead of a matrix product: see `mahalanobis`.
+        return tuple(((one - mean.view(1, -1))[:, None, :] * matrix).sum(2).square().sum(1).sqrt()
+                     for one, mean, matrix in zip(histograms, means, self.whitening))
 
     def forward(self, labels: Tensor) -> Tensor:
         """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""
@@ -97,7 +120,7 @@ class PatchHistogramDetector(nn.Module):
         """Take over what `fit_parameters` found, or a published ``{category}_patchhist_params.npz``.
 
         Args:
-            parameters: the six arrays named in METHOD.md section 2; means may be (n,) or (n, 1).
+            parameters: the six arrays named in docs/METHOD.md section 2; means may be (n,) or (n, 1).
             std_floor: see `fit_trimmed_z`.
 
         Raises:
@@ -119,12 +142,14 @@ class PatchHistogramDetector(nn.Module):
             getattr(self, f"{name}_val_std").fill_(std)
 
 
-def fit_parameters(train: Tensor, validation: Tensor, classes: int) -> dict[str, np.ndarray]:
-    """Fit the detector in float64 (METHOD.md section 2).
+def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float = 0.0) -> dict[str, np.ndarray]:
+    """Fit the detector in float64 (docs/METHOD.md section 2).
 
     Args:
         train, validation: label maps (N, 256, 256) of good images, uint8.
         classes: components and background.
+        floor: standard deviation added to every area fraction's own; 0 as published, where the pseudo-inverse does not look at
+            fractions that never vary in training.
 
     Returns:
         hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
@@ -135,6 +160,8 @@ def fit_parameters(train: Tensor, validation: Tensor, classes: int) -> dict[str,
     for name, fitted, judged in zip(("hist", "patch_hist"), train_histograms, validation_histograms):
         covariance = np.cov(fitted, rowvar=False).reshape(fitted.shape[1], -1) if len(fitted) > 1 else np.zeros(
             (fitted.shape[1],) * 2)
+        components = np.arange(fitted.shape[1]) % classes > 0
+        covariance[components, components] += floor**2
         mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
         inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
@@ -155,7 +182,7 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
 
     Returns:
         ``mean`` and ``std``, C fractions of the image each; ``quarter_mean`` and ``quarter_std``, 4 lists of C
-        fractions of each quarter, in METHOD.md's order.
+        fractions of each quarter, in docs/METHOD.md's order.
     """
     statistics = {}
     for name, title, groups in (("hist", "", 1), ("patch_hist", "quarter_", QUARTERS)):

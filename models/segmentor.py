@@ -1,19 +1,35 @@
-"""The component segmentor: a DeepLabV3+ style head over the frozen encoder (paper section 3.2, METHOD.md section 2).
+"""The component segmentor, a DeepLabV3+ style head over the frozen encoder, and its losses (paper section 3.2, docs/METHOD.md
+section 2).
 
-Module names follow the published checkpoints, so that their state dicts load as they are.
+Module names follow the published checkpoints, so that their state dicts load as they are. Of the losses, throughout: logits
+(B, C, H, W); probabilities their softmax over C; target (B, H, W) int64, values 0..C-1. Every loss is a scalar tensor, unweighted.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.backbone import resize
 
 ASPP_RATES = (6, 12, 18)
 REDUCED_SHARE = 3 / 16  # of the width: what is left of the encoder's first map (48 of 256)
+SMOOTH = 1e-5  # keeps logarithms and divisions finite, everywhere below
+
+
+class Weights(Protocol):
+    """What `losses` needs of the segmentor's settings."""
+
+    weight_ce: float
+    weight_focal: float
+    weight_dice: float
+    weight_histogram: float
+    weight_entropy: float
+    softmax_twice: bool
 
 
 class ConvBnRelu(nn.Module):
@@ -63,7 +79,7 @@ class Segmentor(nn.Module):
         output_size: side of the logits in pixels.
     """
 
-    def __init__(self, encoder_channels: tuple[int, int, int], width: int, classes: int, output_size: int = 256):
+    def __init__(self, encoder_channels: tuple[int, ...], width: int, classes: int, output_size: int = 256):
         super().__init__()
         shallow, _, deep = encoder_channels
         reduced = round(width * REDUCED_SHARE)
@@ -83,3 +99,75 @@ class Segmentor(nn.Module):
         context = resize(self.fc1(self.aspp(deep)), shallow.shape[-2:])
         logits = self.fc2(torch.cat([context, self.reduce(shallow)], dim=1))
         return resize(logits, (self.output_size, self.output_size))
+
+
+def cross_entropy(logits: Tensor, target: Tensor, softmax_twice: bool) -> Tensor:
+    """Cross-entropy, mean over pixels and images; as published, it takes the probabilities for logits."""
+    return F.cross_entropy(logits.softmax(1) if softmax_twice else logits, target)
+
+
+def focal_loss(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Mean of -(1 - q)^2 log q, q = probability of the (slightly smoothed) target."""
+    classes = probabilities.shape[1]
+    # sum over classes of t p, with t clamped to [low, high]: the target's own class gets high, all others low
+    low, high = SMOOTH / (classes - 1), 1 - SMOOTH
+    own = probabilities.gather(1, target[:, None]).squeeze(1)
+    q = low * (probabilities.sum(1) - own) + high * own + SMOOTH
+    return -((1 - q).square() * q.log()).mean()
+
+
+def balanced_dice_loss(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Dice loss whose class weights are inverse to the classes' pixels in the batch.
+
+    Classes absent from the batch weigh nothing; the published code gives them nearly all the weight.
+    """
+    classes = probabilities.shape[1]
+    one_hot = F.one_hot(target, classes).movedim(-1, 1).to(probabilities.dtype)
+    pixels = one_hot.sum((0, 2, 3))
+    weights = torch.where(pixels > 0, 1 / (pixels + SMOOTH), 0)
+    weights = weights / weights.sum()
+    overlap = (probabilities * one_hot).sum((2, 3))
+    size = probabilities.sum((2, 3)) + one_hot.sum((2, 3))
+    dice = (2 * overlap + SMOOTH) / (size + 2 * SMOOTH)
+    return (weights * (1 - dice)).mean()
+
+
+def histogram_loss(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Sum over the components of the difference in area fraction, averaged over images; background left out.
+
+    Args:
+        target: label maps of other images, with which `probabilities` only share the amount of each component.
+    """
+    classes = probabilities.shape[1]
+    usual = F.one_hot(target, classes).to(probabilities.dtype).mean((1, 2))
+    return (usual - probabilities.mean((2, 3)))[:, 1:].abs().sum(1).mean()
+
+
+def entropy_loss(probabilities: Tensor) -> Tensor:
+    """Mean over images, classes and pixels of -p log p: low where the segmentor has made up its mind."""
+    return -(probabilities * (probabilities + SMOOTH).log()).mean()
+
+
+def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, compared: Tensor, weights: Weights) -> dict[str, Tensor]:
+    """The losses of one step, weighted, to be added up.
+
+    Args:
+        logits, target: of the trusted images.
+        unlabelled: logits of the unlabelled images; (0, C, H, W) before the unsupervised losses join.
+        compared: label maps of random trusted images, as many as unlabelled ones.
+        weights: the segmentor's settings.
+
+    Returns:
+        ce, focal and dice of the trusted images; where there are unlabelled ones, their histogram, and the entropy of both.
+    """
+    probabilities = logits.softmax(1)
+    parts = {
+        "ce": weights.weight_ce * cross_entropy(logits, target, weights.softmax_twice),
+        "focal": weights.weight_focal * focal_loss(probabilities, target),
+        "dice": weights.weight_dice * balanced_dice_loss(probabilities, target),
+    }
+    if len(unlabelled):
+        free = unlabelled.softmax(1)
+        parts["histogram"] = weights.weight_histogram * histogram_loss(free, compared)
+        parts["entropy"] = weights.weight_entropy * (entropy_loss(probabilities) + entropy_loss(free))
+    return parts

@@ -13,7 +13,7 @@ import settings
 from errors import UserError
 from models.lgst import LGST, Autoencoder, Differences, Student
 from training import lgst as steps
-from training.lgst_batches import Lessons, PenaltyImages, draw, hard_mean, jitter_colour
+from training.lgst_step import Lessons, PenaltyImages, draw, hard_mean, jitter_colour
 
 CHANNELS = (6, 8, 10)
 

@@ -1,24 +1,146 @@
-"""Draw the next step's batch while this step computes."""
+"""The one owner of training loops: resuming, prefetching, Ctrl-C, the progress bar, and stopping where a loss is not finite.
+
+It knows nothing of networks: a stage writes its step in plain sight and asks the loop for the samples.
+
+    loop = TrainingLoop(steps, progress_file, used, "cup: train LGST", model=model, optimizer=optimizer)
+    for step, sample in loop.samples(draw):
+        losses = ...
+        loop.report(losses)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
-Drawn = TypeVar("Drawn")
+from torch import Tensor
+from tqdm import tqdm
+
+from data import files, records
+from errors import UserError
+
+SAVE_EVERY_SECONDS = 60
+LOOK_EVERY_STEPS = 10  # at the losses, which makes a GPU wait
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Sample = TypeVar("Sample")
 
 
-def draw_ahead(draw: Callable[[int], Drawn], first: int, last: int) -> Iterator[Drawn]:
-    """Yield ``draw(first)`` ... ``draw(last - 1)``, each drawn in a thread of its own one step early.
+class TrainingLoop:
+    """Steps from the last saved one, or from the start, to the end.
 
-    Reading, rendering and pasting pictures so hide behind the networks' work. A draw may depend on its step only: then
-    it matters not when it happens, and a resumed run sees what an uninterrupted one would have.
+    Args:
+        steps: of the whole training.
+        progress_file: an unfinished training; made anew every minute and on Ctrl-C.
+        used: everything that decides the result; a progress file made with something else is refused.
+        description: of the progress bar, beginning with the category.
+        lower: what to lower where training diverges, for example "--lgst.lr".
+        parts: networks and optimizers, whose states are saved and restored.
+
+    Attributes:
+        done: steps that are finished.
+
+    Raises:
+        UserError: the progress file is damaged, or was made with other settings or data.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="draw") as drawer:
-        waiting = drawer.submit(draw, first) if first < last else None
-        for step in range(first, last):
-            drawn = waiting.result()
-            if step + 1 < last:
-                waiting = drawer.submit(draw, step + 1)
-            yield drawn
+
+    def __init__(self, steps: int, progress_file: Path, used: dict[str, Any], description: str, lower: str, **parts: Any):
+        self.steps, self.progress_file, self.used, self.parts = steps, progress_file, used, parts
+        self.description, self.lower = description, lower
+        self.done = 0
+        self._losses: Mapping[str, Tensor] = {}
+        if progress_file.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        saved = files.read_state(self.progress_file)
+        changes = records.difference(saved.get("used", {}) if isinstance(saved, dict) else {}, self.used)
+        if changes:
+            raise UserError(f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
+                            "--overwrite starts over, another --workspace keeps both")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.done = saved["done"]
+
+    def _save(self) -> None:
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        files.write_state(self.progress_file, {"used": self.used, "done": self.done} | states)
+
+    def samples(self, draw: Callable[[int], Sample]) -> Iterator[tuple[int, Sample]]:
+        """Yield (step, ``draw(step)``) for every step that is left.
+
+        A draw happens in a thread of its own one step early, so that reading and pasting pictures hide behind the networks'
+        work. It may depend on its step only: then a resumed run sees what an uninterrupted one would have.
+
+        Raises:
+            UserError: a loss is not finite.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; progress is saved.
+        """
+        last_saved = time.monotonic()
+        with (interrupts_wait() as interrupted, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
+              tqdm(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar):
+            waiting = prefetch.submit(draw, self.done) if self.done < self.steps else None
+            for step in range(self.done, self.steps):
+                sample = waiting.result()
+                if step + 1 < self.steps:
+                    waiting = prefetch.submit(draw, step + 1)
+                yield step, sample
+                self.done = step + 1
+                bar.update()
+                if self.done % LOOK_EVERY_STEPS == 0 or self.done == self.steps:
+                    bar.set_postfix(self._look())
+                if interrupted() or time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                    self._look()
+                    self._save()
+                    last_saved = time.monotonic()
+                if interrupted():
+                    raise KeyboardInterrupt
+
+    def report(self, losses: Mapping[str, Tensor]) -> None:
+        """Hand over the losses of a step, to be shown and looked at now and then."""
+        self._losses = losses
+
+    def _look(self) -> dict[str, str]:
+        values = {name: float(loss) for name, loss in self._losses.items()}
+        if not all(map(math.isfinite, values.values())):
+            self.progress_file.unlink(missing_ok=True)  # nothing to go on from
+            raise UserError(f"{self.description}: diverged at step {self.done}, a loss is not finite "
+                            f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower {self.lower}")
+        return {name: f"{value:.3f}" for name, value in values.items()}
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C or SIGTERM, so that a training step is either done or not begun when progress is saved.
+
+    Yields a function that says whether one came; the loop asks it after every step. A second one ends the run at once.
+    A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = False
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        restore()

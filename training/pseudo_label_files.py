@@ -1,4 +1,4 @@
-"""What stage 2 reads of stage 1 (METHOD.md sections 1 and 2), and whether it fits the data set."""
+"""What stage 2 reads of stage 1 (docs/METHOD.md sections 1 and 2), and whether it fits the data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data import files, images, layouts
 from data.workspace import Workspace
 from errors import UserError
-from training.segmentor_batches import TrainingData
+from training.segmentor_step import TrainingData
 
 MADE_BY = "pseudo_label.py"
 
@@ -21,8 +21,8 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
     Raises:
         UserError: a file is missing or does not fit the data set.
     """
-    info = workspace.info(category.name)
-    trusted_file, histogram_file = info / "filtered_histogram_indices.npy", info / "filtered_component_histogram.npy"
+    labels = workspace.pseudo_labels(category.name)
+    trusted_file, histogram_file = labels.trusted, labels.histogram
     trusted = files.read_array(files.require(trusted_file, MADE_BY))
     histogram = files.read_array(files.require(histogram_file, MADE_BY))
     count = len(category.train)
@@ -40,15 +40,15 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
 
 def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> list[str]:
     """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
-    record = workspace.info(category.name) / "pseudo_label.json"
-    return files.read_json(record).get("stand_ins", []) if record.exists() else []
+    record = workspace.pseudo_labels(category.name).record
+    return files.read_json(record)["used"]["stand_ins"] if record.exists() else []
 
 
 def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,
                   classes: int) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
-    Where others left out background.jpg, what has no label counts as background, and that is said.
+    Where background.jpg was left out, what has no label counts as background, and that is said.
 
     Raises:
         UserError: a label map is missing, unreadable, or has a label that is no class.
@@ -58,7 +58,7 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
     backgrounds = np.zeros(labels.shape, bool)
     without_background = 0
     for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
-        folder = workspace.image_masks(category.name, category.train[index])
+        folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
         path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
         label_map = images.read_mask(path)
         if label_map.max() >= classes:
@@ -72,8 +72,8 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
     if without_background:
         print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
               "pseudo-label leaves out is taken as background")
-    others = np.setdiff1d(np.arange(len(train_images)), trusted)
-    return TrainingData(train_images, labels, backgrounds, trusted, others if len(others) else trusted)
+    unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
+    return TrainingData(train_images, labels, backgrounds, trusted, unlabelled if len(unlabelled) else trusted)
 
 
 def _to_side(picture: np.ndarray, side: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One training step of the segmentor: its random draws and its losses (paper section 3.2, METHOD.md section 2)."""
+"""A training step of the segmentor: its random draws, and what of it can be kept (paper section 3.2, docs/METHOD.md section 2)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from data.images import normalise
-from models.device import autocast, memory_format
+from models.backbone import Encoder
+from models.device import autocast, memory_format, send
+from models.segmentor import Segmentor, losses
 from settings import SegmentorSettings
-from training import losses
-from training.feature_cache import cache_room, send
+from training.feature_cache import FeatureCache
 from training.logical_synthesis import synthesise
 
 AUGMENTATION_PROBABILITY = 0.5  # of each pair: place (shift and scale, rotation), light (brightness and contrast)
 SHIFT = SCALE = 0.01  # of the side
 ROTATION = 2.0  # degrees
 BRIGHTNESS = CONTRAST = 0.05
-ENCODING_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -36,25 +34,25 @@ class TrainingData:
         labels: (N, 256, 256) uint8 pseudo-labels; only those of trusted images are looked at.
         backgrounds: (N, 256, 256) bool, where logical synthesis pastes nothing.
         trusted: indices of the images whose labels are trusted.
-        others: indices of the images for the unsupervised losses.
+        unlabelled: indices of the images for the unsupervised losses.
     """
 
     images: Tensor
     labels: np.ndarray
     backgrounds: np.ndarray
     trusted: np.ndarray
-    others: np.ndarray
+    unlabelled: np.ndarray
 
 
-class Draw(NamedTuple):
+class Sample(NamedTuple):
     """The random choices of one step, logical synthesis done."""
 
     images: Tensor  # (B, 3, 256, 256) uint8, trusted images with pasted components
     labels: Tensor  # (B, 256, 256) uint8, theirs
     movements: Tensor  # (B, 2, 3) float32, see `augment`
     light: Tensor  # (B, 2) float32, see `augment`
-    others: Tensor  # (B,) int64 indices of images for the unsupervised losses, or (0,) before these join
-    compared: Tensor  # (B,) int64 indices of the trusted images that the others' histograms are compared with
+    unlabelled: Tensor  # (B,) int64 indices of images for the unsupervised losses, or (0,) before these join
+    compared: Tensor  # (B,) int64 indices of the trusted images that their histograms are compared with
 
 
 class Batch(NamedTuple):
@@ -62,17 +60,17 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, 3, 256, 256) trusted, with logical synthesis and augmentation
     labels: Tensor  # (B, 256, 256) theirs
-    others: Tensor  # (B, 3, 256, 256) as they are, or (0, 3, 256, 256) before the unsupervised losses join
-    other_labels: Tensor  # (B, 256, 256) of random trusted images
-    other_features: tuple[Tensor, Tensor] | None  # the encoder's first and last map of the others, if they were kept
+    unlabelled: tuple[Tensor, ...]  # the encoder's maps at 1/4 and 1/16 of the unlabelled images; of none before they join
+    compared: Tensor  # (B, 256, 256) label maps of random trusted images
 
 
-def draw(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str, seed: int) -> Draw:
+def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str,
+                seed: int) -> Sample:
     """Make the random choices of one step, which depend on seed, category and step alone: a resumed run sees the same."""
     key = [seed, zlib.crc32(category.encode())]
     rng = np.random.default_rng([*key, step])
     images, labels, movements, light = [], [], [], []
-    for index in _take_turns(data.trusted, step, settings.batch_size, key):
+    for index in _shuffled(data.trusted, step, settings.batch_size, key):
         image, label = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
                                   data.backgrounds[index], rng, settings.paste_distance, settings.fill_holes)
         images.append(image.transpose(2, 0, 1))
@@ -80,45 +78,28 @@ def draw(data: TrainingData, settings: SegmentorSettings, step: int, unsupervise
         movements.append(_draw_movement(rng))
         light.append(_draw_light(rng))
     count = settings.batch_size if unsupervised else 0
-    others = rng.choice(data.others, count, replace=len(data.others) < count)
+    unlabelled = rng.choice(data.unlabelled, count, replace=len(data.unlabelled) < count)
     compared = rng.choice(data.trusted, count)
-    return Draw(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(movements)),
-                torch.tensor(light), torch.from_numpy(others).long(), torch.from_numpy(compared).long())
+    return Sample(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(movements)),
+                  torch.tensor(light), torch.from_numpy(unlabelled).long(), torch.from_numpy(compared).long())
 
 
-class Lessons:
-    """All training images and labels on the device, and what the encoder makes of those that are never changed.
+class Batches:
+    """All training labels on the device, and what the encoder makes of the images that are never changed.
 
     Args:
         description: of the progress bar.
     """
 
-    def __init__(self, data: TrainingData, encoder: nn.Module, device: torch.device, precision: str, description: str):
-        self.device = device
-        self.images, self.labels = data.images.to(device), torch.from_numpy(data.labels).to(device)
-        self._features: tuple[Tensor, Tensor] | None = None
-        others = torch.from_numpy(data.others).to(device)
-        sample = encode(encoder, self.images[others[:1]], precision)
-        needed = len(others) * sum(maps.nbytes for maps in sample)
-        if needed > cache_room(device):
-            return
-        kept = tuple(maps.new_empty(len(others), *maps.shape[1:]) for maps in sample)
-        for batch in tqdm(torch.arange(len(others)).split(ENCODING_BATCH), desc=description, leave=False):
-            for space, found in zip(kept, encode(encoder, self.images[others[batch]], precision)):
-                space[batch] = found
-        self._features = kept
-        self._row = torch.zeros(len(data.images), dtype=torch.int64, device=device)
-        self._row[others] = torch.arange(len(others), device=device)
+    def __init__(self, data: TrainingData, encoder: Encoder, device: torch.device, precision: str, description: str):
+        self.device, self.labels = device, torch.from_numpy(data.labels).to(device)
+        self.features = FeatureCache(lambda batch: encode(encoder, batch, precision), data.images.to(device),
+                                     torch.from_numpy(data.unlabelled).to(device), description)
 
-    def batch(self, drawn: Draw) -> Batch:
-        """Augment the drawn trusted images on the device and fetch the others."""
-        images, labels, movements, light, others, compared = (send(part, self.device) for part in drawn)
-        images, labels = augment(images, labels, movements, light)
-        known = None
-        if self._features is not None:
-            rows = self._row[others]
-            known = tuple(maps[rows] for maps in self._features)
-        return Batch(images, labels, self.images[others].float(), self.labels[compared].long(), known)
+    def batch(self, sample: Sample) -> Batch:
+        """Augment the drawn trusted images on the device and fetch the unlabelled ones."""
+        images, labels, movements, light, unlabelled, compared = (send(part, self.device) for part in sample)
+        return Batch(*augment(images, labels, movements, light), self.features[unlabelled], self.labels[compared].long())
 
 
 def augment(images: Tensor, labels: Tensor, movements: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,44 +122,27 @@ def augment(images: Tensor, labels: Tensor, movements: Tensor, light: Tensor) ->
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, images: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def encode(encoder: Encoder, images: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """The two of the encoder's maps that the segmentor looks at, at 1/4 and 1/16, of RGB images in 0..255."""
-    prepared = normalise(images).contiguous(memory_format=memory_format(precision))
     with autocast(images.device, precision):
-        shallow, _, deep = encoder(prepared)
+        shallow, _, deep = encoder(images.contiguous(memory_format=memory_format(precision)))
     return shallow, deep
 
 
-def weighted_losses(segmentor: nn.Module, encoder: nn.Module, batch: Batch, settings: SegmentorSettings,
-                    precision: str) -> dict[str, Tensor]:
-    """The losses of one step, weighted, to be added up.
+def step_losses(segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: SegmentorSettings,
+                precision: str) -> dict[str, Tensor]:
+    """`models.segmentor.losses` of one batch: one pass for trusted and unlabelled images, so that batch norm sees what it will
+    see in use.
 
     Args:
         precision: fp32 or bf16, what convolutions multiply in; losses are taken in float32.
-
-    Returns:
-        ce, focal and dice of the trusted images; where there are others, their histogram, and the entropy of both.
     """
     count = len(batch.images)
-    if batch.other_features is None:
-        shallow, deep = encode(encoder, torch.cat([batch.images, batch.others]), precision)
-    else:
-        shallow, deep = (torch.cat(maps) for maps in zip(encode(encoder, batch.images, precision), batch.other_features))
-    # One pass for both kinds of images: batch norm sees what it will see in use.
+    shallow, deep = (torch.cat(maps) for maps in zip(encode(encoder, batch.images, precision), batch.unlabelled))
     with autocast(batch.images.device, precision):
         logits = segmentor((shallow, None, deep))
     logits = logits.float()
-    probabilities = logits.softmax(1)
-    supervised, unsupervised = probabilities[:count], probabilities[count:]
-    parts = {
-        "ce": settings.weight_ce * losses.cross_entropy(logits[:count], batch.labels, settings.softmax_twice),
-        "focal": settings.weight_focal * losses.focal(supervised, batch.labels),
-        "dice": settings.weight_dice * losses.balanced_dice(supervised, batch.labels),
-    }
-    if len(unsupervised):
-        parts["histogram"] = settings.weight_histogram * losses.histogram(unsupervised, batch.other_labels)
-        parts["entropy"] = settings.weight_entropy * (losses.entropy(supervised) + losses.entropy(unsupervised))
-    return parts
+    return losses(logits[:count], batch.labels, logits[count:], batch.compared, settings)
 
 
 def learning_rate(settings: SegmentorSettings, step: int, steps: int) -> float:
@@ -187,14 +151,14 @@ def learning_rate(settings: SegmentorSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.final_lr_share + (1 - settings.final_lr_share) * left)
 
 
-def _take_turns(indices: np.ndarray, step: int, count: int, key: list[int]) -> list[int]:
+def _shuffled(indices: np.ndarray, step: int, count: int, key: list[int]) -> list[int]:
     """The indices of one step from endless shuffled epochs: each is seen before any is seen twice."""
-    chosen = []
+    drawn = []
     for position in range(step * count, (step + 1) * count):
         epoch, within = divmod(position, len(indices))
         # The 1 keeps this generator apart from those of the steps.
-        chosen.append(int(np.random.default_rng([*key, epoch, 1]).permutation(indices)[within]))
-    return chosen
+        drawn.append(int(np.random.default_rng([*key, epoch, 1]).permutation(indices)[within]))
+    return drawn
 
 
 def _draw_movement(rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,20 @@
+"""What a model says about a batch: one type, whatever runs the model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+MAP_SIZE = 64  # side of every anomaly map
+
+
+class Prediction(NamedTuple):
+    """Everything that a model knows about a batch; tensors inside a model, NumPy arrays from an engine.
+
+    K is the number of fused branches, in the order that the model's metadata names.
+    """
+
+    score: Any  # (B,) float32, the sum of branch_scores; higher = more anomalous
+    branch_scores: Any  # (B, K) float32, each branch's trimmed-z-normalised score
+    anomaly_map: Any  # (B, 64, 64) float32, the largest of branch_maps at each place
+    branch_maps: Any  # (B, K, 64, 64) float32, scaled so that of the validation maps' values 0.5 % lie over 1
+    label_map: Any  # (B, 256, 256) uint8 component index; 0 everywhere in a model without a segmentor
