@@ -1,16 +1,18 @@
-"""Stage 5: fuse the scores of both branches and report how well they detect and localise.
+"""Stage 5: fuse the scores of the branches and report how well they detect and localise.
 
-Reads anomaly_score/{category}_{patchhist,LGST}_{logi,struc,val}_score.npy, {category}_LGST_maps.npz and the ground truth.
-Writes score_combine_result.txt: for each category one line per branch and one for both together, logical then structural
-image AUROC in percent; everything else (averages, stand-ins, average precision, F1-max, pixel metrics and saturated
-per-region overlap) stands on lines of its own. The same numbers per category: anomaly_score/{category}_metrics.json.
+Reads anomaly_score/{category}_{patchhist,LGST,memory}_{logi,struc,val}_score.npy, the branches' maps and the ground truth.
+Writes score_combine_result.txt: for each category one line per branch and one for each sum, logical then structural
+image AUROC in percent; everything else (averages, stand-ins, average precision, F1-max, single defects, pixel metrics and
+saturated per-region overlap) stands on lines of its own. The same numbers per category: anomaly_score/{category}_metrics.json.
 """
 
 from __future__ import annotations
 
-from itertools import chain, combinations
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
@@ -19,28 +21,38 @@ from data.workspace import Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
 from evaluation.metrics import auroc, average_precision, f1_max, mean_known
-from evaluation.scores import BRANCHES, PARTS, digest_scores, normalised_scores
+from evaluation.scores import PAPER_BRANCHES, STAGES, Scores, by_split, digest_scores, normalised_scores, record_of, scored_branches
+from models.fusion import fuse
 
-COMBINATIONS = tuple(chain.from_iterable(combinations(BRANCHES, size) for size in (1, 2)))
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
-
-
-ANOMALIES = {kind.removesuffix("_anomalies"): (part, kind) for part, kind in PARTS.items()}
+ANOMALIES = {split.removesuffix("_anomalies"): split for split in (layouts.LOGICAL, layouts.STRUCTURAL)}
+Branches = tuple[str, ...]
 
 
 def main() -> None:
-    args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
+    args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
-    settings.check((category.name for category in categories), args)
-    with workspace.lock():
-        runs = []
-        for home in workspace.of_seeds(args.seeds).values():
-            runs.append(measure(categories, dataset, home))
+    fused = {category.name: settings.load(category.name, args.preset, settings.overrides(args)).fusion.branches
+             for category in categories}
+    places = workspace.of_seeds(args.seeds).values()
+    with ExitStack() as locks:
+        for place in {one.root: one for one in (workspace, *places)}.values():
+            locks.enter_context(place.lock())
+        runs, missing = [], []
+        for place in places:
+            runs.append({})
+            for category in tqdm(categories, desc="measure", unit="category", leave=False):
+                if not category.tested:
+                    missing.append(f"{category.name}: nothing to measure, there are no good test images")
+                    continue
+                runs[-1][category.name] = measure(category, place, fused[category.name])
+            if not runs[-1]:
+                raise UserError("; ".join(missing) + "; export_model.py and predict.py need none")
             for name, content in runs[-1].items():
-                files.write_json(home.metrics(name), content)
-            target, lines = home.combined_scores, table(runs[-1])
+                files.write_json(place.metrics(name), content)
+            target, lines = place.combined_scores, [*table(runs[-1]), *missing]
             files.write_text(target, "\n".join(lines) + "\n")
         if args.seeds:
             target, lines = workspace.over_seeds(target.stem), seeds.table(seeds.over_seeds(runs), args.seeds)
@@ -51,45 +63,68 @@ def main() -> None:
     print(f"\nwrote {target}")
 
 
-def measure(categories: list[layouts.Category], dataset: layouts.Dataset, workspace: Workspace) -> dict[str, dict]:
-    """Everything there is to measure in one workspace, by category."""
-    measured = {}
-    for category in tqdm(categories, desc="measure", unit="category", leave=False):
-        scores = normalised_scores(category, workspace)
-        measured[category.name] = {
-            "category": category.name, "dataset": dataset.root.name,
-            "stand_ins": sorted(used_stand_ins(category.name, workspace)), "measured": digest_scores(category, workspace),
-            "detection": {"+".join(branches): detection(category, [scores[branch] for branch in branches])
-                          for branches in COMBINATIONS},
-            "localisation": where(category, workspace)}
-    return measured
+def measure(category: layouts.Category, workspace: Workspace, fused: list[str]) -> dict[str, Any]:
+    """Everything there is to measure about one category."""
+    branches = scored_branches(category, workspace, fused)
+    scores = normalised_scores(category, workspace, branches)
+    fused = [branch for branch in branches if branch in fused]
+    return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused,
+            "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
+            "measured": digest_scores(category, workspace, branches),
+            "detection": {"+".join(some): detection(category, scores, some) for some in combinations(branches, fused)},
+            "defects": single_defects(category, scores, combinations(branches, fused)),
+            "localisation": {"+".join(some): where(category, workspace, some) for some in combinations(branches, fused)
+                             if len(some) == 1 or list(some) == fused}}
+
+
+def combinations(branches: list[str], fused: list[str]) -> list[Branches]:
+    """Whose sums are measured: the published three first, then further branches, what is fused, and all."""
+    paper = tuple(branch for branch in branches if branch in PAPER_BRANCHES)
+    found = [*((branch,) for branch in paper), paper, *((branch,) for branch in branches), tuple(fused), tuple(branches)]
+    return list(dict.fromkeys(some for some in found if some))
 
 
 def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
     return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
 
 
-def detection(category: layouts.Category, branches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+def detection(category: layouts.Category, scores: Scores, branches: Branches) -> dict[str, dict[str, float]]:
     """Image-level metrics of the sum of the branches' scores, logical and structural apart."""
-    good = len(category.test(layouts.GOOD))
-    found = {}
-    for name, (part, _) in ANOMALIES.items():
-        fused = sum(branch[part] for branch in branches)
-        found[name] = {"auroc": auroc(fused[:good], fused[good:]),
-                       "average_precision": average_precision(fused[:good], fused[good:]),
-                       "f1_max": f1_max(fused[:good], fused[good:])}
+    split_scores = fused_by_split(category, scores, branches)
+    good = split_scores[layouts.GOOD]
+    return {name: {"auroc": auroc(good, split_scores[split]), "average_precision": average_precision(good, split_scores[split]),
+                   "f1_max": f1_max(good, split_scores[split])} for name, split in ANOMALIES.items()}
+
+
+def fused_by_split(category: layouts.Category, scores: Scores, branches: Branches) -> dict[str, np.ndarray]:
+    parts = {part: fuse({branch: scores[branch][part] for branch in branches}, branches) for part in scores[branches[0]]}
+    return by_split(category, parts)
+
+
+def single_defects(category: layouts.Category, scores: Scores, sums: list[Branches]) -> dict[str, dict[str, Any]]:
+    """Image AUROC of each defect whose images are known by name, against all good images."""
+    found: dict[str, dict[str, Any]] = {}
+    for branches in sums:
+        split_scores = fused_by_split(category, scores, branches)
+        for kind, split in ANOMALIES.items():
+            names = [category.defect_of(split, path) for path in category.test(split)]
+            for name in sorted({name for name in names if name}):
+                values = split_scores[split][[one == name for one in names]]
+                entry = found.setdefault(name, {"kind": kind, "images": len(values), "auroc": {}})
+                entry["auroc"]["+".join(branches)] = auroc(split_scores[layouts.GOOD], values)
     return found
 
 
-def where(category: layouts.Category, workspace: Workspace) -> dict[str, dict]:
-    """Localisation by the anomaly maps, logical and structural apart; {"missing": why} where it cannot be measured."""
-    path = workspace.anomaly_maps(category.name)
-    if not path.exists():
-        return {"missing": f"{path.relative_to(workspace.root)} is missing; CSAD.py adds it without training again"}
-    maps = files.read_arrays(path)
+def where(category: layouts.Category, workspace: Workspace, branches: Branches) -> dict[str, dict]:
+    """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
+    for branch in branches:
+        path = workspace.anomaly_maps(category.name, branch)
+        if not path.exists():
+            return {"missing": f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"}
+    maps = localisation.fused_maps({branch: files.read_arrays(workspace.anomaly_maps(category.name, branch))
+                                    for branch in branches})
     try:
-        found = {name: localisation.measure(category, maps, kind) for name, (_, kind) in ANOMALIES.items()
-                 if category.test(kind)}
+        found = {name: localisation.measure(category, maps, split) for name, split in ANOMALIES.items() if category.test(split)}
     except UserError as problem:  # image-level figures are worth having without it
         return {"missing": str(problem)}
     return {name: {"spro": {str(limit): area for limit, area in measured.spro.items()},
@@ -98,53 +133,62 @@ def where(category: layouts.Category, workspace: Workspace) -> dict[str, dict]:
 
 
 def table(measured: dict[str, dict]) -> list[str]:
-    """The lines of score_combine_result.txt; METHOD.md section 4 fixes those of each category."""
+    """The lines of score_combine_result.txt; docs/METHOD.md section 4 fixes those of each category."""
     lines = []
     for name, content in measured.items():
         lines.append(f"{name.upper()}:")
-        for branches in COMBINATIONS:
-            found = content["detection"]["+".join(branches)]
-            lines.append(f"{branches} AUC: {found['logical']['auroc']:.3f} {found['structural']['auroc']:.3f}")
+        for branches, found in content["detection"].items():
+            lines.append(f"{tuple(branches.split('+'))} AUC: {found['logical']['auroc']:.3f} {found['structural']['auroc']:.3f}")
 
-    lines += ["", f"data set: {next(iter(measured.values()))['dataset']}"]
-    for branches in COMBINATIONS:
-        logical, structural = (mean_known([content["detection"]["+".join(branches)][kind]["auroc"]
-                                      for content in measured.values()]) for kind in ANOMALIES)
-        lines.append(f"average {branches} logical {logical:.3f} structural {structural:.3f} "
+    contents = list(measured.values())
+    lines += ["", f"data set: {contents[0]['dataset']}"]
+    for branches in [one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)]:
+        logical, structural = (mean_known([content["detection"][branches][kind]["auroc"] for content in contents])
+                               for kind in ANOMALIES)
+        lines.append(f"average {tuple(branches.split('+'))} logical {logical:.3f} structural {structural:.3f} "
                      f"mean {mean_known([logical, structural]):.3f}")
+    if len({tuple(content["fused"]) for content in contents}) == 1:
+        lines.append(f"fused by this preset: {', '.join(contents[0]['fused'])}")
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
 
-    both = "+".join(COMBINATIONS[-1])
-    columns = ("average precision", "F1-max")
-    lines += ["", "image level, both branches, in percent", f"{'':34}" + "".join(f"{column:>19}" for column in columns)]
-    for name, content in measured.items():
-        lines += [f"{name:22}{kind:12}{found['average_precision']:19.3f}{found['f1_max']:19.3f}"
-                  for kind, found in content["detection"][both].items()]
+    rows = [(name, kind, *(found[metric] for metric in ("average_precision", "f1_max")))
+            for name, content in measured.items()
+            for kind, found in content["detection"]["+".join(content["fused"])].items()]
+    lines += ["", "image level, fused branches, in percent", *_table(rows, ("", "", "average precision", "F1-max"))]
 
-    columns = ("pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
-    lines += ["", "localisation by LGST's anomaly maps, in percent (sPRO: area under the saturated per-region overlap up to "
-              "this false-positive rate)", f"{'':34}" + "".join(f"{column:>14}" for column in columns)]
-    rows: dict[str, list[list[float]]] = {kind: [] for kind in ANOMALIES}
+    rows = [(name, entry["kind"], defect, entry["images"], entry["auroc"]["+".join(content["fused"])])
+            for name, content in measured.items() for defect, entry in content["defects"].items()]
+    if rows:
+        lines += ["", "single defects, fused branches, image AUROC in percent",
+                  *_table(rows, ("", "", "defect", "images", "AUROC"))]
+
+    lines += ["", "localisation by the fused branches' maps, in percent (sPRO: area under the saturated per-region overlap up to "
+              "this false-positive rate)"]
+    rows, notes = [], []
     for name, content in measured.items():
-        if "missing" in content["localisation"]:
-            lines.append(f"{name:22}not measured: {content['localisation']['missing']}")
+        found = content["localisation"]["+".join(content["fused"])]
+        if "missing" in found:
+            notes.append(f"{name}: not measured: {found['missing']}")
             continue
-        for kind, found in content["localisation"].items():
-            rows[kind].append([found["pixel_auroc"], found["pixel_f1_max"], *found["spro"].values()])
-            lines.append(f"{name:22}{kind:12}" + "".join(f"{value:14.3f}" for value in rows[kind][-1]))
-    means = {kind: np.mean(values, axis=0) for kind, values in rows.items() if values}
+        rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()]
+    means = [("average", kind, *np.mean([row[2:] for row in rows if row[1] == kind], axis=0))
+             for kind in ANOMALIES if any(row[1] == kind for row in rows)]
     if means:
-        means["mean"] = np.mean(list(means.values()), axis=0)
-        lines += [f"{'average':22}{kind:12}" + "".join(f"{value:14.3f}" for value in mean) for kind, mean in means.items()]
-    return lines
+        means.append(("average", "mean", *np.mean([row[2:] for row in means], axis=0)))
+    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
+    return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
 
 
-def used_stand_ins(category: str, workspace: Workspace) -> set[str]:
+def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
+    return tabulate(rows, columns, tablefmt="plain", floatfmt=".3f").splitlines()
+
+
+def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
     """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
-    recorded = [path.with_suffix(".json") for path in (workspace.segmentor(category), workspace.lgst(category))]
-    return {name for path in recorded if path.exists() for name in files.read_json(path)["stand_ins"]}
+    recorded = [record_of(category, workspace, branch) for branch in branches]
+    return {name for path in recorded if path.exists() for name in files.read_json(path)["used"]["stand_ins"]}
 
 
 if __name__ == "__main__":

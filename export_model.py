@@ -1,6 +1,6 @@
 """Stage 4: fuse everything into one deployable model per category, and evaluate it.
 
-``--format torch`` puts segmentor, LGST and both normalisations together into ckpt/pytorch_models/{category}.pth, a
+``--format torch`` puts the fused branches and their normalisations together into ckpt/pytorch_models/{category}.pth, a
 state dict with the published keys. ``--format onnx`` folds that model into ckpt/onnx_models/{category}.onnx, and
 ``--format openvino`` turns this into ckpt/openvino_models/{category}.xml and .bin; another ``--precision`` than fp32 is
 in the file's name. Then, and alone with ``--inference_only``, every test image is scored: scores, AUROCs, milliseconds
@@ -14,22 +14,25 @@ import csv
 import io
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
 from data import files, images, layouts
 from data.workspace import Workspace
 from deploy import exporters, quantisation
-from deploy.assembly import fused_state
-from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, open_model
+from deploy.assembly import fused_state, sources, with_threshold
+from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
 from evaluation import seeds
 from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
+from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
 
 WARM_UP = 3  # images scored before the clock counts
@@ -43,10 +46,10 @@ IMPOSSIBLE = {
 
 
 def main() -> None:
-    parser = settings.with_seeds(settings.command_line(__doc__))
+    parser = settings.with_branches(settings.with_seeds(settings.command_line(__doc__)))
     parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always")
-    parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly map and label map, too")
+    parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too")
     parser.add_argument("--raw_input", action="store_true", help="onnx, openvino: take uint8 RGB and normalise inside")
     parser.add_argument("--inference_only", action="store_true", help="evaluate exported models, export nothing")
     args = parser.parse_args()
@@ -59,18 +62,21 @@ def main() -> None:
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
-    settings.check((category.name for category in categories), args)
-    device = choose_device(args.device)
-    with workspace.lock():
-        runs = [export_and_evaluate(categories, home, args, device) for home in workspace.of_seeds(args.seeds).values()]
-    if args.seeds and any(runs):
-        lines = seeds.table(seeds.over_seeds(runs), args.seeds)
-        files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
-        print("\n" + "\n".join(lines))
+    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    device = str(choose_device(args.device))
+    places = workspace.of_seeds(args.seeds).values()
+    with ExitStack() as locks:
+        for place in {one.root: one for one in (workspace, *places)}.values():
+            locks.enter_context(place.lock())
+        runs = [export_and_evaluate(categories, place, args, chosen, device) for place in places]
+        if args.seeds and any(runs):
+            lines = seeds.table(seeds.over_seeds(runs), args.seeds)
+            files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
+            print("\n" + "\n".join(lines))
 
 
 def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace, args: argparse.Namespace,
-                        device: torch.device) -> dict[str, dict[str, float]]:
+                        chosen: dict[str, settings.Settings], device: str) -> dict[str, dict[str, float]]:
     """One workspace, which is one seed; returns {category: AUROCs and milliseconds}."""
     reports = []
     for category in categories:
@@ -78,15 +84,15 @@ def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace
         if not args.inference_only:
             # Always from the newest artefacts: nothing to skip or resume here.
             {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
-                category, workspace, path, args, device)
+                category, workspace, path, args, chosen[category.name], device)
             print(f"{category.name}: wrote {path}")
         files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
         engine = open_model(path, device)
         exporters.require_category(engine.metadata, category.name, path)
         if not category.tested:
-            print(f"{category.name}: there is no folder {category.root / 'test' / layouts.GOOD}, so nothing to evaluate")
+            print(f"{category.name}: there are no good test images, so nothing to evaluate")
             continue
-        reports.append(evaluate(category, engine, workspace, args, device))
+        reports.append(evaluate(category, engine, workspace, args))
     if reports:
         write_report(reports, workspace)
     return {report["category"]: {name: report[name] for name in ("auroc_logical", "auroc_structural", "auroc_mean",
@@ -94,141 +100,174 @@ def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace
 
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                 device: torch.device) -> None:
-    files.write_state(path, fused_state(category.name, workspace, category.root.parent.name, args.precision))
+                 chosen: settings.Settings, device: str) -> None:
+    state = fused_state(category, workspace, chosen.fusion.branches, args.precision)
+    attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
+    files.write_state(path, state)
 
 
 def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                device: torch.device) -> None:
+                chosen: settings.Settings, device: str) -> None:
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
     exporters.require_category(exporters.metadata(state), category.name, source)
+    require_up_to_date(metadata(state), category, workspace, source, "torch")
     if args.precision != "int8":
         content = exporters.onnx_model(state, category.name, args.precision, args.with_map, args.raw_input)
-        files.write_bytes(path, content)
-        return
+    else:
+        plain = exporters.onnx_model(state, category.name, "fp32", args.with_map, args.raw_input)
+        known = OnnxEngine(plain, device).metadata
+        calibration = calibration_images(category, known)
 
-    content = exporters.onnx_model(state, category.name, "fp32", args.with_map, args.raw_input)
-    known = OnnxEngine(content, device).metadata
-    calibration = calibration_images(category, args.raw_input)
+        def build(kept: tuple[str, ...]) -> tuple[bytes, Engine]:
+            quantised = exporters.with_metadata(exporters.int8_onnx(plain, calibration, kept), known | {"precision": "int8"})
+            return quantised, OnnxEngine(quantised, device)
 
-    def build(kept: tuple[str, ...]) -> tuple[bytes, Engine]:
-        quantised = exporters.with_metadata(exporters.int8_onnx(content, calibration, kept), known | {"precision": "int8"})
-        return quantised, OnnxEngine(quantised, device)
-
-    quantised, noted = choose_int8(build, category, workspace, args, args.raw_input, device)
-    files.write_bytes(path, exporters.with_metadata(quantised, known | noted))
+        content, noted = choose_int8(build, category, TorchEngine(state, device), chosen, args.seed)
+        content = exporters.with_metadata(content, known | noted)
+    engine = OnnxEngine(content, device)
+    files.write_bytes(path, exporters.with_metadata(content, judged(engine.metadata, engine, category)))
 
 
 def export_openvino(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                    device: torch.device) -> None:
+                    chosen: settings.Settings, device: str) -> None:
     source = files.require(workspace.exported_model(category.name, "onnx"), "export_model.py --format onnx")
     known = OnnxEngine(source.read_bytes(), device).metadata
     exporters.require_category(known, category.name, source)
+    require_up_to_date(known, category, workspace, source, "onnx")
     for option in ("with_map", "raw_input"):
         if getattr(args, option) and not known[option]:
             raise UserError(f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first")
     model = exporters.openvino_model(source.read_bytes(), args.precision)
-    if args.precision != "int8":
-        exporters.write_openvino(model, path, known | {"precision": args.precision})
+    noted: dict[str, Any] = {"precision": args.precision}
+    if args.precision == "int8":
+        calibration, plain = calibration_images(category, known), model
+
+        def build(kept: tuple[str, ...]) -> tuple[object, Engine]:
+            quantised = exporters.int8_openvino(plain, calibration, kept)
+            exporters.note_metadata(quantised, known | {"precision": "int8"})
+            return quantised, OpenVinoEngine(quantised)
+
+        torch_model = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
+        model, noted = choose_int8(build, category, open_model(torch_model, device), chosen, args.seed)
+    exporters.note_metadata(model, known | noted)
+    exporters.write_openvino(model, path, judged(known | noted, OpenVinoEngine(model), category))
+
+
+def judged(known: dict[str, Any], engine: Engine, category: layouts.Category) -> dict[str, Any]:
+    """Metadata with the threshold that follows from the model's own scores of the validation images.
+
+    A published file without settings of ours keeps what it has: nobody knows its validation images.
+    """
+    paths = category.validation
+    scores = [engine.score(images.read_views([path], engine.size, "", known.get("white_level")))
+              for path in tqdm(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
+    return with_threshold(known, np.concatenate(scores), category.name)
+
+
+def require_up_to_date(known: dict[str, Any], category: layouts.Category, workspace: Workspace, source: Path,
+                       format_: str) -> None:
+    """Refuse to export an old training: the stages' files have to be those that the source was made of, where they are there.
+
+    Raises:
+        UserError: they have changed since.
+    """
+    if "made_of" not in known:  # a published file
         return
-
-    calibration = calibration_images(category, known["raw_input"])
-
-    def build(kept: tuple[str, ...]) -> tuple[object, Engine]:
-        quantised = exporters.int8_openvino(model, calibration, kept)
-        exporters.note_metadata(quantised, known | {"precision": "int8"})
-        return quantised, OpenVinoEngine(quantised)
-
-    quantised, noted = choose_int8(build, category, workspace, args, known["raw_input"], device)
-    exporters.write_openvino(quantised, path, known | noted)
+    try:
+        now = sources(category.name, workspace, known["branches"])
+    except UserError:
+        return  # only the exported model was brought here
+    if now != known["made_of"]:
+        raise UserError(f"{source} was made before the stages ran again; run export_model.py --format torch"
+                        f"{' and --format onnx' if format_ == 'onnx' else ''} first")
 
 
-def calibration_images(category: layouts.Category, raw_input: bool) -> np.ndarray:
+def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.ndarray:
     """Training images, evenly spread over the sorted list, as the model takes them."""
     paths = category.train
-    chosen = paths[::math.ceil(len(paths) / CALIBRATION_IMAGES)]
-    return prepared(images.load_images(chosen, settings.IMAGE_SIZE, f"{category.name}: read training images"), raw_input)
+    spread = paths[::math.ceil(len(paths) / CALIBRATION_IMAGES)]
+    views = images.read_views(spread, known["input_size"], f"{category.name}: read training images", known.get("white_level"))
+    return as_input(views, known)
 
 
-def choose_int8(build, category: layouts.Category, workspace: Workspace, args: argparse.Namespace, raw_input: bool,
-                device: torch.device) -> tuple[object, dict]:
+def choose_int8(build, category: layouts.Category, fp32: Engine, chosen: settings.Settings,
+                seed: int) -> tuple[Any, dict[str, Any]]:
     """Quantise as much as agrees with fp32; returns the model and what its metadata should say."""
-    source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
-    check = make_check(category, open_model(source, device), args, raw_input)
+    check = make_check(category, fp32, chosen.segmentor, seed)
     model, kept, agreement = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
     if not agreement.suffices:
         print(f"{category.name}: int8 changes the scores more than it should ({agreement}); judge it by the table below")
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": agreement._asdict()}
 
 
-def make_check(category: layouts.Category, fp32: Engine, args: argparse.Namespace, raw_input: bool) -> quantisation.Check:
+def make_check(category: layouts.Category, fp32: Engine, chosen: settings.SegmentorSettings, seed: int) -> quantisation.Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
-    chosen = settings.load(category.name, args.preset, settings.overrides(args)).segmentor
-    good = images.load_images(category.validation, settings.IMAGE_SIZE, f"{category.name}: read validation images")
-    rng = np.random.default_rng(args.seed)
-    made, scores = torch.empty_like(good), []
+    good = images.read_views(category.validation, fp32.size, f"{category.name}: read validation images",
+                             fp32.metadata.get("white_level"))
+    rng = np.random.default_rng(seed)
+    made, scores = np.empty_like(good), []
     for index, image in enumerate(good):
-        findings = fp32.findings(prepared(image[None], raw_input=False))
-        scores.append(findings.score)
+        found = fp32.predict(image[None])
+        scores.append(found.score)
+        factor = fp32.size // images.SIZE
+        label_map = np.kron(found.label_map[0], np.ones((factor, factor), np.uint8))
         # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
-        anywhere = np.zeros(findings.label_map.shape[1:], dtype=bool)
-        pasted, _ = synthesise(image.permute(1, 2, 0).numpy(), findings.label_map[0], anywhere, rng, chosen.paste_distance,
-                               chosen.fill_holes)
-        made[index] = torch.from_numpy(pasted.transpose(2, 0, 1).copy())
-    scores += [fp32.score(prepared(image[None], raw_input=False)) for image in made]
-    return quantisation.Check(prepared(torch.cat([good, made]), raw_input), np.concatenate(scores),
-                              np.arange(2 * len(good)) < len(good))
+        anywhere = np.zeros(label_map.shape, dtype=bool)
+        pasted, _ = synthesise(image.transpose(1, 2, 0), label_map, anywhere, rng, chosen.paste_distance, chosen.fill_holes)
+        made[index] = pasted.transpose(2, 0, 1)
+    scores += [fp32.score(image[None]) for image in made]
+    return quantisation.Check(np.concatenate([good, made]), np.concatenate(scores), np.arange(2 * len(good)) < len(good))
 
 
-def prepared(batch: torch.Tensor, raw_input: bool) -> np.ndarray:
-    """uint8 RGB (N, 3, 256, 256) as a model takes it."""
-    return (batch if raw_input else images.normalise(batch)).numpy()
+def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace) -> dict:
+    """Score every test image one by one, as a production line would; write the CSV and the JSON beside it.
 
-
-def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace,
-             device: torch.device) -> dict:
-    """Score every test image one by one, as a production line would; write the CSV and the JSON beside it."""
+    Raises:
+        UserError: a score is not finite.
+    """
     rows, seconds, preparing = [], [], []
-    scores: dict[str, list[float]] = {kind: [] for kind in layouts.SPLITS}
-    for kind, path in tqdm(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
+    scores: dict[str, list[float]] = {split: [] for split in layouts.SPLITS}
+    for split, path in tqdm(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
         start = time.perf_counter()
-        image = torch.from_numpy(images.read_rgb(path, settings.IMAGE_SIZE).transpose(2, 0, 1).copy())[None]
-        ready = prepared(image, engine.metadata.get("raw_input", False))
+        image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
         between = time.perf_counter()
-        score = float(engine.score(ready)[0])
+        score = float(engine.score(image)[0])
         seconds.append(time.perf_counter() - between)
         preparing.append(between - start)
-        scores[kind].append(score)
-        rows.append((path.relative_to(category.root).as_posix(), kind, repr(score)))
+        if not math.isfinite(score):
+            raise UserError(f"{category.name}: the {engine.runtime} model gives {path.name} a score that is not finite; "
+                            "export it again")
+        scores[split].append(score)
+        rows.append((path.relative_to(category.root).as_posix(), split, repr(score)))
 
     good = np.array(scores[layouts.GOOD])
-    logical, structural = (auroc(good, np.array(scores[kind])) for kind in (layouts.LOGICAL, layouts.STRUCTURAL))
+    logical, structural = (auroc(good, np.array(scores[split])) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
     target = workspace.evaluation(category.name, args.format, args.precision)
     report = {"category": category.name, "format": args.format, "precision": args.precision, "runtime": engine.runtime,
-              "ran_in": engine.precision, "auroc_logical": logical, "auroc_structural": structural,
+              "ran_in": engine.precision, "branches": engine.branches, "auroc_logical": logical, "auroc_structural": structural,
               "auroc_mean": mean_known([logical, structural]),
               "ms_per_image": _median_ms(seconds), "preprocessing_ms": _median_ms(preparing),
-              "largest_difference": largest_difference(rows, category, engine, workspace, args, device),
+              "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
               "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
-              "images": len(rows), "dataset": category.root.parent.name, "device": str(device),
+              "images": len(rows), "dataset": category.root.resolve().parent.name, "device": engine.device,
               "stand_ins": engine.metadata.get("stand_ins", []), "model": engine.metadata}
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("image", "kind", "score"))
+    writer.writerow(("image", "split", "score"))
     writer.writerows(rows)
     files.write_text(target, table.getvalue())
     files.write_json(target.with_suffix(".json"), report)
     return report
 
 
-def largest_difference(rows: list[tuple[str, str, str]], category: layouts.Category, engine: Engine,
-                       workspace: Workspace, args: argparse.Namespace, device: torch.device) -> float | None:
+def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspace: Workspace, category: str,
+                       args: argparse.Namespace) -> float | None:
     """Of any score from the torch fp32 model's, or None where that model, or its evaluation, is not at hand."""
     if (args.format, args.precision) == ("torch", "fp32"):
         return 0.0
-    reference = workspace.evaluation(category.name, "torch")
+    reference = workspace.evaluation(category, "torch")
     if not reference.exists() or not reference.with_suffix(".json").exists():
         return None
     evaluated = files.read_json(reference.with_suffix(".json"))["model"]
@@ -254,9 +293,7 @@ def write_report(reports: list[dict], workspace: Workspace) -> None:
 
 
 def table_of(reports: list[dict]) -> str:
-    """A Markdown table that reads in a terminal, too; an average where there are several categories of one kind."""
-    lines = [("category", "format", "precision", "ran in", "logical", "structural", "mean", "ms/image", "preprocessing ms",
-              "largest difference")]
+    """A Markdown table that reads in a terminal, too; an average where there are several categories of one format."""
     rows = list(reports)
     for kind in sorted({(one["format"], one["precision"]) for one in reports}):
         same = [one for one in reports if (one["format"], one["precision"]) == kind]
@@ -267,15 +304,11 @@ def table_of(reports: list[dict]) -> str:
                          "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
                          "largest_difference": None if None in differences else max(differences)}
                         | {name: mean_known(one[name] for one in same) for name in numbers})
-    for one in rows:
-        difference = one["largest_difference"]
-        found = [mean_known([one[name]]) for name in ("auroc_logical", "auroc_structural", "auroc_mean")]  # null is NaN
-        lines.append((one["category"], one["format"], one["precision"], one["ran_in"], *(f"{value:.3f}" for value in found),
-                      f"{one['ms_per_image']:.2f}",
-                      f"{one['preprocessing_ms']:.2f}", "not known" if difference is None else f"{difference:.2g}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    columns = {"category": "category", "format": "format", "precision": "precision", "ran_in": "ran in",
+               "auroc_logical": "logical", "auroc_structural": "structural", "auroc_mean": "mean", "ms_per_image": "ms/image",
+               "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
+    text = [tabulate([[_cell(name, one[name]) for name in columns] for one in rows], columns.values(), tablefmt="github",
+                     disable_numparse=True)]
     for one in reports:
         if one["precision"] == "int8":
             text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map, distances and "
@@ -284,6 +317,14 @@ def table_of(reports: list[dict]) -> str:
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     return "\n".join(text) + "\n"
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "largest_difference":
+        return "not known" if value is None else f"{value:.2g}"
+    if name.startswith("auroc"):
+        return f"{mean_known([value]):.3f}"  # null is NaN
+    return f"{value:.2f}" if name in ("ms_per_image", "preprocessing_ms") else value
 
 
 def _median_ms(seconds: list[float]) -> float:

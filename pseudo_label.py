@@ -6,7 +6,7 @@ each label they show, and the most ordinary ones of each group are trusted.
 
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
 datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
-others are used as they are. METHOD.md, section 1; proposals and maps have 256x256 pixels, like what the networks see.
+others are used as they are. docs/METHOD.md section 1; proposals and maps have 256x256 pixels, like what the networks see.
 
 --proposer says where the masks come from: grounded_sam (Grounding DINO and SAM-HQ, the method's own), sam (SAM-HQ alone),
 classical (image processing, no download), or auto: the first of them for which prompt and checkpoints are there.
@@ -15,6 +15,9 @@ classical (image processing, no download), or auto: the first of them for which 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -24,19 +27,19 @@ from tqdm import tqdm
 
 import settings
 from data import files, images, layouts, records
-from data.workspace import Workspace
+from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
-from models.backbone import Backbone, build_backbone
+from models.backbone import Backbone
 from models.device import choose_device
 from pseudo_labels import checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
 from standins.classical import ClassicalProposer
+from training.stage import agreed_backbone, run_jobs
 
 PICTURE = 640  # side of feature.png
 REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
 COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
-MASKS = ("grounding_mask", "grounding_background", "all_masks", "refined_masks")
 IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU gains nothing from more than one
 
 
@@ -52,35 +55,45 @@ def main() -> None:
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories)
+    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
     device = choose_device(args.device)
-    backbone = build_backbone(args.backbone, args.backbone_weights, workspace.checkpoints).to(device)
     with workspace.lock():
-        for category in categories:
-            chosen = settings.load(category.name, args.preset, settings.overrides(args)).pseudo_labels
-            proposer = choose_proposer(category.name, chosen, workspace.checkpoints, device, args.download)
-            label_category(category, workspace, chosen, proposer, backbone, device, args.seed, args.overwrite)
+        # Only cnn_image costs time; its network is left out where nobody asked for it.
+        with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
+        backbone = agreed_backbone(args, workspace, with_deepest).to(device)
+        run_jobs({category.name: partial(label_category, category, workspace, chosen[category.name], backbone, device, args)
+                  for category in categories})
 
 
-def label_category(category: layouts.Category, workspace: Workspace, chosen: settings.PseudoLabelSettings,
-                   proposer: Proposer, backbone: Backbone, device: torch.device, seed: int, overwrite: bool) -> None:
-    paths, info = category.train, workspace.info(category.name)
-    folders = [workspace.image_masks(category.name, path) for path in paths]
-    used = {"settings": chosen.model_dump(), "seed": seed, "proposer": proposer.name, "checkpoints": proposer.checkpoints,
-            "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
-            "train_images": records.digest_images(paths),
-            "stand_ins": ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
-            + ([f"backbone {backbone.name}"] if backbone.is_stand_in else [])}
-    outputs = [*(folder / "filtered_cluster_map.png" for folder in folders),
-               info / "filtered_component_histogram.npy", info / "filtered_histogram_indices.npy"]
-    record = info / "pseudo_label.json"
-    refuse_strangers(record, folders, outputs, overwrite)
-    if overwrite or not (record.exists() or all(path.exists() for path in outputs)):
-        proposer.load()  # before anything is taken away or noted: a bad checkpoint leaves everything as it was
-    if not records.begin(record, used, outputs, overwrite, made_on_the_way(folders)):
-        print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
-        return
-
-    # Only cnn_image costs time; it is left out where nobody asked for it.
+def label_category(category: layouts.Category, workspace: Workspace, all_settings: settings.Settings, backbone: Backbone,
+                   device: torch.device, args: argparse.Namespace) -> None:
+    chosen = all_settings.pseudo_labels
+    proposer = choose_proposer(category.name, chosen, workspace.downloads, device, args.download)
+    paths = category.train
+    used = {"settings": chosen.model_dump(), "images": all_settings.images.model_dump(), "proposer": proposer.name,
+            "checkpoints": proposer.checkpoints, **records.inputs(
+                paths, args.seed, backbone, [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
+    finished = workspace.pseudo_labels(category.name)
+    outputs = [*(finished.image(category.key(path)) / "filtered_cluster_map.png" for path in paths), finished.histogram,
+               finished.trusted]
+    record = records.Record(finished.record, used, outputs)
+    # Beside what is there, so that nothing finished is harmed before the new is complete.
+    labels = workspace.unfinished_pseudo_labels(category.name)
+    folders = [labels.image(category.key(path)) for path in paths]
+    begun = labels.root / "begun.json"
+    changes = records.difference(files.read_json(begun), json.loads(json.dumps(used))) if begun.exists() else []
+    if changes or not begun.exists() or record.path.exists():
+        refuse_unknown_files(record, [finished.image(folder.name) for folder in folders], args.overwrite)
+        if record.begin(args.overwrite) == records.SKIP:
+            print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
+            return
+    if changes:
+        if not args.overwrite:
+            raise UserError(f"{labels.root} holds work begun with something else ({'; '.join(changes[:4])}); --overwrite starts "
+                            "over, another --workspace keeps both")
+        shutil.rmtree(labels.root)
+    proposer.load()  # a bad checkpoint leaves everything as it was
+    files.write_json(begun, used)
     embedding = components.CropEmbedding(backbone.deepest, chosen.rotations).to(device) if (
         "cnn_image" in chosen.features) else None
     at_once = 1 if device.type == "cpu" else IMAGES_AT_ONCE
@@ -89,7 +102,8 @@ def label_category(category: layouts.Category, workspace: Workspace, chosen: set
         for first in range(0, len(paths), at_once):
             group = slice(first, first + at_once)
             if not all((folder / COMPONENTS).exists() for folder in folders[group]):
-                pictures = [images.read_rgb(path, settings.IMAGE_SIZE) for path in paths[group]]
+                pictures = [picture.transpose(1, 2, 0) for picture in images.read_small_views(
+                    paths[group], "", all_settings.images)]
                 label_maps = [refined_masks(picture, folder, proposer, chosen)
                               for picture, folder in zip(pictures, folders[group])]
                 for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):
@@ -103,9 +117,10 @@ def label_category(category: layouts.Category, workspace: Workspace, chosen: set
     if not len(image_of):
         raise UserError(f"{category.name}: no parts were found in any training image; parts should stand out from "
                         "their background by colour")
-    vectors, bandwidth = feature_space(category.name, features, len(paths), chosen, backbone, seed)
+    vectors, bandwidth = feature_space(category.name, features, len(paths), chosen, backbone, args.seed)
     found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
-                                       chosen.one_histogram_cluster, chosen.variants, chosen.twins)
+                                       chosen.one_histogram_cluster and not chosen.variants, chosen.variants,
+                                       chosen.lookalikes)
     if not found.filtered_histogram.shape[1]:
         raise UserError(f"{category.name}: clustering the {len(image_of)} components left no label (bandwidth "
                         f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
@@ -114,7 +129,10 @@ def label_category(category: layouts.Category, workspace: Workspace, chosen: set
         own = image_of == index
         save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
         save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))
-    save_info(info, used, features, vectors, image_of, bandwidth, found)
+    save_info(labels.info, used, features, vectors, image_of, bandwidth, found)
+    replace(finished, [*folders, labels.info])
+    record.finish()
+    shutil.rmtree(labels.root)
     print(f"{category.name}: {found.filtered_histogram.shape[1]} labels, {len(found.trusted)} of {len(paths)} images "
           f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}")
 
@@ -158,25 +176,29 @@ def choose_proposer(category: str, chosen: settings.PseudoLabelSettings, folder:
                                checkpoints.obtain_text_encoder(folder, download), device)
 
 
-def refuse_strangers(record: Path, folders: list[Path], outputs: list[Path], overwrite: bool) -> None:
+def refuse_unknown_files(record: records.Record, folders: list[Path], overwrite: bool) -> None:
     """Do not mix with files of unknown origin that are too few to be used as they are.
 
     Raises:
         UserError: there are some.
     """
-    missing = [path for path in outputs if not path.exists()]
-    if overwrite or record.exists() or not missing:
+    missing = [path for path in record.outputs if not path.exists()]
+    if overwrite or record.path.exists() or not missing:
         return
-    strangers = [path for folder in folders for path in folder.glob("*.png")]
-    if strangers:
-        raise UserError(f"{strangers[0]} was made by something else, and {missing[0]} is missing; complete those "
+    unknown = [path for folder in folders for path in folder.glob("*.png")]
+    if unknown:
+        raise UserError(f"{unknown[0]} was made by something else, and {missing[0]} is missing; complete those "
                         "pseudo-labels, or make new ones with --overwrite")
 
 
-def made_on_the_way(folders: list[Path]) -> list[Path]:
-    """What an earlier run may have left and --overwrite takes away: every file that decides later ones."""
-    return [folder / name for folder in folders
-            for name in (COMPONENTS, *(f"{mask}{twin}.png" for mask in MASKS for twin in ("", "_color")))]
+def replace(finished: PseudoLabels, folders: list[Path]) -> None:
+    """Put new folders in the place of old ones; label maps of test images, which stage 2 made, stay."""
+    finished.root.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        place = finished.root / folder.name
+        if place.exists():
+            shutil.rmtree(place)
+        folder.rename(place)
 
 
 def refined_masks(image: np.ndarray, folder: Path, proposer: Proposer, chosen: settings.PseudoLabelSettings) -> np.ndarray:
@@ -190,7 +212,7 @@ def refined_masks(image: np.ndarray, folder: Path, proposer: Proposer, chosen: s
 
 
 def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray | None, np.ndarray]:
-    """METHOD.md's order of operations: proposals -> candidate masks (N, H, W), if any were proposed, and label map (H, W)."""
+    """docs/METHOD.md's order of operations: proposals -> candidate masks (N, H, W), if any were proposed, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)
@@ -263,7 +285,7 @@ def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray | None
 
 
 def save_label_map(path: Path, labels: np.ndarray) -> None:
-    """Write a label map, and before it its twin for people."""
+    """Write a label map, and before it its preview in colour."""
     files.write_image(path.with_name(f"{path.stem}_color.png"), images.colour_labels(labels))
     files.write_image(path, labels)
 

@@ -13,9 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
+from PIL import Image
 
 from errors import DAMAGED, UserError
 
@@ -59,12 +58,11 @@ def _without_nan(content: Any) -> Any:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
-    if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    encoded, data = cv2.imencode(Path(path).suffix, image)
-    if not encoded:
-        raise ValueError(f"OpenCV cannot encode {path}")
-    write_bytes(path, data.tobytes())
+    buffer = io.BytesIO()
+    suffix = Path(path).suffix.lower()
+    kind, options = ("JPEG", {"quality": 95}) if suffix in (".jpg", ".jpeg") else ("PNG", {"compress_level": 3})
+    Image.fromarray(image).save(buffer, kind, **options)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
@@ -82,6 +80,8 @@ def write_arrays(path: str | Path, **arrays: np.ndarray) -> None:
 
 def write_state(path: str | Path, state: Any) -> None:
     """Write tensors and plain Python values with torch.save, so that ``read_state`` can read them back."""
+    import torch  # only here: scoring with an exported model works without it
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path, buffer.getvalue())
@@ -104,11 +104,13 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 def read_state(path: str | Path) -> Any:
     """Read tensors and plain values on the CPU; a file that holds anything executable is refused."""
+    import torch
+
     with _named_mistakes(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_checkpoint(module: torch.nn.Module, path: str | Path) -> dict[str, Any]:
+def load_checkpoint(module: Any, path: str | Path) -> dict[str, Any]:
     """Load the weights of a stage's checkpoint into ``module``; returns all that the file holds.
 
     Raises:

@@ -56,6 +56,10 @@ class Category:
         """A name of an image that is unique within its list, for output files."""
         return path.stem
 
+    def defect_of(self, split: str, path: Path) -> str | None:
+        """The name of the defect that a test image shows, where it is known."""
+        return None
+
     @property
     def defects_config(self) -> Path:
         return self.root / "defects_config.json"

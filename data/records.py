@@ -74,7 +74,7 @@ class Record:
         files.write_json(self.path, {"used": self.used, "scored": self.scored, "outputs": self._digests()})
 
     def _digests(self) -> dict[str, str | None]:
-        return {path.name: digest(path) if path.exists() else None for path in self.outputs}
+        return {_name(path): digest(path) if path.exists() else None for path in self.outputs}
 
     def _checkpoint_made_by(self) -> dict[str, Any] | None:
         if self.checkpoint is None or not self.checkpoint.exists():
@@ -133,7 +133,7 @@ def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path
             raise UserError(f"{path.with_suffix('').name}: the {name.replace('_', ' ')} images are not those that {stage} saw; "
                             f"run {stage} again")
     for one in read:
-        if one.name in noted["outputs"] and noted["outputs"][one.name] != digest(one):
+        if noted["outputs"].get(_name(one), digest(one)) != digest(one):
             raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
     return noted
 
@@ -166,6 +166,10 @@ def digest_images(paths: Sequence[Path]) -> str:
     """A digest of an image list by names and contents: changes when an image comes, goes, or is replaced."""
     listing = "\n".join(f"{path.name} {digest(path)}" for path in paths)
     return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def _as_json(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,85 +1,156 @@
-"""Put what the stages made together into one model (METHOD.md section 4)."""
+"""Put what the stages made together into one model (docs/METHOD.md section 4)."""
 
 from __future__ import annotations
 
 import platform
-from collections import OrderedDict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from data import files
-from data.images import IMAGENET_MEAN, IMAGENET_STD
+from data import files, layouts, records
+from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
 from data.workspace import Workspace
 from errors import UserError
-from models.backbone import fingerprint
-from models.fused import METADATA_KEY, attach_metadata, from_state
-from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
+from models.backbone import empty_encoder, fingerprint
+from models.fused import STATISTICS, FusedModel, attach_metadata, from_state, published_state
+from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_trimmed_z
+from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector, area_statistics
+from models.patch_memory import PatchMemory
+from models.segmentor import Segmentor
 
-INPUT_SIZE = 256
-FALSE_POSITIVES = 0.01  # share of good images over the suggested threshold
-_PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
+STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}
+KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows"}  # by which a checkpoint is known
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
-def fused_state(category: str, workspace: Workspace, dataset: str, precision: str = "fp32") -> dict:
+def checkpoints(category: str, workspace: Workspace, branches: list[str]) -> dict[str, Path]:
+    """The checkpoint of each branch."""
+    places = {"patchhist": workspace.segmentor(category), "LGST": workspace.lgst(category), "memory": workspace.memory(category)}
+    return {branch: places[branch] for branch in branches}
+
+
+def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[str, str]:
+    """Digests of the files that a fused model is made of, by name.
+
+    Raises:
+        UserError: one is missing; names the stage that makes it.
+    """
+    paths = [(path, STAGES[branch]) for branch, path in checkpoints(category, workspace, branches).items()]
+    paths += [(workspace.scores(category, branch, "val"), STAGES[branch]) for branch in branches]
+    if "patchhist" in branches:
+        paths.append((workspace.patch_histogram_parameters(category), STAGES["patchhist"]))
+    return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
+
+
+def fused_state(category: layouts.Category, workspace: Workspace, branches: list[str], precision: str = "fp32") -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
-        dataset: name of the data set that the stages worked on, for the metadata.
+        branches: which to fuse.
         precision: in which the model is to run; the weights stay in fp32.
 
     Raises:
-        UserError: an artefact is missing (named, with the stage that makes it), or two do not belong together.
+        UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
+            belong together.
     """
-    segmentor = files.read_state(files.require(workspace.segmentor(category), "train_segmentor.py"))
-    lgst = files.read_state(files.require(workspace.lgst(category), "CSAD.py"))
-    fitted = files.require(workspace.patch_histogram_parameters(category), "train_segmentor.py")
-    parameters = files.read_arrays(fitted)
-    lgst_scores = files.read_array(files.require(workspace.scores(category, "LGST", "val"), "CSAD.py"))
-    histogram_scores = files.read_array(files.require(workspace.scores(category, "patchhist", "val"), "train_segmentor.py"))
-    for path, content, key in ((workspace.segmentor(category), segmentor, "fc2.conv3.weight"),
-                               (workspace.lgst(category), lgst, "local_st.conv_st.weight")):
-        if not (isinstance(content, dict) and {"state", "meta"} <= content.keys() and key in content["state"]):
+    name, made_of = category.name, sources(category.name, workspace, branches)
+    saved = {}
+    for branch, path in checkpoints(name, workspace, branches).items():
+        saved[branch] = files.read_state(path)
+        if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
+                and KEYS[branch] in saved[branch]["state"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
-    backbone, trained_on = lgst["meta"]["backbone"], lgst["meta"]["backbone_fingerprint"]
-    if trained_on != segmentor["meta"]["backbone_fingerprint"]:
-        raise UserError(f"{category}: segmentor and LGST were trained on different backbones "
-                        f"({segmentor['meta']['backbone']}, {backbone}); run train_segmentor.py and CSAD.py with the "
-                        "same --backbone and --backbone_weights")
-
-    classes = segmentor["state"]["fc2.conv3.weight"].shape[0]
-    detector = PatchHistogramDetector(classes)
+        records.require_current(path.with_suffix(".json"), {"train_images": records.digest_images(category.train)},
+                                [path, workspace.scores(name, branch, "val")], STAGES[branch])
+    _require_same(name, saved)
+    meta = saved[branches[0]]["meta"]
+    encoder = empty_encoder(meta["backbone"])
+    segmentor = detector = lgst = memory = parameters = None
+    if "patchhist" in branches:
+        classes, width = saved["patchhist"]["state"]["fc2.conv3.weight"].shape[:2]
+        fitted = workspace.patch_histogram_parameters(name)
+        parameters = files.read_arrays(fitted)
+        segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
+        try:
+            detector.load_parameters(parameters)
+        except ValueError as problem:
+            raise UserError(f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
+                            "run train_segmentor.py --overwrite") from problem
+    if "LGST" in branches:
+        channels, width = saved["LGST"]["state"]["local_st.conv_st.weight"].shape[:2]
+        lgst = LGST(encoder.channels, width, channels)
+    if "memory" in branches:
+        rows, channels = saved["memory"]["state"]["rows"].shape
+        memory = PatchMemory(channels, rows, saved["memory"]["meta"]["settings"]["score_share"])
+    size = meta["images"]["size"] if memory is not None else SIZE
+    model = FusedModel(encoder, segmentor, detector, lgst, memory, size)
     try:
-        detector.load_parameters(parameters)
-    except ValueError as problem:
-        raise UserError(f"{fitted} does not fit {workspace.segmentor(category)}: {problem}; "
-                        "run train_segmentor.py --overwrite") from problem
-
-    parts = {f"encoder.{key}": value for key, value in lgst["encoder"].items()} | lgst["state"]
-    parts |= {f"segmentor.{key}": value for key, value in segmentor["state"].items()}
-    parts |= {f"patch_hist_detector.{key}": value for key, value in detector.state_dict().items()}
-    fused_scores = 0.0
-    for branch, scores in (("lgst", lgst_scores), ("patch_hist", histogram_scores)):
-        mean, std = fit_trimmed_z(scores, EXPORTED_STD_FLOOR)
-        parts |= {f"{branch}_mean": torch.tensor(mean).float(), f"{branch}_std": torch.tensor(std).float()}
-        fused_scores = fused_scores + apply_trimmed_z(scores, mean, std)
-
-    state = OrderedDict(parts)
-    state._metadata = OrderedDict()
+        encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
+        for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
+            if module is not None:
+                module.load_state_dict(saved[branch]["state"])
+    except RuntimeError as problem:
+        raise UserError(f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
+                        "make them again with --overwrite") from problem
+    for branch in branches:
+        mean, std = fit_trimmed_z(files.read_array(workspace.scores(name, branch, "val")), EXPORTED_STD_FLOOR)
+        getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
+        getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
+    state = published_state(model)
+    require_finite(state, name)
     attach_metadata(state, {
-        "category": category, "dataset": dataset, "classes": classes, "input_size": INPUT_SIZE,
-        "raw_input": False, "with_map": True, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
-        "precision": precision, "backbone": backbone, "backbone_fingerprint": trained_on,
-        "stand_ins": sorted({*segmentor["meta"]["stand_ins"], *lgst["meta"]["stand_ins"]}),
-        "training": {"segmentor": segmentor["meta"], "lgst": lgst["meta"]},
-        "validation_scores": sorted(fused_scores.tolist()),
-        "threshold": float(np.quantile(fused_scores, 1 - FALSE_POSITIVES)),
-        "histogram": area_statistics(parameters, classes), "versions": versions()})
-    model = from_state(state)  # refuses parts that do not fit together before anything is written
-    state._metadata[METADATA_KEY]["weights"] = fingerprint(model)
+        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "input_size": size,
+        "white_level": meta["images"]["white_level"], "raw_input": False, "with_map": True,
+        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
+        "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],
+        "stand_ins": sorted({stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}),
+        "training": {branch: one["meta"] for branch, one in saved.items()}, "made_of": made_of,
+        "weights": fingerprint(model), "versions": versions()}
+        | ({"classes": classes, "histogram": area_statistics(parameters, classes)} if parameters is not None else {})
+        | ({"memory_score_share": memory.score_share} if memory is not None else {}))
+    from_state(state)  # refuses parts that do not fit together before anything is written
     return state
+
+
+def with_threshold(known: dict[str, Any], validation_scores: np.ndarray, category: str) -> dict[str, Any]:
+    """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    if not np.isfinite(validation_scores).all():
+        raise UserError(f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
+                        "train the stages again")
+    threshold = choose_threshold(validation_scores)
+    return known | {"validation_scores": sorted(float(score) for score in validation_scores),
+                    "threshold": threshold.value, "threshold_rate": threshold.promised, "threshold_words": threshold.words}
+
+
+def require_finite(state: dict[str, torch.Tensor], name: str) -> None:
+    """Refuse a model with numbers that are not finite: it could call every image normal.
+
+    Raises:
+        UserError: names the first tensor that has one.
+    """
+    for key, values in state.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise UserError(f"{name}: {key} holds numbers that are not finite, so the model is not exported; train its stage "
+                            "again with --overwrite")
+
+
+def _require_same(name: str, saved: dict[str, dict]) -> None:
+    (first, one), *others = saved.items()
+    for branch, other in others:
+        for what, words in (("backbone_fingerprint", "backbones"), ("train_images", "training images"),
+                            ("images", "views of the images")):
+            if one["meta"][what] != other["meta"][what]:
+                told = f" ({one['meta']['backbone']}, {other['meta']['backbone']})" if words == "backbones" else ""
+                raise UserError(f"{name}: {STAGES[first]} and {STAGES[branch]} were run on different {words}{told}; run both "
+                                "with the same options and data")
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Exported models behind one interface: give them images, get scores.
+"""Exported models behind one interface: give them images, get predictions.
 
-    engine = open_model(Path("ckpt/onnx_models/screw_bag.onnx"), torch.device("cpu"))
-    engine.score(images)
+    engine = open_model(Path("ckpt/onnx_models/screw_bag.onnx"), "cpu")
+    engine.predict(images)
 
-A new runtime is one class that fills in `Engine`, and a line in ``open_model``.
+Each engine imports its runtime when it is made: ONNX and OpenVINO models need no PyTorch. A new runtime is one class that fills
+in `Engine`, and a line in ``open_model``.
 """
 
 from __future__ import annotations
@@ -18,32 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from data import files
-from deploy.folded import FoldedModel, Maps
+from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
 from errors import UserError
-from models.fused import from_state, metadata
+from models.prediction import Prediction
 
 Result = TypeVar("Result")
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INPUT_SIZE = 256
+PAPER_BRANCHES = ["patchhist", "LGST"]  # of published files, which do not say
 _OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-class Findings(NamedTuple):
-    """What a model says about a batch; score = lgst_score + patch_histogram_score."""
-
-    score: np.ndarray  # (B,) float32, higher = more anomalous
-    lgst_score: np.ndarray  # (B,) float32 normalised share of the score
-    patch_histogram_score: np.ndarray  # (B,) float32 normalised share of the score
-    anomaly_map: np.ndarray  # (B, 256, 256) float32
-    label_map: np.ndarray  # (B, 256, 256) uint8 component index
 
 
 class Engine(ABC):
@@ -52,79 +41,108 @@ class Engine(ABC):
     Attributes:
         runtime: torch, onnxruntime or openvino.
         precision: in which the networks really run; sensitive parts (label map, distances, score) run in fp32 always.
+        device: where it really runs.
         metadata: what the file says about itself (see `deploy.assembly.fused_state`); empty for published files.
     """
 
     runtime: str
     precision: str
+    device: str
     metadata: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the images that the model takes."""
+        return self.metadata.get("input_size", SIZE)
+
+    @property
+    def branches(self) -> list[str]:
+        """Names of the fused branches, in the order of the predictions."""
+        return self.metadata.get("branches", PAPER_BRANCHES)
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether `predict` can be called; a model exported without maps gives scores only."""
+        return self.metadata.get("with_map", True)
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """Score a batch.
 
         Args:
-            images: (B, 3, 256, 256) RGB, float32 and ImageNet-normalised, or uint8 for a model with raw input.
+            images: (B, 3, size, size) uint8 RGB.
 
         Returns:
-            (B,) float32, higher = more anomalous.
+            (B,) float32, higher = more anomalous. Not finite where the model failed: that is for the caller to judge.
 
         Raises:
             UserError: the images are of another size or type than the model was exported for.
         """
-        return self._run(self._checked(images), maps=False)[0]
+        return self._run(self._prepared(images), maps=False)[0]
 
-    def findings(self, images: np.ndarray) -> Findings:
+    def predict(self, images: np.ndarray) -> Prediction:
         """Score a batch and say where and why; arguments and errors as in `score`.
 
         Raises:
             UserError: the model was exported without maps.
         """
-        if not self.metadata.get("with_map", True):
+        if not self.has_maps:
             raise UserError(f"this {self.runtime} model was exported without maps; export it again with --with_map")
-        maps = Maps(*self._run(self._checked(images), maps=True))
-        return Findings(maps.score, maps.lgst_score, maps.patch_histogram_score, maps.anomaly_map, maps.label_map)
+        return Prediction(*self._run(self._prepared(images), maps=True))
 
     @abstractmethod
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        """The score alone, or all of `Maps`, in that order."""
+        """The score alone, or all of `Prediction`, in that order."""
 
-    def _checked(self, images: np.ndarray) -> np.ndarray:
-        size = self.metadata.get("input_size", INPUT_SIZE)
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(f"this model was exported for images of shape (B, 3, {size}, {size}), got {images.shape}")
-        wanted = np.uint8 if self.metadata.get("raw_input", False) else np.float32
-        if images.dtype != wanted:
-            raise UserError(f"this model takes {np.dtype(wanted).name} images "
-                            f"({'0..255 RGB' if wanted is np.uint8 else 'ImageNet-normalised RGB'}), got {images.dtype.name}")
-        return np.ascontiguousarray(images)
+    def _prepared(self, images: np.ndarray) -> np.ndarray:
+        if images.ndim != 4 or images.shape[1:] != (3, self.size, self.size) or images.dtype != np.uint8:
+            raise UserError(f"this model takes uint8 RGB images of shape (B, 3, {self.size}, {self.size}), got "
+                            f"{images.dtype.name} {images.shape}")
+        return np.ascontiguousarray(as_input(images, self.metadata))
+
+
+def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
+    """uint8 RGB (B, 3, size, size) as a model's graph takes it: as it is, or float32 and ImageNet-normalised."""
+    if metadata.get("raw_input", False):
+        return images
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.astype(np.float32) / 255 - mean) / std
 
 
 class TorchEngine(Engine):
     """A fused state dict, published or ours, folded and run by PyTorch.
 
+    Args:
+        state: what `files.read_state` gives.
+        device: a name of PyTorch's.
+
     Raises:
-        UserError: the file is missing, damaged, or no CSAD model.
+        UserError: it is no CSAD model.
     """
 
     runtime = "torch"
 
-    def __init__(self, path: Path, device: torch.device):
-        state = files.read_state(path)
+    def __init__(self, state: dict, device: str):
+        torch = require_package("torch")
+        from deploy.folded import FoldedModel
+        from models.fused import from_state, metadata
+
         self.metadata = metadata(state)
-        self.device = device
-        wanted = self.metadata.get("precision", "fp32")
+        self.torch, self.device = torch, device
+        asked = self.metadata.get("precision", "fp32")
         # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
-        self.precision = "fp32" if wanted == "fp16" and device.type == "cpu" else wanted
-        model = FoldedModel(from_state(state), dtype=DTYPES[self.precision])
+        self.precision = "fp32" if asked == "fp16" and device.startswith("cpu") else asked
+        model = FoldedModel(from_state(state), raw_input=self.metadata.get("raw_input", False),
+                            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision])
         self.model = model.to(device, memory_format=torch.channels_last)
-        if device.type == "cpu":
+        if device.startswith("cpu"):
             keep_freed_memory()
 
-    @torch.inference_mode()
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        batch = torch.from_numpy(images).to(self.device, memory_format=torch.channels_last)
-        found = self.model.analyse(batch)
-        return tuple(values.cpu().numpy() for values in (found if maps else found[:1]))
+        with self.torch.inference_mode():
+            batch = self.torch.from_numpy(images).to(self.device, memory_format=self.torch.channels_last)
+            found = self.model.analyse(batch)
+            return tuple(values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
+                         for values in (found if maps else found[:1]))
 
 
 class OnnxEngine(Engine):
@@ -140,11 +158,11 @@ class OnnxEngine(Engine):
 
     runtime = "onnxruntime"
 
-    def __init__(self, model: bytes, device: torch.device):
+    def __init__(self, model: bytes, device: str):
         onnxruntime = require_package("onnxruntime")
         providers = ["CPUExecutionProvider"]
-        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+        if device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -153,12 +171,13 @@ class OnnxEngine(Engine):
             raise UserError(f"onnxruntime cannot run this model ({_first_line(problem)}); export it again with "
                             "export_model.py --format onnx") from problem
         self.metadata = _decoded(self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), "ONNX")
+        self.device = self.session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         self.precision = self.metadata.get("precision", "fp32")
-        if self.precision == "fp16" and self.session.get_providers()[0] == "CPUExecutionProvider":
+        if self.precision == "fp16" and self.device == "cpu":
             self.precision = "fp32 (weights in fp16)"  # its CPU kernels cast
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        return tuple(self.session.run(list(Maps._fields if maps else Maps._fields[:1]), {"images": images}))
+        return tuple(self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images}))
 
 
 class OpenVinoEngine(Engine):
@@ -174,6 +193,7 @@ class OpenVinoEngine(Engine):
     """
 
     runtime = "openvino"
+    device = "cpu"
 
     def __init__(self, model: Any):
         openvino = require_package("openvino")
@@ -191,28 +211,29 @@ class OpenVinoEngine(Engine):
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
         found = in_openvino_thread(self.request.infer, {"images": images})
-        return tuple(found[name].copy() for name in (Maps._fields if maps else Maps._fields[:1]))
+        return tuple(found[name].copy() for name in (Prediction._fields if maps else Prediction._fields[:1]))
 
 
-def open_model(path: Path, device: torch.device) -> Engine:
+def open_model(path: Path, device: str) -> Engine:
     """Open an exported model with the runtime that its suffix tells.
 
     Args:
         path: ``.pth`` (torch), ``.onnx`` (onnxruntime) or ``.xml`` (openvino).
-        device: for torch, and for onnxruntime where it is built for it; OpenVINO runs on the CPU.
+        device: cpu, cuda, cuda:1 or mps, for torch, and for onnxruntime where it is built for it; OpenVINO runs on the CPU.
 
     Raises:
         UserError: no such file, another suffix, no CSAD model, or a runtime that is not installed.
     """
     path = Path(path)
-    if path.suffix not in (".pth", ".onnx", ".xml"):
+    suffix = path.suffix.lower()
+    if suffix not in (".pth", ".onnx", ".xml"):
         raise UserError(f"{path} is no exported model; expected a .pth, .onnx or .xml file")
     if not path.is_file():
         raise UserError(f"{path} is missing; export_model.py makes it")
     try:
-        if path.suffix == ".pth":
-            return TorchEngine(path, device)
-        if path.suffix == ".onnx":
+        if suffix == ".pth":
+            return TorchEngine(files.read_state(path), device)
+        if suffix == ".onnx":
             return OnnxEngine(path.read_bytes(), device)
         return OpenVinoEngine(read_openvino(path))
     except UserError as problem:

@@ -1,4 +1,4 @@
-"""Write a fused model for other runtimes: ONNX with a batch size left open, and OpenVINO's two files (METHOD.md section 4)."""
+"""Write a fused model for other runtimes: ONNX with a batch size left open, and OpenVINO's two files (docs/METHOD.md section 4)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import torch
 
 from data import files
 from data.images import IMAGENET_MEAN, IMAGENET_STD
-from deploy.engines import INPUT_SIZE, METADATA_KEY, in_openvino_thread, read_openvino, require_package
-from deploy.folded import FoldedModel, Maps
+from deploy.engines import METADATA_KEY, in_openvino_thread, read_openvino, require_package
+from deploy.folded import SCORE_ONLY, FoldedModel
 from errors import UserError
 from models.fused import from_state, metadata
+from models.prediction import Prediction
 
 OPSET = 17
 INT8_OPERATORS = ["Conv", "Relu", "AveragePool", "MaxPool", "Add", "Concat"]  # for which onnxruntime has int8 kernels
-NETWORKS = ("/encoder/", "/teacher/", "/student/", "/autoencoder/", "/segmentor/")  # how their nodes' names begin
+NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/")  # how their nodes' names begin
 
 
 def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_input: bool) -> bytes:
@@ -32,23 +33,23 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
     Args:
         state: of the fused model; a published one has no metadata and gets what can be known.
         precision: fp32 or fp16, of the networks.
-        with_map: outputs anomaly_map, label_map and the two branches' scores besides the score.
+        with_map: outputs all of `Prediction` besides the score.
         raw_input: takes uint8 RGB.
     """
-    known = {"category": category, "input_size": INPUT_SIZE, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
-             "classes": state["segmentor.fc2.conv3.weight"].shape[0]} | metadata(state)
+    fused = from_state(state)
+    known = {"category": category, "input_size": fused.size, "branches": fused.branches, "mean": list(IMAGENET_MEAN),
+             "std": list(IMAGENET_STD)} | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
-    model = FoldedModel(from_state(state), with_map, raw_input, known["mean"], known["std"])
-    content = to_onnx(model, known, Maps._fields if with_map else Maps._fields[:1])
+    content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)
     return half_networks(content) if precision == "fp16" else content
 
 
 def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, ...]) -> bytes:
-    """Trace a model of images (B, 3, 256, 256) with B left open; the metadata goes along as JSON."""
+    """Trace a model of images (B, 3, size, size) with B left open; the metadata, which names the size, goes along as JSON."""
     onnx = require_package("onnx")
     buffer = io.BytesIO()
     # Two images, so that nothing of size 1 is mistaken for a constant.
-    example = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE, dtype=torch.uint8 if known["raw_input"] else torch.float32)
+    example = torch.zeros(2, 3, known["input_size"], known["input_size"], dtype=torch.uint8 if known["raw_input"] else torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant sizes are meant to be constant
         # The tracing exporter needs no further package and names nodes after modules, which quantisation goes by.

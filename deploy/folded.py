@@ -1,6 +1,6 @@
 """The fused model with the arithmetic that can go, gone: same images in, same scores out, in less time.
 
-What is done differently from `models.fused.FusedModel` (METHOD.md sections 3 and 4), none of which changes a score by
+What is done differently from `models.fused.FusedModel` (docs/METHOD.md sections 3 and 4), none of which changes a score by
 more than rounding:
 
 - The teacher's projection is a 1x1 convolution, so it commutes with bilinear resizing and with average pooling. Each encoder
@@ -9,37 +9,44 @@ more than rounding:
   around the map, and a bias added before would fade at the border.
 - Batch norms are folded into the convolutions before them.
 - The student's two heads are one convolution, and both differences are taken at once.
+- Mahalanobis distances are norms of whitened differences.
 
-Everything up to the feature maps can run in half precision; resizing of logits, label map, histograms, Mahalanobis
-distances, differences and scores stay in fp32.
+Everything up to the feature maps can run in half precision; resizing of logits, label map, histograms, distances, differences
+and scores stay in fp32.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.backbone import TapEncoder, resize
-from models.fused import FusedModel
-from models.lgst import MAP_SIZE, Student
+from data.images import SIZE
+from models.backbone import Encoder, resize
+from models.fused import STATISTICS, FusedModel, small_view, to_rgb
+from models.lgst import LGST, Student
+from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import ConvBnRelu
 
-IMAGE_SIZE = 256
+SCORE_ONLY = Prediction._fields[:1]
 
 
-class Maps(NamedTuple):
-    """What a model exported with maps gives, in this order."""
+class FoldedEncoder(nn.Module):
+    """RGB in 0..255 -> the encoder's maps, its network in any precision."""
 
-    score: Tensor  # (B,) fused
-    anomaly_map: Tensor  # (B, 256, 256) float32; its maximum at 64x64 is the LGST score before normalisation
-    label_map: Tensor  # (B, 256, 256) uint8 component index
-    lgst_score: Tensor  # (B,) normalised share of the score
-    patch_histogram_score: Tensor  # (B,) normalised share of the score
+    def __init__(self, encoder: Encoder, dtype: torch.dtype):
+        super().__init__()
+        self.normalise, self.dtype, self.reductions = encoder.normalise, dtype, encoder.reductions
+        network = encoder.network
+        self.network = _fold_graph(fx.GraphModule(network, _Tracer().trace(network))).to(dtype)
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
+        return tuple(resize(one, (rgb.shape[-2] // reduction, rgb.shape[-1] // reduction))
+                     for one, reduction in zip(self.network(self.normalise(rgb).to(self.dtype)), self.reductions))
 
 
 class FoldedTeacher(nn.Module):
@@ -73,76 +80,94 @@ class FoldedStudent(nn.Module):
         return self.heads(self.trunk.trunk(images))
 
 
+class FoldedLgst(nn.Module):
+    """The differences of LGST; its networks in any precision, its output in fp32."""
+
+    def __init__(self, lgst: LGST, channels: tuple[int, int], dtype: torch.dtype):
+        super().__init__()
+        self.normalise, self.dtype = lgst.normalise, dtype
+        self.teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels).to(dtype)
+        self.student, self.autoencoder = FoldedStudent(lgst.local_st).to(dtype), lgst.autoencoder.to(dtype)
+        starts, ends = (torch.stack([getattr(lgst, f"q_{branch}_{end}") for branch in ("st", "ae")]) for end in ("start", "end"))
+        self.register_buffer("scale", 0.1 / (ends - starts))
+        self.register_buffer("offset", -(self.scale * starts).sum())
+
+    def forward(self, small: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
+        """(B, 3, 256, 256) RGB in 0..255 and the encoder's maps of it -> anomaly map (B, 64, 64)."""
+        normalised = self.normalise(small).to(self.dtype)
+        expected = torch.cat([self.teacher(*maps[1:]), self.autoencoder(normalised)], dim=1).float()
+        given = self.student(normalised).float()
+        local, global_ = (part.mean(1) for part in (expected - given).square().chunk(2, dim=1))
+        return self.scale[0] * local + self.scale[1] * global_ + self.offset
+
+
 class FoldedModel(nn.Module):
-    """Images in, score out; with maps, everything in `Maps`.
+    """Images in, score out; with maps, everything in `Prediction`.
 
     Args:
         model: what to fold; it is not changed.
-        with_map: return `Maps` instead of the score alone.
-        raw_input: take (B, 3, 256, 256) uint8 RGB and normalise inside, instead of float32 ImageNet-normalised RGB.
-        mean, std: of that normalisation, three numbers each.
+        with_map: return a `Prediction` instead of the score alone.
+        raw_input: take (B, 3, size, size) uint8 RGB, instead of float32 ImageNet-normalised RGB.
         dtype: of the networks; float32, float16 or bfloat16.
     """
 
-    def __init__(self, model: FusedModel, with_map: bool = False, raw_input: bool = False,
-                 mean: tuple[float, ...] = (0, 0, 0), std: tuple[float, ...] = (1, 1, 1), dtype: torch.dtype = torch.float32):
+    def __init__(self, model: FusedModel, with_map: bool = False, raw_input: bool = False, dtype: torch.dtype = torch.float32):
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        channels = _eighth_and_sixteenth(model)
         self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
-        self.encoder = fold_encoder(model.encoder)
-        self.teacher = FoldedTeacher(model.teacher.proj, model.teacher_mean, model.teacher_std, channels)
-        self.colours = model.colours
-        self.student, self.autoencoder = FoldedStudent(model.local_st), model.autoencoder
-        self.segmentor = fold_blocks(model.segmentor)
-        # The last resize of the logits is done here, in fp32.
-        self.segmentor.output_size = MAP_SIZE
-        for part in (self.encoder, self.teacher, self.student, self.autoencoder, self.segmentor):
-            part.to(dtype)
-
-        self.detector = model.patch_hist_detector
-        starts, ends = (torch.stack([getattr(model, f"q_{branch}_{end}") for branch in ("st", "ae")])
-                        for end in ("start", "end"))
-        self.register_buffer("scale", 0.1 / (ends - starts))
-        self.register_buffer("offset", -(self.scale * starts).sum())
-        for name in ("lgst_mean", "lgst_std", "patch_hist_mean", "patch_hist_std"):
-            self.register_buffer(name, getattr(model, name))
-        self.register_buffer("image_mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("image_std", 255 * torch.tensor(std).view(1, 3, 1, 1))
+        self.branches, self.size = model.branches, model.size
+        self.encoder = FoldedEncoder(model.encoder, dtype)
+        self.lgst = None if model.lgst is None else FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
+        self.memory, self.segmentor, self.detector = model.memory, None, model.patch_hist_detector
+        if model.segmentor is not None:
+            self.segmentor = fold_blocks(model.segmentor).to(dtype)
+            self.segmentor.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
+            self.detector.whiten()
+        for end in ("mean", "std"):
+            self.register_buffer(f"score_{end}", torch.stack([getattr(model, f"{STATISTICS[branch]}_{end}")
+                                                              for branch in self.branches]))
+        self.register_buffer("image_mean", model.image_mean)
+        self.register_buffer("image_std", model.image_std)
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor | Maps:
-        maps = self.analyse(images)
-        return maps if self.with_map else maps.score
+    def forward(self, images: Tensor) -> Tensor | Prediction:
+        found = self.analyse(images)
+        return found if self.with_map else found.score
 
-    def analyse(self, images: Tensor) -> Maps:
-        """(B, 3, 256, 256) -> everything, whatever `forward` returns of it."""
+    def analyse(self, images: Tensor) -> Prediction:
+        """(B, 3, size, size) -> everything, whatever `forward` returns of it."""
         if self.raw_input:
-            images = (images.float() - self.image_mean) / self.image_std
-        seen = self.colours(images).to(self.dtype)
-        features = self.encoder(images.to(self.dtype))
+            rgb = images.float()
+        else:
+            rgb = to_rgb(images, self.image_mean, self.image_std, self.size)
+        small = small_view(rgb)
+        maps = self.encoder(small)
+        scores, branch_maps = [], []
+        if self.segmentor is not None:
+            logits = resize(self.segmentor(maps).float(), (SIZE, SIZE))
+            label_map = logits.argmax(1)
+            scores.append(self.detector(label_map))
+            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]))
+        else:
+            label_map = torch.zeros_like(small[:, 0])
+        if self.lgst is not None:
+            anomaly_map = self.lgst(small, maps)
+            scores.append(anomaly_map.amax((1, 2)))
+            branch_maps.append(LGST.scaled(anomaly_map))
+        if self.memory is not None:
+            anomaly_map = self.memory(tuple(one.float() for one in (maps if self.size == SIZE else self.encoder(rgb))))
+            scores.append(self.memory.score(anomaly_map))
+            branch_maps.append(self.memory.scaled(anomaly_map))
+        branch_scores = (torch.stack(scores, 1) - self.score_mean) / self.score_std
+        stacked = torch.stack(branch_maps, 1)
+        return Prediction(branch_scores.sum(1), branch_scores, stacked.amax(1), stacked, label_map.to(torch.uint8))
 
-        wanted = torch.cat([self.teacher(*features[1:]), self.autoencoder(seen)], dim=1).float()
-        given = self.student(seen).float()
-        local, global_ = (part.mean(1) for part in (wanted - given).square().chunk(2, dim=1))
-        anomaly_map = self.scale[0] * local + self.scale[1] * global_ + self.offset
-        lgst_score = (anomaly_map.amax((1, 2)) - self.lgst_mean) / self.lgst_std
 
-        logits = resize(self.segmentor(features).float(), (IMAGE_SIZE, IMAGE_SIZE))
-        label_map = logits.argmax(1)
-        patch_histogram_score = (self.detector(label_map) - self.patch_hist_mean) / self.patch_hist_std
+class _Tracer(fx.Tracer):
+    """timm's own layers stay whole: batch norms with their activation, convolutions that pad as TensorFlow does."""
 
-        score = lgst_score + patch_histogram_score
-        large = resize(anomaly_map[:, None], (IMAGE_SIZE, IMAGE_SIZE))[:, 0]
-        return Maps(score, large, label_map.to(torch.uint8), lgst_score, patch_histogram_score)
-
-
-def fold_encoder(encoder: nn.Module) -> nn.Module:
-    """Fold the batch norms of an encoder; one that does not follow a convolution stays."""
-    if isinstance(encoder, TapEncoder):
-        encoder.network = _fold_graph(encoder.network)
-        return encoder
-    return _fold_graph(fx.symbolic_trace(encoder))
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return module.__module__.startswith("timm.layers") or super().is_leaf_module(module, qualified_name)
 
 
 def fold_blocks(module: nn.Module) -> nn.Module:
@@ -158,19 +183,29 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
     for node in list(network.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
-        before = node.args[0]
+        before, norm = node.args[0], modules[node.target]
         if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d) or len(before.users) > 1:
             continue
-        network.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target].eval(), modules[node.target].eval()))
-        node.replace_all_uses_with(before)
-        network.graph.erase_node(node)
+        network.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target].eval(), norm.eval()))
+        if isinstance(norm, BatchNormAct2d):
+            network.set_submodule(node.target, norm.act)
+        else:
+            node.replace_all_uses_with(before)
+            network.graph.erase_node(node)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Conv2dSame):
+            network.set_submodule(name, _with_fixed_padding(module))
     network.delete_all_unused_submodules()
     network.recompile()
     return network
 
 
-def _eighth_and_sixteenth(model: FusedModel) -> tuple[int, int]:
-    """Channels of the two encoder maps that the teacher projects."""
-    with torch.no_grad():
-        features = model.encoder(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=model.lgst_mean.device))
-    return features[1].shape[1], features[2].shape[1]
+def _with_fixed_padding(conv: Conv2dSame) -> nn.Sequential:
+    """The same convolution for sides that its stride divides, as ours are: then its padding does not depend on them."""
+    padding = []
+    for kernel, stride in zip(conv.kernel_size[::-1], conv.stride[::-1]):
+        total = max(kernel - stride, 0)
+        padding += [total // 2, total - total // 2]
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups)
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return nn.Sequential(nn.ZeroPad2d(padding), plain)

@@ -1,6 +1,6 @@
 """Which components an image has too much or too little of, and where, in plain words.
 
-What a patch histogram (METHOD.md section 2) knows of an image, compared with the training images component by component:
+What a patch histogram (docs/METHOD.md section 2) knows of an image, compared with the training images component by component:
 the score says that something is off, this says what.
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from models.patch_histogram import QUARTERS, label_histograms
+from data.images import SIZE
 
-PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # METHOD.md's order
+QUARTERS = 4
+PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/METHOD.md's order
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
 MANY = 10.0  # times the normal area; from there on a number says less than that it hardly ever is there
-SMALL = 0.001  # areas of a thousandth of the image count as nothing (METHOD.md section 1); no std is smaller
+SMALL = 0.001  # areas of a thousandth of the image count as nothing (docs/METHOD.md section 1); no std is smaller
 
 
 class Deviation(NamedTuple):
@@ -59,8 +59,10 @@ def deviations(label_map: np.ndarray, histogram: Mapping[str, Any]) -> list[Devi
         quarters where that does not say it already.
     """
     classes = len(histogram["mean"])
-    whole, quarters = (part[0].numpy() for part in label_histograms(torch.from_numpy(label_map)[None], classes))
-    areas = np.vstack([whole, quarters.reshape(QUARTERS, classes)])
+    half = SIZE // 2
+    quarters = [np.bincount(label_map[top:top + half, left:left + half].ravel(), minlength=classes)[:classes] / half**2
+                for left in (0, half) for top in (0, half)]
+    areas = np.vstack([np.mean(quarters, axis=0), quarters])
     normal = np.vstack([histogram["mean"], histogram["quarter_mean"]])
     spread = np.vstack([histogram["std"], histogram["quarter_std"]])
     off = (areas - normal) / np.maximum(spread, SMALL)

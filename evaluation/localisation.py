@@ -1,4 +1,4 @@
-"""How well anomaly maps say where: saturated per-region overlap and pixel metrics (METHOD.md section 5).
+"""How well anomaly maps say where: saturated per-region overlap and pixel metrics (docs/METHOD.md section 5).
 
 Bergmann et al., "Beyond Dents and Scratches", IJCV 2022. Everything is measured at the images' own resolution. Thresholds
 are swept without sorting the pixels of all images: every map is counted into one histogram of values, so memory does not
@@ -19,6 +19,7 @@ from sklearn.metrics import auc
 from data import files, images, layouts
 from errors import UserError
 
+MAP_QUANTILES = (0.9, 0.995)
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
 _BINS = 1 << (32 - _DROPPED_BITS)
@@ -97,6 +98,26 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under a curve of straight pieces through (x, y), x rising from 0 to 1, between 0 and ``limit``."""
     inside = x <= limit
     return float(auc(np.r_[x[inside], limit], np.r_[y[inside], np.interp(limit, x, y)]))
+
+
+def scaled_maps(branch: str, maps: np.ndarray, validation: np.ndarray) -> np.ndarray:
+    """Maps of one branch (N, h, w) -> comparable with those of other branches, as in the exported model (models.prediction).
+
+    LGST's are scaled already; of any other branch the validation maps' quantiles 0.9 and 0.995 become 0 and 1.
+    """
+    if branch == "LGST":
+        return maps / 0.1
+    if not validation.size:
+        return maps
+    start, end = np.quantile(validation, MAP_QUANTILES)
+    return (maps - start) / (end - start if end > start else 1)
+
+
+def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The largest of the branches' scaled maps at each place, by split; ``maps`` is by branch, then by split and "val"."""
+    scaled = [{split: scaled_maps(branch, values, of_branch.get("val", np.zeros(0))) for split, values in of_branch.items()}
+              for branch, of_branch in maps.items()]
+    return {split: np.max([one[split] for one in scaled], axis=0) for split in scaled[0] if all(split in one for one in scaled)}
 
 
 def measure(category: layouts.Category, maps: dict[str, np.ndarray], kind: str) -> Localisation:

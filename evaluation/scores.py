@@ -1,39 +1,76 @@
-"""The test and validation scores that stages 2 and 3 left, brought to one scale."""
+"""The validation and test scores that stages 2, 3 and 3b left, brought to one scale, and whose images they are of."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
 from data import files, layouts, records
-from data.workspace import Workspace
+from data.workspace import SCORE_PARTS, Workspace
 from errors import UserError
 from models.fusion import apply_trimmed_z, fit_trimmed_z
 
-BRANCHES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py"}
-PARTS = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
+STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}  # in the order of all tables
+PAPER_BRANCHES = ("patchhist", "LGST")
+SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
+Scores = dict[str, dict[str, np.ndarray]]
 
 
-def normalised_scores(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, np.ndarray]]:
-    """Per branch its scores of the parts logi, struc and val, trimmed-z-normalised on val (METHOD.md section 4).
+def scored_branches(category: layouts.Category, workspace: Workspace, fused: list[str]) -> list[str]:
+    """The branches whose stage was run: the fused ones, which have to be there, and any other that is.
 
     Raises:
-        UserError: a file is missing, or holds another number of scores than there are images.
+        UserError: a fused branch has no scores; names its stage.
     """
+    for branch in fused:
+        for part in SCORE_PARTS:
+            files.require(workspace.scores(category.name, branch, part), STAGES[branch])
+    return [branch for branch in STAGES if branch in fused
+            or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
+
+
+def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> Scores:
+    """Per branch its scores of the parts logi, struc and val, trimmed-z-normalised on val (docs/METHOD.md section 4).
+
+    Raises:
+        UserError: a file is missing, holds another number of scores than there are images, or scores that are not finite, or is
+            of other images than there are now.
+    """
+    digests = records.scored_images(category.validation, layouts.test_splits(category))
+    expected_sizes = {part: len(category.test(layouts.GOOD)) + len(category.test(split))
+                      for part, split in SPLIT_OF_PART.items()}
     normalised = {}
-    for branch, stage in BRANCHES.items():
-        scores = {part: files.read_array(files.require(workspace.scores(category.name, branch, part), stage))
-                  for part in (*PARTS, "val")}
-        for part, kind in PARTS.items():
-            expected = len(category.test(layouts.GOOD)) + len(category.test(kind))
+    for branch in branches:
+        stage, paths = STAGES[branch], {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
+        scores = {part: files.read_array(files.require(path, stage)) for part, path in paths.items()}
+        for part, expected in expected_sizes.items():
             if scores[part].shape != (expected,):
-                raise UserError(f"{workspace.scores(category.name, branch, part)} holds {scores[part].size} scores but "
+                raise UserError(f"{paths[part]} holds {scores[part].size} scores but "
                                 f"the data set has {expected} such images; run {stage} --overwrite")
+        records.require_current(record_of(category.name, workspace, branch), digests, paths.values(), stage)
+        for part, path in paths.items():
+            if not np.isfinite(scores[part]).all():
+                raise UserError(f"{path} holds scores that are not finite; run {stage} --overwrite")
         mean, std = fit_trimmed_z(scores["val"])
         normalised[branch] = {part: apply_trimmed_z(values, mean, std) for part, values in scores.items()}
     return normalised
 
 
-def digest_scores(category: layouts.Category, workspace: Workspace) -> dict[str, str]:
+def record_of(category: str, workspace: Workspace, branch: str) -> Path:
+    """What the branch's stage noted."""
+    checkpoint = {"patchhist": workspace.segmentor, "LGST": workspace.lgst, "memory": workspace.memory}[branch](category)
+    return checkpoint.with_suffix(".json")
+
+
+def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One branch's scores by split of test images, each in sorted file order."""
+    good = len(category.test(layouts.GOOD))
+    return {layouts.GOOD: parts["logi"][:good], **{split: parts[part][good:] for part, split in SPLIT_OF_PART.items()}}
+
+
+def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:
     """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
-    paths = [workspace.scores(category.name, branch, part) for branch in BRANCHES for part in (*PARTS, "val")]
-    return {path.name: records.digest(path) for path in (*paths, workspace.anomaly_maps(category.name)) if path.exists()}
+    paths = [workspace.scores(category.name, branch, part) for branch in branches for part in SCORE_PARTS]
+    paths += [workspace.anomaly_maps(category.name, branch) for branch in branches]
+    return {path.name: records.digest(path) for path in paths if path.exists()}

@@ -57,13 +57,7 @@ class FusedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, size, size) RGB, ImageNet-normalised -> score (B,)."""
-        return self.analyse(self.to_rgb(images)).score
-
-    def to_rgb(self, images: Tensor) -> Tensor:
-        """ImageNet-normalised -> RGB in 0..255."""
-        images = images * self.image_std + self.image_mean
-        # The small view is rounded, and rounding has to start from the image's own whole numbers.
-        return images if self.size == SIZE else images.round()
+        return self.analyse(to_rgb(images, self.image_mean, self.image_std, self.size)).score
 
     def analyse(self, rgb: Tensor) -> Prediction:
         """(B, 3, size, size) RGB in 0..255 -> everything there is to know."""
@@ -89,6 +83,13 @@ class FusedModel(nn.Module):
                                      for branch, score in zip(self.branches, scores)], 1)
         branch_maps = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
+
+
+def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:
+    """(B, 3, size, size) with mean and std taken off -> RGB in 0..255."""
+    rgb = normalised * std + mean
+    # The small view is rounded, and rounding has to start from the image's own whole numbers.
+    return rgb if size == SIZE else rgb.round()
 
 
 def small_view(rgb: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class PatchMemory(nn.Module):
     def score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the largest values of each map (B, h, w), (B,)."""
         values = anomaly_map.flatten(1)
-        return values.topk(max(round(self.score_share * values.shape[1]), 1), sorted=False).values.mean(1)
+        count = max(round(self.score_share * int(values.shape[1])), 1)
+        return values.topk(count, sorted=False).values.mean(1)
 
     def scaled(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64), comparable between images and branches."""

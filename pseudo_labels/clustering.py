@@ -1,4 +1,4 @@
-"""From component features to semantic labels, and which images to trust: the clustering of METHOD.md, section 1.
+"""From component features to semantic labels, and which images to trust: the clustering of docs/METHOD.md, section 1.
 
 Pure functions on arrays. Images and components are numbered in sorted file order; label 0 means "no label".
 """
@@ -19,7 +19,7 @@ EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each 
 MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
-TWINS_APART, TWINS_TOGETHER = 4.0, 0.8  # spreads within the twins; of the images, see _side_by_side
+LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8  # spreads within the lookalikes; of the images, see _side_by_side
 TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
 LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of a kind's images
@@ -56,7 +56,7 @@ class SemanticLabels:
 
 
 def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
-                    largest_kind_only: bool, variants: bool = False, twins: bool = False) -> SemanticLabels:
+                    largest_kind_only: bool, variants: bool = False, lookalikes: bool = False) -> SemanticLabels:
     """Turn components into semantic labels.
 
     Args:
@@ -70,12 +70,12 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
             15 % rather than half the images do if others take their place elsewhere (`without_sporadic`), and a label
             has to be large enough in any of the trusted kinds rather than in the largest one. Images of no kind count to
             the nearest one, so that half of all images can be trusted: a short training needs many.
-        twins: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
-            show both in the same numbers (see `split_twins`).
+        lookalikes: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
+            show both in the same numbers (see `split_lookalikes`).
     """
     least = (LEAST_MEMBERS_VARIANTS if variants else LEAST_MEMBERS) * images
     found = mean_shift(features, bandwidth)
-    clusters = number_clusters(split_twins(features, found, image_of, least) if twins else found, least)
+    clusters = number_clusters(split_lookalikes(features, found, image_of, least) if lookalikes else found, least)
     if variants:
         clusters = without_sporadic(clusters, image_of, images)
     raw_histogram = label_histograms(clusters, areas, image_of, images)
@@ -88,7 +88,7 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
 
 
 def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
-    """Bring component features (METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
+    """Bring component features (docs/METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
 
     Of shape_hu the first two moments count, the others are noise in small components: the first tells a disc from a
     ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its
@@ -150,7 +150,7 @@ def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) ->
     return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
 
 
-def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float) -> np.ndarray:
+def split_lookalikes(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float) -> np.ndarray:
     """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
 
     One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
@@ -173,8 +173,8 @@ def split_twins(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, l
         if len(members) < 2 * least:
             continue
         splits = [(apart, upper) for upper, apart in map(_two_groups, features[members].T)
-                  if apart > TWINS_APART and min(upper.sum(), (~upper).sum()) >= least
-                  and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > TWINS_TOGETHER]
+                  if apart > LOOKALIKES_APART and min(upper.sum(), (~upper).sum()) >= least
+                  and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER]
         if splits:
             _, upper = max(splits, key=lambda split: split[0])
             found[members[upper]] = found.max() + 1

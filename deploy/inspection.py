@@ -1,0 +1,189 @@
+"""Verdicts on single images, by an exported model: what predict.py writes and what a server answers. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import images
+from deploy.engines import Engine
+from errors import UserError
+from evaluation.deviations import Deviation, deviations
+from models.fusion import BRANCHES, FALSE_POSITIVE_RATE, Threshold, choose_threshold
+from models.prediction import MAP_SIZE
+from report.pictures import heat_overlay, label_overlay, shrink, side_by_side
+
+NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
+VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a model and as people see it, or why there is none.
+
+    Attributes:
+        name: the file's, or whatever the image is called.
+        view: (3, size, size) uint8 as the model takes it.
+        shown: (H, W, 3) uint8, made smaller, where something is to be drawn.
+        size: width and height of the image in pixels.
+        problem: why there is no view.
+    """
+
+    name: Path
+    view: np.ndarray | None = None
+    shown: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about one image; fields are None where the model or the file does not tell.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        score: higher = more anomalous; the sum of branch_scores.
+        branch_scores: each branch's normalised share, by its name.
+        alarm: the branch with the largest share, where the image is anomalous.
+        unusual: x and y, in the image's own pixels, of the maximum of that branch's map.
+        components: unusual amounts of components, the most unusual first.
+        drawing: (H, W, 3) uint8: image, components, anomaly map.
+        problem: why there is no verdict.
+    """
+
+    name: Path
+    verdict: str
+    threshold: float
+    score: float | None = None
+    branch_scores: dict[str, float] | None = None
+    alarm: str | None = None
+    unusual: tuple[int, int] | None = None
+    components: Sequence[Deviation] = ()
+    drawing: np.ndarray | None = None
+    problem: str = ""
+
+    @property
+    def findings(self) -> list[str]:
+        """What is wrong, in words, the reason of the alarm first."""
+        if self.problem:
+            return [self.problem]
+        if self.verdict != ANOMALOUS:
+            return []
+        parts = [one.words for one in self.components]
+        if self.unusual is None:
+            return parts
+        surface = f"unusual surface at x {self.unusual[0]}, y {self.unusual[1]}"
+        if self.alarm == "patchhist":
+            return parts or [f"unusual arrangement of components, most of all at x {self.unusual[0]}, y {self.unusual[1]}"]
+        return [surface, *parts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without numbers that JSON does not know."""
+        return {"image": str(self.name), "verdict": self.verdict, "score": _finite(self.score), "threshold": self.threshold,
+                "branch_scores": self.branch_scores and {name: _finite(one) for name, one in self.branch_scores.items()},
+                "alarm": self.alarm, "unusual": self.unusual, "findings": self.findings,
+                "components": [one._asdict() | {"words": one.words} for one in self.components],
+                "problem": self.problem or None}
+
+    def __str__(self) -> str:
+        if self.score is None or self.verdict == UNDECIDED:
+            return f"{self.verdict:10} {self.name}\n           {self.problem}"
+        shares = " + ".join(f"{BRANCHES[branch]} {share:.2f}" for branch, share in (self.branch_scores or {}).items())
+        text = f"{self.verdict:10} {self.name}  score {self.score:.2f}{' = ' + shares if shares else ''}, threshold {self.threshold:.2f}"
+        return text + "".join(f"\n           {one}" for one in self.findings)
+
+
+def threshold_of(metadata: dict[str, Any], given: float | None, rate: float | None, model: str) -> tuple[float, Threshold | None]:
+    """The threshold to judge by, and what it promises; None where it was given as a number.
+
+    Args:
+        given: a threshold of the user's own.
+        rate: share of good images that may be called anomalous; None: what the model suggests.
+
+    Raises:
+        UserError: a number is not finite, the rate is no share, or the model does not know its validation scores.
+    """
+    if given is not None:
+        if not math.isfinite(given):
+            raise UserError(f"--threshold is {given}; it must be a finite number")
+        return given, None
+    if rate is not None and not 0 <= rate <= 1:
+        raise UserError(f"--false_positive_rate is {rate}; it must lie between 0 and 1")
+    if rate is None and isinstance(metadata.get("own_threshold"), float):
+        return metadata["own_threshold"], None
+    scores = metadata.get("validation_scores", [])
+    if not len(scores):
+        raise UserError(f"{model} does not know the scores of validation images; name a --threshold, or export it again from "
+                        "the stages' files")
+    try:
+        threshold = choose_threshold(np.array(scores), FALSE_POSITIVE_RATE if rate is None else rate)
+    except ValueError as problem:
+        raise UserError(f"{model}: {problem}; export it again") from problem
+    return threshold.value, threshold
+
+
+def read_picture(source: Any, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+    """Decode an image.
+
+    Args:
+        source: a path or an open binary file.
+        shown_side: longer side of what is drawn, or None.
+    """
+    try:
+        image = images.read_rgb(source, white_level=engine.metadata.get("white_level"))
+    except UserError as problem:
+        return Picture(name, problem=str(problem))
+    view = images.resize(image, engine.size).transpose(2, 0, 1)
+    return Picture(name, view, None if shown_side is None else shrink(image, shown_side), image.shape[1::-1])
+
+
+def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
+    """Verdicts on pictures, in order; unreadable ones get theirs without the model."""
+    readable = [picture for picture in pictures if picture.view is not None]
+    found = iter(_judge_readable(readable, engine, threshold) if readable else [])
+    return [next(found) if picture.view is not None else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
+            for picture in pictures]
+
+
+def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
+    batch = np.stack([picture.view for picture in pictures])
+    if not engine.has_maps:
+        return [_undecided(picture, score, threshold) if not math.isfinite(score) else
+                Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
+                for picture, score in zip(pictures, map(float, engine.score(batch)))]
+    found = engine.predict(batch)
+    histogram = engine.metadata.get("histogram")
+    verdicts = []
+    for index, picture in enumerate(pictures):
+        score = float(found.score[index])
+        shares = {branch: float(share) for branch, share in zip(engine.branches, found.branch_scores[index])}
+        if not (math.isfinite(score) and np.isfinite(found.anomaly_map[index]).all()):
+            verdicts.append(_undecided(picture, score, threshold))
+            continue
+        verdict = ANOMALOUS if score > threshold else NORMAL
+        alarm = max(shares, key=shares.get)
+        shown_map = found.branch_maps[index, engine.branches.index(alarm)]
+        if not shown_map.any():
+            shown_map = found.anomaly_map[index]
+        row, column = np.unravel_index(shown_map.argmax(), shown_map.shape)
+        unusual = tuple(int((place + 0.5) * side / MAP_SIZE) for place, side in zip((column, row), picture.size))
+        drawing = None if picture.shown is None else side_by_side(
+            picture.shown, label_overlay(picture.shown, found.label_map[index]),
+            heat_overlay(picture.shown, found.anomaly_map[index]))
+        verdicts.append(Verdict(picture.name, verdict, threshold, score, shares, alarm if verdict == ANOMALOUS else None, unusual,
+                                deviations(found.label_map[index], histogram) if histogram else (), drawing))
+    return verdicts
+
+
+def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:
+    return Verdict(picture.name, UNDECIDED, threshold, score, problem=f"the model gives a score that is not finite ({score}); "
+                   "export it again")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
