@@ -84,7 +84,7 @@ def small_views(images: np.ndarray) -> np.ndarray:
 
 def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
     images = np.empty((len(paths), 3, size, size), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
         images[index] = read_rgb(path, size).transpose(2, 0, 1)
     return images
 
@@ -92,7 +92,7 @@ def read_views(paths: Sequence[Path], size: int, description: str, white_level: 
 def read_small_views(paths: Sequence[Path], description: str, settings: ImageSettings) -> np.ndarray:
     """Read images at `settings.size`, and keep of each the 256 view alone: (N, 3, 256, 256) uint8."""
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
         large = read_rgb(path, settings.size).transpose(2, 0, 1)
         images[index] = small_views(large[None])[0]
     return images

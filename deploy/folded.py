@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data.images import SIZE
-from models.backbone import Encoder, resize
+from models.backbone import Encoder, resize, to_grids
 from models.fused import STATISTICS, FusedModel, small_view, to_rgb
 from models.lgst import LGST, Student
 from models.prediction import MAP_SIZE, Prediction
@@ -45,8 +45,7 @@ class FoldedEncoder(nn.Module):
         self.network = _fold_graph(fx.GraphModule(network, _Tracer().trace(network))).to(dtype)
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
-        return tuple(resize(one, (rgb.shape[-2] // reduction, rgb.shape[-1] // reduction))
-                     for one, reduction in zip(self.network(self.normalise(rgb).to(self.dtype)), self.reductions))
+        return to_grids(self.network(self.normalise(rgb).to(self.dtype)), self.reductions, tuple(rgb.shape[-2:]))
 
 
 class FoldedTeacher(nn.Module):

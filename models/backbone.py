@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -97,14 +97,8 @@ class Encoder(nn.Module):
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """RGB in 0..255, float or uint8, (B, 3, H, W) -> one map per reduction r, (B, C, H/r, W/r)."""
-        return self.features(self.normalise(images))
-
-    def features(self, normalised: Tensor) -> tuple[Tensor, ...]:
-        """The same for an image whose mean and std are taken off already."""
-        # Networks without padding round their sizes.
-        return tuple(resize(one, (normalised.shape[-2] // reduction, normalised.shape[-1] // reduction))
-                     for one, reduction in zip(self.network(normalised), self.reductions))
+        """RGB in 0..255, float or uint8, (B, 3, H, W) -> one map per reduction r, (B, C, H/r, W/r) where r divides the sides."""
+        return to_grids(self.network(self.normalise(images)), self.reductions, tuple(images.shape[-2:]))
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -112,6 +106,12 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def to_grids(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Bring maps to exactly their fraction of an image of this size: networks without padding round their sides."""
+    return tuple(one if size[0] % reduction or size[1] % reduction else resize(one, (size[0] // reduction, size[1] // reduction))
+                 for one, reduction in zip(maps, reductions))
 
 
 class WeightsMissing(UserError):
@@ -145,7 +145,8 @@ def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: 
     taps, deepest = _taps(name)
     state = _read_weights(name, weights, folder)
     encoder = _encoder(name, taps, REDUCTIONS, state)
-    return Backbone(name, encoder, fingerprint(encoder), _encoder(name, deepest[:1], deepest[1:], state) if with_deepest else None)
+    return Backbone(name, encoder, fingerprint(encoder),
+                    _encoder(name, deepest[:1], deepest[1:], state) if with_deepest else None)
 
 
 def empty_encoder(name: str) -> Encoder:

@@ -1,4 +1,4 @@
-"""What tells one component from another: the component features of METHOD.md, section 1.
+"""What tells one component from another: the component features of docs/METHOD.md section 1.
 
 A component is a mask (H, W) in an RGB image (H, W, 3) uint8 of the same size; any non-zero pixel is inside. The shallow
 features are pure NumPy and OpenCV; ``CropEmbedding`` is the deep one, ``cnn_image``.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import normalise
+from models.backbone import Encoder
 
 CROP = 65  # side of the aligned crop
 LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
@@ -84,11 +84,11 @@ class CropEmbedding(nn.Module):
     """cnn_image: deepest features of an aligned crop, averaged over space and over rotations.
 
     Args:
-        deepest: ImageNet-normalised images (B, 3, 65, 65) -> maps (B, D, h, w).
+        deepest: RGB in 0..255 (B, 3, 65, 65) -> a tuple with maps (B, D, h, w).
         rotations: number of equally spaced rotations from 0 on. The published code used 0 and 360 degrees both.
     """
 
-    def __init__(self, deepest: nn.Module, rotations: int):
+    def __init__(self, deepest: Encoder, rotations: int):
         super().__init__()
         self.deepest = deepest
         turns = torch.arange(rotations) * (2 * math.pi / rotations)
@@ -108,7 +108,7 @@ class CropEmbedding(nn.Module):
     def _embed(self, crops: Tensor, rotations: int) -> Tensor:
         turned = F.grid_sample(crops.repeat_interleave(rotations, 0), self.grids.repeat(len(crops), 1, 1, 1),
                                mode="bilinear", padding_mode="zeros", align_corners=False)
-        features = self.deepest(normalise(turned)).mean((2, 3))
+        features = self.deepest(turned)[0].mean((2, 3))
         return features.view(len(crops), rotations, -1).mean(1)
 
 

@@ -108,7 +108,7 @@ class TrainingLoop:
         self._losses = losses
 
     def _look(self) -> dict[str, str]:
-        values = {name: float(loss) for name, loss in self._losses.items()}
+        values = {name: loss.item() for name, loss in self._losses.items()}
         if not all(map(math.isfinite, values.values())):
             self.progress_file.unlink(missing_ok=True)  # nothing to go on from
             raise UserError(f"{self.description}: diverged at step {self.done}, a loss is not finite "

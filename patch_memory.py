@@ -1,0 +1,123 @@
+"""Stage 3b, beyond the paper: remember what patches of good images look like, and find those that look like none of them.
+
+Nothing is trained: patches of a frozen encoder's maps, at a higher resolution than the other branches see, are thinned out to a
+memory, and a patch's distance to the nearest remembered one is how unusual it is (docs/METHOD.md section 6). Writes
+ckpt/memory_{category}.pth, the scores anomaly_score/{category}_memory_{logi,struc,val}_score.npy, and the anomaly maps
+({category}_memory_maps.npz). Time and memory to fit do not grow with the number of images beyond reading each once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import files, images, layouts, records
+from errors import UserError, run_script
+from models.device import describe_device
+from models.patch_memory import PROJECTED, SUBSET, PatchMemory, greedy_k_centre, patches
+from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
+
+BATCH = 4
+
+
+def main() -> None:
+    run_stage(__doc__, fit_category)
+
+
+def fit_category(job: Job) -> None:
+    category, workspace, chosen = job.category, job.workspace, job.settings.memory
+    checkpoint = workspace.memory(category.name)
+    used = {"settings": chosen.model_dump(), "images": job.settings.images.model_dump(),
+            **records.inputs(category.train, job.seed, job.backbone)}
+    validation, test = category.validation, layouts.test_splits(category)
+    record = records.Record(
+        checkpoint.with_suffix(".json"), used, [checkpoint, *workspace.branch_outputs(category.name, ["memory"], bool(test))],
+        records.scored_images(validation, test), checkpoint)
+    to_do = record.begin(job.overwrite)
+    if to_do == records.SKIP:
+        print(f"{category.name}: the patch memory is fitted and scored already, skipped (--overwrite starts over)")
+        return
+    require_same_backbone(job, (workspace.segmentor(category.name), "train_segmentor.py"),
+                          (workspace.lgst(category.name), "CSAD.py"))
+
+    if to_do == records.TRAIN:
+        memory = fit(job)
+    else:
+        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, chosen.score_share)
+        files.load_checkpoint(memory, checkpoint)
+    memory.to(job.device).eval()
+    found = anomaly_maps(memory, job, validation, "validation images")
+    if not found.isfinite().all():
+        raise UserError(f"{category.name}: the patch memory gives distances that are not finite; the backbone's weights may be "
+                        "damaged")
+    memory.fit_map_normalisation(found)
+    files.write_state(checkpoint, {
+        "state": on_cpu(memory), "encoder": on_cpu(job.backbone.encoder),
+        "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")}})
+
+    maps = {"val": found} | {split: anomaly_maps(memory, job, paths, f"test images, {split}") for split, paths in test.items()}
+    write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
+                 {split: one.numpy() for split, one in maps.items()})
+    record.finish()
+
+
+@torch.no_grad()
+def fit(job: Job) -> PatchMemory:
+    """One pass over the training images; the same seed gives the same memory.
+
+    Raises:
+        UserError: there are fewer patches than rows asked for.
+    """
+    chosen, paths = job.settings.memory, job.category.train
+    generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
+    per_image = max(SUBSET // len(paths), 1)
+    kept, count, total, squares = [], 0, 0.0, 0.0
+    for maps in encoded(job, paths, "read training images"):
+        found = patches(maps).flatten(2).transpose(1, 2).cpu()  # (B, places, C)
+        if found.shape[1] * len(paths) < chosen.rows:
+            raise UserError(f"{job.name}: {len(paths)} training images have {found.shape[1] * len(paths)} patches, fewer than "
+                            f"the {chosen.rows} rows asked for; lower --memory.rows")
+        count += found.shape[0] * found.shape[1]
+        total = total + found.double().sum((0, 1))
+        squares = squares + found.double().square().sum((0, 1))
+        for image in found:
+            kept.append(image[torch.randperm(len(image), generator=generator)[:max(per_image, -(-chosen.rows // len(paths)))]])
+    std = (squares / count - (total / count) ** 2).clamp(min=0).sqrt().float()
+    scale = torch.where(std > 0, 1 / std, 0)
+    candidates = torch.cat(kept) * scale
+    if len(candidates) > SUBSET >= chosen.rows:
+        candidates = candidates[torch.randperm(len(candidates), generator=generator)[:SUBSET]]
+    projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+    rows = greedy_k_centre(candidates @ projection, chosen.rows, generator,
+                           partial(tqdm, desc=f"{job.name}: choose patches", unit="patch", leave=False))
+    memory = PatchMemory(candidates.shape[1], chosen.rows, chosen.score_share)
+    memory.scale.copy_(scale.view(1, -1, 1, 1))
+    memory.rows.copy_(candidates[rows])
+    return memory
+
+
+@torch.no_grad()
+def encoded(job: Job, paths: Sequence[Path], what: str) -> Iterator[tuple[Tensor, ...]]:
+    """The encoder's maps of images on disk, batch by batch."""
+    size, white_level = job.settings.images.size, job.settings.images.white_level
+    for first in tqdm(range(0, len(paths), BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
+        views = images.read_views(paths[first:first + BATCH], size, "", white_level)
+        yield job.backbone.encoder(torch.from_numpy(views).to(job.device).float())
+
+
+@torch.no_grad()
+def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str) -> Tensor:
+    """Anomaly maps (N, h, w) of images on disk, on the CPU."""
+    side = job.settings.images.size // 8
+    return torch.cat([torch.zeros(0, side, side), *(memory(maps).cpu() for maps in encoded(job, paths, f"score {what}"))])
+
+
+if __name__ == "__main__":
+    run_script(main)
