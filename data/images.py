@@ -182,7 +182,8 @@ def as_rgb(image: Image.Image, path: str | Path, white_level: float | None = Non
         raise UserError(f"--images.white_level is {white_level}; it must be a number above 0")
     deep = _deep_pixels(image, path)
     if deep is None:
-        return _on_background(ImageOps.exif_transpose(image), path)
+        ImageOps.exif_transpose(image, in_place=True)  # without a copy where it lies right already
+        return _on_background(image, path)
     values, declared = deep
     clear = values[..., 3:] if values.ndim == 3 and values.shape[2] == 4 else None
     colours = values if clear is None else values[..., :3]
@@ -212,7 +213,7 @@ def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
             _say_transparent(path)
             image = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
             image.alpha_composite(layered)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, float | None] | None:

@@ -270,7 +270,7 @@ class Category:
         if named is not None:
             return named
         if self.defects_config.exists():
-            entries = _read_json(self.defects_config)
+            entries = read_json(self.defects_config)
             try:
                 names = {int(entry["pixel_value"]): str(entry["defect_name"]) for entry in entries}
             except (KeyError, TypeError, ValueError):
@@ -281,7 +281,7 @@ class Category:
         data_set = Path(os.path.abspath(self.root)).parent
         described = data_set.with_name(f"{data_set.name}_components") / self.name / "classes.json"  # of the rendered data set
         if described.exists():
-            anomalies = _read_json(described)
+            anomalies = read_json(described)
             found = anomalies.get("anomalies", {}).get(split, {}).get(image.stem) if isinstance(anomalies, dict) else None
             return str(found) if found else None
         return None
@@ -334,6 +334,12 @@ class Category:
             names = ", ".join(f"{path.relative_to(self.root)} ({why})" for path, why in unused[:2])
             parts.append(f"{len(unused)} not used: {names}{', ...' if len(unused) > 2 else ''}")
         return f"{self.name} ({self.layout}): {'; '.join(parts)}"
+
+    @property
+    def listed(self) -> dict[str, list[Path]]:
+        """Folder -> its images, of all folders that are used, without a complaint about what is too few or empty."""
+        return {str(folder.relative_to(self.root)): _walk(folder, flat=folder == self.root)[0]
+                for folders, _ in self._lists for folder in folders}
 
     @property
     def unused(self) -> Unused:
@@ -492,7 +498,7 @@ def _marked(folder: Path) -> bool:
     return any(path.stem.endswith("_mask") for path in _files(folder))
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
