@@ -1,106 +1,291 @@
-"""Images as the method sees them: 8-bit RGB, resized with PIL's bilinear filter, aspect ratio not kept (METHOD.md)."""
+"""Images as the method sees them: 8-bit RGB as a person sees them, resized with PIL's bilinear filter, aspect ratio not kept.
+
+What a file means is never guessed picture by picture (METHOD.md section 6): where nothing says which value is white, reading it
+ends with a sentence that names `--images.white_level`. Numpy and Pillow alone are needed here, so that deployment needs no more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from errors import UserError
 
-SIZE = 256  # every network of the paper sees 256x256
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SIZE = 256  # side that every network of the paper sees; file names carry the number
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TRANSPARENCY_BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, like paper or a web page
+ORIENTATION_TAG = 0x0112
+
+# Still-image formats whose decoders read pixels and nothing else: none that runs a program (EPS, PDF), follows references
+# (WMF, FITS) or packs sizes of one icon.
+_FORMATS = {
+    "PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",), "GIF": (".gif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "TGA": (".tga",), "QOI": (".qoi",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"), "AVIF": (".avif",),
+}
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # Pillow may be built without them
+_READ = [name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
+SUFFIXES = tuple(suffix for name in _READ for suffix in _FORMATS[name])  # lower case; compare with path.suffix.lower()
+
+# Colour with 16 bits a channel: Pillow keeps the high bytes only. Read once more in the other byte order, it gives the low ones.
+_OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in ("RGB", "RGBA", "RGBX")
+                for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
+_LARGEST_OF_12_BITS = 4095
+
+_said: set[str] = set()
 
 
-class ImageSettings(Protocol):
-    """How pictures are read (settings.ImageSettings)."""
-
-    size: int
-    white_level: float | None
-
-
-def read_rgb(path: str | Path, size: int | None = None) -> np.ndarray:
-    """Read any 8- or 16-bit grey, palette, RGB or RGBA image as (H, W, 3) uint8 RGB; alpha is dropped.
+def read_rgb(path: str | Path, size: int | None = None, white_level: float | None = None) -> np.ndarray:
+    """Read any image as (H, W, 3) uint8 RGB, the right way up, transparent pixels on `TRANSPARENCY_BACKGROUND`.
 
     Args:
         size: resize to (size, size), or keep the image as it is when None.
+        white_level: the stored value that is white, in files of more than 8 bits; brighter ones are white, too. None: what the
+            format declares, 65535 for 16 bits.
 
     Raises:
-        UserError: the file is missing, no image, or truncated.
+        UserError: the file is missing, no image, damaged, of several pages, or would need its white level to be guessed.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError as problem:
-        raise UserError(f"image {path} is missing") from problem
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(f"image {path} cannot be read ({problem}); replace it or take it out of the folder") from problem
-    if image.mode.startswith("I") or image.mode == "F":
-        # PIL clips 16-bit grey to 255 when it converts; scale it instead.
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(values.max(), 1) * 255 if values.max() > 65535 else values / 257)
-                                .round().astype(np.uint8))
-    pixels = np.asarray(image.convert("RGB"))
+    with opened(path) as image:
+        pixels = as_rgb(image, path, white_level)
     return pixels if size is None else resize(pixels, size)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8 as the networks see it."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def read_mask(path: str | Path) -> np.ndarray:
-    """Read an 8-bit label map or mask as (H, W) uint8, values as stored.
+def small_views(batch: np.ndarray) -> np.ndarray:
+    """(N, 3, S, S) uint8, S a multiple of 256 -> (N, 3, 256, 256) uint8: the mean of each block, halves rounded up, exactly.
 
     Raises:
-        UserError: the file is missing, unreadable, or has more than one channel.
+        ValueError: another shape or type.
     """
-    try:
-        with Image.open(path) as image:
-            mask = np.asarray(image)
-    except FileNotFoundError as problem:
-        raise UserError(f"mask {path} is missing") from problem
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as problem:
-        raise UserError(f"mask {path} cannot be read ({problem}); delete it and make it again") from problem
-    if mask.ndim != 2:
-        raise UserError(f"mask {path} has {mask.ndim} dimensions, expected an 8-bit single-channel image")
-    return mask.astype(np.uint8)
-
-
-def small_views(images: np.ndarray) -> np.ndarray:
-    """(N, 3, S, S) uint8 -> (N, 3, 256, 256) uint8: means over blocks, rounded half up."""
-    factor = images.shape[-1] // SIZE
+    side = batch.shape[-1]
+    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-2] != side or side % SIZE or not side:
+        raise ValueError(f"expected (N, C, S, S) uint8 with S a multiple of {SIZE}, got {batch.shape} {batch.dtype}")
+    factor = side // SIZE
     if factor == 1:
-        return images
-    sums = images.reshape(len(images), 3, SIZE, factor, SIZE, factor).sum((3, 5), dtype=np.uint32)
-    return ((sums + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+        return batch
+    # Integers, so that every machine and runtime gets the same bytes.
+    total = np.zeros((*batch.shape[:2], SIZE, SIZE), np.uint32)
+    for row in range(factor):
+        for column in range(factor):
+            total += batch[..., row::factor, column::factor]
+    return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+
+
+def small_view(image: np.ndarray) -> np.ndarray:
+    """`small_views` of one picture: (S, S, 3) uint8 -> (256, 256, 3) uint8."""
+    return small_views(image.transpose(2, 0, 1)[None])[0].transpose(1, 2, 0)
 
 
 def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
-    images = np.empty((len(paths), 3, size, size), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-        images[index] = read_rgb(path, size).transpose(2, 0, 1)
-    return images
+    """Read images into one (N, 3, size, size) uint8 array: held once, normalised by the networks."""
+    views = np.empty((len(paths), 3, size, size), np.uint8)
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
+        views[index] = read_rgb(path, size, white_level).transpose(2, 0, 1)
+    return views
 
 
-def read_small_views(paths: Sequence[Path], description: str, settings: ImageSettings) -> np.ndarray:
-    """Read images at `settings.size`, and keep of each the 256 view alone: (N, 3, 256, 256) uint8."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-        large = read_rgb(path, settings.size).transpose(2, 0, 1)
-        images[index] = small_views(large[None])[0]
-    return images
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a label map or mask as (H, W) uint8, the right way up: 8-bit values as stored, of deeper ones those over 255 as 255.
+
+    No pixel that is not zero is lost: of colours the brightest channel counts, of one bit the value is 255. A palette's indices
+    are the values where its index 0 is black, as in label maps; otherwise its colours count.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    with opened(path, "mask", "delete it and make it again") as image:
+        deep = _deep_pixels(image, path)
+        if deep is not None:
+            values, _ = deep
+            values = values[..., None] if values.ndim == 2 else values
+            return _brightest(np.clip(np.ceil(np.abs(values)), 0, 255).astype(np.uint8))
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P":
+            image = image.convert("RGBA") if any(image.getpalette()[:3]) else image
+        elif image.mode == "1":
+            image = image.convert("L")
+        elif image.mode != "L":
+            image = image.convert("RGBA")
+        values = np.array(image)
+    return values if values.ndim == 2 else _brightest(values)
+
+
+def displayed_size(path: str | Path) -> tuple[int, int]:
+    """(W, H) of an image as `read_rgb` returns it, its orientation applied.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    with opened(path) as image:
+        width, height = image.size  # of a TIFF as displayed already
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+def content_digest(path: str | Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def colour_labels(labels: np.ndarray) -> np.ndarray:
     """Paint a label map (H, W) uint8 with one well-separated colour per index, (H, W, 3) uint8; 0 stays black."""
     return _PALETTE[labels]
+
+
+@contextmanager
+def opened(path: str | Path, what: str = "image",
+           advice: str = "replace it or take it out of the folder") -> Iterator[Image.Image]:
+    """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
+
+    Raises:
+        UserError: see `read_rgb`.
+    """
+    try:
+        # TGA has no signature: only a file that says so by its name may be one.
+        formats = [name for name in _READ if name != "TGA" or Path(path).suffix.lower() == ".tga"]
+        with Image.open(path, formats=[*formats, "DIB"]) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
+                raise UserError(f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own")
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError as problem:
+        link = ": it is a link to a file that is not there" if Path(path).is_symlink() else ""
+        raise UserError(f"{what} {path} is missing{link}") from problem
+    except Image.DecompressionBombError as problem:
+        raise UserError(f"{what} {path} is larger than can be read safely ({problem}); make it smaller") from problem
+    except Exception as problem:  # Pillow's decoders have an error of their own for every kind of damage
+        reason = "it is in no format that is read here" if isinstance(problem, UnidentifiedImageError) else (
+            " ".join(str(problem).split()) or type(problem).__name__)
+        raise UserError(f"{what} {path} cannot be read ({reason}); {advice}") from problem
+
+
+def as_rgb(image: Image.Image, path: str | Path, white_level: float | None = None) -> np.ndarray:
+    """The pixels of an `opened` image as `read_rgb` returns them."""
+    if white_level is not None and not 0 < white_level < math.inf:
+        raise UserError(f"--images.white_level is {white_level}; it must be a number above 0")
+    deep = _deep_pixels(image, path)
+    if deep is None:
+        ImageOps.exif_transpose(image, in_place=True)  # without a copy where it lies right already
+        return _on_background(image, path)
+    values, declared = deep
+    clear = values[..., 3:] if values.ndim == 3 and values.shape[2] == 4 else None
+    colours = values if clear is None else values[..., :3]
+    white = white_level or declared
+    if white is None or (white_level is None and white == 65535 and colours.max() <= _LARGEST_OF_12_BITS):
+        held = f"values from {colours.min():g} to {colours.max():g}"
+        raise UserError(f"image {path} holds {held} and nothing in it says which value is white; set --images.white_level for "
+                        "the whole data set (1 for 0..1, 1023 for 10 bits, 4095 for 12, 65535 for all 16)")
+    eight_bit = np.floor(np.clip(colours / white, 0, 1) * 255 + 0.5)
+    key = image.info.get("transparency")  # one value or colour that is transparent
+    if key is not None and clear is None:
+        clear = 65535 * np.atleast_3d(colours != np.asarray(key)).any(2, keepdims=True)
+    if eight_bit.ndim == 2:
+        eight_bit = np.repeat(eight_bit[..., None], 3, 2)
+    if clear is not None and clear.min() < 65535:
+        _say_transparent(path)
+        opacity = clear / 65535
+        eight_bit = np.floor(eight_bit * opacity + np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity) + 0.5)
+    return eight_bit.astype(np.uint8)
+
+
+def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
+    """An 8-bit image of any mode as (H, W, 3) uint8."""
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        if layered.getextrema()[3][0] < 255:
+            _say_transparent(path)
+            image = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
+            image.alpha_composite(layered)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, float | None] | None:
+    """Pixels of more than 8 bits, right way up, values as stored, and the value that the format declares to be white.
+
+    Returns:
+        (H, W) or (H, W, 3 or 4) and white, None where nothing declares it; None for images of 8 bits.
+    """
+    arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
+    raw_mode = arguments[0] if isinstance(arguments, (tuple, list)) else arguments
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    bits = max(tags.get(258, (8,)))
+    if image.format == "PPM" and isinstance(arguments, tuple) and image.tile[0].codec_name.startswith("ppm"):
+        return _rescaled_by_pillow(image, path, arguments[-1])
+    if image.mode == "F" or image.mode.startswith("I"):
+        unsigned = bits == 32 and tags.get(339, (1,))[0] == 1
+        values = _upright(image)
+        values = values.view(np.uint32) if unsigned and image.mode == "I" else values
+        if image.mode == "F" and not np.isfinite(values).all():
+            raise UserError(f"image {path} holds values that are not finite; replace it or take it out of the folder")
+        if values.min() < 0:
+            raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0")
+        if image.mode != "I" and image.mode != "F":
+            return values, 2.0 ** (bits if tags else 16) - 1
+        return values, 65535.0 if image.mode == "I" and image.format in ("PNG", "PPM") else None
+    if raw_mode == "LA;16B":  # grey with alpha: read as four channels of 8 bits, it is its own bytes
+        grey_high, grey_low, clear_high, clear_low = np.moveaxis(_reread(image, "RGBA").astype(np.uint16), 2, 0)
+        grey = grey_high << 8 | grey_low
+        return np.stack([grey, grey, grey, clear_high << 8 | clear_low], 2), 65535.0
+    planes = tags.get(284) == 2  # libtiff then hands out 8 bits, whatever the raw mode
+    if raw_mode in _OTHER_BYTES and not planes:
+        low = _reread(image, _OTHER_BYTES[raw_mode])
+        with opened(path) as again:
+            return _upright(again).astype(np.uint16) << 8 | low, 65535.0
+    if bits > 8 or ";16" in str(raw_mode):
+        raise UserError(f"image {path} stores {bits} bits a channel in a way that is not read here; "
+                        "store it as a PNG")
+    return None
+
+
+def _rescaled_by_pillow(image: Image.Image, path: str | Path, largest: int) -> tuple[np.ndarray, float | None] | None:
+    """A PGM or PPM says itself which value is white; Pillow applies that, to 8 bits for colour, to 16 for grey."""
+    values = _upright(image)
+    if image.mode == "I":
+        return np.round(values * (largest / 65535)), float(largest)
+    if largest == 65535 and values.max() <= 15:  # the 12 bits are gone already
+        raise UserError(f"image {path} says that 65535 is white, but holds far less; store it as a PNG or TIFF")
+    return None
+
+
+def _reread(image: Image.Image, raw_mode: str) -> np.ndarray:
+    """Decode an opened image with its bytes unpacked in another way."""
+    image.tile = [tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, (tuple, list)) else raw_mode)
+                  for tile in image.tile]
+    return _upright(image)
+
+
+def _upright(image: Image.Image) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _brightest(channels: np.ndarray) -> np.ndarray:
+    """(H, W, C) uint8 -> (H, W): the brightest colour channel, 0 where a fourth channel says transparent."""
+    brightest = channels[..., :3].max(2)
+    return np.where(channels[..., 3] > 0, brightest, 0).astype(np.uint8) if channels.shape[2] == 4 else brightest
+
+
+def _say_transparent(path: str | Path) -> None:
+    if "transparent" not in _said:
+        _said.add("transparent")
+        tqdm.write(f"transparent pixels are seen as white ({path} is the first picture that has some)", file=sys.stderr)
 
 
 def _make_palette() -> np.ndarray:

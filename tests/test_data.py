@@ -1,9 +1,8 @@
-"""Settings, layout, files and images: what a person can get wrong, and what must survive it."""
+"""Settings, files and records: what a person can get wrong, and what must survive it."""
 
 import errno
 import os
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,10 +10,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
 
 import settings
-from data import files, images, layouts, records
+from data import files, records
 from data.workspace import Workspace
 from errors import UserError, run_script
 
@@ -73,35 +71,7 @@ def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
         assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
 
 
-# Layout
-
-def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        layouts.Dataset(tmp_path / "nowhere").select(None)
-    dataset = layouts.Dataset(make_dataset())
-    assert [category.name for category in dataset.select(None)] == ["discs"]
-    with pytest.raises(UserError, match="'disks'.*it has discs"):
-        dataset.select(["disks"])
-
-
-def test_empty_split_and_twin_stems(make_dataset):
-    root = make_dataset(train=2)
-    category = layouts.Dataset(root).select(["discs"])[0]
-    cv2.imwrite(str(root / "discs/train/good/001.jpg"), np.zeros((9, 9, 3), np.uint8))
-    with pytest.raises(UserError, match="two images"):
-        category.train  # noqa: B018
-    for path in (root / "discs/validation/good").iterdir():
-        path.unlink()
-    with pytest.raises(UserError, match="no images in"):
-        category.validation  # noqa: B018
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
-def test_formats_and_sorted_order(make_dataset, suffix):
-    category = layouts.Dataset(make_dataset(suffix=suffix)).select(None)[0]
-    assert [path.name for path in category.train] == sorted(path.name for path in category.train)
-    assert images.read_rgb(category.train[0], 64).shape == (64, 64, 3)
-
+# Workspace
 
 def test_a_workspace_serves_one_run_at_a_time(tmp_path):
     workspace = Workspace(tmp_path)
@@ -120,13 +90,6 @@ def test_arrays_come_back_as_they_were(tmp_path, array):
     np.testing.assert_array_equal(files.read_array(tmp_path / "a.npy"), array)
     files.write_arrays(tmp_path / "a.npz", one=array, two=array)
     np.testing.assert_array_equal(files.read_arrays(tmp_path / "a.npz")["two"], array)
-
-
-@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20))))
-def test_label_maps_come_back_as_they_were(tmp_path, labels):
-    files.write_image(tmp_path / "labels.png", labels)
-    np.testing.assert_array_equal(images.read_mask(tmp_path / "labels.png"), labels)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
@@ -173,7 +136,7 @@ def test_pickles_are_refused(tmp_path):
 
 def test_damaged_files_are_named(tmp_path):
     for name, read in (("a.npy", files.read_array), ("a.npz", files.read_arrays), ("a.pth", files.read_state),
-                       ("a.json", files.read_json), ("a.png", images.read_rgb), ("b.png", images.read_mask)):
+                       ("a.json", files.read_json)):
         for content in (b"\x89PNG not really", b"", b"a text\n", b"hello world", b"G", b".\n"):  # torch has an error for each
             (tmp_path / name).write_bytes(content)
             with pytest.raises(UserError, match=name):
@@ -252,31 +215,3 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path):
         files.write_state(tmp_path / "made.pth", state)
         with pytest.raises(UserError, match="made.pth does not hold the network"):
             files.load_checkpoint(network, tmp_path / "made.pth")
-
-
-# Images
-
-def test_every_kind_of_image_becomes_8_bit_rgb(tmp_path):
-    grey16 = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
-    Image.fromarray(grey16).save(tmp_path / "grey16.png")
-    Image.fromarray((grey16 // 257).astype(np.uint8)).save(tmp_path / "grey8.png")
-    Image.fromarray(np.dstack([(grey16 // 257).astype(np.uint8)] * 4)).save(tmp_path / "rgba.png")
-    Image.fromarray((grey16 // 257).astype(np.uint8)).convert("P").save(tmp_path / "palette.png")
-    for path in tmp_path.iterdir():
-        image = images.read_rgb(path)
-        assert image.shape == (20, 20, 3)
-        assert image.dtype == np.uint8
-        assert image.min() < 5 and image.max() > 250
-
-
-def test_truncated_image_is_named(tmp_path):
-    files.write_image(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    data = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(data[:len(data) // 2])
-    with pytest.raises(UserError, match="half.png"):
-        images.read_rgb(tmp_path / "half.png")
-
-
-def test_normalise_is_imagenets():
-    pixel = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
-    assert images.normalise(pixel).abs().max() < 0.02
