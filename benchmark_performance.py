@@ -33,7 +33,7 @@ def main() -> None:
     args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     fused = {category.name: settings.load(category.name, args.preset, settings.overrides(args)).fusion.branches
              for category in categories}
     places = workspace.of_seeds(args.seeds).values()
@@ -120,16 +120,21 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches) 
     for branch in branches:
         path = workspace.anomaly_maps(category.name, branch)
         if not path.exists():
-            return {"missing": f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"}
+            why = f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"
+            return {name: {"missing": why} for name in ANOMALIES}
     maps = localisation.fused_maps({branch: files.read_arrays(workspace.anomaly_maps(category.name, branch))
                                     for branch in branches})
-    try:
-        found = {name: localisation.measure(category, maps, split) for name, split in ANOMALIES.items() if category.test(split)}
-    except UserError as problem:  # image-level figures are worth having without it
-        return {"missing": str(problem)}
-    return {name: {"spro": {str(limit): area for limit, area in measured.spro.items()},
-                   "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max}
-            for name, measured in found.items()}
+    found = {}
+    for name, split in ANOMALIES.items():
+        try:
+            if not category.test(split):
+                raise UserError(f"{category.name} has no {name} test images")
+            measured = localisation.measure(category, maps, split)
+            found[name] = {"spro": {str(limit): area for limit, area in measured.spro.items()},
+                           "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max}
+        except UserError as problem:  # image-level figures are worth having without it
+            found[name] = {"missing": str(problem)}
+    return found
 
 
 def table(measured: dict[str, dict]) -> list[str]:
@@ -169,10 +174,9 @@ def table(measured: dict[str, dict]) -> list[str]:
     rows, notes = [], []
     for name, content in measured.items():
         found = content["localisation"]["+".join(content["fused"])]
-        if "missing" in found:
-            notes.append(f"{name}: not measured: {found['missing']}")
-            continue
-        rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()]
+        rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()
+                 if "spro" in one]
+        notes += [f"{name}, {kind}: not measured: {one['missing']}" for kind, one in found.items() if "missing" in one]
     means = [("average", kind, *np.mean([row[2:] for row in rows if row[1] == kind], axis=0))
              for kind in ANOMALIES if any(row[1] == kind for row in rows)]
     if means:

@@ -61,7 +61,7 @@ def main() -> None:
         raise UserError("--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps")
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
     device = str(choose_device(args.device))
     places = workspace.of_seeds(args.seeds).values()

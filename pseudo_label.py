@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
     device = choose_device(args.device)
     with workspace.lock():

@@ -35,7 +35,7 @@ PSEUDO_LABEL_SIDE = 160
 def main() -> None:
     args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
     dataset = layouts.Dataset(args.dataset_root or Workspace(args.workspace).default_dataset)
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     settings.check((category.name for category in categories), args)
     for workspace in Workspace(args.workspace).of_seeds(args.seeds).values():
         done = [category for category in categories if workspace.metrics(category.name).exists()]

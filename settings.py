@@ -179,6 +179,11 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
 
 
+def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
+    """Category -> the defects that its file in configs/categories/ calls logical."""
+    return {path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))}
+
+
 def check(categories: Iterable[str], arguments: argparse.Namespace) -> None:
     """Refuse wrong single settings in a script that uses none, but takes the options of all stages like the others."""
     for category in categories:

@@ -29,7 +29,7 @@ def main() -> None:
     if not truth.is_dir():
         raise UserError(f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them")
     found = {}
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     settings.check((category.name for category in categories), args)
     for category in categories:
         trusted = files.read_array(files.require(workspace.info(category.name) / "filtered_histogram_indices.npy",

@@ -1,6 +1,6 @@
 """Images as the method sees them: 8-bit RGB as a person sees them, resized with PIL's bilinear filter, aspect ratio not kept.
 
-What a file means is never guessed picture by picture (METHOD.md section 6): where nothing says which value is white, reading it
+What a file means is never guessed picture by picture (docs/METHOD.md section 6): where nothing says which value is white, reading it
 ends with a sentence that names `--images.white_level`. Numpy and Pillow alone are needed here, so that deployment needs no more.
 """
 
@@ -43,6 +43,13 @@ _OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in
 _LARGEST_OF_12_BITS = 4095
 
 _said: set[str] = set()
+
+
+class ImageSettings(Protocol):
+    """How pictures are read (settings.ImageSettings)."""
+
+    size: int
+    white_level: float | None
 
 
 def read_rgb(path: str | Path, size: int | None = None, white_level: float | None = None) -> np.ndarray:
@@ -94,9 +101,18 @@ def small_view(image: np.ndarray) -> np.ndarray:
 def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
     """Read images into one (N, 3, size, size) uint8 array: held once, normalised by the networks."""
     views = np.empty((len(paths), 3, size, size), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False)):
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
         views[index] = read_rgb(path, size, white_level).transpose(2, 0, 1)
     return views
+
+
+def read_small_views(paths: Sequence[Path], description: str, settings: ImageSettings) -> np.ndarray:
+    """Read images at ``settings.size`` and keep of each the 256 view alone: (N, 3, 256, 256) uint8."""
+    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
+        large = read_rgb(path, settings.size, settings.white_level)
+        images[index] = small_views(large.transpose(2, 0, 1)[None])[0]
+    return images
 
 
 def read_mask(path: str | Path) -> np.ndarray:

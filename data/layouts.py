@@ -241,14 +241,6 @@ class Category:
     def _tests(self) -> dict[str, list[Path]]:
         return self._layout.tests(self.root, self.logical_defects)
 
-    def key(self, path: Path) -> str:
-        """A name of an image that is unique within its list, for output files."""
-        return path.stem
-
-    def defect_of(self, split: str, path: Path) -> str | None:
-        """The name of the defect that a test image shows, where it is known."""
-        return None
-
     @property
     def defects_config(self) -> Path:
         return self.root / "defects_config.json"
@@ -415,6 +407,11 @@ class Dataset:
             return []  # the data set is a category itself
         return [(path, "a folder without train/, so no category") for path in _entries(self.root)
                 if path.is_dir() and not _folder_is_category(path)]
+
+
+def test_splits(category: Category) -> dict[str, list[Path]]:
+    """The test images by split; empty where there are no good ones, because then nothing can be measured."""
+    return {split: category.test(split) for split in SPLITS} if category.tested else {}
 
 
 def _folder_is_category(path: Path) -> bool:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 from sklearn.metrics import auc
 
 from data import files, images, layouts
@@ -138,8 +137,7 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], kind: str) 
             raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
                             f"but {len(paths)} images; run CSAD.py --overwrite")
         for path, small in zip(paths, maps[shown]):
-            with Image.open(path) as image:  # the header only
-                size = image.size
+            size = images.displayed_size(path)
             regions = read_regions(category, shown, path, saturations, size) if shown != layouts.GOOD else []
             sweep.add(enlarge(small, size), regions)
     return sweep.result()
@@ -150,13 +148,15 @@ def enlarge(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(small.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
 
 
-def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]]:
-    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json.
+def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]] | None:
+    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts that have none.
 
     Raises:
         UserError: the file is missing or says something else.
     """
     path = category.defects_config
+    if not path.exists() and category.layout != layouts.Loco.name:
+        return None
     if not path.exists():
         raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
     try:
@@ -171,9 +171,11 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     return found
 
 
-def read_regions(category: layouts.Category, kind: str, image: Path, saturations: dict[int, tuple[float, bool]],
+def read_regions(category: layouts.Category, kind: str, image: Path, saturations: dict[int, tuple[float, bool]] | None,
                  size: tuple[int, int]) -> list[Region]:
     """The annotated regions of one test image; ``size`` is the image's (W, H).
+
+    Without saturations, one mask holds all regions: its connected parts, each of which has to be found whole.
 
     Raises:
         UserError: there is no mask, a mask is empty, of another size, or names no defect of defects_config.json.
@@ -187,6 +189,12 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
         if values.shape != size[::-1]:
             raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}")
         value = int(values.max())
+        if saturations is None:
+            if not value:
+                raise UserError(f"{path} is empty: it marks no region")
+            count, parts = cv2.connectedComponents((values > 0).astype(np.uint8))
+            regions += [Region(parts == part, float((parts == part).sum())) for part in range(1, count)]
+            continue
         if value not in saturations:
             raise UserError(f"{path} " + (f"has value {value}, which is not in {category.defects_config}" if value
                                           else "is empty: it marks no region"))

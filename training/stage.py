@@ -61,7 +61,7 @@ def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
     args = settings.training_command_line(story).parse_args()
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories)
+    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
