@@ -21,7 +21,16 @@ from data.workspace import Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
 from evaluation.metrics import auroc, average_precision, f1_max, mean_known
-from evaluation.scores import PAPER_BRANCHES, STAGES, Scores, by_split, digest_scores, normalised_scores, record_of, scored_branches
+from evaluation.scores import (
+    PAPER_BRANCHES,
+    STAGES,
+    Scores,
+    by_split,
+    digest_scores,
+    normalised_scores,
+    record_of,
+    scored_branches,
+)
 from models.fusion import fuse
 
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import images, layouts
+from data import images, layouts, records
 from data.roi import read_roi
 from errors import UserError, run_script
 
@@ -198,7 +198,7 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
             transparent = layered and said["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return Picture(path, split, **said, transparent=transparent, values=(int(pixels.min()), int(pixels.max())),
-                       digest=images.content_digest(path), thumbnail=np.asarray(thumbnail), hash=perceptual_hash(thumbnail))
+                       digest=records.digest(path), thumbnail=np.asarray(thumbnail), hash=perceptual_hash(thumbnail))
     except UserError as problem:
         return Picture(path, split, str(problem))
 

@@ -212,7 +212,7 @@ def refined_masks(image: np.ndarray, folder: Path, proposer: Proposer, chosen: s
 
 
 def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray | None, np.ndarray]:
-    """docs/METHOD.md's order of operations: proposals -> candidate masks (N, H, W), if any were proposed, and label map (H, W)."""
+    """The order of operations of docs/METHOD.md: proposals -> candidate masks (N, H, W), if any, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)

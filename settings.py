@@ -202,8 +202,8 @@ def command_line(story: str) -> argparse.ArgumentParser:
     common.add_argument("--preset", default=PAPER,
                         choices=sorted([PAPER, *(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))]))
     common.add_argument("--backbone", default="auto",
-                        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional network of "
-                             "timm's")
+                        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
+                             "network of timm's")
     common.add_argument("--backbone_weights", type=place, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)

@@ -1,12 +1,11 @@
 """Images as the method sees them: 8-bit RGB as a person sees them, resized with PIL's bilinear filter, aspect ratio not kept.
 
-What a file means is never guessed picture by picture (docs/METHOD.md section 6): where nothing says which value is white, reading it
+What a file means is never guessed picture by picture: where nothing says which value is white, reading it
 ends with a sentence that names `--images.white_level`. Numpy and Pillow alone are needed here, so that deployment needs no more.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -151,12 +150,6 @@ def displayed_size(path: str | Path) -> tuple[int, int]:
         width, height = image.size  # of a TIFF as displayed already
         turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
-
-
-def content_digest(path: str | Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def colour_labels(labels: np.ndarray) -> np.ndarray:

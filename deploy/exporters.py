@@ -1,4 +1,4 @@
-"""Write a fused model for other runtimes: ONNX with a batch size left open, and OpenVINO's two files (docs/METHOD.md section 4)."""
+"""Write a fused model for other runtimes: ONNX with a batch size left open, OpenVINO's two files (docs/METHOD.md section 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from models.prediction import Prediction
 
 OPSET = 17
 INT8_OPERATORS = ["Conv", "Relu", "AveragePool", "MaxPool", "Add", "Concat"]  # for which onnxruntime has int8 kernels
-NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/")  # how their nodes' names begin
+# How the names of the networks' nodes begin.
+NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/")
 
 
 def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_input: bool) -> bytes:
@@ -49,7 +50,8 @@ def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, .
     onnx = require_package("onnx")
     buffer = io.BytesIO()
     # Two images, so that nothing of size 1 is mistaken for a constant.
-    example = torch.zeros(2, 3, known["input_size"], known["input_size"], dtype=torch.uint8 if known["raw_input"] else torch.float32)
+    dtype = torch.uint8 if known["raw_input"] else torch.float32
+    example = torch.zeros(2, 3, known["input_size"], known["input_size"], dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant sizes are meant to be constant
         # The tracing exporter needs no further package and names nodes after modules, which quantisation goes by.

@@ -94,7 +94,8 @@ class Verdict:
         if self.score is None or self.verdict == UNDECIDED:
             return f"{self.verdict:10} {self.name}\n           {self.problem}"
         shares = " + ".join(f"{BRANCHES[branch]} {share:.2f}" for branch, share in (self.branch_scores or {}).items())
-        text = f"{self.verdict:10} {self.name}  score {self.score:.2f}{' = ' + shares if shares else ''}, threshold {self.threshold:.2f}"
+        score = f"{self.score:.2f} = {shares}" if shares else f"{self.score:.2f}"
+        text = f"{self.verdict:10} {self.name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
 
 

@@ -24,7 +24,7 @@ from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
-STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory"}  # beginnings of the buffers with a branch's trimmed z
+STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory"}  # beginnings of buffers with trimmed z
 _LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_")
 
 

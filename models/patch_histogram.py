@@ -93,7 +93,7 @@ class PatchHistogramDetector(nn.Module):
             self.register_buffer(f"{name}_val_std", torch.tensor(1.0))
 
     def whiten(self) -> None:
-        """From now on take distances as norms of whitened differences, which float32 can do for near-singular covariances, too."""
+        """From now on take distances as norms of whitened differences: right in float32, too, for near-singular covariances."""
         try:
             self.whitening = nn.ParameterList(nn.Parameter(whitening(inverse), requires_grad=False)
                                               for inverse in (self.hist_invcov, self.patch_hist_invcov))

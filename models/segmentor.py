@@ -2,7 +2,7 @@
 section 2).
 
 Module names follow the published checkpoints, so that their state dicts load as they are. Of the losses, throughout: logits
-(B, C, H, W); probabilities their softmax over C; target (B, H, W) int64, values 0..C-1. Every loss is a scalar tensor, unweighted.
+(B, C, H, W); probabilities their softmax over C; target (B, H, W) int64, values 0..C-1. Every loss is a scalar, unweighted.
 """
 
 from __future__ import annotations

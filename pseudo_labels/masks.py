@@ -1,4 +1,4 @@
-"""The mask algebra of METHOD.md, section 1.
+"""The mask algebra of docs/METHOD.md, section 1.
 
 Masks are (N, H, W) arrays in which any non-zero pixel is inside; a single mask is (H, W). What comes out has the dtype
 of what went in, except where it is said. Nothing here changes its arguments.

@@ -1,4 +1,4 @@
-"""One training step of each network as plainly as METHOD.md says it: no batching, nothing kept, nothing left out.
+"""One training step of each network as plainly as docs/METHOD.md says it: no batching, nothing kept, nothing left out.
 
 What the fast steps of training/ are tested and timed against. Random choices come in as arguments.
 """
@@ -43,7 +43,7 @@ def lgst_teacher(model: nn.Module, encoder: nn.Module, images: Tensor) -> tuple[
 
 def lgst_losses(model: nn.Module, encoder: nn.Module, images: Tensor, twins: Tensor, penalty: Tensor,
                 hard_quantile: float) -> dict[str, Tensor]:
-    """METHOD.md section 3: images uint8, twins and penalty float in 0..255."""
+    """docs/METHOD.md section 3: images uint8, twins and penalty float in 0..255."""
     def teacher(pictures: Tensor) -> Tensor:
         with torch.no_grad():
             return (teacher_features(model, encoder, pictures) - model.teacher_mean) / model.teacher_std
@@ -66,7 +66,7 @@ def lgst_losses(model: nn.Module, encoder: nn.Module, images: Tensor, twins: Ten
 
 def segmentor_losses(segmentor: nn.Module, encoder: nn.Module, images: Tensor, labels: Tensor, others: Tensor,
                      other_labels: Tensor, weights) -> dict[str, Tensor]:
-    """METHOD.md section 2: images in 0..255, labels int64, weights the segmentor's settings; others may be none."""
+    """docs/METHOD.md section 2: images in 0..255, labels int64, weights the segmentor's settings; others may be none."""
     logits = segmentor(encoder(prepared(torch.cat([images, others]))))
     p = logits.softmax(1)
     own, free = p[:len(images)], p[len(images):]

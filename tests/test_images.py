@@ -324,11 +324,3 @@ def test_views_are_the_images_in_order(tmp_path):
     views = images.read_views([tmp_path / "20.png", tmp_path / "10.png"], 32, "read")
     assert views.shape == (2, 3, 32, 32) and views.dtype == np.uint8
     assert views[0].mean() == 20 and views[1].mean() == 10
-
-
-def test_a_digest_is_of_the_content(tmp_path):
-    import hashlib
-    (tmp_path / "a").write_bytes(b"one")
-    (tmp_path / "b").write_bytes(b"two")
-    assert images.content_digest(tmp_path / "a") == hashlib.sha256(b"one").hexdigest()[:16]
-    assert images.content_digest(tmp_path / "a") != images.content_digest(tmp_path / "b")

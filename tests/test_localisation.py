@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data import layouts
 from errors import UserError
+from evaluation import metrics
 from evaluation.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
 
 

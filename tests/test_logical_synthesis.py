@@ -1,4 +1,4 @@
-"""Logical synthesis: what is pasted, where, and with which labels (METHOD.md section 2)."""
+"""Logical synthesis: what is pasted, where, and with which labels (docs/METHOD.md section 2)."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""The segmentor's losses against the published ones (METHOD.md section 2)."""
+"""The segmentor's losses against the published ones (docs/METHOD.md section 2)."""
 
 import pytest
 import torch

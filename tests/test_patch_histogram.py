@@ -1,4 +1,4 @@
-"""Patch histogram and trimmed z against the published values (METHOD.md section 2)."""
+"""Patch histogram and trimmed z against the published values (docs/METHOD.md section 2)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The segmentor network: names, shapes, sizes (METHOD.md section 2)."""
+"""The segmentor network: names, shapes, sizes (docs/METHOD.md section 2)."""
 
 import json
 

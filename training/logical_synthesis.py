@@ -1,4 +1,4 @@
-"""Logical synthesis, LSA: training images whose components are out of order (paper section 3.2, METHOD.md section 2).
+"""Logical synthesis, LSA: training images whose components are out of order (paper section 3.2, docs/METHOD.md section 2).
 
 One or two of an image's own components are copied, rotated, and pasted elsewhere in it together with their labels. The
 segmentor so learns components by their looks and not by their places.
