@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import files, images, layouts, records
+from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
 from models.lgst import LGST, Differences
@@ -37,7 +37,7 @@ def train_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.lgst
     checkpoint = workspace.lgst(category.name)
     penalties = PenaltyPictures(chosen.penalty_images)
-    used = {"settings": chosen.model_dump(), "images": job.settings.images.model_dump(), "precision": job.precision,
+    used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins)}
     # Asked for first: a missing split should not cost an hour of training.
     validation, test = category.validation, layouts.test_splits(category)
@@ -83,8 +83,7 @@ def train_category(job: Job) -> None:
 def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> LGST:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     chosen, backbone, device = job.settings.lgst, job.backbone, job.device
-    train_images = torch.from_numpy(images.read_small_views(job.category.train, f"{job.name}: read training images",
-                                                            job.settings.images))
+    train_images = torch.from_numpy(job.view.read_small(job.category.train, f"{job.name}: read training images"))
     torch.manual_seed(job.seed)
     model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
     if chosen.he_initialisation:
@@ -117,7 +116,7 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
 def differences(model: LGST, job: Job, paths: Sequence[Path], what: str) -> Differences:
     """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
     batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64),) * 2]
-    loaded = torch.from_numpy(images.read_small_views(paths, f"{job.name}: {what}", job.settings.images))
+    loaded = torch.from_numpy(job.view.read_small(paths, f"{job.name}: {what}"))
     for batch in tqdm(loaded.split(SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
         batch = batch.to(job.device).float()
         batches.append(tuple(part.cpu() for part in model.differences(batch, job.backbone.encoder(batch))))

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 import settings
 from data import files, layouts
+from data.images import SIZE
+from data.roi import read_roi
 from data.workspace import Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
@@ -43,8 +45,7 @@ def main() -> None:
     workspace = Workspace(args.workspace)
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    fused = {category.name: settings.load(category.name, args.preset, settings.overrides(args)).fusion.branches
-             for category in categories}
+    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
     places = workspace.of_seeds(args.seeds).values()
     with ExitStack() as locks:
         for place in {one.root: one for one in (workspace, *places)}.values():
@@ -56,7 +57,7 @@ def main() -> None:
                 if not category.tested:
                     missing.append(f"{category.name}: nothing to measure, there are no good test images")
                     continue
-                runs[-1][category.name] = measure(category, place, fused[category.name])
+                runs[-1][category.name] = measure(category, place, chosen[category.name])
             if not runs[-1]:
                 raise UserError("; ".join(missing) + "; export_model.py and predict.py need none")
             for name, content in runs[-1].items():
@@ -72,8 +73,9 @@ def main() -> None:
     print(f"\nwrote {target}")
 
 
-def measure(category: layouts.Category, workspace: Workspace, fused: list[str]) -> dict[str, Any]:
+def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
+    fused, roi = chosen.fusion.branches, read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches)
     fused = [branch for branch in branches if branch in fused]
@@ -82,7 +84,7 @@ def measure(category: layouts.Category, workspace: Workspace, fused: list[str]) 
             "measured": digest_scores(category, workspace, branches),
             "detection": {"+".join(some): detection(category, scores, some) for some in combinations(branches, fused)},
             "defects": single_defects(category, scores, combinations(branches, fused)),
-            "localisation": {"+".join(some): where(category, workspace, some) for some in combinations(branches, fused)
+            "localisation": {"+".join(some): where(category, workspace, some, roi) for some in combinations(branches, fused)
                              if len(some) == 1 or list(some) == fused}}
 
 
@@ -124,7 +126,7 @@ def single_defects(category: layouts.Category, scores: Scores, sums: list[Branch
     return found
 
 
-def where(category: layouts.Category, workspace: Workspace, branches: Branches) -> dict[str, dict]:
+def where(category: layouts.Category, workspace: Workspace, branches: Branches, roi: np.ndarray | None) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
     for branch in branches:
         path = workspace.anomaly_maps(category.name, branch)
@@ -138,7 +140,7 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches) 
         try:
             if not category.test(split):
                 raise UserError(f"{category.name} has no {name} test images")
-            measured = localisation.measure(category, maps, split)
+            measured = localisation.measure(category, maps, split, roi)
             found[name] = {"spro": {str(limit): area for limit, area in measured.spro.items()},
                            "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max}
         except UserError as problem:  # image-level figures are worth having without it

@@ -34,6 +34,7 @@ from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
+from training.stage import view_of
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
@@ -101,7 +102,7 @@ def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
-    state = fused_state(category, workspace, chosen.fusion.branches, args.precision)
+    state = fused_state(category, workspace, chosen.fusion.branches, view_of(category, chosen), args.precision)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import files, images, layouts, records
+from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device
 from models.patch_memory import PROJECTED, SUBSET, PatchMemory, greedy_k_centre, patches
@@ -33,7 +33,7 @@ def main() -> None:
 def fit_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.memory
     checkpoint = workspace.memory(category.name)
-    used = {"settings": chosen.model_dump(), "images": job.settings.images.model_dump(),
+    used = {"settings": chosen.model_dump(), "images": job.view.record,
             **records.inputs(category.train, job.seed, job.backbone)}
     validation, test = category.validation, layouts.test_splits(category)
     record = records.Record(
@@ -105,16 +105,15 @@ def fit(job: Job) -> PatchMemory:
 @torch.no_grad()
 def encoded(job: Job, paths: Sequence[Path], what: str) -> Iterator[tuple[Tensor, ...]]:
     """The encoder's maps of images on disk, batch by batch."""
-    size, white_level = job.settings.images.size, job.settings.images.white_level
     for first in tqdm(range(0, len(paths), BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        views = images.read_views(paths[first:first + BATCH], size, "", white_level)
-        yield job.backbone.encoder(torch.from_numpy(views).to(job.device).float())
+        views = torch.from_numpy(job.view.read(paths[first:first + BATCH]))
+        yield job.backbone.encoder(views.to(job.device).float())
 
 
 @torch.no_grad()
 def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """Anomaly maps (N, h, w) of images on disk, on the CPU."""
-    side = job.settings.images.size // 8
+    side = job.view.size // 8
     return torch.cat([torch.zeros(0, side, side), *(memory(maps).cpu() for maps in encoded(job, paths, f"score {what}"))])
 
 

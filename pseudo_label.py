@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import settings
+from check_dataset import quick_check
 from data import files, images, layouts, records
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
@@ -35,7 +36,7 @@ from pseudo_labels import checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
 from standins.classical import ClassicalProposer
-from training.stage import agreed_backbone, run_jobs
+from training.stage import agreed_backbone, run_jobs, view_of
 
 PICTURE = 640  # side of feature.png
 REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
@@ -67,10 +68,13 @@ def main() -> None:
 
 def label_category(category: layouts.Category, workspace: Workspace, all_settings: settings.Settings, backbone: Backbone,
                    device: torch.device, args: argparse.Namespace) -> None:
+    print(category.layout_line)
+    for warning in quick_check(category):
+        print(f"{category.name}: {warning}")
     chosen = all_settings.pseudo_labels
     proposer = choose_proposer(category.name, chosen, workspace.downloads, device, args.download)
-    paths = category.train
-    used = {"settings": chosen.model_dump(), "images": all_settings.images.model_dump(), "proposer": proposer.name,
+    paths, view = category.train, view_of(category, all_settings)
+    used = {"settings": chosen.model_dump(), "images": view.record, "proposer": proposer.name,
             "checkpoints": proposer.checkpoints, **records.inputs(
                 paths, args.seed, backbone, [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
     finished = workspace.pseudo_labels(category.name)
@@ -102,8 +106,7 @@ def label_category(category: layouts.Category, workspace: Workspace, all_setting
         for first in range(0, len(paths), at_once):
             group = slice(first, first + at_once)
             if not all((folder / COMPONENTS).exists() for folder in folders[group]):
-                pictures = [picture.transpose(1, 2, 0) for picture in images.read_small_views(
-                    paths[group], "", all_settings.images)]
+                pictures = [picture.transpose(1, 2, 0) for picture in view.read_small(paths[group])]
                 label_maps = [refined_masks(picture, folder, proposer, chosen)
                               for picture, folder in zip(pictures, folders[group])]
                 for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):

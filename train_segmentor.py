@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import files, images, layouts, records
+from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
 from models.patch_histogram import fit_parameters, fitted_detector
@@ -41,7 +41,7 @@ def train_category(job: Job) -> None:
     checkpoint, parameter_file = workspace.segmentor(category.name), workspace.patch_histogram_parameters(category.name)
     trusted, classes = read_stage_1(category, workspace)
     labels = workspace.pseudo_labels(category.name)
-    used = {"settings": chosen.model_dump(), "images": job.settings.images.model_dump(), "precision": job.precision,
+    used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             "pseudo_labels": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
             **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
     # Asked for first: a missing split should not cost an hour of training.
@@ -54,8 +54,7 @@ def train_category(job: Job) -> None:
         return
     require_same_backbone(job, (workspace.lgst(category.name), "CSAD.py"), (workspace.memory(category.name), "patch_memory.py"))
 
-    train_images = torch.from_numpy(images.read_small_views(category.train, f"{category.name}: read training images",
-                                                            job.settings.images))
+    train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
         data = training_data(category, workspace, train_images, trusted, classes)
@@ -123,7 +122,7 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, used: dict
 def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str) -> Tensor:
     """Label maps (N, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk."""
     if not isinstance(pictures, Tensor):
-        pictures = torch.from_numpy(images.read_small_views(pictures, f"{job.name}: {what}", job.settings.images))
+        pictures = torch.from_numpy(job.view.read_small(pictures, f"{job.name}: {what}"))
     maps = torch.zeros(len(pictures), *pictures.shape[2:], dtype=torch.uint8)
     for first in tqdm(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
         batch = pictures[first:first + SCORING_BATCH].to(job.device).float()

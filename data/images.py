@@ -6,12 +6,13 @@ ends with a sentence that names `--images.white_level`. Numpy and Pillow alone a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -24,6 +25,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRANSPARENCY_BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, like paper or a web page
 ORIENTATION_TAG = 0x0112
+OUTSIDE = 127  # grey of what lies outside the region of interest
 
 # Still-image formats whose decoders read pixels and nothing else: none that runs a program (EPS, PDF), follows references
 # (WMF, FITS) or packs sizes of one icon.
@@ -44,11 +46,41 @@ _LARGEST_OF_12_BITS = 4095
 _said: set[str] = set()
 
 
-class ImageSettings(Protocol):
-    """How pictures are read (settings.ImageSettings)."""
+@dataclass(frozen=True)
+class View:
+    """How the pictures of a category are seen: the same way in every stage and by the exported model.
 
-    size: int
-    white_level: float | None
+    Attributes:
+        size: side in pixels, a multiple of 256.
+        white_level: see `read_rgb`.
+        roi: (size, size) bool, what is inspected; the rest is grey, so that nothing in it can count. None: everything.
+    """
+
+    size: int = SIZE
+    white_level: float | None = None
+    roi: np.ndarray | None = None
+
+    def read(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
+        """(N, 3, size, size) uint8; with a progress bar where there is a description."""
+        views = np.empty((len(paths), 3, self.size, self.size), np.uint8)
+        for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
+            views[index] = read_rgb(path, self.size, self.white_level).transpose(2, 0, 1)
+            if self.roi is not None:
+                views[index, :, ~self.roi] = OUTSIDE
+        return views
+
+    def read_small(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
+        """(N, 3, 256, 256) uint8, the `small_views`; the larger ones are not held together."""
+        small = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
+        for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
+            small[index] = small_views(self.read([path]))[0]
+        return small
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What records and models say of it."""
+        roi = None if self.roi is None else hashlib.sha256(self.roi.tobytes()).hexdigest()[:16]
+        return {"size": self.size, "white_level": self.white_level, "roi": roi}
 
 
 def read_rgb(path: str | Path, size: int | None = None, white_level: float | None = None) -> np.ndarray:
@@ -98,20 +130,8 @@ def small_view(image: np.ndarray) -> np.ndarray:
 
 
 def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
-    """Read images into one (N, 3, size, size) uint8 array: held once, normalised by the networks."""
-    views = np.empty((len(paths), 3, size, size), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-        views[index] = read_rgb(path, size, white_level).transpose(2, 0, 1)
-    return views
-
-
-def read_small_views(paths: Sequence[Path], description: str, settings: ImageSettings) -> np.ndarray:
-    """Read images at ``settings.size`` and keep of each the 256 view alone: (N, 3, 256, 256) uint8."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-    for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-        large = read_rgb(path, settings.size, settings.white_level)
-        images[index] = small_views(large.transpose(2, 0, 1)[None])[0]
-    return images
+    """`View.read` of whole pictures: (N, 3, size, size) uint8."""
+    return View(size, white_level).read(paths, description)
 
 
 def read_mask(path: str | Path) -> np.ndarray:

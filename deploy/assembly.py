@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import files, layouts, records
-from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
+from data import files, images, layouts, records
+from data.images import IMAGENET_MEAN, IMAGENET_STD
 from data.workspace import Workspace
 from errors import UserError
 from models.backbone import empty_encoder, fingerprint
@@ -46,11 +46,13 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
 
 
-def fused_state(category: layouts.Category, workspace: Workspace, branches: list[str], precision: str = "fp32") -> dict:
+def fused_state(category: layouts.Category, workspace: Workspace, branches: list[str], view: images.View,
+                precision: str = "fp32") -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
         branches: which to fuse.
+        view: how the category's pictures are seen, by the stages, too.
         precision: in which the model is to run; the weights stay in fp32.
 
     Raises:
@@ -86,8 +88,11 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
     if "memory" in branches:
         rows, channels = saved["memory"]["state"]["rows"].shape
         memory = PatchMemory(channels, rows, saved["memory"]["meta"]["settings"]["score_share"])
-    size = meta["images"]["size"] if memory is not None else SIZE
-    model = FusedModel(encoder, segmentor, detector, lgst, memory, size)
+    if meta["images"] != view.record:
+        raise UserError(f"{name}: the stages saw the images otherwise ({'; '.join(records.difference(meta['images'], view.record))}"
+                        "); export with the same settings and region of interest, or run the stages again")
+    roi = None if view.roi is None else torch.from_numpy(view.roi)
+    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi)
     try:
         encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
@@ -103,8 +108,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
     state = published_state(model)
     require_finite(state, name)
     attach_metadata(state, {
-        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "input_size": size,
-        "white_level": meta["images"]["white_level"], "raw_input": False, "with_map": True,
+        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "input_size": view.size,
+        "white_level": view.white_level, "raw_input": False, "with_map": True,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
         "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],
         "stand_ins": sorted({stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}),

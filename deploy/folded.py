@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data.images import SIZE
+from data.images import OUTSIDE, SIZE
 from models.backbone import Encoder, resize, to_grids
 from models.fused import STATISTICS, FusedModel, small_view, to_rgb
 from models.lgst import LGST, Student
@@ -125,6 +125,7 @@ class FoldedModel(nn.Module):
         for end in ("mean", "std"):
             self.register_buffer(f"score_{end}", torch.stack([getattr(model, f"{STATISTICS[branch]}_{end}")
                                                               for branch in self.branches]))
+        self.register_buffer("roi", model.roi)
         self.register_buffer("image_mean", model.image_mean)
         self.register_buffer("image_std", model.image_std)
         self.eval().requires_grad_(False)
@@ -139,6 +140,8 @@ class FoldedModel(nn.Module):
             rgb = images.float()
         else:
             rgb = to_rgb(images, self.image_mean, self.image_std, self.size)
+        if self.roi is not None:
+            rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = small_view(rgb)
         maps = self.encoder(small)
         scores, branch_maps = [], []

@@ -51,12 +51,13 @@ class Sweep:
         self._overlap = np.zeros(_BINS)  # saturated share, summed over regions
         self._regions = 0
 
-    def add(self, anomaly_map: np.ndarray, regions: Iterable[Region] = ()) -> None:
+    def add(self, anomaly_map: np.ndarray, regions: Iterable[Region] = (), inspected: np.ndarray | None = None) -> None:
         """Count one image.
 
         Args:
             anomaly_map: (H, W) float, finite, higher = more anomalous.
             regions: its annotated regions, masks (H, W); none for a good image.
+            inspected: (H, W) bool, the region of interest: other pixels do not count, nor regions that have none in it.
 
         Raises:
             ValueError: a value is not finite, or a mask has another shape.
@@ -68,6 +69,11 @@ class Sweep:
         for mask, saturation in regions:
             if mask.shape != anomaly_map.shape:
                 raise ValueError(f"a region's mask is {mask.shape}, the anomaly map {anomaly_map.shape}")
+            if inspected is not None:
+                mask = mask & inspected
+                if not mask.any():
+                    continue
+                saturation = min(saturation, np.count_nonzero(mask))
             inside |= mask
             # The region's j-th highest pixel adds 1/s to its overlap until s pixels are marked.
             highest = np.sort(bins[mask])[::-1][:int(np.ceil(saturation))]
@@ -76,7 +82,8 @@ class Sweep:
             np.add.at(self._overlap, highest, shares)
             self._regions += 1
         # Good images are most of it: no copy for them.
-        self._normal += np.bincount(bins[~inside] if inside.any() else bins.ravel(), minlength=_BINS)
+        outside = ~inside if inspected is None else ~inside & inspected
+        self._normal += np.bincount(bins.ravel() if outside.all() else bins[outside], minlength=_BINS)
         self._anomalous += np.bincount(bins[inside], minlength=_BINS)
 
     def result(self) -> Localisation:
@@ -119,19 +126,20 @@ def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {split: np.max([one[split] for one in scaled], axis=0) for split in scaled[0] if all(split in one for one in scaled)}
 
 
-def measure(category: layouts.Category, maps: dict[str, np.ndarray], kind: str) -> Localisation:
-    """Localisation of one kind of anomaly, over the good test images and those of the kind.
+def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
+    """Localisation of one kind of anomaly, over the good test images and those of its split.
 
     Args:
-        maps: per kind the anomaly maps (N, h, w) of the category's test images, in sorted file order; enlarged here.
-        kind: `layouts.LOGICAL` or `layouts.STRUCTURAL`.
+        maps: by split the anomaly maps (N, h, w) of the category's test images, in sorted file order; enlarged here.
+        split: `layouts.LOGICAL` or `layouts.STRUCTURAL`.
+        roi: (s, s) bool, the region of interest.
 
     Raises:
         UserError: maps and images differ in number, or the ground truth is missing or does not fit.
     """
     sweep = Sweep()
     saturations = read_saturations(category)
-    for shown in (layouts.GOOD, kind):
+    for shown in (layouts.GOOD, split):
         paths = category.test(shown)
         if len(maps.get(shown, ())) != len(paths):
             raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
@@ -139,7 +147,8 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], kind: str) 
         for path, small in zip(paths, maps[shown]):
             size = images.displayed_size(path)
             regions = read_regions(category, shown, path, saturations, size) if shown != layouts.GOOD else []
-            sweep.add(enlarge(small, size), regions)
+            inspected = None if roi is None else enlarge(roi.astype(np.float32), size) >= 0.5
+            sweep.add(enlarge(small, size), regions, inspected)
     return sweep.result()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
+from data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
 from errors import UserError
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.lgst import LGST
@@ -36,14 +36,17 @@ class FusedModel(nn.Module):
         segmentor, detector: the patch histogram, both or neither.
         lgst, memory: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
+        roi: (size, size) bool, what is inspected (data.images.View); None: everything.
 
     Attributes:
         branches: names of the fused branches, in the order of `Prediction`'s K.
     """
 
     def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
-                 lgst: LGST | None = None, memory: PatchMemory | None = None, size: int = SIZE):
+                 lgst: LGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
+                 roi: Tensor | None = None):
         super().__init__()
+        self.register_buffer("roi", roi)  # in no published state dict, nor in ours where there is none
         self.size = size
         self.encoder, self.segmentor, self.patch_hist_detector = encoder, segmentor, detector
         self.lgst, self.memory = lgst, memory
@@ -61,6 +64,8 @@ class FusedModel(nn.Module):
 
     def analyse(self, rgb: Tensor) -> Prediction:
         """(B, 3, size, size) RGB in 0..255 -> everything there is to know."""
+        if self.roi is not None:
+            rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = small_view(rgb)
         maps = self.encoder(small)
         scores, branch_maps = [], []
@@ -126,7 +131,8 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "memory.rows" in state:
             rows, channels = state["memory.rows"].shape
             memory = PatchMemory(channels, rows, known["memory_score_share"])
-        model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE))
+        model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
+                           torch.zeros_like(state["roi"]) if "roi" in state else None)
         if not model.branches:
             raise KeyError("it has no branch")
         model.load_state_dict({_own_key(key): value for key, value in state.items()})

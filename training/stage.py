@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
-from data import files, layouts, records
+from data import files, images, layouts, records
+from data.roi import read_roi
 from data.workspace import Workspace
 from errors import UserError, disk_is_full, in_a_sentence
 from models.backbone import Backbone, build_backbone
@@ -37,6 +38,7 @@ class Job:
     category: layouts.Category
     workspace: Workspace
     settings: settings.Settings
+    view: images.View
     backbone: Backbone
     device: torch.device
     precision: str
@@ -74,9 +76,20 @@ def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
         for seed, place in seeds.items():
             for category in categories:
                 name = category.name if seed is None else f"{category.name}, seed {seed}"
-                jobs[name] = partial(train_category, Job(category, place, chosen[category.name], backbone, device, precision,
-                                                         args.seed if seed is None else seed, args.overwrite))
+                jobs[name] = partial(train_category, Job(
+                    category, place, chosen[category.name], view_of(category, chosen[category.name]), backbone, device, precision,
+                    args.seed if seed is None else seed, args.overwrite))
         run_jobs(jobs)
+
+
+def view_of(category: layouts.Category, chosen: settings.Settings) -> images.View:
+    """How a category's pictures are seen.
+
+    Raises:
+        UserError: its region of interest is empty, of another size, or given twice.
+    """
+    size = chosen.images.size
+    return images.View(size, chosen.images.white_level, read_roi(category, size, chosen.roi))
 
 
 def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest: bool = False) -> Backbone:
