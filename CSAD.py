@@ -18,10 +18,21 @@ from tqdm import tqdm
 
 from data import files, layouts, records
 from errors import UserError, run_script
-from models.device import describe_device, memory_format
+from models.device import autocast, describe_device, memory_format
 from models.lgst import LGST, Differences
+from models.lgst_on_features import FeatureLGST
+from models.lgst_on_features import losses as feature_losses
 from standins.penalty_pictures import PenaltyPictures
-from training.lgst_step import Batches, Sample, draw_sample, fast_losses, learning_rate
+from training.lgst_step import (
+    Batches,
+    EncodedImages,
+    Sample,
+    draw_indices,
+    draw_sample,
+    fast_losses,
+    learning_rate,
+    warm_cosine,
+)
 from training.loop import TrainingLoop
 from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
 
@@ -36,9 +47,9 @@ def main() -> None:
 def train_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.lgst
     checkpoint = workspace.lgst(category.name)
-    penalties = PenaltyPictures(chosen.penalty_images)
+    penalties = PenaltyPictures(chosen.penalty_images) if chosen.student == "pixels" else None
     used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
-            **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins)}
+            **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
     # Asked for first: a missing split should not cost an hour of training.
     validation, test = category.validation, layouts.test_splits(category)
     record = records.Record(
@@ -51,18 +62,18 @@ def train_category(job: Job) -> None:
     require_same_backbone(job, (workspace.segmentor(category.name), "train_segmentor.py"),
                           (workspace.memory(category.name), "patch_memory.py"))
 
+    progress = workspace.progress(category.name, "lgst")
+    if job.overwrite:
+        progress.unlink(missing_ok=True)
     if to_do == records.TRAIN:
-        progress = workspace.progress(category.name, "lgst")
-        model = train(job, penalties, progress, used).eval()
+        model = (train(job, penalties, progress, used) if penalties else train_on_features(job, progress, used)).eval()
     else:
-        progress = None
-        model = LGST(job.backbone.channels, chosen.width, chosen.teacher_channels)
+        model = (LGST if penalties else FeatureLGST)(job.backbone.channels, chosen.width, chosen.teacher_channels)
         files.load_checkpoint(model, checkpoint)
         model.to(job.device).eval()
     found = differences(model, job, validation, "normalise maps")
     if not all(part.isfinite().all() for part in found):
-        if progress is not None:
-            progress.unlink(missing_ok=True)  # nothing to go on from
+        progress.unlink(missing_ok=True)  # nothing to go on from
         raise UserError(f"{category.name}: training diverged, LGST gives no finite scores; "
                         f"lower --lgst.lr (it was {chosen.lr})")
     model.fit_map_normalisation(found)
@@ -76,8 +87,7 @@ def train_category(job: Job) -> None:
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).numpy()
     write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()}, maps)
     record.finish()
-    if progress is not None:
-        progress.unlink(missing_ok=True)
+    progress.unlink(missing_ok=True)
 
 
 def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> LGST:
@@ -91,8 +101,6 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
     model.to(device, memory_format=memory_format(job.precision)).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
-    if job.overwrite:
-        progress.unlink(missing_ok=True)
     loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
                         model=model, optimizer=optimizer)
     batches = Batches(train_images, model, backbone.encoder, device, f"{job.name}: teacher features")
@@ -112,14 +120,45 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
     return model.to(memory_format=torch.contiguous_format)
 
 
+def train_on_features(job: Job, progress: Path, used: dict) -> FeatureLGST:
+    """The same for short runs: no network but the three small ones runs in a step."""
+    chosen, backbone, device = job.settings.lgst, job.backbone, job.device
+    torch.manual_seed(job.seed)
+    model = FeatureLGST(backbone.channels, chosen.width, chosen.teacher_channels)
+    model.to(device, memory_format=memory_format(job.precision)).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
+    loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
+                        model=model, optimizer=optimizer)
+    maps = EncodedImages(job.category.train, job.view, backbone.encoder, device, f"{job.name}: encode training images")
+    if loop.done == 0:
+        maps.fit(model)
+
+    def draw(step: int) -> Tensor:
+        return draw_indices(len(job.category.train), chosen.batch_size, step, job.name, job.seed)
+
+    for step, indices in loop.samples(draw):
+        fourth, teacher, sixteenth = maps.batch(indices, model)
+        with autocast(device, job.precision):
+            parts = feature_losses(model, teacher, fourth, sixteenth if step % chosen.global_every == 0 else None)
+        optimizer.param_groups[0]["lr"] = warm_cosine(chosen, step)
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        optimizer.step()
+        loop.report(parts)
+    return model.to(memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
-def differences(model: LGST, job: Job, paths: Sequence[Path], what: str) -> Differences:
+def differences(model: LGST | FeatureLGST, job: Job, paths: Sequence[Path], what: str) -> Differences:
     """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
     batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64),) * 2]
-    loaded = torch.from_numpy(job.view.read_small(paths, f"{job.name}: {what}"))
-    for batch in tqdm(loaded.split(SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
-        batch = batch.to(job.device).float()
-        batches.append(tuple(part.cpu() for part in model.differences(batch, job.backbone.encoder(batch))))
+    read = job.view.read if model.on_features else job.view.read_small
+    for first in tqdm(range(0, len(paths), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
+        batch = torch.from_numpy(read(paths[first:first + SCORING_BATCH])).to(job.device).float()
+        maps = job.backbone.encoder(batch)
+        found = model.differences(maps) if model.on_features else model.differences(batch, maps)
+        batches.append(tuple(part.cpu() for part in found))
     return Differences(*(torch.cat(maps) for maps in zip(*batches)))
 
 

@@ -75,15 +75,15 @@ def main() -> None:
 
 def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    fused, roi = chosen.fusion.branches, read_roi(category, SIZE, chosen.roi)
+    fused, rule, roi = chosen.fusion.branches, chosen.fusion.rule, read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches)
     fused = [branch for branch in branches if branch in fused]
-    return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused,
+    return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
             "measured": digest_scores(category, workspace, branches),
-            "detection": {"+".join(some): detection(category, scores, some) for some in combinations(branches, fused)},
-            "defects": single_defects(category, scores, combinations(branches, fused)),
+            "detection": {"+".join(some): detection(category, scores, some, rule) for some in combinations(branches, fused)},
+            "defects": single_defects(category, scores, combinations(branches, fused), rule),
             "localisation": {"+".join(some): where(category, workspace, some, roi) for some in combinations(branches, fused)
                              if len(some) == 1 or list(some) == fused}}
 
@@ -99,24 +99,24 @@ def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
     return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
 
 
-def detection(category: layouts.Category, scores: Scores, branches: Branches) -> dict[str, dict[str, float]]:
+def detection(category: layouts.Category, scores: Scores, branches: Branches, rule: str) -> dict[str, dict[str, float]]:
     """Image-level metrics of the sum of the branches' scores, logical and structural apart."""
-    split_scores = fused_by_split(category, scores, branches)
+    split_scores = fused_by_split(category, scores, branches, rule)
     good = split_scores[layouts.GOOD]
     return {name: {"auroc": auroc(good, split_scores[split]), "average_precision": average_precision(good, split_scores[split]),
                    "f1_max": f1_max(good, split_scores[split])} for name, split in ANOMALIES.items()}
 
 
-def fused_by_split(category: layouts.Category, scores: Scores, branches: Branches) -> dict[str, np.ndarray]:
-    parts = {part: fuse({branch: scores[branch][part] for branch in branches}, branches) for part in scores[branches[0]]}
+def fused_by_split(category: layouts.Category, scores: Scores, branches: Branches, rule: str) -> dict[str, np.ndarray]:
+    parts = {part: fuse({branch: scores[branch][part] for branch in branches}, branches, rule) for part in scores[branches[0]]}
     return by_split(category, parts)
 
 
-def single_defects(category: layouts.Category, scores: Scores, sums: list[Branches]) -> dict[str, dict[str, Any]]:
+def single_defects(category: layouts.Category, scores: Scores, sums: list[Branches], rule: str) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
     for branches in sums:
-        split_scores = fused_by_split(category, scores, branches)
+        split_scores = fused_by_split(category, scores, branches, rule)
         for kind, split in ANOMALIES.items():
             names = [category.defect_of(split, path) for path in category.test(split)]
             for name in sorted({name for name in names if name}):
@@ -164,7 +164,7 @@ def table(measured: dict[str, dict]) -> list[str]:
         lines.append(f"average {tuple(branches.split('+'))} logical {logical:.3f} structural {structural:.3f} "
                      f"mean {mean_known([logical, structural]):.3f}")
     if len({tuple(content["fused"]) for content in contents}) == 1:
-        lines.append(f"fused by this preset: {', '.join(contents[0]['fused'])}")
+        lines.append(f"fused by this preset: {', '.join(contents[0]['fused'])} ({contents[0]['rule']})")
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up (on first use), render the built-in data set, run the five stages on it and put everything on one page (report.html);
+# Set up (on first use), render the built-in data set, run all stages on it and put everything on one page (report.html);
 # on two categories or, with --all, on five.
 #
 #   ./demo.sh [--all] [--small] [--workspace FOLDER] [--seed N]
@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
         --small)
             categories="pushpins"
             images="--image_size 256 --train 40 --validation 10 --test_good 8 --test_logical 8 --test_structural 8"
-            steps="--segmentor.epochs 4 --segmentor.unsupervised_from_epoch 2 --lgst.steps 20" ;;
+            steps="--segmentor.epochs 4 --segmentor.unsupervised_from_epoch 2 --lgst.steps 20 --memory.rows 500" ;;
         --workspace) workspace="${2:?--workspace needs a folder}"; shift ;;
         --seed) seed="${2:?--seed needs a number}"; shift ;;
         *) echo "error: unknown option $1; there are --all, --small, --workspace FOLDER and --seed N" >&2; exit 2 ;;
@@ -34,9 +34,10 @@ dataset="$workspace/datasets/synthetic_loco"
 stage=(--workspace "$workspace" --dataset_root "$dataset" --categories $categories --preset quick --seed "$seed" $steps)
 
 "$python" make_synthetic_loco.py --dataset_root "$dataset" --categories $categories --seed "$seed" $images
-"$python" pseudo_label.py "${stage[@]}" --backbone embedded --pseudo_labels.proposer classical
-"$python" train_segmentor.py "${stage[@]}" --backbone embedded
-"$python" CSAD.py "${stage[@]}" --backbone embedded
+"$python" pseudo_label.py "${stage[@]}" --backbone efficientnet_lite0 --pseudo_labels.proposer classical
+"$python" train_segmentor.py "${stage[@]}" --backbone efficientnet_lite0
+"$python" CSAD.py "${stage[@]}" --backbone efficientnet_lite0
+"$python" patch_memory.py "${stage[@]}" --backbone efficientnet_lite0
 "$python" export_model.py "${stage[@]}" --format torch
 "$python" benchmark_performance.py "${stage[@]}" > /dev/null
 "$python" report.py "${stage[@]}"

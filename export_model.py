@@ -102,7 +102,7 @@ def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
-    state = fused_state(category, workspace, chosen.fusion.branches, view_of(category, chosen), args.precision)
+    state = fused_state(category, workspace, chosen.fusion, view_of(category, chosen), args.precision)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +19,12 @@ from tqdm import tqdm
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device
-from models.patch_memory import PROJECTED, SUBSET, PatchMemory, greedy_k_centre, patches
+from models.patch_memory import PatchMemory, greedy_k_centre, patches
 from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
 
 BATCH = 4
+CANDIDATES = 100_000  # patches from which rows are chosen
+USUAL_IMAGES = 34  # training images whose distances say what is usual
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def fit_category(job: Job) -> None:
     if to_do == records.TRAIN:
         memory = fit(job)
     else:
-        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, chosen.score_share)
+        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share)
         files.load_checkpoint(memory, checkpoint)
     memory.to(job.device).eval()
     found = anomaly_maps(memory, job, validation, "validation images")
@@ -69,44 +70,53 @@ def fit_category(job: Job) -> None:
 
 @torch.no_grad()
 def fit(job: Job) -> PatchMemory:
-    """One pass over the training images; the same seed gives the same memory.
+    """One pass over the training images, and a second over a few; the same seed gives the same memory.
 
     Raises:
         UserError: there are fewer patches than rows asked for.
     """
-    chosen, paths = job.settings.memory, job.category.train
+    chosen, paths, side = job.settings.memory, job.category.train, job.view.size // 8
+    if side * side * len(paths) < chosen.rows:
+        raise UserError(f"{job.name}: {len(paths)} training images have {side * side * len(paths)} patches, fewer than the "
+                        f"{chosen.rows} rows asked for; lower --memory.rows")
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
-    per_image = max(SUBSET // len(paths), 1)
+    each = -(-max(CANDIDATES, chosen.rows) // len(paths))  # of one image, at most all of them
     kept, count, total, squares = [], 0, 0.0, 0.0
     for maps in encoded(job, paths, "read training images"):
-        found = patches(maps).flatten(2).transpose(1, 2).cpu()  # (B, places, C)
-        if found.shape[1] * len(paths) < chosen.rows:
-            raise UserError(f"{job.name}: {len(paths)} training images have {found.shape[1] * len(paths)} patches, fewer than "
-                            f"the {chosen.rows} rows asked for; lower --memory.rows")
-        count += found.shape[0] * found.shape[1]
-        total = total + found.double().sum((0, 1))
-        squares = squares + found.double().square().sum((0, 1))
-        for image in found:
-            kept.append(image[torch.randperm(len(image), generator=generator)[:max(per_image, -(-chosen.rows // len(paths)))]])
-    std = (squares / count - (total / count) ** 2).clamp(min=0).sqrt().float()
-    scale = torch.where(std > 0, 1 / std, 0)
-    candidates = torch.cat(kept) * scale
-    if len(candidates) > SUBSET >= chosen.rows:
-        candidates = candidates[torch.randperm(len(candidates), generator=generator)[:SUBSET]]
-    projection = torch.randn(candidates.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
-    rows = greedy_k_centre(candidates @ projection, chosen.rows, generator,
-                           partial(tqdm, desc=f"{job.name}: choose patches", unit="patch", leave=False))
-    memory = PatchMemory(candidates.shape[1], chosen.rows, chosen.score_share)
-    memory.scale.copy_(scale.view(1, -1, 1, 1))
+        for image in patches(maps).flatten(2).transpose(1, 2).cpu():  # (places, C)
+            count += len(image)
+            total, squares = total + image.double().sum(0), squares + image.double().square().sum(0)
+            kept.append(image[torch.randperm(len(image), generator=generator)[:each]])
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    std = torch.where(std > 1e-6, std, 1)
+
+    memory = PatchMemory(len(mean), chosen.rows, side, chosen.score_share)
+    memory.mean.copy_(mean.view(1, -1, 1, 1))
+    memory.std.copy_(std.view(1, -1, 1, 1))
+    candidates = (torch.cat(kept) - mean.float()) / std.float()
+    owners = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(image) for image in kept]))
+    with tqdm(total=chosen.rows, desc=f"{job.name}: choose patches", unit="patch", leave=False) as bar:
+        rows = greedy_k_centre(candidates, chosen.rows, generator, bar.update)
     memory.rows.copy_(candidates[rows])
+    memory.to(job.device)
+
+    # How far good images lie from the others' patches, place by place.
+    few = range(0, len(paths), -(-len(paths) // USUAL_IMAGES))
+    distances = []
+    for first, maps in zip(few, encoded(job, [paths[index] for index in few], "usual distances", batch=1)):
+        left_out = (owners[rows] == first).to(job.device)
+        if not left_out.all():
+            distances.append(memory.distances(memory.embed(maps), left_out)[0])
+    memory.fit_usual(distances)
     return memory
 
 
 @torch.no_grad()
-def encoded(job: Job, paths: Sequence[Path], what: str) -> Iterator[tuple[Tensor, ...]]:
+def encoded(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[tuple[Tensor, ...]]:
     """The encoder's maps of images on disk, batch by batch."""
-    for first in tqdm(range(0, len(paths), BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        views = torch.from_numpy(job.view.read(paths[first:first + BATCH]))
+    for first in tqdm(range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False):
+        views = torch.from_numpy(job.view.read(paths[first:first + batch]))
         yield job.backbone.encoder(views.to(job.device).float())
 
 

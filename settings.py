@@ -100,6 +100,9 @@ class SegmentorSettings(Section):
 class LgstSettings(Section):
     """Stage 3 (docs/METHOD.md section 3)."""
 
+    student: Literal["pixels", "features"] = Field("pixels", description="what the student sees: the image (the paper), or the "
+                                                   "encoder's first map of the larger view, for short runs; then only width, "
+                                                   "teacher_channels, steps, batch_size, lr, weight_decay and global_every count")
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
     steps: int = Field(60000, ge=1)
@@ -120,7 +123,7 @@ class LgstSettings(Section):
 class MemorySettings(Section):
     """Stage 3b, beyond the paper (docs/METHOD.md section 6)."""
 
-    rows: int = Field(8000, ge=1, description="patches that are remembered")
+    rows: int = Field(4000, ge=1, description="patches that are remembered")
     score_share: float = Field(0.005, gt=0, le=1, description="of a map's values, the largest, whose mean is the score")
 
 
@@ -128,6 +131,11 @@ class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
     branches: list[Literal["patchhist", "LGST", "memory"]] = Field(["patchhist", "LGST"], min_length=1)
+    rule: Literal["sum", "softplus"] = Field("sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of "
+                                             " log(1 + exp z), in which what is all too usual for one branch cannot "
+                                             "hide what another one sees")
+    evidence: bool = Field(False, description="the exported model also says where components are too many or missing (the paper: "
+                           "no, and its state dict has the published keys only)")
 
 
 class Settings(Section):

@@ -6,7 +6,8 @@ should hold the usual amount of each component, and leave no doubt). How far the
 image and in its four quarters, lies from those of the training images is the patch-histogram score.
 
 Writes ckpt/segmentor_{category}_256.pth, the label maps of the test images (datasets/masks/{category}/test_seg_output),
-and the scores of validation and test images (anomaly_score/{category}_patchhist_*). Interrupted, it resumes.
+the scores of validation and test images (anomaly_score/{category}_patchhist_*), and maps of where components are too many or
+missing ({category}_patchhist_maps.npz). Interrupted, it resumes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
+from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.patch_histogram import fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 from training.loop import TrainingLoop
@@ -46,7 +49,8 @@ def train_category(job: Job) -> None:
             **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
     # Asked for first: a missing split should not cost an hour of training.
     validation, test = category.validation, layouts.test_splits(category)
-    outputs = [checkpoint, parameter_file, *workspace.branch_outputs(category.name, ["patchhist"], bool(test), maps=False)]
+    outputs = [checkpoint, parameter_file, workspace.evidence_parameters(category.name),
+               *workspace.branch_outputs(category.name, ["patchhist"], bool(test))]
     record = records.Record(checkpoint.with_suffix(".json"), used, outputs, records.scored_images(validation, test), checkpoint)
     to_do = record.begin(job.overwrite)
     if to_do == records.SKIP:
@@ -77,13 +81,18 @@ def train_category(job: Job) -> None:
     parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
     files.write_arrays(parameter_file, **parameters)
     detector = fitted_detector(parameters, classes)
+    evidence = HistogramEvidence(classes)
+    evidence_parameters = fit_evidence(train_maps, validation_maps, classes)
+    evidence.load_parameters(evidence_parameters)
+    files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
     scores = {"val": detector(validation_maps).numpy()}
+    drawn = {"val": evidence_maps(evidence, validation_maps)}
     for split, paths in test.items():
         maps = label_maps(segmentor, job, paths, f"segment test images, {split}")
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
-        scores[split] = detector(maps).numpy()
-    write_scores(category, workspace, ["patchhist"], scores)
+        scores[split], drawn[split] = detector(maps).numpy(), evidence_maps(evidence, maps)
+    write_scores(category, workspace, ["patchhist"], scores, drawn)
     record.finish()
     progress.unlink(missing_ok=True)
 
@@ -128,6 +137,11 @@ def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path]
         batch = pictures[first:first + SCORING_BATCH].to(job.device).float()
         maps[first:first + SCORING_BATCH] = segmentor(job.backbone.encoder(batch)).argmax(1).byte().cpu()
     return maps
+
+
+def evidence_maps(evidence: HistogramEvidence, maps: Tensor) -> np.ndarray:
+    """Evidence (N, 64, 64) of label maps (N, 256, 256)."""
+    return torch.cat([torch.zeros(0, 64, 64), *(evidence(few) for few in maps.split(SCORING_BATCH))]).numpy()
 
 
 if __name__ == "__main__":

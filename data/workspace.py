@@ -92,6 +92,10 @@ class Workspace:
     def patch_histogram_parameters(self, category: str) -> Path:
         return self.root / "anomaly_score" / f"{category}_patchhist_params.npz"
 
+    def evidence_parameters(self, category: str) -> Path:
+        """What draws the patch histogram's evidence (models.histogram_evidence)."""
+        return self.root / "anomaly_score" / f"{category}_patchhist_evidence.npz"
+
     # Stage 3
     def lgst(self, category: str) -> Path:
         return self.root / "ckpt" / f"best_{category}.pth"
@@ -109,11 +113,11 @@ class Workspace:
         """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
         return self.root / "anomaly_score" / f"{category}_{branch}_maps.npz"
 
-    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool, maps: bool = True) -> list[Path]:
+    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool) -> list[Path]:
         """All files with a branch's scores, under each of its names, and its maps; without test images, the validation scores."""
         parts = SCORE_PARTS if tested else ("val",)
         return [*(self.scores(category, branch, part) for branch in branches for part in parts),
-                *([self.anomaly_maps(category, branches[0])] if maps else [])]
+                self.anomaly_maps(category, branches[0])]
 
     def progress(self, category: str, branch: str) -> Path:
         """An unfinished training of a branch, to resume from."""

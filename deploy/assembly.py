@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import settings
 from data import files, images, layouts, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
 from data.workspace import Workspace
@@ -17,7 +18,9 @@ from errors import UserError
 from models.backbone import empty_encoder, fingerprint
 from models.fused import STATISTICS, FusedModel, attach_metadata, from_state, published_state
 from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_trimmed_z
+from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
+from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector, area_statistics
 from models.patch_memory import PatchMemory
 from models.segmentor import Segmentor
@@ -43,15 +46,17 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     paths += [(workspace.scores(category, branch, "val"), STAGES[branch]) for branch in branches]
     if "patchhist" in branches:
         paths.append((workspace.patch_histogram_parameters(category), STAGES["patchhist"]))
+        if workspace.evidence_parameters(category).exists():
+            paths.append((workspace.evidence_parameters(category), STAGES["patchhist"]))
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
 
 
-def fused_state(category: layouts.Category, workspace: Workspace, branches: list[str], view: images.View,
+def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,
                 precision: str = "fp32") -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
-        branches: which to fuse.
+        chosen: which branches to fuse, and how.
         view: how the category's pictures are seen, by the stages, too.
         precision: in which the model is to run; the weights stay in fp32.
 
@@ -59,6 +64,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
         UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
             belong together.
     """
+    branches = chosen.branches
     name, made_of = category.name, sources(category.name, workspace, branches)
     saved = {}
     for branch, path in checkpoints(name, workspace, branches).items():
@@ -71,7 +77,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
-    segmentor = detector = lgst = memory = parameters = None
+    segmentor = detector = lgst = memory = parameters = evidence = None
     if "patchhist" in branches:
         classes, width = saved["patchhist"]["state"]["fc2.conv3.weight"].shape[:2]
         fitted = workspace.patch_histogram_parameters(name)
@@ -79,20 +85,25 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
         segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
         try:
             detector.load_parameters(parameters)
+            if chosen.evidence and workspace.evidence_parameters(name).exists():
+                evidence = HistogramEvidence(classes)
+                evidence.load_parameters(files.read_arrays(workspace.evidence_parameters(name)))
         except ValueError as problem:
             raise UserError(f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
                             "run train_segmentor.py --overwrite") from problem
     if "LGST" in branches:
         channels, width = saved["LGST"]["state"]["local_st.conv_st.weight"].shape[:2]
-        lgst = LGST(encoder.channels, width, channels)
+        lgst = (FeatureLGST if "fourth_mean" in saved["LGST"]["state"] else LGST)(encoder.channels, width, channels)
     if "memory" in branches:
         rows, channels = saved["memory"]["state"]["rows"].shape
-        memory = PatchMemory(channels, rows, saved["memory"]["meta"]["settings"]["score_share"])
+        memory = PatchMemory(channels, rows, saved["memory"]["state"]["usual"].shape[-1],
+                             saved["memory"]["meta"]["settings"]["score_share"])
     if meta["images"] != view.record:
-        raise UserError(f"{name}: the stages saw the images otherwise ({'; '.join(records.difference(meta['images'], view.record))}"
-                        "); export with the same settings and region of interest, or run the stages again")
+        changes = "; ".join(records.difference(meta["images"], view.record))
+        raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
+                        "interest, or run the stages again")
     roi = None if view.roi is None else torch.from_numpy(view.roi)
-    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi)
+    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule)
     try:
         encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
@@ -108,7 +119,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, branches: list
     state = published_state(model)
     require_finite(state, name)
     attach_metadata(state, {
-        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "input_size": view.size,
+        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "fusion_rule": chosen.rule,
+        "input_size": view.size,
         "white_level": view.white_level, "raw_input": False, "with_map": True,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
         "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],

@@ -114,10 +114,13 @@ class FoldedModel(nn.Module):
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
-        self.branches, self.size = model.branches, model.size
+        self.branches, self.size, self.rule = model.branches, model.size, model.rule
         self.encoder = FoldedEncoder(model.encoder, dtype)
-        self.lgst = None if model.lgst is None else FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
-        self.memory, self.segmentor, self.detector = model.memory, None, model.patch_hist_detector
+        self.lgst, self.sees_large = model.lgst, model.sees_large
+        if isinstance(model.lgst, LGST):
+            self.lgst = FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
+        self.memory, self.segmentor = model.memory, None
+        self.detector, self.evidence = model.patch_hist_detector, model.evidence
         if model.segmentor is not None:
             self.segmentor = fold_blocks(model.segmentor).to(dtype)
             self.segmentor.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
@@ -144,23 +147,28 @@ class FoldedModel(nn.Module):
             rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = small_view(rgb)
         maps = self.encoder(small)
+        large_maps = maps if self.size == SIZE or not self.sees_large else self.encoder(rgb)
+        large_maps = tuple(one.float() for one in large_maps)
         scores, branch_maps = [], []
         if self.segmentor is not None:
             logits = resize(self.segmentor(maps).float(), (SIZE, SIZE))
             label_map = logits.argmax(1)
             scores.append(self.detector(label_map))
-            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]))
+            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]) if self.evidence is None
+                               else self.evidence(label_map))
         else:
             label_map = torch.zeros_like(small[:, 0])
         if self.lgst is not None:
-            anomaly_map = self.lgst(small, maps)
+            anomaly_map = (self.lgst(small, maps) if isinstance(self.lgst, FoldedLgst)
+                           else self.lgst.anomaly_map(self.lgst.differences(large_maps)))
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(LGST.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = self.memory(tuple(one.float() for one in (maps if self.size == SIZE else self.encoder(rgb))))
+            anomaly_map = self.memory(large_maps)
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         branch_scores = (torch.stack(scores, 1) - self.score_mean) / self.score_std
+        branch_scores = F.softplus(branch_scores) if self.rule == "softplus" else branch_scores
         stacked = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, stacked.amax(1), stacked, label_map.to(torch.uint8))
 

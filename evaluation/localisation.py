@@ -109,10 +109,13 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 def scaled_maps(branch: str, maps: np.ndarray, validation: np.ndarray) -> np.ndarray:
     """Maps of one branch (N, h, w) -> comparable with those of other branches, as in the exported model (models.prediction).
 
-    LGST's are scaled already; of any other branch the validation maps' quantiles 0.9 and 0.995 become 0 and 1.
+    LGST's and the patch histogram's are scaled already; of any other branch the validation maps' quantiles 0.9 and 0.995 become
+    0 and 1.
     """
     if branch == "LGST":
         return maps / 0.1
+    if branch == "patchhist":
+        return maps
     if not validation.size:
         return maps
     start, end = np.quantile(validation, MAP_QUANTILES)

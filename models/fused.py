@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
 from errors import UserError
 from models.backbone import PUBLISHED, Encoder, empty_encoder
+from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
+from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector
 from models.patch_memory import PatchMemory
 from models.prediction import MAP_SIZE, Prediction
@@ -25,7 +27,7 @@ from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
 STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory"}  # beginnings of buffers with trimmed z
-_LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_")
+_LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_", "fourth_", "sixteenth_")
 
 
 class FusedModel(nn.Module):
@@ -37,19 +39,22 @@ class FusedModel(nn.Module):
         lgst, memory: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
         roi: (size, size) bool, what is inspected (data.images.View); None: everything.
+        evidence: the patch histogram's map; None: it has none.
+        rule: how scores are added, see `models.fusion.share`.
 
     Attributes:
         branches: names of the fused branches, in the order of `Prediction`'s K.
     """
 
     def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
-                 lgst: LGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
-                 roi: Tensor | None = None):
+                 lgst: LGST | FeatureLGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
+                 roi: Tensor | None = None, evidence: HistogramEvidence | None = None, rule: str = "sum"):
         super().__init__()
         self.register_buffer("roi", roi)  # in no published state dict, nor in ours where there is none
-        self.size = size
+        self.size, self.rule = size, rule
         self.encoder, self.segmentor, self.patch_hist_detector = encoder, segmentor, detector
-        self.lgst, self.memory = lgst, memory
+        self.lgst, self.memory, self.evidence = lgst, memory, evidence
+        self.sees_large = memory is not None or (lgst is not None and lgst.on_features)
         present = {"patchhist": detector, "LGST": lgst, "memory": memory}
         self.branches = [branch for branch, module in present.items() if module is not None]
         for branch in self.branches:
@@ -68,24 +73,28 @@ class FusedModel(nn.Module):
             rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = small_view(rgb)
         maps = self.encoder(small)
+        large_maps = maps if self.size == SIZE or not self.sees_large else self.encoder(rgb)
         scores, branch_maps = [], []
         if self.patch_hist_detector is not None:
             label_map = self.segmentor(maps).argmax(1)
             scores.append(self.patch_hist_detector(label_map))
-            branch_maps.append(torch.zeros_like(label_map[:, :MAP_SIZE, :MAP_SIZE], dtype=torch.float32))
+            branch_maps.append(torch.zeros_like(small[:, 0, :MAP_SIZE, :MAP_SIZE]) if self.evidence is None
+                               else self.evidence(label_map))
         else:
             label_map = torch.zeros_like(small[:, 0]).long()
         if self.lgst is not None:
-            anomaly_map = self.lgst.anomaly_map(self.lgst.differences(small, maps))
+            found = self.lgst.differences(large_maps) if self.lgst.on_features else self.lgst.differences(small, maps)
+            anomaly_map = self.lgst.anomaly_map(found)
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = self.memory(maps if self.size == SIZE else self.encoder(rgb))
+            anomaly_map = self.memory(large_maps)
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         branch_scores = torch.stack([(score - getattr(self, f"{STATISTICS[branch]}_mean"))
                                      / getattr(self, f"{STATISTICS[branch]}_std")
                                      for branch, score in zip(self.branches, scores)], 1)
+        branch_scores = F.softplus(branch_scores) if self.rule == "softplus" else branch_scores
         branch_maps = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
 
@@ -121,18 +130,20 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
     try:
         known = metadata(state)
         encoder = empty_encoder(known.get("backbone", PUBLISHED))
-        segmentor = detector = lgst = memory = None
+        segmentor = detector = lgst = memory = evidence = None
         if "segmentor.fc2.conv3.weight" in state:
             classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
             segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
+            evidence = HistogramEvidence(classes) if "evidence.frequency" in state else None
         if "local_st.conv_st.weight" in state:
             channels, width = state["local_st.conv_st.weight"].shape[:2]
-            lgst = LGST(encoder.channels, width, channels)
+            lgst = (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
         if "memory.rows" in state:
             rows, channels = state["memory.rows"].shape
-            memory = PatchMemory(channels, rows, known["memory_score_share"])
+            memory = PatchMemory(channels, rows, state["memory.usual"].shape[-1], known["memory_score_share"])
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
-                           torch.zeros_like(state["roi"]) if "roi" in state else None)
+                           torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
+                           known.get("fusion_rule", "sum"))
         if not model.branches:
             raise KeyError("it has no branch")
         model.load_state_dict({_own_key(key): value for key, value in state.items()})

@@ -74,9 +74,14 @@ def apply_trimmed_z(scores: np.ndarray, mean: float, std: float) -> np.ndarray:
     return (np.asarray(scores, dtype=np.float64) - mean) / std
 
 
-def fuse(scores: Mapping[str, np.ndarray], branches: Iterable[str]) -> np.ndarray:
-    """The sum of the branches' normalised scores, (n,)."""
-    return np.sum([scores[branch] for branch in branches], axis=0)
+def share(normalised: np.ndarray, rule: str) -> np.ndarray:
+    """What a branch's normalised scores (n,) add to the fused ones: themselves (sum), or log(1 + exp z) (softplus)."""
+    return np.logaddexp(0, normalised) if rule == "softplus" else normalised
+
+
+def fuse(scores: Mapping[str, np.ndarray], branches: Iterable[str], rule: str) -> np.ndarray:
+    """The sum of the branches' shares, (n,)."""
+    return np.sum([share(scores[branch], rule) for branch in branches], axis=0)
 
 
 def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) -> Threshold:

@@ -123,7 +123,35 @@ class Differences(NamedTuple):
     global_: Tensor
 
 
-class LGST(nn.Module):
+class MapNormalisation(nn.Module):
+    """What turns the two differences into an anomaly map, whatever networks they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for branch in ("st", "ae"):
+            self.register_buffer(f"q_{branch}_start", torch.tensor(0.0))
+            self.register_buffer(f"q_{branch}_end", torch.tensor(1.0))
+
+    def anomaly_map(self, differences: Differences) -> Tensor:
+        """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
+        return (0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
+                + 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start))
+
+    @staticmethod
+    def scaled(anomaly_map: Tensor) -> Tensor:
+        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
+        return anomaly_map / 0.1
+
+    def fit_map_normalisation(self, validation: Differences) -> None:
+        """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
+        for branch, maps in (("st", validation.local), ("ae", validation.global_)):
+            start, end = (_quantile(maps, fraction) for fraction in QUANTILES)
+            getattr(self, f"q_{branch}_start").copy_(start)
+            # Constant maps have no spread to scale by.
+            getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)
+
+
+class LGST(MapNormalisation):
     """Teacher, student, autoencoder, and the numbers that normalise what they say.
 
     The parameter and buffer names are the published ones.
@@ -132,6 +160,8 @@ class LGST(nn.Module):
         encoder_channels: of the encoder's three maps.
         width, channels: of the student and of the teacher.
     """
+
+    on_features = False
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
@@ -142,9 +172,6 @@ class LGST(nn.Module):
         self.autoencoder = Autoencoder(channels)
         self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
-        for branch in ("st", "ae"):
-            self.register_buffer(f"q_{branch}_start", torch.tensor(0.0))
-            self.register_buffer(f"q_{branch}_end", torch.tensor(1.0))
 
     def initialise_for_short_runs(self) -> None:
         """Draw all weights before a ReLU by He's rule instead of PyTorch's default: short runs learn several times faster."""
@@ -170,28 +197,10 @@ class LGST(nn.Module):
         return Differences((self.teacher_features(maps) - local).square().mean(1),
                            (self.autoencoder(normalised) - global_).square().mean(1))
 
-    def anomaly_map(self, differences: Differences) -> Tensor:
-        """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
-        return (0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
-                + 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start))
-
-    @staticmethod
-    def scaled(anomaly_map: Tensor) -> Tensor:
-        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
-        return anomaly_map / 0.1
-
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
         self.teacher_mean.copy_(mean.view(1, -1, 1, 1))
         self.teacher_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
-
-    def fit_map_normalisation(self, validation: Differences) -> None:
-        """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
-        for branch, maps in (("st", validation.local), ("ae", validation.global_)):
-            start, end = (_quantile(maps, fraction) for fraction in QUANTILES)
-            getattr(self, f"q_{branch}_start").copy_(start)
-            # Constant maps have no spread to scale by.
-            getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)
 
 
 def losses(model: LGST, encoder: Encoder, images: Tensor, augmented: Tensor, penalty: Tensor,

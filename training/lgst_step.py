@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
-from models.backbone import Encoder
-from models.device import autocast, memory_format, send
+from data.images import View
+from models.backbone import Encoder, resize
+from models.device import CACHE_BYTES, autocast, memory_format, send
 from models.lgst import LGST
+from models.lgst_on_features import FeatureLGST, averaged, moments
 from settings import LgstSettings
 from training.feature_cache import FeatureCache
 
 JITTER = 0.2  # brightness, contrast or saturation times 0.8 to 1.2
+WARM_UP = 50  # steps of a short run
 LAST_PHASE = 0.95  # share of the steps after which the learning rate drops to a tenth
 
 
@@ -59,19 +65,65 @@ def draw_sample(count: int, penalties: PenaltyPictures, settings: LgstSettings, 
     Args:
         count: number of training images.
     """
-    key = [seed, zlib.crc32(category.encode())]
-    rng = np.random.default_rng([*key, step])
+    rng = np.random.default_rng([seed, zlib.crc32(category.encode()), step])
     dropout_seed = int(rng.integers(2**63))
-    # Shuffled epochs: every image is seen before any is seen twice, whatever the batch size.
-    indices = []
-    for position in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-        epoch, within = divmod(position, count)
-        indices.append(int(np.random.default_rng([*key, epoch, 1]).permutation(count)[within]))
+    indices = draw_indices(count, settings.batch_size, step, category, seed)
     jitters = [(int(rng.integers(3)), float(rng.uniform(1 - JITTER, 1 + JITTER))) for _ in indices]
     adjustments, factors = (torch.tensor(values) for values in zip(*jitters))
     penalty = penalties.draw(rng) if step % settings.penalty_every == 0 else np.zeros((0, 3, 256, 256), np.float32)
     augmented = settings.batch_size if step % settings.global_every == 0 else 0
-    return Sample(torch.tensor(indices), adjustments[:augmented], factors[:augmented], torch.from_numpy(penalty), dropout_seed)
+    return Sample(indices, adjustments[:augmented], factors[:augmented], torch.from_numpy(penalty), dropout_seed)
+
+
+def draw_indices(count: int, batch_size: int, step: int, category: str, seed: int) -> Tensor:
+    """Which of ``count`` images a step sees, (B,) int64: shuffled epochs, every image before any is seen twice."""
+    drawn = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, within = divmod(position, count)
+        order = np.random.default_rng([seed, zlib.crc32(category.encode()), epoch, 1]).permutation(count)
+        drawn.append(int(order[within]))
+    return torch.tensor(drawn)
+
+
+class EncodedImages:
+    """The encoder's maps of all training images in half precision, and what teacher and networks need of them.
+
+    They are kept where there is room for them, else read and encoded anew whenever they are asked for.
+
+    Args:
+        description: of the progress bar.
+    """
+
+    def __init__(self, paths: Sequence[Path], view: View, encoder: Encoder, device: torch.device, description: str):
+        self.paths, self.view, self.encoder, self.device = paths, view, encoder, device
+        self.kept: list[tuple[Tensor, ...]] | None = None
+        if len(paths) * sum(one.nbytes for one in self._encode([0])) <= CACHE_BYTES:
+            self.kept = [self._encode([index]) for index in tqdm(range(len(paths)), desc=description, leave=False)]
+
+    def fit(self, model: FeatureLGST) -> None:
+        """Set the teacher's projection and the means and stds of what student and autoencoder see."""
+        model.teacher.fit(*moments(averaged(maps) for maps in self._all()))
+        for name, index, size in (("fourth", 0, None), ("sixteenth", 2, (32, 32))):
+            mean, covariance = moments(maps[index] if size is None else resize(maps[index], size) for maps in self._all())
+            getattr(model, f"{name}_mean").copy_(mean.view(1, -1, 1, 1))
+            getattr(model, f"{name}_std").copy_(covariance.diagonal().clamp(min=1e-12).sqrt().view(1, -1, 1, 1))
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor, model: FeatureLGST) -> tuple[Tensor, Tensor, Tensor]:
+        """The map at 1/4, teacher features, and the map at 1/16 of some images, float32 on the device."""
+        maps = tuple(torch.cat(level).float() for level in zip(*(self._maps(int(index)) for index in indices)))
+        return maps[0], model.teacher(maps), maps[2]
+
+    def _all(self) -> Iterator[tuple[Tensor, ...]]:
+        return (tuple(one.float() for one in self._maps(index)) for index in range(len(self.paths)))
+
+    def _maps(self, index: int) -> tuple[Tensor, ...]:
+        return self._encode([index]) if self.kept is None else self.kept[index]
+
+    @torch.no_grad()
+    def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        views = torch.from_numpy(self.view.read([self.paths[index] for index in indices])).to(self.device).float()
+        return tuple(one.half() for one in self.encoder(views))
 
 
 class Batches:
@@ -161,6 +213,11 @@ def fast_losses(model: LGST, encoder: Encoder, batch: Batch, hard_quantile: floa
         "autoencoder": (targets[count:] - decoded).square().mean() if len(batch.augmented) else nothing,
         "global": (decoded - global_).square().mean() if len(batch.augmented) else nothing,
     }
+
+
+def warm_cosine(settings: LgstSettings, step: int) -> float:
+    """Of one step: rising over the first steps, then falling along half a cosine."""
+    return settings.lr * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
 
 
 def learning_rate(settings: LgstSettings, step: int) -> float:

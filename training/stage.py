@@ -133,8 +133,8 @@ def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def write_scores(category: layouts.Category, workspace: Workspace, branches: Sequence[str], scores: dict[str, np.ndarray],
-                 maps: dict[str, np.ndarray] | None = None) -> None:
-    """Write a branch's score files and, if it has any, its maps.
+                 maps: dict[str, np.ndarray]) -> None:
+    """Write a branch's score files and its maps.
 
     Args:
         branches: the branch's name, and aliases under which the same scores are written.
@@ -150,8 +150,7 @@ def write_scores(category: layouts.Category, workspace: Workspace, branches: Seq
     for branch in branches:
         for part, values in parts.items():
             files.write_array(workspace.scores(category.name, branch, part), values.astype(np.float64))
-    if maps is not None:
-        files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
+    files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
 
 
 def run_jobs(jobs: dict[str, Callable[[], None]]) -> None:

@@ -1,0 +1,131 @@
+"""Where the arrangement of components is wrong: the patch histogram's evidence, drawn onto the image (docs/METHOD.md section 6).
+
+The patch histogram says that an image holds an unusual amount of something, but not where. Here the same kind of distance is
+taken apart: on grids of 1x1 to 5x5 cells, each component's share of a cell is compared with what all other shares let one
+expect. Too much of a component is drawn on its own pixels, too little on the places where good images have it. Closed form,
+beyond the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.images import SIZE
+from models.prediction import MAP_SIZE
+
+GRIDS = (1, 2, 3, 4, 5)  # cells per side
+FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side
+SLACK = 0.5  # of the usual largest deviation in a good image: evidence below it does not count
+BLUR = 1.5  # standard deviation in places of the Gaussian over where good images have a component
+BATCH = 16
+
+
+class HistogramEvidence(nn.Module):
+    """Label maps in, evidence maps out.
+
+    Args:
+        classes: components and background; C below.
+
+    Attributes:
+        frequency (C - 1, 64, 64): share of good images that have a component at a place, blurred.
+        expected (C - 1, 64, 64): the same relative to the component's most usual place, squared.
+        mean_n (D,), deviation_n (D, D): of the shares of the n x n cells, D = (C - 1) n^2; shares less mean, times deviation, are
+            conditional deviations, in units of the usual largest one in a good image.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+        for name in ("frequency", "expected"):
+            self.register_buffer(name, torch.zeros(classes - 1, MAP_SIZE, MAP_SIZE))
+        for grid in GRIDS:
+            entries = (classes - 1) * grid**2
+            self.register_buffer(f"mean_{grid}", torch.zeros(entries))
+            self.register_buffer(f"deviation_{grid}", torch.zeros(entries, entries))
+            self.register_buffer(f"spread_{grid}", _spread(grid), persistent=False)
+        for grid in (*GRIDS, MAP_SIZE):
+            self.register_buffer(f"averages_{grid}", _averages(grid).float(), persistent=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B, 256, 256) integers below C -> evidence (B, 64, 64): 0 where nothing is unusual."""
+        present = _one_hot(labels, self.classes).float()
+        shares = _mean_over(present, self.averages_64)
+        excess, lack = shares * (1 - self.frequency), (1 - shares) * self.expected
+        evidence = torch.zeros_like(shares[:, 0])
+        for grid in GRIDS:
+            averages, spread = getattr(self, f"averages_{grid}"), getattr(self, f"spread_{grid}")
+            cells = _mean_over(present, averages).flatten(1)
+            deviations = (cells - getattr(self, f"mean_{grid}")) @ getattr(self, f"deviation_{grid}")
+            drawn = spread @ deviations.view(-1, self.classes - 1, grid, grid) @ spread.T
+            evidence = evidence + torch.maximum((drawn - SLACK).clamp(min=0) * excess,
+                                                (-drawn - SLACK).clamp(min=0) * lack).amax(1)
+        return evidence
+
+    def load_parameters(self, parameters: Mapping[str, np.ndarray]) -> None:
+        """Take over what `fit_evidence` found.
+
+        Raises:
+            ValueError: it was fitted for another number of classes.
+        """
+        for name, buffer in self.state_dict().items():
+            if name not in parameters or parameters[name].shape != tuple(buffer.shape):
+                raise ValueError(f"the evidence's parameter {name} is missing or was fitted for another number of classes")
+            buffer.copy_(torch.from_numpy(parameters[name]))
+
+
+def fit_evidence(train: Tensor, validation: Tensor, classes: int) -> dict[str, np.ndarray]:
+    """Fit `HistogramEvidence` in float64.
+
+    Args:
+        train, validation: label maps (N, 256, 256) of good images, uint8.
+        classes: components and background.
+
+    Returns:
+        Its parameters, float32, by name.
+    """
+    def shares(labels: Tensor, grid: int) -> Tensor:
+        return torch.cat([_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in labels.split(BATCH)])
+
+    blur = torch.arange(MAP_SIZE, dtype=torch.float64)
+    blur = torch.exp(-0.5 * ((blur[:, None] - blur) / BLUR) ** 2)
+    blur = blur / blur.sum(1, keepdim=True)
+    frequency = blur @ shares(train, MAP_SIZE).mean(0) @ blur.T
+    parameters = {"frequency": frequency.numpy(),
+                  "expected": (frequency / frequency.amax((1, 2), keepdim=True).clamp(min=1e-6)).square().numpy()}
+    for grid in GRIDS:
+        fitted, judged = (shares(labels, grid).flatten(1).numpy() for labels in (train, validation))
+        mean = fitted.mean(0)
+        covariance = np.cov(fitted, rowvar=False).reshape(len(mean), -1) if len(fitted) > 1 else np.zeros((len(mean),) * 2)
+        precision = np.linalg.inv(covariance + (FLOOR * grid) ** 2 * np.eye(len(mean)))
+        # What is left of a share's deviation once all other shares are known, in standard deviations.
+        deviation = precision / np.sqrt(np.diagonal(precision))
+        usual = np.abs((judged - mean) @ deviation).max(1).mean() if len(judged) else 1.0
+        parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
+    return {name: values.astype(np.float32) for name, values in parameters.items()}
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(B, H, W) -> (B, C - 1, H, W) bool, without the background."""
+    return labels[:, None] == torch.arange(1, classes, device=labels.device).view(1, -1, 1, 1)
+
+
+def _mean_over(present: Tensor, averages: Tensor) -> Tensor:
+    return averages @ present @ averages.T
+
+
+def _averages(cells: int) -> Tensor:
+    """(n, 256) float64: the mean over each of n equal stretches of a side; pixels at an edge count with their share."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * SIZE / cells
+    pixels = torch.arange(SIZE, dtype=torch.float64)
+    overlap = (torch.minimum(pixels + 1, edges[1:, None]) - torch.maximum(pixels, edges[:-1, None])).clamp(min=0)
+    return overlap / overlap.sum(1, keepdim=True)
+
+
+def _spread(cells: int) -> Tensor:
+    """(64, n): which stretch of a side each place of the map lies in, by its centre."""
+    index = ((torch.arange(MAP_SIZE) + 0.5) * cells / MAP_SIZE).long()
+    return torch.eye(cells)[index]
