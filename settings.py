@@ -131,9 +131,9 @@ class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
     branches: list[Literal["patchhist", "LGST", "memory"]] = Field(["patchhist", "LGST"], min_length=1)
-    rule: Literal["sum", "softplus"] = Field("sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of "
-                                             " log(1 + exp z), in which what is all too usual for one branch cannot "
-                                             "hide what another one sees")
+    rule: Literal["sum", "softplus"] = Field(
+        "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp z), in which what is "
+        "all too usual for one branch cannot hide what another one sees")
     evidence: bool = Field(False, description="the exported model also says where components are too many or missing (the paper: "
                            "no, and its state dict has the published keys only)")
 
