@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import pickle
 import struct
 import sys
@@ -50,8 +51,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _stop("interrupted; everything finished so far is kept, the same command continues from there")
     except BrokenPipeError:
-        # The reader of our output (head, less) went away; nothing is wrong.
-        sys.stderr.close()
+        # The reader of our output (head, less) went away. What came after is not done, so this is no success.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # or the interpreter complains once more when it flushes
+        _stop("whoever read the output went away; what is finished is kept, the same command continues from there")
     except Exception as problem:
         sentence = in_a_sentence(problem)
         if sentence is None:
