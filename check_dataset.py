@@ -356,7 +356,7 @@ def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     groups = defaultdict(list)
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
-    return [Picture(one.path, one.split, digest=images.content_digest(one.path))
+    return [Picture(one.path, one.split, digest=records.digest(one.path))
             for group in groups.values() if len(group) > 1 for one in group]
 
 

@@ -142,21 +142,21 @@ def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
     return features, image_of, is_long
 
 
-def test_twins_side_by_side_are_told_apart():
+def test_lookalikes_side_by_side_are_told_apart():
     features, image_of, is_long = bolts()
     together = np.zeros(len(features), np.int64)
-    found = clustering.split_twins(features, together, image_of, least=10)
+    found = clustering.split_lookalikes(features, together, image_of, least=10)
     assert found.max() == 1
     assert max(np.mean(found == is_long), np.mean(found != is_long)) > 0.9
     areas = np.full(len(features), 0.1)
-    for twins, labels in ((False, 1), (True, 2)):
-        assert clustering.semantic_labels(features, areas, image_of, 30, 2.0, False, True, twins).labels.max() == labels
+    for lookalikes, labels in ((False, 1), (True, 2)):
+        assert clustering.semantic_labels(features, areas, image_of, 30, 2.0, False, True, lookalikes).labels.max() == labels
 
 
 @pytest.mark.parametrize("changes", [{"apart": 0.08}, {"long_in": lambda image: image % 2}, {"long_in": lambda image: image < 5}])
-def test_no_twins_are_seen_where_there_are_none(changes):
+def test_no_lookalikes_are_seen_where_there_are_none(changes):
     features, image_of, _ = bolts(**changes)
-    assert not clustering.split_twins(features, np.zeros(len(features), np.int64), image_of, least=10).any()
+    assert not clustering.split_lookalikes(features, np.zeros(len(features), np.int64), image_of, least=10).any()
 
 
 def test_usual_numbers():

@@ -7,7 +7,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from data.images import normalise
+from models.backbone import Normalise
 from pseudo_labels import components
 
 
@@ -50,14 +50,25 @@ def test_an_image_without_components_has_empty_features():
     features, crops = components.shallow_features(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8), bool))
     assert {name: values.shape for name, values in features.items()} == {
         "area": (0, 1), "color": (0, 1), "position": (0, 2), "shape_hu": (0, 7), "lab": (0, 3)}
-    empty = components.CropEmbedding(nn.Conv2d(3, 7, 3), 2)(torch.from_numpy(crops).permute(0, 3, 1, 2))
+    empty = components.CropEmbedding(Deepest(nn.Conv2d(3, 7, 3)), 2)(torch.from_numpy(crops).permute(0, 3, 1, 2))
     assert empty.shape == (0, 7)
+
+
+class Deepest(nn.Module):
+    """A network as `models.backbone.Backbone.deepest` is: RGB in 0..255 in, a tuple with one map out."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.normalise, self.network = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), network
+
+    def forward(self, images):
+        return (self.network(self.normalise(images)),)
 
 
 @pytest.fixture
 def deepest():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU()).eval()
+    return Deepest(nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU())).eval()
 
 
 @pytest.fixture
@@ -88,11 +99,11 @@ def published_rotations(crop):
 def test_sampled_rotations_give_the_published_feature(published):
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None).eval()
-    deepest = nn.Sequential(*list(resnet.children())[:-2])
+    deepest = Deepest(nn.Sequential(*list(resnet.children())[:-2]))
     crops = published["aligned_images"][:4]
     found = components.CropEmbedding(deepest, 60)(torch.from_numpy(crops).permute(0, 3, 1, 2))
     with torch.inference_mode():
-        expected = torch.stack([deepest(normalise(published_rotations(crop))).mean((0, 2, 3)) for crop in crops])
+        expected = torch.stack([deepest(published_rotations(crop))[0].mean((0, 2, 3)) for crop in crops])
     assert torch.cosine_similarity(found, expected).min() > 0.999
     # A random network answers much the same to everything; what tells components apart has to agree, too.
     assert torch.cosine_similarity(found - found.mean(0), expected - expected.mean(0)).min() > 0.99

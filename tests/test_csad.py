@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from test_train_segmentor import TinyEncoder
+from test_train_segmentor import TinyEncoder, job_for
 
 import CSAD
 import settings
@@ -28,10 +28,10 @@ def workspace(tmp_path):
 
 def train(category, workspace, overwrite=False, **more):
     encoder = TinyEncoder().eval()
-    overrides = {"width": 8, "teacher_channels": 8, "steps": 2, "batch_size": 1} | more
-    chosen = settings.load(CATEGORY, "quick", {f"lgst.{key}": value for key, value in overrides.items()}).lgst
-    CSAD.train_category(category, workspace, chosen, Backbone("tiny", encoder, encoder, (8, 8, 8), fingerprint(encoder)),
-                        torch.device("cpu"), "fp32", 0, overwrite)
+    overrides = {"student": "pixels", "width": 8, "teacher_channels": 8, "steps": 2, "batch_size": 1} | more
+    chosen = settings.load(CATEGORY, "quick", {"images.size": 256} | {f"lgst.{key}": value for key, value in overrides.items()})
+    CSAD.train_category(job_for(category, workspace, Backbone("tiny", encoder, fingerprint(encoder)), chosen,
+                                overwrite=overwrite))
 
 
 def scores(workspace):
@@ -51,7 +51,7 @@ def test_without_test_images_the_rest_is_written_and_they_may_come_later(categor
     monkeypatch.setattr(CSAD, "train", None)
     train(category, workspace)
     assert len(scores(workspace)) == 6
-    assert workspace.anomaly_maps(CATEGORY).exists()
+    assert workspace.anomaly_maps(CATEGORY, "LGST").exists()
 
 
 def test_an_empty_test_folder_is_noticed_before_training(category, workspace):
@@ -97,10 +97,19 @@ def test_a_checkpoint_without_a_record_is_no_blank_cheque(category, workspace, m
     assert record.read_bytes() == noted and len(scores(workspace)) == 6
 
 
-def test_diverged_training_says_so_and_leaves_nothing_behind(category, workspace, monkeypatch):
-    monkeypatch.setattr(CSAD, "SAVE_EVERY_SECONDS", 0)
-    with pytest.raises(UserError, match="discs: training diverged.* lower --lgst.lr"):
+def test_diverged_training_says_so_and_leaves_nothing_behind(category, workspace):
+    with pytest.raises(UserError, match="diverged.* lower --lgst.lr"):
         train(category, workspace, lr=1e30)
     assert list((workspace.root / "ckpt").iterdir()) == []
     train(category, workspace)
     assert len(scores(workspace)) == 6
+
+
+def test_the_student_on_features_is_trained_scored_and_repeated(category, workspace, tmp_path):
+    train(category, workspace, student="features")
+    again = Workspace(tmp_path / "again")
+    train(category, again, student="features")
+    assert len(scores(workspace)) == 6
+    assert workspace.lgst(CATEGORY).read_bytes() == again.lgst(CATEGORY).read_bytes()
+    with pytest.raises(UserError, match="student: features -> pixels"):
+        train(category, workspace)

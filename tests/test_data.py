@@ -37,7 +37,6 @@ def test_bad_value_is_named(name, value):
 def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "categories").mkdir()
     (tmp_path / "presets").mkdir()
-    (tmp_path / "default.yaml").write_text((settings.CONFIGS / "default.yaml").read_text())
     (tmp_path / "categories" / "cup.yaml").write_text("lgst:\n  stesp: 3\n")
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
     with pytest.raises(UserError, match="stesp"):
@@ -54,7 +53,7 @@ def test_every_setting_is_an_option():
     assert chosen.pseudo_labels.features == ["area", "color"]
 
 
-@pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x", "2020-13-01"])
+@pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x"])
 def test_a_value_that_is_no_yaml_names_its_option(value):
     args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])
     with pytest.raises(UserError, match="--lgst.penalty_images .* is not valid YAML"):
@@ -69,6 +68,22 @@ def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
             parser.parse_args(wrong)
         assert ended.value.code == 2
         assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "true", "inf", ".nan", "1.5", "'3'"])
+def test_numbers_mean_what_they_look_like(value):
+    args = settings.command_line("story").parse_args(["--lgst.steps", value])
+    with pytest.raises(UserError, match="lgst.steps"):
+        settings.load("none", "paper", settings.overrides(args))
+
+
+def test_what_a_person_wrote_wins_over_a_preset(tmp_path, monkeypatch):
+    for folder, name, text in (("categories", "cup", "lgst: {steps: 3}"), ("presets", "fast", "lgst: {steps: 9, width: 16}")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    chosen = settings.load("cup", "fast").lgst
+    assert (chosen.steps, chosen.width) == (3, 16)
 
 
 # Workspace
@@ -158,55 +173,75 @@ def test_text_may_hold_names_that_are_none(tmp_path):
 
 # Records
 
-def test_record_notices_what_changed(tmp_path):
-    record, output = tmp_path / "made.json", tmp_path / "made.npy"
-    used = {"settings": {"steps": 5, "names": ("a", "b")}, "seed": 0}
-    assert records.begin(record, used, [output], overwrite=False)
-    files.write_array(output, np.zeros(1))
-    assert not records.begin(record, used, [output], overwrite=False)
-    changed = {"settings": {"steps": 6, "names": ("a", "b")}, "seed": 0}
-    with pytest.raises(UserError, match="settings.steps: 5 -> 6"):
-        records.begin(record, changed, [output], overwrite=False)
-    assert output.exists()
-    assert records.begin(record, changed, [output], overwrite=True)
-    assert not output.exists()
+@pytest.fixture
+def made(tmp_path):
+    """A record of one checkpoint and its scores; made(**used) and made(scored=...) describe other ones."""
+    outputs = [tmp_path / "made.pth", tmp_path / "made.npy"]
+
+    def record(scored="1", **used):
+        return records.Record(tmp_path / "made.json", {"seed": 0, "names": ("a", "b")} | used, outputs, {"validation": scored},
+                              outputs[0])
+
+    def write(record):
+        files.write_state(outputs[0], {"state": {}, "meta": record.used | {"more": 1}})
+        files.write_array(outputs[1], np.zeros(1))
+        record.finish()
+    record.write, record.outputs = write, outputs
+    return record
+
+
+def test_a_record_notices_what_changed_and_takes_nothing_away(made):
+    assert made().begin(False) == records.TRAIN
+    made.write(made())
+    assert made().begin(False) == records.SKIP
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        made(seed=1).begin(False)
+    assert made(seed=1).begin(True) == records.TRAIN
+    assert all(path.exists() for path in made.outputs) and made().begin(False) == records.SKIP
+
+
+def test_other_scored_images_or_a_changed_output_are_scored_anew(made):
+    made.write(made())
+    assert made(scored="2").begin(False) == records.SCORE
+    files.write_array(made.outputs[1], np.ones(1))
+    assert made().begin(False) == records.SCORE
+    made.outputs[0].unlink()
+    assert made().begin(False) == records.TRAIN
 
 
 def test_outputs_of_others_are_used_as_they_are(tmp_path):
     files.write_array(tmp_path / "made.npy", np.zeros(1))
-    assert not records.begin(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"], overwrite=False)
-
-
-def test_other_scored_images_leave_the_checkpoint_and_take_the_rest(tmp_path):
-    record, checkpoint, scores = (tmp_path / name for name in ("made.json", "made.pth", "made.npy"))
-    used, outputs = {"seed": 0, "names": ("a", "b")}, [checkpoint, scores]
-
-    def begin(**scored):
-        return records.begin(record, used, outputs, False, checkpoint=checkpoint, scored=scored)
-    assert begin(validation="1")
-    files.write_state(checkpoint, {"state": {}, "meta": used | {"more": 1}})
-    files.write_array(scores, np.zeros(1))
-    assert not begin(validation="1")
-    assert begin(validation="1", good="2")
-    assert checkpoint.exists() and not scores.exists()
-    files.write_array(scores, np.zeros(1))
-    assert not begin(validation="1", good="2")
-    files.write_json(record, used)  # as older ones were
-    assert begin(validation="1", good="2")
-    assert not scores.exists()
+    assert records.Record(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"]).begin(False) == records.SKIP
 
 
 @pytest.mark.parametrize("content, said", [
-    ({"state": {}, "meta": {"seed": 1, "names": ("a",)}}, "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
+    ({"state": {}, "meta": {"seed": 1, "names": ("a", "b")}}, "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
     ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
     (torch.zeros(1), "made.pth does not say what it was made from"),
 ])
-def test_a_checkpoint_without_a_record_has_to_fit(tmp_path, content, said):
-    files.write_state(tmp_path / "made.pth", content)
+def test_a_checkpoint_without_a_record_has_to_fit(made, content, said):
+    files.write_state(made.outputs[0], content)
     with pytest.raises(UserError, match=said):
-        records.begin(tmp_path / "made.json", {"seed": 0, "names": ("a",)}, [tmp_path / "made.pth", tmp_path / "made.npy"], False,
-                      checkpoint=tmp_path / "made.pth")
-    assert not (tmp_path / "made.json").exists()
+        made().begin(False)
+
+
+def test_digests_are_of_contents(tmp_path):
+    first = tmp_path / "a.bmp"
+    first.write_bytes(b"1234")
+    before = records.digest_images([first])
+    first.write_bytes(b"4321")  # as long, and called the same
+    assert records.digest_images([first]) != before
+
+
+def test_files_of_other_images_are_not_combined(made, tmp_path):
+    made.write(made())
+    path = tmp_path / "made.json"
+    assert records.require_current(path, {"validation": "1"}, made.outputs, "stage.py")
+    with pytest.raises(UserError, match="validation images are not those that stage.py saw"):
+        records.require_current(path, {"validation": "2"}, made.outputs, "stage.py")
+    files.write_array(made.outputs[1], np.ones(1))
+    with pytest.raises(UserError, match="made.npy is not the file that stage.py wrote"):
+        records.require_current(path, {}, made.outputs, "stage.py")
 
 
 def test_a_checkpoint_of_another_network_is_named(tmp_path):

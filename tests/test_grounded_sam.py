@@ -237,7 +237,9 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(we
         run_stage(monkeypatch, workspace, dataset)
     assert "discs: proposals by grounded_sam\n" in capsys.readouterr().out
     masks = workspace / "datasets" / "masks" / "discs"
-    before = {path: path.read_bytes() for path in masks.rglob("*.png")}
+    unfinished = masks.with_name("discs.unfinished")
+    before = {masks / path.relative_to(unfinished): path.read_bytes() for path in unfinished.rglob("*.png")}
+    assert before
     run_stage(monkeypatch, workspace, dataset)
     assert len(seen) == 6  # the third once more, and the two after it
     for path, content in before.items():
@@ -251,9 +253,9 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(we
             assert images.read_rgb(masks / str(index) / f"{name}_color.png").shape == (256, 256, 3)
         assert (masks / str(index) / "grounding_background.png").exists()
         assert (masks / str(index) / "background.jpg").exists()
-    record = files.read_json(masks / "info" / "pseudo_label.json")
+    record = files.read_json(masks / "info" / "pseudo_label.json")["used"]
     assert set(record["checkpoints"]) == {"sam_hq_vit_tiny.pth", "groundingdino_swint_ogc.pth"}
-    assert record["stand_ins"][0] == "proposer grounded_sam vit_tiny swint_ogc"
+    assert record["stand_ins"][-1] == "proposer grounded_sam vit_tiny swint_ogc"
 
     state = torch.load(workspace / "ckpt" / "sam_hq_vit_tiny.pth", weights_only=True)
     state["mask_decoder.hf_token.weight"] += 1

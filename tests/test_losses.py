@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training import losses
+from models import segmentor as losses
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def test_losses_match_the_published_values(case):
     probabilities = logits.softmax(1)
     found = {
         "ce": losses.cross_entropy(logits, target, softmax_twice=True),
-        "focal": losses.focal(probabilities, target),
-        "dice": losses.balanced_dice(probabilities, target),
-        "hist": losses.histogram(probabilities, random_target),
-        "entropy": losses.entropy(probabilities),
+        "focal": losses.focal_loss(probabilities, target),
+        "dice": losses.balanced_dice_loss(probabilities, target),
+        "hist": losses.histogram_loss(probabilities, random_target),
+        "entropy": losses.entropy_loss(probabilities),
     }
     for name, value in found.items():
         assert value.item() == pytest.approx(float(expected[name]), abs=1e-5), name
@@ -37,9 +37,9 @@ def test_plain_cross_entropy_takes_the_logits_as_they_are(case):
 def test_dice_pays_no_attention_to_classes_that_the_batch_lacks():
     target = torch.tensor([[[0, 0], [1, 1]]])
     certain = torch.nn.functional.one_hot(target, 4).movedim(-1, 1).float()
-    assert losses.balanced_dice(certain, target).item() == pytest.approx(0, abs=1e-5)
+    assert losses.balanced_dice_loss(certain, target).item() == pytest.approx(0, abs=1e-5)
     # An absent class with weight would hide how wrong the present ones are.
-    assert losses.balanced_dice(certain.flip(2), target).item() == pytest.approx(1 / 4, abs=1e-3)
+    assert losses.balanced_dice_loss(certain.flip(2), target).item() == pytest.approx(1 / 4, abs=1e-3)
 
 
 def test_dice_weighs_rare_classes_more():
@@ -50,31 +50,31 @@ def test_dice_weighs_rare_classes_more():
     rare_missed[:, :, 0, :2] = torch.tensor([1.0, 0.0]).view(1, 2, 1)
     common_missed = right.clone()
     common_missed[:, :, 1, :2] = torch.tensor([0.0, 1.0]).view(1, 2, 1)
-    assert losses.balanced_dice(rare_missed, target) > losses.balanced_dice(common_missed, target)
+    assert losses.balanced_dice_loss(rare_missed, target) > losses.balanced_dice_loss(common_missed, target)
 
 
 def test_histogram_loss_compares_amounts_and_not_places():
     target = torch.tensor([[[0, 1], [2, 0]]])
     elsewhere = torch.nn.functional.one_hot(target.flip(2), 3).movedim(-1, 1).float()
-    assert losses.histogram(elsewhere, target).item() == 0
+    assert losses.histogram_loss(elsewhere, target).item() == 0
     only_background = torch.zeros(1, 3, 2, 2)
     only_background[:, 0] = 1
-    assert losses.histogram(only_background, target).item() == pytest.approx(0.5)
+    assert losses.histogram_loss(only_background, target).item() == pytest.approx(0.5)
 
 
 def test_entropy_is_least_where_the_segmentor_is_sure():
     unsure, sure = torch.full((1, 4, 2, 2), 0.25), torch.zeros(1, 4, 2, 2)
     sure[:, 1] = 1
-    assert losses.entropy(sure).item() == pytest.approx(0, abs=1e-4)
-    assert losses.entropy(unsure) > losses.entropy(sure)
+    assert losses.entropy_loss(sure).item() == pytest.approx(0, abs=1e-4)
+    assert losses.entropy_loss(unsure) > losses.entropy_loss(sure)
 
 
 def test_every_loss_has_finite_gradients_for_extreme_logits():
     logits = (torch.tensor([80.0, -80.0, 0.0]).view(1, 3, 1, 1) * torch.ones(2, 3, 4, 4)).requires_grad_()
     target = torch.ones(2, 4, 4, dtype=torch.int64)
     probabilities = logits.softmax(1)
-    total = (losses.cross_entropy(logits, target, False) + losses.focal(probabilities, target)
-             + losses.balanced_dice(probabilities, target) + losses.histogram(probabilities, target)
-             + losses.entropy(probabilities))
+    total = (losses.cross_entropy(logits, target, False) + losses.focal_loss(probabilities, target)
+             + losses.balanced_dice_loss(probabilities, target) + losses.histogram_loss(probabilities, target)
+             + losses.entropy_loss(probabilities))
     total.backward()
     assert torch.isfinite(logits.grad).all()

@@ -11,43 +11,40 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 import predict
-from data import records
+from deploy import inspection
+from deploy.engines import Engine
 from errors import UserError, run_script
 from evaluation.deviations import LIMIT, Deviation, deviations
+from models.prediction import Prediction
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
              "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]], "quarter_std": [[0.02, 0.02, 0.01]] * 4}
 
 
-class BrightEngine:
+class BrightEngine(Engine):
     """Scores an image by its mean brightness; all of it is LGST's share; every label map is background."""
 
-    runtime = "fake"
+    runtime, precision, device = "fake", "fp32", "cpu"
 
     def __init__(self, **metadata):
         self.metadata = {"with_map": True, "raw_input": True, "validation_scores": list(range(101)), "histogram": HISTOGRAM}
         self.metadata |= metadata
         self.batches = []
 
-    def score(self, images):
-        assert images.shape[1:] == (3, 256, 256)
+    def _run(self, images, maps):
         self.batches.append(len(images))
-        return images.reshape(len(images), -1).mean(1).astype(np.float32)
-
-    def findings(self, images):
-        score = self.score(images)
-        anomaly_map = np.zeros((len(images), 256, 256), np.float32)
-        anomaly_map[:, 48:80, 112:144] = 1
-        anomaly_map[:, 64, 128] = 2
-        return SimpleNamespace(score=score, lgst_score=score, patch_histogram_score=0 * score, anomaly_map=anomaly_map,
-                               label_map=np.zeros((len(images), 256, 256), np.uint8))
+        score = images.reshape(len(images), -1).mean(1).astype(np.float32)
+        anomaly_map = np.zeros((len(images), 64, 64), np.float32)
+        anomaly_map[:, 12:20, 28:36] = 1
+        anomaly_map[:, 16, 32] = 2
+        return Prediction(score, np.stack([0 * score, score], 1), anomaly_map, np.stack([0 * anomaly_map, anomaly_map], 1),
+                          np.zeros((len(images), 256, 256), np.uint8))
 
 
 @pytest.fixture
@@ -98,21 +95,23 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     assert [Path(row["image"]).relative_to(photos).as_posix() for row in found] == ["a.png", "b/a.png", "b/c.jpg"]
     assert [row["verdict"] for row in found] == ["normal", "anomalous", "normal"]
     assert float(found[1]["score"]) == pytest.approx(120)
-    assert float(found[1]["threshold"]) == 99  # 1 % of 0..100 lies over it
+    assert float(found[1]["threshold"]) == 100  # the 101st of 0..100: ceil(102 x 0.99)
     assert (found[1]["unusual_x"], found[1]["unusual_y"]) == ("40", "15")  # of 80x60 pixels
     detailed = lines(tmp_path)
     assert [one["verdict"] for one in detailed] == [row["verdict"] for row in found]
-    assert detailed[1]["lgst_score"] + detailed[1]["patch_histogram_score"] == pytest.approx(detailed[1]["score"])
+    assert sum(detailed[1]["branch_scores"].values()) == pytest.approx(detailed[1]["score"])
+    assert detailed[1]["alarm"] == "LGST"
     assert "component 1 is missing" in found[1]["findings"]
     said = capsys.readouterr().out
     assert "component 1 is missing" in said
-    assert "2 normal, 1 anomalous, 0 unreadable" in said
+    assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
+    assert "1 files were left out because they are no images" in said and "notes.txt" in said
 
 
 def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):
     assert run(photos, "--threshold", 200) == 0
     assert run(photos, "--false_positive_rate", 0.5) == 4
-    assert {row["threshold"] for row in rows(tmp_path)} == {"50"}
+    assert {row["threshold"] for row in rows(tmp_path)} == {"50"}  # the 51st
 
 
 def test_unreadable_files_are_reported_and_skipped(engine, run, photos, tmp_path, capsys):
@@ -141,20 +140,19 @@ def test_a_name_that_is_no_text_ends_nothing(engine, run, photos, tmp_path, caps
     assert rows(tmp_path)[3]["image"].endswith(r"\udcff.png")
     assert lines(tmp_path)[3]["image"] == str(odd)
     assert r"\udcff.png" in capsys.readouterr().out
-    assert records.digest_images([odd]) != records.digest_images([photos / "a.png"])
 
 
 def test_ctrl_c_says_what_is_kept(engine, run, photos, tmp_path, capsys, monkeypatch):
     scored = []
 
-    def score(images):
+    def score(images, maps):
         if scored:
             raise KeyboardInterrupt
         scored.append(images)
-        return np.zeros(len(images), np.float32)
+        return (np.zeros(len(images), np.float32),)
 
     engine.metadata["with_map"] = False
-    monkeypatch.setattr(engine, "score", score)
+    monkeypatch.setattr(engine, "_run", score)
     assert run(photos, "--batch_size", 1) == 2
     assert len(rows(tmp_path)) == 1
     said = capsys.readouterr().err
@@ -164,8 +162,9 @@ def test_ctrl_c_says_what_is_kept(engine, run, photos, tmp_path, capsys, monkeyp
 def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos, tmp_path):
     assert run(photos / "a.png", photos / "b/a.png", photos / "b/c.jpg", "--save_maps") == 4
     maps = tmp_path / "out/maps"
-    assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == ["a.png", "b/a.png", "b/c.jpg.png"]
-    drawn = cv2.imread(str(maps / "b/a.png"))
+    assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == [
+        "a.png.map.png", "b/a.png.map.png", "b/c.jpg.map.png"]
+    drawn = cv2.imread(str(maps / "b/a.png.map.png"))
     assert drawn.shape[0] == 60
     assert drawn.shape[1] > 3 * 80
     heat, plain = drawn[15, 2 * (80 + 4) + 40].astype(int), drawn[15, 40].astype(int)
@@ -183,9 +182,10 @@ def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
 def test_output_into_the_watched_folder_does_not_feed_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
     write(tmp_path / "a.png", 10)
+    (tmp_path / "predictions.jsonl").touch()
     write(tmp_path / "maps/a.png", 10)
     write(tmp_path / "b/maps/c.png", 10)  # somebody else's
-    rounds = predict.watch([tmp_path], tmp_path)
+    rounds = predict.watch([tmp_path], tmp_path / "elsewhere", {})
     assert [next(rounds) for _ in range(2)] == [[], [tmp_path / "a.png", tmp_path / "b/maps/c.png"]]
 
 
@@ -197,12 +197,12 @@ def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "photos/b")
     for places in ([tmp_path / "photos"], [tmp_path / "linked/link.png", tmp_path / "photos"]):
         assert run(*places, "--save_maps") == 0
-        assert list((tmp_path / "out").rglob("*.png")) == [tmp_path / "out/maps/b/link.png"]
+        assert list((tmp_path / "out").rglob("*.png")) == [tmp_path / "out/maps/b/link.png.map.png"]
     assert original.read_bytes() == before
 
 
 def test_a_picture_outside_of_the_output_is_refused(tmp_path):
-    image = predict.Prediction(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
+    image = inspection.Verdict(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
     with predict.Output(tmp_path / "out", tmp_path / "photos") as output, pytest.raises(UserError, match="no longer lies in"):
         output.write(image)
     assert not list(tmp_path.rglob("*.png"))
@@ -211,7 +211,7 @@ def test_a_picture_outside_of_the_output_is_refused(tmp_path):
 def test_model_without_maps_gives_scores_only(engine, run, photos, tmp_path, capsys):
     engine.metadata["with_map"] = False
     assert run(photos) == 4
-    assert rows(tmp_path)[1]["lgst_score"] == rows(tmp_path)[1]["findings"] == ""
+    assert rows(tmp_path)[1]["LGST_score"] == rows(tmp_path)[1]["findings"] == ""
     assert run(photos, "--save_maps") == 2
     assert "--with_map" in capsys.readouterr().err
 
@@ -239,19 +239,19 @@ def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkey
     """No more images are decoded than the ones ahead of what is scored."""
     path = write(tmp_path / "a.png", 10)
     alive, most, lock = set(), [0], threading.Lock()
-    real = predict.read
+    real = predict.read_picture
 
-    def counting(path, side):
-        picture = real(path, side)
+    def counting(*arguments):
+        picture = real(*arguments)
         with lock:
             alive.add(id(picture))
             most[0] = max(most[0], len(alive))
         return picture
 
-    monkeypatch.setattr(predict, "read", counting)
+    monkeypatch.setattr(predict, "read_picture", counting)
     monkeypatch.setattr(predict, "judge", lambda pictures, *rest: (
         [alive.discard(id(picture)) for picture in pictures],
-        [predict.Prediction(picture.path, "normal", 1.0, 0.0) for picture in pictures])[1])
+        [inspection.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures])[1])
     found = list(predict.predict((path for _ in range(200)), engine, 1.0, 4, None))
     assert len(found) == 200
     assert most[0] <= (predict.AHEAD + 2) * 4
@@ -268,7 +268,7 @@ def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
     folder = tmp_path / "in"
     write(folder / "old.png", 1)
-    rounds = predict.watch([folder], tmp_path / "in/out")
+    rounds = predict.watch([folder], tmp_path / "in/out", {})
     assert next(rounds) == []  # seen once: may still be growing
     assert next(rounds) == [folder / "old.png"]
     (folder / "new.png").write_bytes(b"half")
@@ -296,6 +296,7 @@ def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     folder.mkdir()
     process = subprocess.Popen([sys.executable, "-c", script, str(folder), "--model", "x", "--watch", "--output",
                                 str(tmp_path / "out")], cwd=Path(predict.__file__).parent, stdout=subprocess.PIPE, text=True)
+    assert "threshold" in process.stdout.readline()
     write(folder / "first.png", 10)
     assert "first.png" in process.stdout.readline()
     write(folder / "second.png", 200)
@@ -303,8 +304,57 @@ def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=30)
-    assert "1 normal, 1 anomalous, 0 unreadable" in said
+    assert "1 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
     assert process.returncode == 4
+
+
+def test_a_score_that_is_no_number_is_never_normal(engine, run, photos, tmp_path, monkeypatch):
+    real = engine._run
+
+    def broken(images, maps):
+        found = real(images, maps)
+        found.score[0] = np.nan
+        return found
+    monkeypatch.setattr(engine, "_run", broken)
+    assert run(photos, "--threshold", 200) == 3
+    assert [row["verdict"] for row in rows(tmp_path)] == ["undecided", "normal", "normal"]
+    assert lines(tmp_path)[0]["score"] is None
+    assert "NaN" not in (tmp_path / "out/predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_threshold_is_a_number(engine, run, photos, capsys, value):
+    assert run(photos, f"--threshold={value}") == 2
+    assert "finite" in capsys.readouterr().err
+
+
+def test_one_folder_has_one_writer(engine, run, photos, tmp_path, capsys):
+    with predict.Output(tmp_path / "out", photos):
+        assert run(photos) == 2
+    assert "another predict.py is writing" in capsys.readouterr().err
+
+
+def test_watching_goes_on_where_it_was(tmp_path, engine):
+    path = write(tmp_path / "in/a.png", 10)
+    with predict.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+        output.write(inspection.Verdict(path, "normal", 1.0, 0.5))
+    with open(tmp_path / "out/predictions.jsonl", "a") as handle:
+        handle.write('{"image": "cut o')  # the power went
+    with predict.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+        assert output.scored == {str(path): (path.stat().st_size, path.stat().st_mtime_ns)}
+    assert len(lines(tmp_path)) == len(rows(tmp_path)) == 1
+
+
+def test_links_are_followed_once(engine, run, photos, tmp_path):
+    (photos / "loop").symlink_to(photos)
+    (photos / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more/d.png", 5)
+    (photos / "linked").symlink_to(tmp_path / "more")
+    assert run(photos) == 3
+    found = {Path(row["image"]).relative_to(photos).as_posix(): row["verdict"] for row in rows(tmp_path)}
+    assert found == {"a.png": "normal", "b/a.png": "anomalous", "b/c.jpg": "normal", "gone.png": "unreadable",
+                     "linked/d.png": "normal"}
 
 
 def label_map(**boxes) -> np.ndarray:

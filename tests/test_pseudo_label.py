@@ -1,11 +1,13 @@
 """Stage 1 end to end on drawn discs: labels, files, resuming, and mistakes told in a sentence."""
 
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw_parts
+from test_component_features import Deepest
 from torch import nn
 
 import pseudo_label
@@ -34,15 +36,17 @@ def category(make_dataset):
 def label(category):
     """Run the stage: label(workspace, seed=0, overwrite=False, settings by name) -> the workspace."""
     torch.manual_seed(0)
-    deepest = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
-    backbone = Backbone("tiny", deepest, deepest, (8, 8, 8), fingerprint(deepest))
+    network = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
+    backbone = Backbone("tiny", network, fingerprint(network), Deepest(network))
 
     def run(root, overwrite=False, seed=0, proposed_by=None, **changes):
-        named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
-        chosen = settings.load("discs", "quick", named).pseudo_labels
-        workspace, device = Workspace(root), torch.device("cpu")
-        proposer = proposed_by or pseudo_label.choose_proposer("discs", chosen, workspace.checkpoints, device, False)
-        pseudo_label.label_category(category, workspace, chosen, proposer, backbone, device, seed, overwrite)
+        named = {f"pseudo_labels.{key}": value for key, value in changes.items()} | {"images.size": 256}
+        workspace = Workspace(root)
+        with pytest.MonkeyPatch.context() as patch:
+            if proposed_by:
+                patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposed_by)
+            pseudo_label.label_category(category, workspace, settings.load("discs", "quick", named), backbone,
+                                        torch.device("cpu"), Namespace(seed=seed, overwrite=overwrite, download=False))
         return workspace
     return run
 
@@ -53,13 +57,13 @@ def contents(workspace):
 
 def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, tmp_path, capsys):
     workspace = label(tmp_path / "w")
-    info = workspace.info("discs")
+    info = workspace.pseudo_labels("discs").info
     trusted, histogram = (files.read_array(info / f"filtered_{name}.npy")
                           for name in ("histogram_indices", "component_histogram"))
     assert histogram.shape == (IMAGES, 4) and (trusted < IMAGES).all() and len(trusted)
     predicted, true, rng = [], [], np.random.default_rng(7)
     for index, path in enumerate(category.train):
-        folder = workspace.image_masks("discs", path)
+        folder = workspace.pseudo_labels("discs").image(path.stem)
         for name in ("all_masks", "refined_masks", "cluster_map", "filtered_cluster_map"):
             labels = images.read_mask(folder / f"{name}.png")
             np.testing.assert_array_equal(images.read_rgb(folder / f"{name}_color.png"), images.colour_labels(labels))
@@ -73,8 +77,8 @@ def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, 
     for name in ("raw_component_histogram.npy", "all_component_feats.npz", "component_num_mode.npy", "feature.png", "info.txt"):
         assert (info / name).exists()
     np.testing.assert_array_equal(files.read_array(info / "component_num_mode.npy"), [1, 1, 1, 1])
-    record = files.read_json(info / "pseudo_label.json")
-    assert record["proposer"] == "classical" and record["stand_ins"] == ["proposer classical", "backbone tiny"]
+    record = files.read_json(info / "pseudo_label.json")["used"]
+    assert record["proposer"] == "classical" and record["stand_ins"] == ["backbone tiny", "proposer classical"]
     assert "proposer classical" in (info / "info.txt").read_text()
     assert "instead of SAM-HQ" in capsys.readouterr().out
 
@@ -100,11 +104,26 @@ def test_interrupted_and_resumed_gives_the_same_files(label, tmp_path, monkeypat
 def test_a_finished_category_is_skipped_and_overwrite_starts_over(label, tmp_path, capsys):
     workspace = label(tmp_path)
     before = contents(workspace)
-    (workspace.masks("discs") / "003" / "refined_masks.png").write_bytes(b"damaged")
     label(tmp_path)
     assert "skipped" in capsys.readouterr().out
+    (workspace.pseudo_labels("discs").root / "003" / "refined_masks.png").write_bytes(b"damaged")
     label(tmp_path, overwrite=True)
     assert contents(workspace) == before
+
+
+def test_overwriting_harms_nothing_before_the_new_is_complete(label, category, tmp_path):
+    workspace = label(tmp_path)
+    before = contents(workspace)
+    broken = category.train[5]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=broken.name):
+        label(tmp_path, overwrite=True, rotations=3)
+    after = contents(workspace)
+    assert {path: content for path, content in after.items() if "unfinished" not in str(path)} == before
+    broken.write_bytes(whole)
+    label(tmp_path, overwrite=True, rotations=3)
+    assert not list(workspace.root.rglob("*.unfinished"))
 
 
 def test_changed_settings_are_noticed(label, tmp_path):
@@ -118,11 +137,12 @@ def test_changed_settings_are_noticed(label, tmp_path):
 def test_complete_files_made_by_others_are_used_and_incomplete_ones_are_not_mixed(label, category, tmp_path, capsys):
     workspace = Workspace(tmp_path)
     for path in category.train:
-        files.write_image(workspace.image_masks("discs", path) / "filtered_cluster_map.png", np.ones((64, 64), np.uint8))
+        files.write_image(workspace.pseudo_labels("discs").image(path.stem) / "filtered_cluster_map.png",
+                          np.ones((64, 64), np.uint8))
     with pytest.raises(UserError, match="filtered_component_histogram.npy is missing"):
         label(tmp_path)
-    files.write_array(workspace.info("discs") / "filtered_component_histogram.npy", np.ones((IMAGES, 1)))
-    files.write_array(workspace.info("discs") / "filtered_histogram_indices.npy", np.arange(IMAGES))
+    files.write_array(workspace.pseudo_labels("discs").info / "filtered_component_histogram.npy", np.ones((IMAGES, 1)))
+    files.write_array(workspace.pseudo_labels("discs").info / "filtered_histogram_indices.npy", np.arange(IMAGES))
     before = contents(workspace)
     label(tmp_path)
     assert contents(workspace) == before and "skipped" in capsys.readouterr().out
@@ -138,7 +158,8 @@ def test_images_without_parts_end_in_a_sentence(label, category, tmp_path):
 def test_one_image_without_parts_is_no_mistake(label, category, tmp_path):
     files.write_image(category.train[-1], np.full((64, 64, 3), 100, np.uint8))
     workspace = label(tmp_path, features=["cnn_image", "lab"])
-    assert not images.read_mask(workspace.image_masks("discs", category.train[-1]) / "filtered_cluster_map.png").any()
+    folder = workspace.pseudo_labels("discs").image(category.train[-1].stem)
+    assert not images.read_mask(folder / "filtered_cluster_map.png").any()
 
 
 def test_no_surviving_label_ends_in_a_sentence(label, tmp_path, monkeypatch):
@@ -193,7 +214,7 @@ def tiles(count):
 @pytest.mark.parametrize("no_sam", [False, True])
 def test_three_hundred_masks_leave_the_255_largest(label, category, tmp_path, no_sam):
     workspace = label(tmp_path, proposed_by=Drawn(tiles(300), grounding=tiles(300)), no_sam=no_sam)
-    folder = workspace.image_masks("discs", category.train[0])
+    folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
     for name in ("grounding_mask", "all_masks", "refined_masks"):
         assert len(np.unique(images.read_mask(folder / f"{name}.png"))) == 256
 
@@ -207,7 +228,7 @@ def test_one_mask_covering_everything_is_no_part(label, tmp_path, no_sam):
 
 def test_without_automatic_masks_there_is_no_all_masks(label, category, tmp_path):
     workspace = label(tmp_path, proposed_by=Drawn(None, grounding=tiles(4)), no_sam=True)
-    folder = workspace.image_masks("discs", category.train[0])
+    folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
     assert (folder / "grounding_mask.png").exists() and not (folder / "all_masks.png").exists()
     label(tmp_path, overwrite=True)
     assert (folder / "all_masks.png").exists() and not (folder / "grounding_mask.png").exists()
@@ -231,7 +252,7 @@ def test_images_described_together_are_described_as_one_by_one():
     rng = np.random.default_rng(0)
     drawn = [draw_parts(rng, parts, 256) for parts in (4, 1, 3)] + [(np.zeros((256, 256, 3), np.uint8),) * 2]
     pictures, label_maps = [image for image, _ in drawn], [labels if labels.ndim == 2 else labels[..., 0] for _, labels in drawn]
-    embedding = CropEmbedding(nn.Conv2d(3, 5, 3), 4)
+    embedding = CropEmbedding(Deepest(nn.Conv2d(3, 5, 3)), 4)
     together = pseudo_label.describe(pictures, label_maps, embedding)
     for picture, labels, found in zip(pictures, label_maps, together):
         alone = pseudo_label.describe([picture], [labels], embedding)[0]
@@ -243,7 +264,7 @@ def test_images_described_together_are_described_as_one_by_one():
 def test_the_published_space_is_projected_and_has_its_own_bandwidth(category):
     rng = np.random.default_rng(0)
     features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
-    published = Backbone("wide_resnet50_2", nn.Identity(), nn.Identity(), (256, 512, 1024), "")
+    published = Backbone("wide_resnet50_2", nn.Identity(), "")
     chosen = settings.load("screw_bag", "paper").pseudo_labels
     vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, published, 0)
     assert vectors.shape == (6, 512) and bandwidth == 3.0

@@ -16,12 +16,12 @@ def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, wi
     labels = np.zeros((40, 50), np.uint8)
     labels[10:20, 10:20], labels[30:, :] = 1, 2
     for path in category.train:
-        folder = workspace.image_masks("discs", path)
+        folder = workspace.pseudo_labels("discs").image(path.stem)
         files.write_image(folder / "filtered_cluster_map.png", labels)
         if with_background:
             files.write_image(folder / "background.jpg", np.where(labels == 2, 255, 0).astype(np.uint8))
-    files.write_array(workspace.info("discs") / "filtered_component_histogram.npy", np.full((4, 2), 0.1, np.float32))
-    files.write_array(workspace.info("discs") / "filtered_histogram_indices.npy", np.array([2, 0]))
+    files.write_array(workspace.pseudo_labels("discs").histogram, np.full((4, 2), 0.1, np.float32))
+    files.write_array(workspace.pseudo_labels("discs").trusted, np.array([2, 0]))
     trusted, classes = read_stage_1(category, workspace)
     assert trusted.tolist() == [0, 2] and classes == 3
     data = training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes)

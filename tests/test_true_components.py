@@ -1,5 +1,7 @@
 """From the built-in data set's true components, with merges, splits and noise, through clustering to pseudo-labels."""
 
+from argparse import Namespace
+
 import cv2
 import numpy as np
 import pytest
@@ -68,12 +70,16 @@ def label_true_components(category, components, workspace, seed=0):
     """Run the stage; returns mean IoU over the trusted images."""
     paths = category.train
     label_paths = [components / category.name / "train" / "good" / path.name for path in paths]
-    chosen = settings.load(category.name, "quick").pseudo_labels
-    backbone = Backbone("none", nn.Identity(), nn.Identity(), (1, 1, 1), "")
-    pseudo_label.label_category(category, workspace, chosen, TrueComponents(paths, label_paths), backbone,
-                                torch.device("cpu"), seed, False)
-    trusted = files.read_array(workspace.info(category.name) / "filtered_histogram_indices.npy")
-    predicted = [images.read_mask(workspace.image_masks(category.name, paths[index]) / "filtered_cluster_map.png")
+    chosen = settings.load(category.name, "quick", {"images.size": 256})
+    backbone = Backbone("none", nn.Identity(), "")
+    proposer = TrueComponents(paths, label_paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposer)
+        pseudo_label.label_category(category, workspace, chosen, backbone, torch.device("cpu"),
+                                    Namespace(download=False, seed=seed, overwrite=False))
+    made = workspace.pseudo_labels(category.name)
+    trusted = files.read_array(made.trusted)
+    predicted = [images.read_mask(made.image(paths[index].stem) / "filtered_cluster_map.png")
                  for index in trusted]
     return match_labels(predicted, [true_labels(label_paths[index]) for index in trusted])
 
@@ -81,7 +87,7 @@ def label_true_components(category, components, workspace, seed=0):
 @pytest.mark.parametrize("name", sorted(CATEGORIES))
 def test_pseudo_labels_agree_with_the_truth(name, tmp_path):
     root = tmp_path / "loco"
-    write_dataset(root, [name], Settings(image_size=256, train=60, validation=0, test_good=0, test_logical=0,
+    write_dataset(root, [name], Settings(image_size=256, train=60, validation=1, test_good=0, test_logical=0,
                                          test_structural=0, seed=5))
     match = label_true_components(layouts.Category(root / name), components_root(root), Workspace(tmp_path / "work"))
     assert match.mean_iou > 0.85, match
