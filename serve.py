@@ -59,6 +59,8 @@ def main() -> None:
     for name in ("batch_size", "queue_length", "max_requests", "max_megabytes", "max_megapixels", "body_seconds"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be more than 0")
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port is {args.port}; it must lie between 0 and 65535")
     if not args.batch_wait_ms >= 0:
         raise UserError(f"--batch_wait_ms is {args.batch_wait_ms}; it must be 0 or more")
     if args.threshold is not None and len(args.model) > 1:
@@ -125,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(place[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as problem:
+    except OSError as problem:
         raise UserError(f"cannot listen on {host} port {port} ({problem}); choose another --port or --host") from problem
 
 

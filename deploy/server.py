@@ -204,7 +204,8 @@ class Gate:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.options.max_body_bytes:
-                await _discard(receive)
+                if message.get("more_body"):
+                    await _discard(receive)
                 raise self._too_large()
             return message
 

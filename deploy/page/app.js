@@ -30,6 +30,7 @@ async function start() {
   at("model-row").hidden = models.size < 2;
   choose([...models.keys()][0]);
   say("");
+  work(); // what came before the models were known, or the token
 }
 
 function choose(name) {
@@ -74,7 +75,7 @@ async function score(file, name = file.name || "pasted") {
   entry.time = new Date().toISOString();
   entries.push(entry);
   if (entries.length > KEPT_PICTURES) delete entries[entries.length - 1 - KEPT_PICTURES].overlay;
-  say(`${Math.round(performance.now() - begun)} ms`);
+  say(`${entry.image}: answered in ${Math.round(performance.now() - begun)} ms`);
   show(entry);
 }
 
