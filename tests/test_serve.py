@@ -26,11 +26,13 @@ testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fas
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
+import predict  # noqa: E402
 import serve  # noqa: E402
 from data.images import SIZE  # noqa: E402
 from deploy import daily_log  # noqa: E402
 from deploy.batching import Batcher, QueueFull  # noqa: E402
 from deploy.daily_log import DailyLog  # noqa: E402
+from deploy.engines import METADATA_KEY, open_model  # noqa: E402
 from deploy.inspection import judge, read_picture  # noqa: E402
 from deploy.server import Options, create_app, plain_name  # noqa: E402
 from errors import UserError  # noqa: E402
@@ -100,6 +102,34 @@ def test_answers_are_predicts_lines(station):
     assert answer == line | {"model": "bright", "threshold_words": answer["threshold_words"]}
     assert answer["verdict"] == "anomalous" and answer["threshold"] == 100 and "0.99 %" in answer["threshold_words"]
     assert answer["findings"][0] == "unusual surface at x 40, y 15"
+
+
+def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    make, kinds = onnx.helper, onnx.TensorProto
+    graph = make.make_graph([
+        make.make_node("Cast", ["images"], ["float"], to=kinds.FLOAT),
+        make.make_node("ReduceMean", ["float", "axes"], ["score"], keepdims=0)],
+        "mean", [make.make_tensor_value_info("images", kinds.UINT8, ["B", 3, SIZE, SIZE])],
+        [make.make_tensor_value_info("score", kinds.FLOAT, ["B"])], [make.make_tensor("axes", kinds.INT64, [3], [1, 2, 3])])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
+    known = {"raw_input": True, "with_map": False, "validation_scores": [float(value) for value in range(1, 101)]}
+    make.set_model_props(model, {METADATA_KEY: json.dumps(known)})
+    onnx.save(model, tmp_path / "mean.onnx")
+    rng = np.random.default_rng(3)
+    for index, kind in enumerate(("PNG", "JPEG", "BMP", "PNG", "TIFF")):
+        pixels = rng.integers(40 * index, 255, (60 + index, 80, 3), dtype=np.uint8)
+        (tmp_path / f"{index}.{kind.lower()}").write_bytes(picture(pixels, kind))
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path), "--model", str(tmp_path / "mean.onnx"),
+                                      "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        predict.main()
+    client = station({"mean": open_model(tmp_path / "mean.onnx", "cpu")})
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and {line["verdict"] for line in lines} == {"anomalous"}
+    for line in lines:
+        answer = client.post("/score", content=Path(line["image"]).read_bytes()).json()
+        assert answer["score"] == pytest.approx(line["score"], abs=1e-6) and answer["threshold"] == line["threshold"]
 
 
 def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(station):
