@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from data import files
 from data.images import SUFFIXES
-from deploy.engines import Engine, open_model
+from deploy.engines import Engine, device_name, open_model
 from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture, threshold_of
 from errors import UserError, run_script
 from models.fusion import BRANCHES
@@ -96,14 +96,6 @@ def main() -> None:
 
 def place(text: str) -> Path:
     return Path(text).expanduser()
-
-
-def device_name(name: str, model: Path) -> str:
-    """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so."""
-    if model.suffix.lower() != ".pth":
-        return "cpu" if name == "auto" else name
-    from models.device import choose_device
-    return str(choose_device(name))
 
 
 class Found:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -83,10 +84,11 @@ class View:
         return {"size": self.size, "white_level": self.white_level, "roi": roi}
 
 
-def read_rgb(path: str | Path, size: int | None = None, white_level: float | None = None) -> np.ndarray:
+def read_rgb(path: str | Path | BinaryIO, size: int | None = None, white_level: float | None = None) -> np.ndarray:
     """Read any image as (H, W, 3) uint8 RGB, the right way up, transparent pixels on `TRANSPARENCY_BACKGROUND`.
 
     Args:
+        path: or an open file, called in sentences what its str() gives.
         size: resize to (size, size), or keep the image as it is when None.
         white_level: the stored value that is white, in files of more than 8 bits; brighter ones are white, too. None: what the
             format declares, 65535 for 16 bits.
@@ -178,8 +180,7 @@ def colour_labels(labels: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def opened(path: str | Path, what: str = "image",
-           advice: str = "replace it or take it out of the folder") -> Iterator[Image.Image]:
+def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out") -> Iterator[Image.Image]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
 
     Raises:
@@ -187,7 +188,7 @@ def opened(path: str | Path, what: str = "image",
     """
     try:
         # TGA has no signature: only a file that says so by its name may be one.
-        formats = [name for name in _READ if name != "TGA" or Path(path).suffix.lower() == ".tga"]
+        formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
         with Image.open(path, formats=[*formats, "DIB"]) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
@@ -206,7 +207,7 @@ def opened(path: str | Path, what: str = "image",
         raise UserError(f"{what} {path} cannot be read ({reason}); {advice}") from problem
 
 
-def as_rgb(image: Image.Image, path: str | Path, white_level: float | None = None) -> np.ndarray:
+def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float | None = None) -> np.ndarray:
     """The pixels of an `opened` image as `read_rgb` returns them."""
     if white_level is not None and not 0 < white_level < math.inf:
         raise UserError(f"--images.white_level is {white_level}; it must be a number above 0")
@@ -263,7 +264,7 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
         values = _upright(image)
         values = values.view(np.uint32) if unsigned and image.mode == "I" else values
         if image.mode == "F" and not np.isfinite(values).all():
-            raise UserError(f"image {path} holds values that are not finite; replace it or take it out of the folder")
+            raise UserError(f"image {path} holds values that are not finite; replace it or leave it out")
         if values.min() < 0:
             raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0")
         if image.mode != "I" and image.mode != "F":

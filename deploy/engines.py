@@ -240,6 +240,14 @@ def open_model(path: Path, device: str) -> Engine:
         raise problem if str(path) in str(problem) else UserError(f"{path}: {problem}") from problem
 
 
+def device_name(name: str, model: Path) -> str:
+    """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so."""
+    if model.suffix.lower() != ".pth":
+        return "cpu" if name == "auto" else name
+    from models.device import choose_device
+    return str(choose_device(name))
+
+
 def _compile(openvino: ModuleType, model: Any, wanted: str) -> Any:
     core = openvino.Core()
     hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)

@@ -1,0 +1,173 @@
+"""A running station under load, from this machine: throughput, latencies, errors and memory, beside the bare engine's speed.
+
+    python serve.py --model ckpt/onnx_models/screw_bag.onnx &
+    python -m benchmarks.load --model ckpt/onnx_models/screw_bag.onnx --images photos/ --requests 2000
+
+``--clients`` send one picture after the other and wait for each answer. With ``--disturb`` two more connect: one that sends its
+picture byte by byte, and one that sends garbage. The same pictures then go through the bare engine at several
+batch sizes; the station must be idle meanwhile. Only loopback addresses are loaded, and not for longer than
+``--seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import ipaddress
+import itertools
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+
+from data.images import SUFFIXES
+from deploy.engines import Engine, device_name, open_model
+from deploy.inspection import read_picture
+from errors import UserError, run_script
+
+BATCH_SIZES = (1, 2, 4, 8)
+BARE_PICTURES = 48  # scored for each batch size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the station, on this machine")
+    parser.add_argument("--model", type=Path, required=True, help="the file that the station was started with")
+    parser.add_argument("--images", type=Path, required=True, help="folder of pictures to send")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=600, help="after which it ends in any case")
+    parser.add_argument("--pid", type=int, help="of the station, for its memory (Linux)")
+    parser.add_argument("--token")
+    parser.add_argument("--disturb", action="store_true", help="add a slow client and one that sends garbage")
+    args = parser.parse_args()
+    require_loopback(args.url)
+    pictures = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise UserError(f"no images in {args.images}")
+
+    headers = {"Authorization": f"Bearer {args.token}"} if args.token else {}
+    single, latencies, errors, seconds, memory = asyncio.run(load(args, pictures, headers))
+    rate = len(latencies) / seconds
+    print(f"{args.clients} clients, {len(latencies)} answers in {seconds:.1f} s: {rate:.2f} pictures/s; "
+          f"errors: {dict(errors) or 'none'}")
+    if latencies:
+        p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
+        print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
+              f"p99 is {p99 / 1000 / single:.1f} times that")
+    if all(memory):
+        print(f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
+              f"({100 * (memory[1] / memory[0] - 1):+.1f} %)")
+
+    speeds = bare(open_model(args.model, device_name("auto", args.model)), pictures)
+    print("bare engine, pictures/s: " + ", ".join(f"batch {size} {alone:.2f} ({decoding:.2f} with decoding)"
+                                                  for size, (alone, decoding) in speeds.items()))
+    best = [max(column) for column in zip(*speeds.values())]
+    print(f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding")
+
+
+def require_loopback(url: str) -> None:
+    host = urlsplit(url).hostname or ""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise UserError(f"{url} is not on this machine; only a station of one's own may be loaded")
+
+
+async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[str, str]
+               ) -> tuple[float, list[float], Counter, float, list[float | None]]:
+    """Median seconds of one client alone; latencies, errors and seconds under load; memory in MB early and at the end."""
+    url, latencies, errors = f"{args.url.rstrip('/')}/score?model={args.model.stem}", [], Counter()
+    limits = httpx.Limits(max_connections=args.clients + 4)
+    async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False, limits=limits) as client:
+        alone = []
+        for picture in itertools.islice(itertools.cycle(pictures), 12):
+            begun = time.perf_counter()
+            (await client.post(url, content=picture)).raise_for_status()
+            alone.append(time.perf_counter() - begun)
+        numbers, end, early = iter(range(args.requests)), time.perf_counter() + args.seconds, None
+
+        async def one_client() -> None:
+            nonlocal early
+            for number in numbers:
+                if time.perf_counter() > end:
+                    return
+                begun = time.perf_counter()
+                try:
+                    answer = await client.post(url, content=pictures[number % len(pictures)])
+                except httpx.HTTPError as problem:
+                    errors[type(problem).__name__] += 1
+                    continue
+                if answer.status_code == 200:
+                    latencies.append(time.perf_counter() - begun)
+                else:
+                    errors[answer.status_code] += 1
+                if number == args.requests // 10:
+                    early = memory_of(args.pid)
+
+        disturbers = [asyncio.create_task(one(url, client, pictures[0])) for one in (slow, garbage)] if args.disturb else []
+        begun = time.perf_counter()
+        await asyncio.gather(*(one_client() for _ in range(args.clients)))
+        seconds = time.perf_counter() - begun
+        for task in disturbers:
+            task.cancel()
+        return statistics.median(alone), latencies, errors, seconds, [early, memory_of(args.pid)]
+
+
+async def slow(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
+    async def drip():
+        for byte in picture:
+            yield bytes([byte])
+            await asyncio.sleep(0.2)
+
+    while True:
+        try:
+            await client.post(url, content=drip())
+        except httpx.HTTPError:
+            await asyncio.sleep(0.2)
+
+
+async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
+    rng = np.random.default_rng(0)
+    while True:
+        answer = await client.post(url, content=picture[:100] + rng.bytes(10_000))
+        if answer.status_code < 400:
+            raise RuntimeError(f"garbage got a verdict: {answer.text}")
+        await asyncio.sleep(0.05)
+
+
+def memory_of(pid: int | None) -> float | None:
+    """Resident memory in MB, or None where it is not to be had."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]]:
+    """Pictures a second by batch size: the engine alone, and with one thread that decodes and scores in turns."""
+    some, found = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
+    for size in BATCH_SIZES:
+        decoding = scoring = 0.0
+        for start in range(-size, len(some), size):  # the first batch warms up
+            begun = time.perf_counter()
+            views = np.stack([read_picture(io.BytesIO(one), Path("picture"), engine, None).view
+                              for one in some[max(start, 0):max(start, 0) + size]])
+            decoded = time.perf_counter()
+            (engine.predict if engine.has_maps else engine.score)(views)
+            if start >= 0:
+                decoding, scoring = decoding + decoded - begun, scoring + time.perf_counter() - decoded
+        found[size] = len(some) / scoring, len(some) / (decoding + scoring)
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,331 @@
+"use strict";
+
+const SHOWN_ROWS = 200;   // of the list; the download has all
+const KEPT_PICTURES = 40; // whose overlays can be looked at again
+const BAR = { width: 1000, height: 90 };
+const WORDS = { normal: "Normal", anomalous: "Anomalous", undecided: "Undecided", unreadable: "Unreadable" };
+
+const at = (id) => document.getElementById(id);
+const models = new Map();     // name -> what /models says
+const thresholds = new Map(); // name -> the threshold chosen here
+const entries = [];           // answers of /score in order, oldest first
+let model = null, shown = null, waiting = [], working = false, stream = null, timer = 0;
+
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const answer = await fetch(path, { ...options, headers: { ...(token && { Authorization: `Bearer ${token}` }), ...options.headers } });
+  if (answer.status === 401) { at("token-form").hidden = false; at("token").focus(); }
+  return answer;
+}
+
+async function start() {
+  const answer = await ask("models").catch(() => null);
+  if (!answer?.ok) return say(answer?.status === 401 ? "Enter the station's token." : "The station does not answer; load this page again.", true);
+  at("token-form").hidden = true;
+  for (const one of (await answer.json()).models) {
+    models.set(one.name, one);
+    thresholds.set(one.name, one.threshold);
+  }
+  at("model").replaceChildren(...[...models.keys()].map((name) => new Option(name, name)));
+  at("model-row").hidden = models.size < 2;
+  choose([...models.keys()][0]);
+  say("");
+  work(); // what came before the models were known, or the token
+}
+
+function choose(name) {
+  model = models.get(name);
+  at("model").value = name;
+  const parts = [models.size < 2 && model.name, model.runtime, model.precision, `${model.input_size} × ${model.input_size} pixels`];
+  at("about").textContent = parts.filter(Boolean).join(" · ") + (model.has_maps ? "" : " · scores only: exported without maps");
+  if (shown && shown.model !== name) shown = null;
+  show(shown);
+}
+
+// Scoring
+
+function take(files) {
+  const pictures = [...files].filter((file) => file.size);
+  if (!pictures.length) return say("There is no picture in that.", true);
+  waiting.push(...pictures);
+  work();
+}
+
+async function work() {
+  if (working) return;
+  working = true;
+  while (waiting.length && model) await score(waiting.shift());
+  working = false;
+}
+
+async function score(file, name = file.name || "pasted") {
+  say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more wait` : ""} …`);
+  const begun = performance.now();
+  const where = new URLSearchParams({ model: model.name, name, overlay: 1 });
+  let answer, body;
+  try {
+    answer = await ask(`score?${where}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
+    body = await answer.json();
+  } catch {
+    return say(`The station does not answer; ${name} was not inspected.`, true);
+  }
+  const unread = [413, 415, 422].includes(answer.status);
+  if (!answer.ok && !unread) return say(`${name} was not inspected: ${body.error}.`, true);
+  const entry = answer.ok ? body : { image: name, verdict: "unreadable", score: null, model: model.name, findings: [body.error], problem: body.error };
+  entry.time = new Date().toISOString();
+  entries.push(entry);
+  if (entries.length > KEPT_PICTURES) delete entries[entries.length - 1 - KEPT_PICTURES].overlay;
+  say(`${entry.image}: answered in ${Math.round(performance.now() - begun)} ms`);
+  show(entry);
+}
+
+// The verdict, by the threshold chosen here
+
+const judged = (entry) => entry.score === null || entry.problem ? entry.verdict
+  : entry.score > thresholds.get(entry.model) ? "anomalous" : "normal";
+
+function findingsOf(entry) {
+  if (entry.problem) return [entry.problem];
+  return judged(entry) === "anomalous" ? entry.findings_if_anomalous ?? entry.findings : [];
+}
+
+const round = (value) => Number(value.toPrecision(4)).toString();
+
+function show(entry) {
+  shown = entry;
+  showVerdict();
+  showPictures();
+  showList();
+}
+
+function showVerdict() {
+  const verdict = shown ? judged(shown) : "waiting";
+  at("verdict-card").dataset.verdict = verdict;
+  at("icon").setAttribute("href", `#icon-${verdict}`);
+  setText("verdict", WORDS[verdict] ?? "No picture yet");
+  setText("name", shown ? shown.image : "");
+  const findings = shown ? findingsOf(shown) : [];
+  if (at("findings").innerText !== findings.join("\n")) at("findings").replaceChildren(...findings.map((text) => made("li", text)));
+  showGauge();
+}
+
+function setText(id, text) { // what a screen reader reads aloud changes only where it is another
+  if (at(id).textContent !== text) at(id).textContent = text;
+}
+
+function axis() {
+  const values = [...model.validation_scores, model.threshold, thresholds.get(model.name)];
+  const scored = shown?.score ?? null;
+  if (scored !== null) values.push(scored);
+  const low = Math.min(...values), high = Math.max(...values), margin = (high - low || 1) * 0.06;
+  return [low - margin, high + margin];
+}
+
+function showGauge(keepAxis = false) {
+  if (!model) return;
+  const threshold = thresholds.get(model.name), slider = at("threshold");
+  const [low, high] = keepAxis ? [Number(slider.min), Number(slider.max)] : axis();
+  Object.assign(slider, { min: low, max: high, step: (high - low) / 1000 });
+  slider.value = threshold;
+  slider.setAttribute("aria-valuetext", round(threshold));
+  const place = (value) => Math.max(0, Math.min(1, (value - low) / (high - low))) * BAR.width;
+  const bar = [drawn("rect", { class: "over", x: place(threshold), y: 0, width: BAR.width - place(threshold), height: BAR.height }),
+    drawn("line", { class: "ground", x1: 0, x2: BAR.width, y1: BAR.height, y2: BAR.height }),
+    ...model.validation_scores.map((value) => stroke("good", place(value), 55, BAR.height))];
+  if (shown && shown.score !== null) bar.push(stroke("mark", place(shown.score), 22, BAR.height));
+  bar.push(stroke("threshold", place(threshold), 0, BAR.height));
+  at("bar").replaceChildren(at("bar").querySelector("title"), ...bar);
+  const scored = shown && shown.score !== null;
+  at("score-words").textContent = scored ? `Score ${round(shown.score)} ${shown.score > threshold ? "is over" : "is not over"} the threshold ${round(threshold)}` : "";
+  at("bar-words").textContent = scored ? at("score-words").textContent : `Threshold ${round(threshold)}`;
+  const own = threshold !== model.threshold;
+  at("threshold-words").textContent = own ? `Threshold ${round(threshold)}, set here` : `Threshold ${round(threshold)}`;
+  at("reset").hidden = !own;
+  at("promise").textContent = own ? promise(threshold) : `${model.threshold_words}.`.replace(/^./, (letter) => letter.toUpperCase());
+}
+
+// models/fusion.py, choose_threshold: the k-th smallest of n scores of good pictures promises 1 - k / (n + 1).
+function promisedRate(threshold, scores) {
+  return 1 - scores.filter((score) => score <= threshold).length / (scores.length + 1);
+}
+
+function promise(threshold) {
+  const count = model.validation_scores.length;
+  if (!count) return "The model does not know its validation pictures' scores, so nothing is promised.";
+  const rate = Number((100 * promisedRate(threshold, model.validation_scores)).toPrecision(3));
+  return `At most ${rate} % false positives in expectation, from ${count} validation images. The station and its log keep ${round(model.threshold)}.`;
+}
+
+// Pictures
+
+async function showPictures() {
+  const entry = shown;
+  at("pictures").hidden = !entry?.overlay;
+  if (!entry?.overlay) return;
+  const strip = new Image();
+  strip.src = entry.overlay;
+  await strip.decode();
+  if (entry !== shown) return;
+  // report/pictures.py, side_by_side: three of one size, a gap between them.
+  const height = strip.naturalHeight, gap = Math.max(4, Math.floor(height / 64)), width = (strip.naturalWidth - 2 * gap) / 3;
+  ["picture", "components", "map"].forEach((id, index) => {
+    Object.assign(at(id), { width, height });
+    at(id).getContext("2d").drawImage(strip, index * (width + gap), 0, width, height, 0, 0, width, height);
+  });
+}
+
+function enlarge(canvas) {
+  const large = at("large-picture");
+  Object.assign(large, { width: canvas.width, height: canvas.height });
+  large.style.width = `${Math.min(window.innerWidth * 0.92, 0.82 * window.innerHeight * canvas.width / canvas.height)}px`;
+  large.getContext("2d").drawImage(canvas, 0, 0);
+  at("large").showModal();
+}
+
+// The list
+
+function showList() {
+  const counts = { normal: 0, anomalous: 0, undecided: 0, unreadable: 0 };
+  for (const entry of entries) counts[judged(entry)] += 1;
+  at("counts").replaceChildren(...Object.entries(counts).map(([verdict, count]) => pill(verdict, `${count} ${verdict}`)));
+  at("list").replaceChildren(...entries.slice(-SHOWN_ROWS).reverse().map(row));
+  for (const id of ["csv", "jsonl", "clear"]) at(id).disabled = !entries.length;
+  at("list-hint").textContent = (entries.length ? entries.length > SHOWN_ROWS ? `The newest ${SHOWN_ROWS} of ${entries.length}; downloads have all. ` : ""
+    : "Nothing has been inspected. ") + "Verdicts here follow the threshold above; the list lives in this page and is gone when it is closed.";
+}
+
+function row(entry) {
+  const verdict = judged(entry), line = made("tr"), again = made("button", entry.image);
+  line.classList.toggle("shown", entry === shown);
+  again.type = "button";
+  again.addEventListener("click", () => { if (models.size > 1) { shown = entry; choose(entry.model); } else show(entry); at("result").focus(); });
+  const cells = [pill(verdict, verdict), again, entry.score === null ? "–" : round(entry.score), round(thresholds.get(entry.model)), findingsOf(entry).join("; ")];
+  line.append(...cells.map((content, index) => {
+    const cell = made("td");
+    cell.className = ["", "", "number", "number wide", "wide"][index];
+    cell.append(content);
+    return cell;
+  }));
+  return line;
+}
+
+function pill(verdict, text) {
+  const found = made("span"), icon = drawn("svg", { "aria-hidden": "true" });
+  found.className = `pill ${verdict}`;
+  icon.append(drawn("use", { href: `#icon-${verdict}` }));
+  found.append(icon, text);
+  return found;
+}
+
+const exported = () => entries.map(({ overlay, findings_if_anomalous, ...entry }) =>
+  ({ ...entry, station_verdict: entry.verdict, verdict: judged(entry), threshold: thresholds.get(entry.model), findings: findingsOf({ ...entry, findings_if_anomalous }) }));
+
+function asCsv() {
+  const branches = [...new Set([...models.values()].flatMap((one) => one.branches))];
+  const quoted = (value) => /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
+  const rows = exported().map((one) => [one.time, one.model, one.image, one.verdict, one.score, one.threshold,
+    ...branches.map((branch) => one.branch_scores?.[branch]), ...(one.unusual ?? [null, null]), one.findings.join("; ")]);
+  const columns = ["time", "model", "image", "verdict", "score", "threshold", ...branches.map((branch) => `${branch}_score`), "unusual_x", "unusual_y", "findings"];
+  return [columns, ...rows].map((cells) => cells.map((cell) => quoted(String(cell ?? ""))).join(",") + "\n").join("");
+}
+
+function download(text, kind, ending) {
+  const link = made("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+  link.download = `predictions-${new Date().toISOString().slice(0, 19).replaceAll(":", "")}.${ending}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// Camera
+
+async function toggleCamera() {
+  clearTimeout(timer);
+  if (stream) {
+    for (const track of stream.getTracks()) track.stop();
+    stream = null;
+    at("every").checked = false;
+  } else if (!navigator.mediaDevices?.getUserMedia) {
+    return say("Browsers open the camera only for https and for this machine itself; on a phone, “Choose pictures” offers its camera.", true);
+  } else {
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 } } });
+    } catch (problem) {
+      return say(`The camera cannot be used: ${problem.message}.`, true);
+    }
+    at("video").srcObject = stream;
+    await at("video").play();
+  }
+  at("video").hidden = at("camera-controls").hidden = !stream;
+  at("camera").setAttribute("aria-pressed", String(Boolean(stream)));
+  at("camera").textContent = stream ? "Camera off" : "Camera";
+}
+
+async function shoot() {
+  const video = at("video"), canvas = made("canvas");
+  Object.assign(canvas, { width: video.videoWidth, height: video.videoHeight });
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  const content = await new Promise((done) => canvas.toBlob(done, "image/png"));
+  waiting.push(new File([content], `camera-${new Date().toISOString().slice(0, 23).replaceAll(":", "")}.png`));
+  await work();
+}
+
+async function repeat() {
+  clearTimeout(timer);
+  if (!stream || !at("every").checked) return;
+  const begun = performance.now();
+  if (!working) await shoot(); // a picture that would only wait is not taken
+  if (!stream || !at("every").checked) return;
+  const seconds = Math.max(0.2, Number(at("seconds").value) || 5);
+  clearTimeout(timer);
+  timer = setTimeout(repeat, Math.max(0, 1000 * seconds - (performance.now() - begun)));
+}
+
+// Small things
+
+function say(text, wrong = false) {
+  at("status").textContent = text;
+  at("status").classList.toggle("wrong", wrong);
+}
+
+function made(tag, text = "") {
+  const found = document.createElement(tag);
+  found.textContent = text;
+  return found;
+}
+
+function drawn(tag, attributes) {
+  const found = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) found.setAttribute(name, value);
+  return found;
+}
+
+const stroke = (kind, x, top, bottom) => drawn("line", { class: kind, x1: x, x2: x, y1: top, y2: bottom });
+
+at("file").addEventListener("change", (event) => { take(event.target.files); event.target.value = ""; });
+at("model").addEventListener("change", (event) => choose(event.target.value));
+at("camera").addEventListener("click", toggleCamera);
+at("shoot").addEventListener("click", shoot);
+for (const id of ["every", "seconds"]) at(id).addEventListener("change", repeat);
+at("threshold").addEventListener("input", (event) => {
+  thresholds.set(model.name, Number(event.target.value));
+  const verdict = at("verdict-card").dataset.verdict;
+  if (shown && judged(shown) !== verdict) showVerdict();
+  showGauge(true);
+});
+at("threshold").addEventListener("change", showList);
+at("reset").addEventListener("click", () => { thresholds.set(model.name, model.threshold); show(shown); at("threshold").focus(); });
+at("csv").addEventListener("click", () => download(asCsv(), "text/csv", "csv"));
+at("jsonl").addEventListener("click", () => download(exported().map((one) => JSON.stringify(one) + "\n").join(""), "application/jsonl", "jsonl"));
+at("clear").addEventListener("click", () => { entries.length = 0; show(null); at("file").focus(); });
+at("token-form").addEventListener("submit", (event) => { event.preventDefault(); sessionStorage.setItem("token", at("token").value); start(); });
+for (const button of document.querySelectorAll(".zoom")) button.addEventListener("click", () => enlarge(button.querySelector("canvas")));
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  take(event.dataTransfer.files);
+});
+start();

@@ -1,0 +1,214 @@
+"""The station's page in a browser, where there is one: pictures in, verdict, threshold, list, downloads, phone, dark, token."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs fastapi (requirements-predict.txt)")
+uvicorn = pytest.importorskip("uvicorn")
+api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
+
+import serve  # noqa: E402
+from deploy.server import Options, create_app  # noqa: E402
+from models.fusion import choose_threshold  # noqa: E402
+from tests.test_serve import BrightEngine, picture  # noqa: E402
+
+# What a drop from the desktop does: a DataTransfer with a file in it.
+DROP = """([name, bytes]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([new Uint8Array(bytes)], name));
+  document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium with a camera that shows a test picture."""
+    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    with api.sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=path, args=[
+                "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"])
+        except api.Error as problem:
+            pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Start a station and open its page; fails on any message in the console and on any request elsewhere."""
+    wrong, ends = [], []
+
+    def open_page(engines=None, width=1280, scheme="light", **options):
+        server = uvicorn.Server(uvicorn.Config(create_app(engines or {"bright": BrightEngine()}, Options(**options)),
+                                               log_level="warning"))
+        listening = serve.listen("127.0.0.1", 0)
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, accept_downloads=True)
+        shown = context.new_page()
+        shown.on("console", lambda message: wrong.append(message.text))
+        shown.on("pageerror", lambda problem: wrong.append(str(problem)))
+        shown.on("request", lambda request: wrong.append(request.url)
+                 if not request.url.startswith((serve.address(listening), "data:", "blob:")) else None)
+        shown.goto(serve.address(listening))
+        ends.append((context, server, thread))
+        shown.wrong = wrong
+        return shown
+
+    yield open_page
+    for context, server, thread in ends:
+        context.close()
+        server.should_exit = True
+        thread.join(10)
+    assert wrong == []
+
+
+def drop(shown, value: int, name: str) -> None:
+    shown.evaluate(DROP, [name, list(picture(value))])
+    api.expect(shown.locator("#name")).to_have_text(name)
+
+
+def verdict(shown) -> str:
+    return shown.locator("#verdict").inner_text()
+
+
+def slide(shown, value: float) -> None:
+    shown.locator("#threshold").evaluate("""(slider, value) => {
+        slider.value = value;
+        slider.dispatchEvent(new Event("input")); slider.dispatchEvent(new Event("change")) }""", value)
+
+
+def test_a_dropped_picture_shows_verdict_reasons_and_overlay(opened):
+    shown = opened()
+    api.expect(shown.locator("#about")).to_contain_text("bright")
+    drop(shown, 200, "bad.png")
+    assert verdict(shown) == "Anomalous" and shown.locator("#icon").get_attribute("href") == "#icon-anomalous"
+    assert "unusual surface" in shown.locator("#findings").inner_text()
+    assert shown.locator("#score-words").inner_text() == "Score 200 is over the threshold 100"
+    api.expect(shown.locator("#map")).to_be_visible()
+    # The three parts of the overlay lie where they belong: the picture is grey, its map is not.
+    colours = [shown.locator(f"#{name}").evaluate("""canvas => [canvas.width, canvas.height,
+        ...canvas.getContext("2d").getImageData(40, 15, 1, 1).data]""") for name in ("picture", "map")]
+    assert colours[0][:5] == [80, 60, 200, 200, 200] and colours[1][:2] == [80, 60] and len(set(colours[1][2:5])) > 1
+    drop(shown, 50, "good.png")
+    assert verdict(shown) == "Normal" and not shown.locator("#findings li").count()
+
+
+def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
+    shown, scores = opened(), BrightEngine().metadata["validation_scores"]
+    drop(shown, 80, "a.png")
+    assert verdict(shown) == "Normal" and "At most 0.99 %" in shown.locator("#promise").inner_text()
+    slide(shown, 60)
+    threshold = float(re.search(r"[\d.]+", shown.locator("#threshold-words").inner_text())[0])
+    assert verdict(shown) == "Anomalous" and "unusual surface" in shown.locator("#findings").inner_text()
+    assert "anomalous" in shown.locator("#list tr").inner_text() and "1 anomalous" in shown.locator("#counts").inner_text()
+    promised = float(re.search(r"most ([\d.]+) %", shown.locator("#promise").inner_text())[1])
+    rank = sum(score <= threshold for score in scores)
+    assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).promised, rel=1e-2)
+    shown.locator("#threshold").focus()
+    for _ in range(3):
+        shown.keyboard.press("PageUp")
+    assert verdict(shown) == "Normal"
+    shown.locator("#reset").click()
+    assert shown.locator("#threshold-words").inner_text() == "Threshold 100"
+
+
+def test_the_list_counts_and_can_be_downloaded(opened):
+    shown = opened()
+    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png")):
+        drop(shown, value, name)
+    assert verdict(shown) == "Undecided" and "not finite" in shown.locator("#findings").inner_text()
+    assert [line.inner_text() for line in shown.locator("#counts .pill").all()] == [
+        "1 normal", "1 anomalous", "1 undecided", "0 unreadable"]
+    with shown.expect_download() as csv_file:
+        shown.locator("#csv").click()
+    with shown.expect_download() as lines_file:
+        shown.locator("#jsonl").click()
+    rows = list(csv.DictReader(io.StringIO(csv_file.value.path().read_text())))
+    entries = [json.loads(line) for line in lines_file.value.path().read_text().splitlines()]
+    assert [row["image"] for row in rows] == [one["image"] for one in entries] == ['a "b", c.png', "bad.png", "black.png"]
+    assert [row["verdict"] for row in rows] == [one["verdict"] for one in entries] == ["normal", "anomalous", "undecided"]
+    assert rows[1]["score"] == "200" and "overlay" not in entries[1]
+    shown.locator("#list button", has_text="bad.png").click()
+    assert verdict(shown) == "Anomalous"
+    shown.locator("#clear").click()
+    assert verdict(shown) == "No picture yet" and not shown.locator("#list tr").count()
+
+
+def test_what_is_no_picture_is_listed_as_unreadable(opened):
+    shown = opened()
+    shown.locator("#file").set_input_files([{"name": "x.png", "mimeType": "image/png", "buffer": b"text"}])
+    api.expect(shown.locator("#verdict")).to_have_text("Unreadable")
+    assert "1 unreadable" in shown.locator("#counts").inner_text()
+    assert [text for text in shown.wrong if "415" not in text] == []
+    shown.wrong.clear()  # browsers write every 4xx to the console
+
+
+def test_pasting_and_the_camera(opened):
+    shown = opened()
+    shown.evaluate(DROP.replace("drop", "paste").replace("DragEvent", "ClipboardEvent").replace("dataTransfer", "clipboardData"),
+                   ["pasted.png", list(picture(50))])
+    api.expect(shown.locator("#name")).to_have_text("pasted.png")
+    shown.locator("#camera").click()
+    shown.locator("#shoot").click()
+    api.expect(shown.locator("#name")).to_contain_text("camera-")
+    shown.locator("#seconds").fill("0.2")
+    shown.locator("#every").check()
+    shown.locator("#list tr").nth(4).wait_for(timeout=20_000)
+    shown.locator("#camera").click()
+    assert not shown.locator("#video").is_visible()
+
+
+def test_models_have_thresholds_of_their_own(opened):
+    shown = opened({"a": BrightEngine(), "b": BrightEngine(own_threshold=10.0)})
+    drop(shown, 50, "x.png")
+    assert verdict(shown) == "Normal"
+    shown.locator("#model").select_option("b")
+    assert shown.locator("#threshold-words").inner_text() == "Threshold 10"
+    drop(shown, 50, "y.png")
+    assert verdict(shown) == "Anomalous"
+
+
+def test_a_token_is_asked_for_once(opened):
+    shown = opened(token="secret")
+    api.expect(shown.locator("#token-form")).to_be_visible()
+    shown.locator("#token").fill("secret")
+    shown.keyboard.press("Enter")
+    api.expect(shown.locator("#token-form")).to_be_hidden()
+    drop(shown, 200, "bad.png")
+    assert verdict(shown) == "Anomalous"
+    assert [text for text in shown.wrong if "401" not in text] == []
+    shown.wrong.clear()
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "dark")])
+def test_it_fits_a_phone_follows_the_dark_and_works_by_keyboard(opened, width, scheme):
+    shown = opened(width=width, scheme=scheme)
+    drop(shown, 200, "a_name_that_is_much_longer_than_a_phone_is_wide_and_has_no_space_anywhere_in_it.png")
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    paper = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 150) == (scheme == "dark")
+    reached = set()
+    shown.locator("h1").click()
+    for _ in range(20):
+        shown.keyboard.press("Tab")
+        reached.add(shown.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label') || ''"))
+    assert {"file", "camera", "threshold", "csv", "jsonl", "clear", "Enlarge the anomaly map"} <= reached
+    shown.locator(".zoom").first.press("Enter")
+    assert shown.locator("#large").is_visible()
+    shown.keyboard.press("Escape")
+    time.sleep(0.1)
+    assert not shown.locator("#large").is_visible()
+    unnamed = shown.evaluate("""[...document.querySelectorAll("button, select, input:not([hidden])")].filter(one =>
+        !(one.labels?.length || one.getAttribute("aria-label") || one.textContent.trim())).map(one => one.outerHTML)""")
+    assert unnamed == []
