@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 import settings
 from data import files, images, layouts
+from data.roi import read_roi
 from data.workspace import Workspace
-from deploy.assembly import versions
+from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
-from evaluation.scores import BRANCHES, PARTS, digest_scores, normalised_scores
+from evaluation.localisation import scaled_maps
+from evaluation.scores import STAGES, Scores, by_split, digest_scores, normalised_scores, record_of
 from models.fused import metadata
+from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
 from report import figures, page, pictures
 
-FALSE_POSITIVE_RATE = 0.01  # of validation images, from which the verdict's threshold follows
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
 QUALITY = 70
@@ -32,29 +34,83 @@ PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
 
 
+BOTH = "fused"
+
+
 def main() -> None:
-    args = settings.with_seeds(settings.command_line(__doc__)).parse_args()
-    dataset = layouts.Dataset(args.dataset_root or Workspace(args.workspace).default_dataset)
+    args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
+    workspace = Workspace(args.workspace)
+    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    settings.check((category.name for category in categories), args)
-    for workspace in Workspace(args.workspace).of_seeds(args.seeds).values():
-        done = [category for category in categories if workspace.metrics(category.name).exists()]
-        if not done:
-            raise UserError(f"{workspace.root} holds no results yet; run benchmark_performance.py first")
-        if args.categories:  # without names, what is done of a data set that is only begun
-            for category in categories:
-                files.require(workspace.metrics(category.name), "benchmark_performance.py")
-        write_page(dataset.root.name, done, workspace)
+    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    for place in workspace.of_seeds(args.seeds).values():
+        with place.lock():
+            done = [category for category in categories if place.metrics(category.name).exists()]
+            if not done:
+                raise UserError(f"{place.root} holds no results yet; run benchmark_performance.py first")
+            if args.categories:  # without names, what is done of a data set that is only begun
+                for category in categories:
+                    files.require(place.metrics(category.name), "benchmark_performance.py")
+            write_page(dataset.root.resolve().name, [Measured(category, place, chosen[category.name]) for category in done], place)
 
 
-def write_page(dataset: str, categories: list[layouts.Category], workspace: Workspace) -> None:
-    summaries = [summary(category, workspace) for category in categories]
-    shown = [tested for category in categories for tested in test_images(category, workspace)]
-    side = choose_side(shown)
+class Measured:
+    """What stage 5 measured of a category, and the scores that it measured.
+
+    Attributes:
+        branches: whose scores there are; fused: whose are added, with ``rule``.
+        threshold: of the fused scores.
+
+    Raises:
+        UserError: there are other scores or images now than those that were measured.
+    """
+
+    def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings):
+        self.category, self.workspace = category, workspace
+        path = workspace.metrics(category.name)
+        self.metrics = files.read_json(path)
+        self.fused, self.rule = self.metrics["fused"], self.metrics["rule"]
+        self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
+        self.scores: Scores = normalised_scores(category, workspace, self.branches)
+        if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
+            raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
+        self.threshold: Threshold = choose_threshold(self.sum_of("val"))
+        self.roi = read_roi(category, images.SIZE, chosen.roi)
+        self.histogram, self.note = self._histogram()
+
+    def sum_of(self, part: str) -> np.ndarray:
+        return fuse({branch: self.scores[branch][part] for branch in self.fused}, self.fused, self.rule)
+
+    def shares(self) -> dict[str, dict[str, np.ndarray]]:
+        """Per branch and, as "fused", their sum: scores by split of test images."""
+        parts = {branch: {part: share(values, self.rule) for part, values in self.scores[branch].items()}
+                 for branch in self.branches}
+        parts = {BOTH: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
+        return {name: by_split(self.category, one) for name, one in parts.items()}
+
+    def _histogram(self) -> tuple[dict[str, Any] | None, str]:
+        """What reasons are read off, from the exported model, if that is made of the files that there are now."""
+        model = self.workspace.exported_model(self.category.name, "torch")
+        if not model.exists():
+            return None, ""
+        known = metadata(files.read_state(model))
+        try:
+            current = known.get("made_of") == sources(self.category.name, self.workspace, known.get("branches", []))
+        except UserError:
+            current = False
+        if not current:
+            return None, "reasons are left out: the exported model is older than the scores; run export_model.py again"
+        return known.get("histogram"), ""
+
+
+def write_page(dataset: str, measured: list[Measured], workspace: Workspace) -> None:
+    summaries = [summary(one) for one in measured]
+    shown = [tested for one in measured for tested in test_images(one)]
+    side, shown, left_out = choose_side(shown)
     cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
     content = page.render(
         dataset=dataset, categories=summaries, cards=sorted(cards, key=lambda one: -one["score"]), side=side,
-        false_positive_rate=FALSE_POSITIVE_RATE, versions=versions())
+        titles={BOTH: "fused"} | {branch: BRANCHES[branch] for branch in STAGES}, left_out=left_out, versions=versions())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
@@ -62,101 +118,94 @@ def write_page(dataset: str, categories: list[layouts.Category], workspace: Work
 class TestImage(NamedTuple):
     """One test image and what the stages found in it."""
 
-    category: layouts.Category
-    kind: str
+    measured: Measured
+    split: str
     path: Path
-    scores: dict[str, float]  # per branch, normalised; the score is their sum
-    threshold: float
-    label_map: Path
-    anomaly_map: np.ndarray | None  # (64, 64)
-    histogram: dict[str, Any] | None
+    shares: dict[str, float]  # of the fused branches; the score is their sum
+    anomaly_maps: dict[str, np.ndarray]  # (64, 64), scaled, of the fused branches
 
     @property
     def score(self) -> float:
-        return sum(self.scores.values())
+        return sum(self.shares.values())
+
+    @property
+    def error(self) -> str:
+        anomalous = self.score > self.measured.threshold.value
+        return "" if anomalous == (self.split != layouts.GOOD) else "false alarm" if anomalous else "missed"
 
 
-def test_images(category: layouts.Category, workspace: Workspace) -> list[TestImage]:
-    scores = normalised_scores(category, workspace)
-    threshold = verdict_threshold(scores)
-    maps_file, model = workspace.anomaly_maps(category.name), workspace.exported_model(category.name, "torch")
-    maps = files.read_arrays(maps_file) if maps_file.exists() else {}
-    histogram = metadata(files.read_state(model)).get("histogram") if model.exists() else None
-    found = []
-    for kind in layouts.SPLITS:
-        paths = category.test(kind)
-        of_kind = by_kind(category, scores, kind)
+def test_images(one: Measured) -> list[TestImage]:
+    maps: dict[str, dict[str, np.ndarray]] = {}
+    for branch in one.fused:
+        path = one.workspace.anomaly_maps(one.category.name, branch)
+        if path.exists():
+            loaded = files.read_arrays(path)
+            maps[branch] = {split: scaled_maps(branch, values, loaded.get("val", np.zeros(0))) for split, values in loaded.items()}
+    shares, found = one.shares(), []
+    for split in layouts.SPLITS:
+        paths = one.category.test(split)
         for index, path in enumerate(paths):
             found.append(TestImage(
-                category, kind, path, {branch: float(values[index]) for branch, values in of_kind.items()}, threshold,
-                workspace.segmentation_output(category.name, kind, path),
-                maps[kind][index] if len(maps.get(kind, ())) == len(paths) else None, histogram))
+                one, split, path, {branch: float(shares[branch][split][index]) for branch in one.fused},
+                {branch: by[split][index] for branch, by in maps.items() if len(by.get(split, ())) == len(paths)}))
     return found
 
 
-def by_kind(category: layouts.Category, scores: dict[str, dict[str, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
-    """Per branch the normalised scores of one kind of test image, in sorted file order."""
-    good = len(category.test(layouts.GOOD))
-    if kind == layouts.GOOD:
-        return {branch: parts["logi"][:good] for branch, parts in scores.items()}
-    part = next(part for part, of_kind in PARTS.items() if of_kind == kind)
-    return {branch: parts[part][good:] for branch, parts in scores.items()}
-
-
-def verdict_threshold(scores: dict[str, dict[str, np.ndarray]]) -> float:
-    """The fused score that a share `FALSE_POSITIVE_RATE` of the validation images exceeds."""
-    return float(np.quantile(sum(parts["val"] for parts in scores.values()), 1 - FALSE_POSITIVE_RATE))
-
-
-def choose_side(shown: list[TestImage]) -> int:
-    """The side of pictures with which all of them fit into `PICTURES_LIMIT`, judged by a few."""
+def choose_side(shown: list[TestImage]) -> tuple[int, list[TestImage], int]:
+    """The side of pictures with which all fit into `PICTURES_LIMIT`, judged by a few; where none does, the smallest, the most
+    telling images alone, errors first, and how many are left out."""
     few = [shown[index] for index in np.unique(np.linspace(0, len(shown) - 1, min(SAMPLE, len(shown))).astype(int))]
     for side in SIDES:
-        size = np.mean([sum(len(uri) for _, uri in card(tested, side)["pictures"]) for tested in few]) * 0.75
-        if 1.15 * size * len(shown) <= PICTURES_LIMIT:
-            return side
-    raise UserError(f"{len(shown)} test images do not fit on one page of 20 MB; choose fewer --categories")
+        size = 1.15 * np.mean([sum(len(uri) for _, uri in card(tested, side)["pictures"]) for tested in few]) * 0.75
+        if size * len(shown) <= PICTURES_LIMIT:
+            return side, shown, 0
+    kept = sorted(shown, key=lambda tested: (not tested.error, -tested.score))[:int(PICTURES_LIMIT / size)]
+    return side, kept, len(shown) - len(kept)
 
 
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
+    one, category = tested.measured, tested.measured.category
     image = pictures.shrink(images.read_rgb(tested.path), side)
+    if one.roi is not None:
+        image = pictures.outline(image, one.roi)
     drawn = [("image", image)]
     try:
-        masks = [images.read_mask(path) > 0 for path in tested.category.region_masks(tested.kind, tested.path)]
+        masks = [images.read_mask(path) > 0 for path in category.region_masks(tested.split, tested.path)]
         if masks:
             drawn = [("image, annotated region outlined", pictures.outline(image, *masks))]
     except UserError:  # stage 5 says what is wrong with it; the page is worth having without
         drawn = [("image, annotated region unreadable", image)]
     words = []
-    if tested.label_map.exists():
-        label_map = images.read_mask(tested.label_map)
+    label_file = one.workspace.segmentation_output(category.name, tested.split, category.key(tested.path))
+    if label_file.exists():
+        label_map = images.read_mask(label_file)
         drawn.append(("components", pictures.label_overlay(image, label_map)))
-        if tested.histogram:
-            words = [one.words for one in deviations(label_map, tested.histogram)]
-    if tested.anomaly_map is not None:
-        drawn.append(("anomaly map", pictures.heat_overlay(image, tested.anomaly_map)))
-    anomalous = tested.score > tested.threshold
-    error = "" if anomalous == (tested.kind != layouts.GOOD) else "false alarm" if anomalous else "missed"
-    return {"category": tested.category.name, "kind": tested.kind.removesuffix("_anomalies"), "name": tested.path.name,
-            "score": tested.score, "branches": tested.scores, "threshold": tested.threshold, "anomalous": anomalous,
-            "error": error, "words": words,
+        if one.histogram:
+            words = [deviation.words for deviation in deviations(label_map, one.histogram)]
+    anomalous = tested.score > one.threshold.value
+    alarm = max(tested.shares, key=tested.shares.get)
+    if alarm in tested.anomaly_maps:
+        drawn.append((f"map of the {BRANCHES[alarm]}", pictures.heat_overlay(image, tested.anomaly_maps[alarm])))
+    return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
+            "score": tested.score, "branches": tested.shares, "anomalous": anomalous, "alarm": BRANCHES[alarm],
+            "error": tested.error, "words": words,
             "pictures": [(title, pictures.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
 
-def summary(category: layouts.Category, workspace: Workspace) -> dict[str, Any]:
+def summary(one: Measured) -> dict[str, Any]:
     """Everything about a category but its test images."""
-    scores = normalised_scores(category, workspace)
-    threshold = verdict_threshold(scores)
-    kinds = {kind.removesuffix("_anomalies"): by_kind(category, scores, kind) for kind in layouts.SPLITS if category.test(kind)}
-    both = "both"
-    fused = {kind: {both: sum(branches.values())} | branches for kind, branches in kinds.items()}
+    category, workspace = one.category, one.workspace
+    shares = one.shares()
+    splits = {split.removesuffix("_anomalies"): {name: by[split] for name, by in shares.items()}
+              for split in layouts.SPLITS if category.test(split)}
     return {
-        "name": category.name, "metrics": metrics_of(category, workspace), "threshold": threshold,
-        "images": {kind: len(found[both]) for kind, found in fused.items()},
-        "curves": {kind: figures.roc(fused["good"], found, f"ROC curves of {category.name}, {kind}")
-                   for kind, found in fused.items() if kind != "good"},
-        "histogram": figures.histograms({kind: found[both] for kind, found in fused.items()}, threshold,
+        "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.note,
+        "branches": one.branches, "fused": "+".join(one.fused),
+        "images": {split: len(found[BOTH]) for split, found in splits.items()},
+        "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
+                   for split, found in splits.items() if split != "good"},
+        "histogram": figures.histograms({split: found[BOTH] for split, found in splits.items()}, one.threshold.value,
                                         f"score histograms of {category.name}"),
         "pseudo_labels": pseudo_labels(category, workspace), "records": records_of(category, workspace),
         "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
@@ -164,35 +213,21 @@ def summary(category: layouts.Category, workspace: Workspace) -> dict[str, Any]:
                    if evaluated["category"] == category.name]}
 
 
-def metrics_of(category: layouts.Category, workspace: Workspace) -> dict[str, Any]:
-    """What stage 5 measured.
-
-    Raises:
-        UserError: it measured other scores than those that the curves and pictures show.
-    """
-    path = workspace.metrics(category.name)
-    metrics, now = files.read_json(path), digest_scores(category, workspace)
-    if metrics.get("measured", now) != now:
-        raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
-    return metrics
-
-
 def pseudo_labels(category: layouts.Category, workspace: Workspace) -> dict[str, Any] | None:
     """Some trusted training images with their pseudo-labels; None where there are none (any more)."""
-    info = workspace.info(category.name)
-    trusted_file, histogram_file = info / "filtered_histogram_indices.npy", info / "filtered_component_histogram.npy"
-    if not (trusted_file.exists() and histogram_file.exists()):
+    made = workspace.pseudo_labels(category.name)
+    if not (made.trusted.exists() and made.histogram.exists()):
         return None
-    paths, trusted = category.train, files.read_array(trusted_file)
-    chosen = trusted[np.unique(np.linspace(0, len(trusted) - 1, min(PSEUDO_LABELS, len(trusted))).astype(int))]
+    paths, trusted = category.train, files.read_array(made.trusted)
+    some = trusted[np.unique(np.linspace(0, len(trusted) - 1, min(PSEUDO_LABELS, len(trusted))).astype(int))]
     shown = []
-    for path in (paths[index] for index in chosen if index < len(paths)):
-        label_file = workspace.image_masks(category.name, path) / "filtered_cluster_map.png"
+    for path in (paths[index] for index in some if index < len(paths)):
+        label_file = made.image(category.key(path)) / "filtered_cluster_map.png"
         if label_file.exists():
             image = pictures.shrink(images.read_rgb(path), PSEUDO_LABEL_SIDE)
             painted = pictures.label_overlay(image, images.read_mask(label_file))
             shown.append((path.name, pictures.data_uri(image, QUALITY), pictures.data_uri(painted, QUALITY)))
-    areas = files.read_array(histogram_file).mean(0)
+    areas = files.read_array(made.histogram).mean(0)
     colours = images.colour_labels(np.arange(1, len(areas) + 1, dtype=np.uint8))
     return {"shown": shown, "trusted": len(trusted), "images": len(paths),
             "labels": [(index + 1, "#" + bytes(colour).hex(), 100 * area)
@@ -201,10 +236,9 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace) -> dict[str,
 
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What each stage noted about how it was run, by stage."""
-    noted = {"pseudo_label.py": workspace.info(category.name) / "pseudo_label.json",
-             BRANCHES["patchhist"]: workspace.segmentor(category.name).with_suffix(".json"),
-             BRANCHES["LGST"]: workspace.lgst(category.name).with_suffix(".json")}
-    return {stage: files.read_json(path) for stage, path in noted.items() if path.exists()}
+    noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
+    noted |= {stage: record_of(category.name, workspace, branch) for branch, stage in STAGES.items()}
+    return {stage: files.read_json(path)["used"] for stage, path in noted.items() if path.exists()}
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
   const byId = (id) => document.getElementById(id);
   const grid = document.querySelector(".cards");
   const cards = [...grid.children];
-  const kinds = ["good", "logical", "structural"];
+  const splits = ["good", "logical", "structural"];
   const errors = ["missed", "false-alarm", "right"];
   const score = (card) => Number(card.dataset.score);
   const orders = {
     "score-falling": (a, b) => score(b) - score(a),
     "score-rising": (a, b) => score(a) - score(b),
     error: (a, b) => errors.indexOf(a.dataset.error) - errors.indexOf(b.dataset.error) || score(b) - score(a),
-    kind: (a, b) => kinds.indexOf(a.dataset.kind) - kinds.indexOf(b.dataset.kind) || score(b) - score(a),
+    split: (a, b) => splits.indexOf(a.dataset.split) - splits.indexOf(b.dataset.split) || score(b) - score(a),
     name: (a, b) => a.dataset.category - b.dataset.category
-      || kinds.indexOf(a.dataset.kind) - kinds.indexOf(b.dataset.kind) || a.dataset.name.localeCompare(b.dataset.name),
+      || splits.indexOf(a.dataset.split) - splits.indexOf(b.dataset.split) || a.dataset.name.localeCompare(b.dataset.name),
   };
   const limit = (id, otherwise) => (byId(id).value === "" ? otherwise : Number(byId(id).value));
   const show = () => {

@@ -20,8 +20,10 @@ def render(**content: Any) -> str:
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = percent
     environment.filters["mean"] = mean
+    detections = [category["metrics"]["detection"] for category in content["categories"]]
+    shared = [key for key in detections[0] if all(key in one for one in detections)]
     return environment.get_template("page.html").render(
-        content | {"policy": POLICY, "published": PUBLISHED_AVERAGE,
+        content | {"shared": shared, "policy": POLICY, "published": PUBLISHED_AVERAGE,
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
 

@@ -21,13 +21,15 @@ from data import files
 from errors import run_script
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset", "quick", "--backbone", "embedded", "--device", "cpu")
+TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256")
 TINY_OF = {
     "pseudo_label": ("--pseudo_labels.rotations", "2"),
     "train_segmentor": ("--segmentor.epochs", "3", "--segmentor.unsupervised_from_epoch", "1", "--segmentor.width", "16"),
     "CSAD": ("--lgst.steps", "6", "--lgst.width", "16", "--lgst.teacher_channels", "16"),
+    "patch_memory": ("--memory.rows", "50"),
 }
-STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
+STAGES = ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "benchmark_performance")
+TRAINING = STAGES[:4]
 
 
 def arguments(stage: str, workspace: Path, dataset: Path, *extra: str) -> list[str]:
@@ -93,10 +95,11 @@ def test_every_file_of_the_contract_is_there(finished):
                  "test_seg_output/logical_anomalies_003.png"):
         assert (masks / name).exists(), name
     for name in ("ckpt/segmentor_discs_256.pth", "ckpt/best_discs.pth", "ckpt/pytorch_models/discs.pth",
-                 "anomaly_score/discs_patchhist_params.npz", "anomaly_score/discs_torch_scores.csv",
+                 "anomaly_score/discs_patchhist_params.npz", "anomaly_score/discs_patchhist_maps.npz",
+                 "anomaly_score/discs_memory_maps.npz", "ckpt/memory_discs.pth", "anomaly_score/discs_torch_scores.csv",
                  "score_combine_result.txt"):
         assert (work / name).exists(), name
-    for branch in ("patchhist", "LGST", "CSAD"):
+    for branch in ("patchhist", "LGST", "CSAD", "memory"):
         for part, count in (("logi", 8), ("struc", 8), ("val", 6)):
             scores = np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy")
             assert scores.shape == (count,)
@@ -108,22 +111,23 @@ def test_every_file_of_the_contract_is_there(finished):
 def test_result_file_reads_as_peoples_scripts_expect(finished):
     lines = (finished[0] / "score_combine_result.txt").read_text().splitlines()
     assert lines[0] == "DISCS:"
-    for line, branches in zip(lines[1:], ("('patchhist',)", "('LGST',)", "('patchhist', 'LGST')")):
+    for line, branches in zip(lines[1:], ("('patchhist',)", "('LGST',)", "('patchhist', 'LGST')", "('memory',)",
+                                         "('patchhist', 'memory')", "('patchhist', 'LGST', 'memory')")):
         assert re.fullmatch(re.escape(branches) + r" AUC: \d+\.\d{3} \d+\.\d{3}", line)
-    assert any("stand-ins" in line and "embedded" in line for line in lines)
+    assert any("stand-ins" in line and "efficientnet_lite0" in line for line in lines)
 
 
 def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     work, _ = finished
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert rows[0].keys() == {"image", "kind", "score"}
-    from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
+    assert rows[0].keys() == {"image", "split", "score"}
+    from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z, share
     fused = 0
-    for branch in ("patchhist", "LGST"):
+    for branch in ("patchhist", "memory"):
         logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
-        fused = fused + apply_trimmed_z(logical, *fit_trimmed_z(validation, EXPORTED_STD_FLOOR))
-    exported = [float(row["score"]) for row in rows if row["kind"] in ("good", "logical_anomalies")]
+        fused = fused + share(apply_trimmed_z(logical, *fit_trimmed_z(validation, EXPORTED_STD_FLOOR)), "softplus")
+    exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
     report = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())
     assert report["stand_ins"]
@@ -132,7 +136,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
 def test_everything_is_skipped_the_second_time(copy_of_finished, run):
     work, dataset = copy_of_finished
     before = contents(work)
-    for stage in STAGES[:3]:
+    for stage in TRAINING:
         run(stage, work, dataset)
     assert contents(work) == before
 
@@ -148,7 +152,7 @@ def test_another_setting_is_noticed_and_harms_nothing(copy_of_finished, fails):
 
 def test_same_seed_same_files(finished, run, tmp_path):
     work, dataset = finished
-    for stage in STAGES[:3]:
+    for stage in TRAINING:
         run(stage, tmp_path / "again", dataset)
     before, after = contents(work), contents(tmp_path / "again")
     different = [name for name in after if before[name] != after[name]]
@@ -165,8 +169,8 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, finished, run, tmp_
     command = [sys.executable, f"{stage}.py", *arguments(stage, tmp_path / "work", dataset), *longer]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    touched = {"pseudo_label": "datasets/masks/discs/0*/*.png", "train_segmentor": "ckpt/segmentor_discs_256.json",
-               "CSAD": "ckpt/best_discs.json"}[stage]
+    touched = {"pseudo_label": "datasets/masks/discs.unfinished/0*/*.png", "train_segmentor": "ckpt/backbone.json",
+               "CSAD": "ckpt/backbone.json"}[stage]
     while not list((tmp_path / "work").glob(touched)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -183,9 +187,10 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, finished, run, tmp_
 def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch):
     """Killed outright after the progress file was written: the weights end up the same, bit for bit."""
     import CSAD
+    from training import loop
     work, dataset = finished
-    monkeypatch.setattr(CSAD, "SAVE_EVERY_SECONDS", 0)
-    real, calls = CSAD.losses, []
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+    real, calls = CSAD.feature_losses, []
 
     def killed_at_the_fourth(*args):
         calls.append(1)
@@ -193,15 +198,98 @@ def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch
             raise MemoryError
         return real(*args)
 
-    monkeypatch.setattr(CSAD, "losses", killed_at_the_fourth)
+    monkeypatch.setattr(CSAD, "feature_losses", killed_at_the_fourth)
     with pytest.raises(MemoryError):
         run("CSAD", tmp_path, dataset)
     assert (tmp_path / "ckpt/discs_lgst_progress.pth").exists()
-    monkeypatch.setattr(CSAD, "losses", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr(CSAD, "feature_losses", lambda *args: (calls.append(1), real(*args))[1])
     run("CSAD", tmp_path, dataset)
     assert len(calls) == 4 + 3  # steps 1 to 3 were not trained again
     first, second = (files.read_state(folder / "ckpt/best_discs.pth")["state"] for folder in (work, tmp_path))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_path, monkeypatch):
+    import CSAD
+    from training import loop
+    _, dataset = finished
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+    real = CSAD.feature_losses
+    calls = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return real(*args)
+    monkeypatch.setattr(CSAD, "feature_losses", killed)
+    with pytest.raises(MemoryError):
+        run("CSAD", tmp_path, dataset)
+    assert "lr: 0.003 -> 0.1" in fails("CSAD", tmp_path, dataset, "--lgst.lr", "0.1")
+
+
+def test_a_loss_that_is_no_number_ends_within_twenty_steps(finished, fails, tmp_path, monkeypatch):
+    import CSAD
+    real, calls = CSAD.feature_losses, []
+
+    def broken(*args):
+        calls.append(1)
+        return {name: loss * float("nan") for name, loss in real(*args).items()}
+    monkeypatch.setattr(CSAD, "feature_losses", broken)
+    assert "diverged" in fails("CSAD", tmp_path, finished[1], "--lgst.steps", "200")
+    assert len(calls) <= 20 and not list(tmp_path.rglob("*progress*"))
+
+
+def test_overwriting_harms_nothing_where_an_image_cannot_be_read(copy_of_finished, fails, tmp_path):
+    work, dataset = copy_of_finished
+    shutil.copytree(dataset, tmp_path / "data")
+    broken = tmp_path / "data/discs/train/good/001.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    before = contents(work)
+    for stage in TRAINING:
+        assert "001.png" in fails(stage, work, tmp_path / "data", "--overwrite")
+        after = contents(work)
+        assert {name: content for name, content in after.items() if "unfinished" not in name} == before
+        shutil.rmtree(work / "datasets/masks/discs.unfinished", ignore_errors=True)
+
+
+def test_exports_know_what_they_were_made_of(copy_of_finished, run, fails, capsys):
+    work, dataset = copy_of_finished
+    run("export_model", work, dataset, "--format", "onnx", "--with_map")
+    run("export_model", work, dataset, "--format", "openvino", "--with_map")
+    rows = json.loads((work / "export_report.json").read_text())
+    assert [row["format"] for row in rows] == ["onnx", "openvino", "torch"]
+    scores = {row["format"]: list(csv.DictReader(open(work / f"anomaly_score/discs_{row['format']}_scores.csv"))) for row in rows}
+    for format_ in ("onnx", "openvino"):
+        np.testing.assert_allclose([float(row["score"]) for row in scores[format_]],
+                                   [float(row["score"]) for row in scores["torch"]], rtol=1e-3, atol=1e-2)
+    assert "without --raw_input" in fails("export_model", work, dataset, "--format", "openvino", "--raw_input")
+    run("patch_memory", work, dataset, "--memory.rows", "60", "--overwrite")
+    for format_ in ("onnx", "openvino"):
+        assert "was made before the stages ran again" in fails("export_model", work, dataset, "--format", format_)
+    assert "int8" in fails("export_model", work, dataset, "--precision", "int8")
+
+
+def test_scores_of_other_images_are_not_measured(copy_of_finished, fails, tmp_path):
+    work, dataset = copy_of_finished
+    shutil.copytree(dataset, tmp_path / "data")
+    good = sorted((tmp_path / "data/discs/test/good").iterdir())
+    one, other = good[0].read_bytes(), good[1].read_bytes()
+    good[0].write_bytes(other)
+    good[1].write_bytes(one)  # as many, called the same
+    assert "good images are not those that train_segmentor.py saw" in fails("benchmark_performance", work, tmp_path / "data")
+
+
+def test_another_backbone_is_noticed_before_training(copy_of_finished, fails, tmp_path):
+    import timm
+    work, dataset = copy_of_finished
+    torch.save(timm.create_model("resnet18").state_dict(), work / "ckpt/resnet18.pth")
+    for path in (work / "ckpt").glob("best_discs*"):
+        path.unlink()
+    for path in (work / "anomaly_score").glob("discs_LGST*"):
+        path.unlink()
+    said = fails("CSAD", work, dataset, "--backbone", "resnet18")
+    assert "worked on the backbone efficientnet_lite0, this is resnet18" in said
 
 
 def test_stages_out_of_order_name_the_one_to_run(run, fails, make_dataset, tmp_path):
@@ -259,7 +347,7 @@ def test_scores_of_another_data_set_are_refused(copy_of_finished, fails):
 def test_foreign_backbone_weights_and_devices(fails, make_dataset, tmp_path):
     dataset = make_dataset()
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    assert "state dict" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "squeezenet1_0", "--backbone_weights",
+    assert "state dict" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights",
                                  str(tmp_path / "other.pth"))
     assert "does not exist" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights", "no.pth")
     assert "backbone 'resnet17'" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet17")
@@ -279,10 +367,10 @@ def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path
     assert found.keys() == expected.keys()
     for image, row in found.items():
         assert float(row["score"]) == pytest.approx(expected[image], rel=1e-3, abs=1e-2)
-        assert float(row["lgst_score"]) + float(row["patch_histogram_score"]) == pytest.approx(float(row["score"]), abs=1e-2)
+        assert float(row["memory_score"]) + float(row["patchhist_score"]) == pytest.approx(float(row["score"]), abs=1e-2)
     assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
 
-    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset", "quick"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (work / "report.html").read_text().count("<article") == 12
