@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from data import files, layouts, records
 from errors import UserError, run_script
+from models.backbone import resize
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, patches
+from models.prediction import MAP_SIZE
 from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
 
 BATCH = 4
@@ -64,7 +66,7 @@ def fit_category(job: Job) -> None:
 
     maps = {"val": found} | {split: anomaly_maps(memory, job, paths, f"test images, {split}") for split, paths in test.items()}
     write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
-                 {split: one.numpy() for split, one in maps.items()})
+                 {split: resize(one[:, None], (MAP_SIZE, MAP_SIZE))[:, 0].numpy() for split, one in maps.items()})
     record.finish()
 
 

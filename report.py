@@ -51,7 +51,8 @@ def main() -> None:
             if args.categories:  # without names, what is done of a data set that is only begun
                 for category in categories:
                     files.require(place.metrics(category.name), "benchmark_performance.py")
-            write_page(dataset.root.resolve().name, [Measured(category, place, chosen[category.name]) for category in done], place)
+            measured = [Measured(category, place, chosen[category.name]) for category in done]
+            write_page(dataset.root.resolve().name, measured, place)
 
 
 class Measured:
@@ -140,7 +141,8 @@ def test_images(one: Measured) -> list[TestImage]:
         path = one.workspace.anomaly_maps(one.category.name, branch)
         if path.exists():
             loaded = files.read_arrays(path)
-            maps[branch] = {split: scaled_maps(branch, values, loaded.get("val", np.zeros(0))) for split, values in loaded.items()}
+            validation = loaded.get("val", np.zeros(0))
+            maps[branch] = {split: scaled_maps(branch, values, validation) for split, values in loaded.items()}
     shares, found = one.shares(), []
     for split in layouts.SPLITS:
         paths = one.category.test(split)

@@ -32,15 +32,16 @@ def main() -> None:
     categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     settings.check((category.name for category in categories), args)
     for category in categories:
-        trusted = files.read_array(files.require(workspace.info(category.name) / "filtered_histogram_indices.npy",
+        trusted = files.read_array(files.require(workspace.pseudo_labels(category.name).trusted,
                                                  "pseudo_label.py"))
         paths = [category.train[index] for index in trusted]
         good = category.test(layouts.GOOD)
+        made = workspace.pseudo_labels(category.name)
+        labelled = [made.image(category.key(path)) / "filtered_cluster_map.png" for path in paths]
+        segmented = [workspace.segmentation_output(category.name, layouts.GOOD, category.key(path)) for path in good]
         found[category.name] = {
-            "pseudo-labels": compare([workspace.image_masks(category.name, path) / "filtered_cluster_map.png" for path in paths],
-                                     true_maps(truth, dataset.root, paths), "pseudo_label.py"),
-            "segmentor": compare([workspace.segmentation_output(category.name, layouts.GOOD, path) for path in good],
-                                 true_maps(truth, dataset.root, good), "train_segmentor.py")}
+            "pseudo-labels": compare(labelled, true_maps(truth, dataset.root, paths), "pseudo_label.py"),
+            "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py")}
 
     files.write_json(args.workspace / "label_quality.json",
                      {name: {what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()}

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import timm
 import torch
-import torchvision
 from PIL import Image
 from sklearn.cluster import MeanShift
-from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import settings
-from data.images import normalise
+from data.images import IMAGENET_MEAN, IMAGENET_STD
 from errors import run_script
+from models.backbone import PUBLISHED, TIMM_NAMES, Encoder
 from models.device import choose_device
 from pseudo_labels import clustering, components, masks
 from pseudo_labels.grounded_sam import PROMPTS_PER_BATCH, GroundingDino, SamHQ, build_grounding_dino, build_sam
@@ -121,8 +121,8 @@ def cost_of_grounding_dino(size: str, image: np.ndarray, device: torch.device, s
 
 def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
                      seconds: Callable[..., float]) -> Sequence[Cost]:
-    network = torchvision.models.wide_resnet50_2(weights=None).eval()
-    deepest = nn.Sequential(*list(network.children())[:-2]).to(device)
+    network = timm.create_model(TIMM_NAMES[PUBLISHED], features_only=True, out_indices=(4,)).eval()
+    deepest = Encoder(network, IMAGENET_MEAN, IMAGENET_STD, (32,)).to(device)
     yield Cost("features: all but cnn_image", seconds(lambda: components.shallow_features(image, parts), 3) / PARTS, "component")
     _, crops = components.shallow_features(image, parts)
     tensor = torch.from_numpy(crops).permute(0, 3, 1, 2)
@@ -133,8 +133,8 @@ def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
         for crop in crops:
             turned = [np.array(Image.fromarray(crop).rotate(angle, Image.Resampling.BILINEAR))
                       for angle in np.linspace(0, 360, ROTATIONS)]
-            batch = normalise(torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2).to(device))
-            deepest(batch).mean((0, 2, 3)).cpu()
+            batch = torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2).to(device)
+            deepest(batch)[0].mean((0, 2, 3)).cpu()
 
     embedding(tensor[:1])  # the first call prepares the network
     yield Cost("features: cnn_image, a PIL call per rotation (before)", seconds(published) / PARTS, "component")

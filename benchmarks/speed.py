@@ -28,12 +28,13 @@ from data import files, images
 from data.workspace import Workspace
 from deploy import exporters
 from deploy.assembly import versions
-from deploy.engines import Engine, OnnxEngine, TorchEngine, open_model
-from deploy.quantisation import LADDER
+from deploy.engines import Engine, OnnxEngine, TorchEngine, as_input, open_model
+from deploy.quantisation import FALLBACK_ORDER
 from errors import UserError, run_script
 from models.backbone import PUBLISHED, empty_encoder
 from models.device import choose_device
-from models.fused import FusedModel, attach_metadata, from_state, metadata
+from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
+from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor
 
@@ -45,7 +46,7 @@ PAPER_SIZE = {"width": 256, "classes": 7, "student": 512, "channels": 512}
 
 @dataclass
 class Variant:
-    """One graph in one runtime and precision; `run` takes (B, 3, 256, 256) float32 and waits for the scores."""
+    """One graph in one runtime and precision; `run` takes (B, 3, size, size) uint8 and waits for the scores."""
 
     graph: str
     runtime: str
@@ -67,14 +68,14 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.batches) < 1 or args.turns < 1:
         raise UserError("--batches and --turns have to be at least 1")
-    device = choose_device(args.device)
+    device = str(choose_device(args.device))
     workspace = Workspace(args.workspace)
     reports = files.read_json(workspace.export_report) if workspace.export_report.exists() else []
     state = files.read_state(args.model) if args.model else random_state()
 
     with tempfile.TemporaryDirectory() as folder:
         variants = build_variants(state, args, device, reports, Path(folder))
-        measure(variants, args.batches, args.turns)
+        measure(variants, args.batches, args.turns, metadata(state).get("input_size", images.SIZE))
     # Random weights have no AUROC, and that of another model is not theirs.
     category = metadata(state).get("category")
     rows = results(variants, [one for one in reports if one["category"] == category])
@@ -88,20 +89,21 @@ def main() -> None:
 def random_state() -> dict:
     """A fused model of the paper's size with random weights, in the published format."""
     torch.manual_seed(0)
-    encoder, channels = empty_encoder(PUBLISHED)
-    model = FusedModel(encoder, channels, Segmentor(channels, PAPER_SIZE["width"], PAPER_SIZE["classes"]),
-                       PatchHistogramDetector(PAPER_SIZE["classes"]), PAPER_SIZE["student"], PAPER_SIZE["channels"])
-    return model.state_dict()
+    encoder = empty_encoder(PUBLISHED)
+    return published_state(FusedModel(encoder, Segmentor(encoder.channels, PAPER_SIZE["width"], PAPER_SIZE["classes"]),
+                                      PatchHistogramDetector(PAPER_SIZE["classes"]),
+                                      LGST(encoder.channels, PAPER_SIZE["student"], PAPER_SIZE["channels"])))
 
 
-def build_variants(state: dict, args: argparse.Namespace, device: torch.device, reports: list[dict],
+def build_variants(state: dict, args: argparse.Namespace, device: str, reports: list[dict],
                    folder: Path) -> list[Variant]:
     """Both graphs in every runtime and precision asked for; ours as exported files."""
     variants = []
     category = metadata(state).get("category", "random")
     model = from_state(state)
-    known = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32"}
-    noise = np.random.default_rng(0).normal(size=(CALIBRATION_IMAGES, 3, 256, 256)).astype(np.float32)
+    known = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32", "input_size": model.size}
+    rng = np.random.default_rng(0)
+    noise = as_input(rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), known)
     paths = {}
     if {"onnxruntime", "openvino"} & set(args.runtimes):
         contents = {PUBLISHED_GRAPH: exporters.to_onnx(model, known, ("score",)),
@@ -115,13 +117,9 @@ def build_variants(state: dict, args: argparse.Namespace, device: torch.device, 
         if "torch" in args.runtimes and precision != "int8":
             published = PublishedTorch(model, precision, device)
             variants.append(Variant(PUBLISHED_GRAPH, "torch", precision, published.precision, published))
-            asked = model.state_dict()
+            asked = published_state(model)
             attach_metadata(asked, metadata(state) | {"precision": precision})
-            files.write_state(folder / "model.pth", asked)
-            engine = TorchEngine(folder / "model.pth", device)
-            if device.type == "cuda":
-                # CUDA graphs: at batch 1 launching hundreds of kernels takes longer than running them.
-                engine.model.analyse = torch.compile(engine.model.analyse, mode="reduce-overhead")
+            engine = TorchEngine(asked, device)
             variants.append(Variant(OURS, "torch", precision, engine.precision, engine.score))
         for runtime in ("onnxruntime", "openvino"):
             if runtime not in args.runtimes or (runtime, precision) == ("onnxruntime", "bf16"):
@@ -136,20 +134,20 @@ def build_variants(state: dict, args: argparse.Namespace, device: torch.device, 
 class PublishedTorch:
     """The published graph in PyTorch's eager mode, as its own script runs it."""
 
-    def __init__(self, model: FusedModel, precision: str, device: torch.device):
+    def __init__(self, model: FusedModel, precision: str, device: str):
         self.model, self.device = copy.deepcopy(model).to(device), device
-        half = precision != "fp32" and not (precision == "fp16" and device.type == "cpu")
+        half = precision != "fp32" and not (precision == "fp16" and device == "cpu")
         self.precision = precision if half else "fp32"
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision) if half else None
 
     @torch.no_grad()
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model(torch.from_numpy(batch).to(self.device)).cpu().numpy()
+        with torch.autocast(self.device.partition(":")[0], self.dtype, enabled=self.dtype is not None):
+            return self.model(torch.from_numpy(as_input(batch, {})).to(self.device)).cpu().numpy()
 
 
 def other_engine(runtime: str, precision: str, path: Path, known: dict, calibration: np.ndarray, kept: tuple[str, ...],
-                 networks: tuple[str, ...], device: torch.device) -> Engine:
+                 networks: tuple[str, ...], device: str) -> Engine:
     """A graph in ONNX, made ready for a runtime and precision the way export_model.py does it."""
     known = known | {"precision": precision}
     if runtime == "onnxruntime":
@@ -168,17 +166,17 @@ def other_engine(runtime: str, precision: str, path: Path, known: dict, calibrat
 
 
 def kept_parts(reports: list[dict], format_: str) -> tuple[str, ...]:
-    """What int8 left in higher precision for the scores' sake, over all evaluated categories; at least the first rung."""
-    names = {LADDER[0][0]} | {name for one in reports if (one["format"], one["precision"]) == (format_, "int8")
+    """What int8 left in higher precision for the scores' sake, over all evaluated categories; at least the output layers."""
+    names = {FALLBACK_ORDER[0][0]} | {name for one in reports if (one["format"], one["precision"]) == (format_, "int8")
              for name in one["kept_in_higher_precision"]}
-    return tuple(prefix for name, prefixes in LADDER if name in names for prefix in prefixes)
+    return tuple(prefix for name, prefixes in FALLBACK_ORDER if name in names for prefix in prefixes)
 
 
-def measure(variants: list[Variant], batches: list[int], turns: int) -> None:
+def measure(variants: list[Variant], batches: list[int], turns: int, side: int) -> None:
     """Let the variants take turns; one untimed run first."""
     rng = np.random.default_rng(1)
     for size in batches:
-        batch = images.normalise(torch.from_numpy(rng.integers(0, 256, (size, 3, 256, 256), dtype=np.uint8))).numpy()
+        batch = rng.integers(0, 256, (size, 3, side, side), dtype=np.uint8)
         for turn in tqdm(range(turns + 1), desc=f"batch {size}", unit="turn"):
             for variant in variants:
                 start = time.perf_counter()
@@ -209,14 +207,14 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
     return rows
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: str) -> dict:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
                      if line.startswith("model name")), name)
     return {"cpu": name, "threads": torch.get_num_threads(), "system": platform.system(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device}
 
 
 def table(rows: list[dict]) -> str:

@@ -1,6 +1,6 @@
 """Time one training step of LGST or of the segmentor: as plainly as docs/METHOD.md says it, and as the stages do it.
 
-The plain step is tests/reference_steps.py in fp32. Steps of all variants take turns in one run, so that whatever else
+The plain step is models/lgst.py's in fp32. Steps of all variants take turns in one run, so that whatever else
 the machine does strikes them alike; the median counts. Pictures are noise and the encoder has random weights, because
 neither changes the time: nothing is downloaded. Prints a table and writes benchmark_training_{stage}.json into the
 workspace: milliseconds per step (by the clock, and of all processor cores together, which other work on the machine
@@ -20,26 +20,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import settings
 from data import files
+from data.images import SIZE
 from data.workspace import Workspace
 from errors import run_script
-from models.backbone import PUBLISHED, empty_encoder
+from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.device import choose_device, choose_precision, memory_format
 from models.lgst import LGST
+from models.lgst import losses as plain_losses
 from models.segmentor import Segmentor
-from tests import reference_steps
-from training import lgst, segmentor
-from training.loop import draw_ahead
+from standins.penalty_pictures import PenaltyPictures
+from training import lgst_step, segmentor_step
 
 IMAGES = 16  # training images; how many there are does not change the time of a step
 CLASSES = 8  # of the segmentor
 PLAIN, WARM_UP = "plain fp32", 1
-ENDLESS = 2**40
 MATRIX = {"cpu": 2048}  # side of the matrix product whose rate is the floor; elsewhere
 LARGE_MATRIX = 8192
 
@@ -54,14 +53,14 @@ def main() -> None:
     workspace, device = Workspace(args.workspace), choose_device(args.device)
     chosen = settings.load("", args.preset, settings.overrides(args))
     precisions = ["fp32"] + ["bf16"] * (choose_precision("auto", device) == "bf16")
-    encoder, channels = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
+    encoder = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
     encoder.to(device)
 
     torch.manual_seed(args.seed)
     if args.stage == "lgst":
-        variants, steps = lgst_variants(chosen.lgst, encoder, channels, precisions, device), chosen.lgst.steps
+        variants, steps = lgst_variants(chosen.lgst, encoder, precisions, device), chosen.lgst.steps
     else:
-        variants = segmentor_variants(chosen.segmentor, encoder, channels, precisions, device)
+        variants = segmentor_variants(chosen.segmentor, encoder, precisions, device)
         # Of MVTec LOCO AD's categories the average one has 354 training images, of which half are trusted.
         steps = chosen.segmentor.epochs * 177 // chosen.segmentor.batch_size
 
@@ -104,83 +103,56 @@ def main() -> None:
     print(f"\nwrote {target}")
 
 
-def lgst_variants(chosen: settings.LgstSettings, encoder: nn.Module, channels: tuple[int, int, int],
-                  precisions: list[str], device: torch.device) -> dict[str, Step]:
+def lgst_variants(chosen: settings.LgstSettings, encoder: Encoder, precisions: list[str],
+                  device: torch.device) -> dict[str, Step]:
     """Name -> a function that trains one step, plain and in each precision."""
     chosen = chosen.model_copy(update={"penalty_every": 1, "global_every": 1})  # whole steps, whatever the preset leaves out
-    pictures = torch.randint(0, 256, (IMAGES, 3, settings.IMAGE_SIZE, settings.IMAGE_SIZE), dtype=torch.uint8)
-    penalties = lgst.PenaltyImages(chosen.penalty_images)
-    first = LGST(channels, chosen.width, chosen.teacher_channels).train()
+    pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
+    penalties = PenaltyPictures(chosen.penalty_images)
+    first = LGST(encoder.channels, chosen.width, chosen.teacher_channels).train()
 
-    def draw(step: int) -> lgst.Draw:
-        return lgst.draw(IMAGES, penalties, chosen, step, "", 0)
-
-    def plain() -> Step:
-        model, images, numbers = copy.deepcopy(first).to(device), pictures.to(device), itertools.count()
-        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
-                                     weight_decay=chosen.weight_decay)
-
-        def step() -> None:
-            drawn = draw(next(numbers))
-            torch.manual_seed(drawn.dropout_seed)
-            losses = reference_steps.lgst_losses(
-                model, encoder, images[drawn.indices.to(device)], reference_steps.jittered(images, drawn),
-                drawn.penalty.to(device), chosen.hard_quantile)
-            descend(losses, optimizer)
-        return step
-
-    def engine(precision: str) -> Step:
+    def variant(precision: str, plain: bool = False) -> Step:
         model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
-        lessons = lgst.Lessons(pictures, model, encoder, device, "teach")
-        draws = draw_ahead(draw, 0, ENDLESS)
+        batches = lgst_step.Batches(pictures, model, encoder, device, "teacher features")
         optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
-                                     weight_decay=chosen.weight_decay, fused=device.type != "mps")
+                                     weight_decay=chosen.weight_decay, fused=not plain and device.type != "mps")
+        numbers = itertools.count()
 
         def step() -> None:
-            descend(lgst.losses(model, encoder, lessons.batch(next(draws)), chosen.hard_quantile, precision), optimizer)
+            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, chosen, next(numbers), "", 0))
+            descend(plain_losses(model, encoder, batch.images, batch.augmented, batch.penalty, chosen.hard_quantile) if plain
+                    else lgst_step.fast_losses(model, encoder, batch, chosen.hard_quantile, precision), optimizer)
         return step
 
-    return {PLAIN: plain()} | {f"engine {precision}": engine(precision) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
 
 
-def segmentor_variants(chosen: settings.SegmentorSettings, encoder: nn.Module, channels: tuple[int, int, int],
-                       precisions: list[str], device: torch.device) -> dict[str, Step]:
-    """As `lgst_variants`, with all losses, as after the epoch in which the unsupervised ones join."""
-    side = settings.IMAGE_SIZE
+def segmentor_variants(chosen: settings.SegmentorSettings, encoder: Encoder, precisions: list[str],
+                       device: torch.device) -> dict[str, Step]:
+    """As `lgst_variants`, with all losses, as after the epoch in which the unsupervised ones join; plain is without a cache."""
     rng = np.random.default_rng(0)
-    pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, side, side), dtype=np.uint8))
-    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((side // 8, side // 8))).astype(np.uint8)
+    pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
+    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
     indices = np.arange(IMAGES)
-    data = segmentor.TrainingData(pictures, labels, np.zeros(labels.shape, bool), indices[::2], indices[1::2])
-    first = Segmentor(channels, chosen.width, CLASSES).train()
+    data = segmentor_step.TrainingData(pictures, labels, np.zeros(labels.shape, bool), indices[::2], indices[1::2])
+    first = Segmentor(encoder.channels, chosen.width, CLASSES).train()
 
-    def draw(step: int) -> segmentor.Draw:
-        return segmentor.draw(data, chosen, step, True, "", 0)
-
-    def plain() -> Step:
-        model, numbers = copy.deepcopy(first).to(device), itertools.count()
-        optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
-
-        def step() -> None:
-            drawn = draw(next(numbers))
-            images, labels = segmentor.augment(*(part.to(device) for part in drawn[:4]))
-            descend(reference_steps.segmentor_losses(
-                model, encoder, images, labels, pictures[drawn.others].to(device),
-                torch.from_numpy(data.labels)[drawn.compared].long().to(device), chosen), optimizer)
-        return step
-
-    def engine(precision: str) -> Step:
-        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
-        lessons = segmentor.Lessons(data, encoder, device, precision, "encode")
-        draws = draw_ahead(draw, 0, ENDLESS)
+    def variant(precision: str, plain: bool = False) -> Step:
+        model, numbers = copy.deepcopy(first).to(device, memory_format=memory_format(precision)), itertools.count()
+        batches = segmentor_step.Batches(data, encoder, device, precision, "encode")
         optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                     fused=device.type != "mps")
+                                     fused=not plain and device.type != "mps")
 
         def step() -> None:
-            descend(segmentor.weighted_losses(model, encoder, lessons.batch(next(draws)), chosen, precision), optimizer)
+            sample = segmentor_step.draw_sample(data, chosen, next(numbers), True, "", 0)
+            batch = batches.batch(sample)
+            if plain:
+                unlabelled = pictures[sample.unlabelled].to(device)
+                batch = batch._replace(unlabelled=segmentor_step.encode(encoder, unlabelled, precision))
+            descend(segmentor_step.step_losses(model, encoder, batch, chosen, precision), optimizer)
         return step
 
-    return {PLAIN: plain()} | {f"engine {precision}": engine(precision) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
 
 
 def descend(losses: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -3,10 +3,10 @@
 import json
 import sys
 
-import benchmark_labels
 import numpy as np
 import pytest
 
+from benchmarks import label_quality, speed, training_speed
 from data import files, layouts
 from data.workspace import Workspace
 from errors import UserError
@@ -16,27 +16,27 @@ from standins.rendered.writer import components_root
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
     root = make_dataset(train=4, test=2)
     category, workspace = layouts.Dataset(root).select(None)[0], Workspace(tmp_path / "work")
-    monkeypatch.setattr(sys, "argv", ["benchmark_labels.py", "--workspace", str(workspace.root), "--dataset_root", str(root)])
+    monkeypatch.setattr(sys, "argv", ["label_quality", "--workspace", str(workspace.root), "--dataset_root", str(root)])
     with pytest.raises(UserError, match="true label maps are missing"):
-        benchmark_labels.main()
+        label_quality.main()
 
     rng = np.random.default_rng(0)
     truth = {}
     for path in [*category.train, *category.test(layouts.GOOD)]:
         truth[path] = rng.integers(0, 3, (64, 64)).astype(np.uint8)
         files.write_image(components_root(root) / path.relative_to(root), truth[path])
-    files.write_array(workspace.info(category.name) / "filtered_histogram_indices.npy", np.array([1, 3]))
+    files.write_array(workspace.pseudo_labels(category.name).trusted, np.array([1, 3]))
     with pytest.raises(UserError, match="pseudo_label.py"):
-        benchmark_labels.main()
+        label_quality.main()
     # Trusted maps with other names for the same classes; the segmentor's right in one image of two, empty in the other.
     for index in (1, 3):
         path = category.train[index]
-        files.write_image(workspace.image_masks(category.name, path) / "filtered_cluster_map.png",
+        files.write_image(workspace.pseudo_labels(category.name).image(path.stem) / "filtered_cluster_map.png",
                           (2 - truth[path]).repeat(2, 0).repeat(2, 1))
     for path, share in zip(category.test(layouts.GOOD), (1, 0)):
-        files.write_image(workspace.segmentation_output(category.name, layouts.GOOD, path),
+        files.write_image(workspace.segmentation_output(category.name, layouts.GOOD, path.stem),
                           (share * truth[path]).repeat(2, 0).repeat(2, 1))
-    benchmark_labels.main()
+    label_quality.main()
 
     found = json.loads((workspace.root / "label_quality.json").read_text())["discs"]
     assert found["pseudo-labels"]["mean_iou"] == 1
@@ -44,4 +44,35 @@ def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_pa
     assert "| discs | 1.000 |" in capsys.readouterr().out
     sys.argv += ["--lgst.steps", "banana"]
     with pytest.raises(UserError, match="lgst.steps"):
-        benchmark_labels.main()
+        label_quality.main()
+
+
+@pytest.mark.parametrize("stage", ["lgst", "segmentor"])
+def test_training_steps_are_timed(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training_speed", "--stage", stage, "--timed_steps", "1", "--workspace", str(tmp_path),
+                                      "--backbone", "efficientnet_lite0", "--device", "cpu", "--lgst.width", "8",
+                                      "--lgst.teacher_channels", "8", "--lgst.batch_size", "1", "--segmentor.width", "8",
+                                      "--segmentor.batch_size", "2"])
+    training_speed.main()
+    found = json.loads((tmp_path / f"benchmark_training_{stage}.json").read_text())["variants"]
+    assert {"plain fp32", "fast fp32"} <= found.keys()
+    assert all(one["ms_per_step"] > 0 and one["multiply_adds"] > 0 for one in found.values())
+
+
+def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PAPER_SIZE", {"width": 16, "classes": 3, "student": 16, "channels": 16})
+    monkeypatch.setattr(speed, "PUBLISHED", "efficientnet_lite0")
+    real = speed.random_state
+
+    def small():
+        state = real()
+        speed.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
+        return state
+    monkeypatch.setattr(speed, "random_state", small)
+    monkeypatch.setattr(sys, "argv", ["speed", "--workspace", str(tmp_path), "--turns", "1", "--batches", "1", "--device", "cpu",
+                                      "--precisions", "fp32"])
+    speed.main()
+    rows = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert {(row["graph"], row["runtime"]) for row in rows} == {
+        (graph, runtime) for graph in ("published", "ours") for runtime in ("torch", "onnxruntime", "openvino")}
+    assert all(row["ms_per_image"] > 0 for row in rows)

@@ -259,7 +259,10 @@ def test_exports_know_what_they_were_made_of(copy_of_finished, run, fails, capsy
     run("export_model", work, dataset, "--format", "openvino", "--with_map")
     rows = json.loads((work / "export_report.json").read_text())
     assert [row["format"] for row in rows] == ["onnx", "openvino", "torch"]
-    scores = {row["format"]: list(csv.DictReader(open(work / f"anomaly_score/discs_{row['format']}_scores.csv"))) for row in rows}
+    scores = {}
+    for row in rows:
+        with open(work / f"anomaly_score/discs_{row['format']}_scores.csv", newline="") as handle:
+            scores[row["format"]] = list(csv.DictReader(handle))
     for format_ in ("onnx", "openvino"):
         np.testing.assert_allclose([float(row["score"]) for row in scores[format_]],
                                    [float(row["score"]) for row in scores["torch"]], rtol=1e-3, atol=1e-2)
@@ -370,7 +373,7 @@ def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path
         assert float(row["memory_score"]) + float(row["patchhist_score"]) == pytest.approx(float(row["score"]), abs=1e-2)
     assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
 
-    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset", "quick"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset",
+                           "quick"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (work / "report.html").read_text().count("<article") == 12
