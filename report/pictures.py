@@ -49,9 +49,10 @@ def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
     """Draw the border of annotated regions, (h, w) bool of any size each, around all of them in an image (H, W, 3) uint8."""
     mask = np.max([_enlarge(region.astype(np.uint8) * 255, image, Image.Resampling.NEAREST) for region in truth], axis=0)
     thickness = 2 * max(1, round(max(image.shape) / 200)) + 1
-    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(thickness)))
+    grown, shrunk = (np.asarray(Image.fromarray(mask).filter(kind(thickness)))
+                     for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
     drawn = image.copy()
-    drawn[(grown > 0) & (mask == 0)] = _OUTLINE
+    drawn[grown != shrunk] = _OUTLINE
     return drawn
 
 
