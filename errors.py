@@ -11,6 +11,8 @@ import sys
 import zipfile
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
 DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
            zipfile.BadZipFile)
@@ -62,5 +64,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _stop(sentence: str) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished progress bar would have the sentence on its line
+        bar.close()
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)

@@ -167,11 +167,13 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, finished, run, tmp_
         run(earlier, tmp_path / "work", dataset)
     longer = {"CSAD": ("--lgst.steps", "6")}.get(stage, ())
     command = [sys.executable, f"{stage}.py", *arguments(stage, tmp_path / "work", dataset), *longer]
+    started = time.time()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     touched = {"pseudo_label": "datasets/masks/discs.unfinished/0*/*.png", "train_segmentor": "ckpt/backbone.json",
                "CSAD": "ckpt/backbone.json"}[stage]
-    while not list((tmp_path / "work").glob(touched)) and process.poll() is None and time.monotonic() < deadline:
+    while (not any(path.stat().st_mtime > started for path in (tmp_path / "work").glob(touched))
+           and process.poll() is None and time.monotonic() < deadline):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -336,7 +338,7 @@ def test_class_counts_that_differ_are_refused(copy_of_finished, fails):
     for key in ("fc2.conv3.weight", "fc2.conv3.bias"):
         saved["state"][key] = saved["state"][key][:-1]
     files.write_state(path, saved)
-    assert "classes" in fails("export_model", work, dataset)
+    assert "is not the file that train_segmentor.py wrote" in fails("export_model", work, dataset)
 
 
 def test_scores_of_another_data_set_are_refused(copy_of_finished, fails):
