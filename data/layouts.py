@@ -30,6 +30,7 @@ SPLITS = (GOOD, LOGICAL, STRUCTURAL)
 
 VALIDATION_SHARE = 0.15  # of the training images, where a data set has no validation images
 FEWEST_TRAINING_IMAGES = 5  # to set some aside from
+FEWEST_WITH_VALIDATION = 4  # where there are validation images of their own
 _MANY, _OF_MANY = 40, 10  # from so many training images on, at least so many are set aside
 RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
 _NOT_GOOD = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "ng", "nok", "ko",
@@ -191,6 +192,9 @@ class Category:
                             f"{self.root / 'train' / self._layout.good}")
         own = self._folder("validation")
         if own is not None:
+            if len(images) < FEWEST_WITH_VALIDATION:
+                raise UserError(f"{self.name} has {_count(len(images), 'training image')}; at least {FEWEST_WITH_VALIDATION} are "
+                                f"needed to learn what is usual, put more into {folder}")
             return images, _some_images(own)
         if len(images) < FEWEST_TRAINING_IMAGES:
             raise UserError(f"{self.name} has {_count(len(images), 'training image')} and none for validation; at least "

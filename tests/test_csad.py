@@ -18,7 +18,7 @@ CATEGORY = "discs"
 
 @pytest.fixture
 def category(make_dataset):
-    return layouts.Category(make_dataset(train=3, validation=2, test=2) / CATEGORY)
+    return layouts.Category(make_dataset(train=4, validation=2, test=2) / CATEGORY)
 
 
 @pytest.fixture

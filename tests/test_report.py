@@ -121,7 +121,7 @@ def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results,
 def test_mistakes_get_a_sentence(results, run, capsys):
     assert run("report", *results) == 2
     assert "benchmark_performance.py" in capsys.readouterr().err
-    shutil.copytree(results[1] / "discs <b>", results[1] / "more")  # a category that is not done is left out, unless it is asked for
+    shutil.copytree(results[1] / "discs <b>", results[1] / "more")  # not done: left out, unless it is asked for
     assert run("benchmark_performance", *results, "--categories", "discs <b>") == 0
     assert run("report", *results) == 0
     assert run("report", *results, "--categories", "discs <b>", "more") == 2
