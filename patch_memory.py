@@ -110,7 +110,8 @@ def fit(job: Job) -> PatchMemory:
         left_out = (owners[rows] == first).to(job.device)
         if not left_out.all():
             distances.append(memory.distances(memory.embed(maps), left_out)[0])
-    memory.fit_usual(distances)
+    if distances:  # none where all rows are of the one training image
+        memory.fit_usual(distances)
     return memory
 
 

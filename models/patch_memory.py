@@ -123,6 +123,7 @@ def greedy_k_centre(candidates: Tensor, count: int, generator: torch.Generator,
     lengths = candidates.square().sum(1)
     chosen = torch.randint(len(candidates), (1,), generator=generator)
     nearest = (candidates - candidates[chosen]).square().sum(1)
+    nearest[chosen] = -1
     while len(chosen) < count:
         size = min(ROUND, count - len(chosen), max(4, len(chosen)))
         farthest = nearest.topk(min(len(candidates), OVERSAMPLING * size)).indices

@@ -9,6 +9,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.backbone import Backbone, fingerprint
+from training.stage import Job, view_of
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -16,6 +21,14 @@ REFERENCE = Path(__file__).parent / "reference"
 # One thread count for this process and those that tests start: it decides how sums round.
 THREADS = 2
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +43,31 @@ def reference():
         with np.load(REFERENCE / f"{name}.npz", allow_pickle=False) as archive:
             return dict(archive)
     return load
+
+
+class TinyEncoder(nn.Module):
+    """Colours averaged over 4, 8 and 16 pixels, and projected: enough to tell coloured discs apart."""
+
+    channels = (8, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(8, 3, 1, 1, generator=generator))
+
+    def forward(self, images):
+        images = (images.float() - 115) / 58
+        return tuple(F.conv2d(F.avg_pool2d(images, fraction), self.projection).relu() for fraction in (4, 8, 16))
+
+
+def tiny_backbone() -> Backbone:
+    encoder = TinyEncoder().eval()
+    return Backbone("tiny", encoder, fingerprint(encoder))
+
+
+def job_for(category, workspace, backbone, chosen, seed=0, overwrite=False, precision="fp32") -> Job:
+    """What a training stage is given for one category, on the CPU."""
+    return Job(category, workspace, chosen, view_of(category, chosen), backbone, torch.device("cpu"), precision, seed, overwrite)
 
 
 def draw_parts(rng: np.random.Generator, parts: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,13 @@ import shutil
 
 import pytest
 import torch
-from test_train_segmentor import TinyEncoder, job_for
+from conftest import job_for, tiny_backbone
 
 import CSAD
 import settings
 from data import files, layouts
 from data.workspace import Workspace
 from errors import UserError
-from models.backbone import Backbone, fingerprint
 
 CATEGORY = "discs"
 
@@ -27,10 +26,9 @@ def workspace(tmp_path):
 
 
 def train(category, workspace, overwrite=False, **more):
-    encoder = TinyEncoder().eval()
     overrides = {"student": "pixels", "width": 8, "teacher_channels": 8, "steps": 2, "batch_size": 1} | more
     chosen = settings.load(CATEGORY, "quick", {"images.size": 256} | {f"lgst.{key}": value for key, value in overrides.items()})
-    CSAD.train_category(job_for(category, workspace, Backbone("tiny", encoder, fingerprint(encoder)), chosen,
+    CSAD.train_category(job_for(category, workspace, tiny_backbone(), chosen,
                                 overwrite=overwrite))
 
 

@@ -76,7 +76,7 @@ def relative_difference(found, expected):
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("kept, count, every", [(True, 12, 1), (False, 2, 1), (True, 3, 2), (False, 2, 2)])
+@pytest.mark.parametrize("kept, count, every", [(True, 3, 1), (True, 2, 2), (False, 1, 1)])
 def test_fast_steps_are_the_plain_ones(pictures, kept, count, every, monkeypatch):
     """From the same weights, images and draws: losses within 1e-4, gradients within 1e-3, tensor by tensor.
 
@@ -155,14 +155,14 @@ def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
         batches.fit_teacher_normalisation()
         optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
         curves[precision] = []
-        for step in range(30):
+        for step in range(12):
             batch = batches.batch(draw_sample(len(pictures), penalties, chosen, step, "c", 0))
             loss = sum(steps.fast_losses(model, encoder, batch, chosen.hard_quantile, precision).values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             curves[precision].append(loss.item())
-    first, last = slice(None, 10), slice(-10, None)
+    first, last = slice(None, 4), slice(-4, None)
     assert np.mean(curves["fp32"][last]) < np.mean(curves["fp32"][first])
     # Single steps differ more: which differences are the hardest is a matter of rounding.
     for part in (first, last):

@@ -1,4 +1,4 @@
-"""Patch histogram and trimmed z against the published values (docs/METHOD.md section 2)."""
+"""The patch histogram against the published values (docs/METHOD.md section 2)."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z
 from models.patch_histogram import (
     PatchHistogramDetector,
     fit_parameters,
@@ -151,35 +150,3 @@ def test_parameters_for_another_number_of_classes_are_refused(fitted):
     with pytest.raises(ValueError, match="lack 'patch_hist_val_score'"):
         incomplete = {name: values for name, values in fitted.items() if name != "patch_hist_val_score"}
         PatchHistogramDetector(CLASSES).load_parameters(incomplete)
-
-
-def test_trimmed_z_matches(reference):
-    expected = reference("fusion")
-    fused = 0
-    for branch in ("lgst", "patchhist"):
-        normalised = apply_trimmed_z(expected[f"{branch}_test"], *fit_trimmed_z(expected[f"{branch}_val"]))
-        np.testing.assert_allclose(normalised, expected[f"{branch}_normalized"], rtol=0, atol=1e-9)
-        fused = fused + normalised
-    np.testing.assert_allclose(fused, expected["fused"], rtol=0, atol=1e-9)
-
-
-def test_trimmed_z_ignores_outliers():
-    scores = np.arange(10.0)
-    assert fit_trimmed_z(scores) == fit_trimmed_z(np.r_[-1e6, scores[1:9], 1e6])
-
-
-@pytest.mark.parametrize("scores", [[3.0], [3.0, 3.0, 3.0, 3.0]])
-def test_trimmed_z_without_spread_divides_by_one(scores):
-    assert fit_trimmed_z(scores) == (3.0, 1.0)
-
-
-def test_the_exported_model_takes_a_tiny_spread_for_none():
-    scores = 5 + 1e-4 * np.arange(20)
-    assert fit_trimmed_z(scores)[1] < 1e-3
-    assert fit_trimmed_z(scores, EXPORTED_STD_FLOOR)[1] == 1
-
-
-@pytest.mark.parametrize("scores", [[], [1.0, np.nan]])
-def test_trimmed_z_refuses_what_it_cannot_use(scores):
-    with pytest.raises(ValueError, match="at least one validation score"):
-        fit_trimmed_z(scores)

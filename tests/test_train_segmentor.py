@@ -8,46 +8,26 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_parts
-from torch import nn
-from torch.nn import functional as F
+from conftest import TinyEncoder, draw_parts, job_for, tiny_backbone
 
 import settings
 import train_segmentor
 from data import files, layouts
 from data.workspace import Workspace
 from errors import UserError
-from models.backbone import Backbone, fingerprint
 from models.patch_histogram import PARAMETER_NAMES
 from models.segmentor import losses as train_segmentor_losses
 from training import feature_cache, loop, pseudo_label_files, stage
 from training import segmentor_step as steps
-from training.stage import Job, view_of
 
 CATEGORY, PARTS = "discs", 4
 CPU = torch.device("cpu")
 TINY = {"segmentor.width": 16, "segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 1, "segmentor.batch_size": 2}
 
 
-class TinyEncoder(nn.Module):
-    """Colours averaged over 4, 8 and 16 pixels, and projected: enough to tell coloured discs apart."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("projection", torch.randn(8, 3, 1, 1, generator=generator))
-
-    channels = (8, 8, 8)
-
-    def forward(self, images):
-        images = (images.float() - 115) / 58
-        return tuple(F.conv2d(F.avg_pool2d(images, fraction), self.projection).relu() for fraction in (4, 8, 16))
-
-
 @pytest.fixture
 def backbone():
-    encoder = TinyEncoder().eval()
-    return Backbone("tiny", encoder, fingerprint(encoder))
+    return tiny_backbone()
 
 
 def write_stage_1(workspace, category, trusted, side=256):
@@ -73,10 +53,6 @@ def prepared(tmp_path, make_dataset):
         write_stage_1(made, category, list(trusted), side)
         return made
     return category, workspace
-
-
-def job_for(category, workspace, backbone, chosen, seed=0, overwrite=False, precision="fp32"):
-    return Job(category, workspace, chosen, view_of(category, chosen), backbone, CPU, precision, seed, overwrite)
 
 
 def train(category, workspace, backbone, seed=0, overwrite=False, precision="fp32", **more):

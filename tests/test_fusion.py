@@ -1,0 +1,120 @@
+"""Fusion: trimmed z, how branches are added, and the one threshold (docs/METHOD.md sections 2, 4 and 6)."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, choose_threshold, fit_trimmed_z, fuse, share
+
+scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
+
+
+# Trimmed z
+
+def test_trimmed_z_matches(reference):
+    expected = reference("fusion")
+    fused = 0
+    for branch in ("lgst", "patchhist"):
+        normalised = apply_trimmed_z(expected[f"{branch}_test"], *fit_trimmed_z(expected[f"{branch}_val"]))
+        np.testing.assert_allclose(normalised, expected[f"{branch}_normalized"], rtol=0, atol=1e-9)
+        fused = fused + normalised
+    np.testing.assert_allclose(fused, expected["fused"], rtol=0, atol=1e-9)
+
+
+def test_trimmed_z_ignores_outliers():
+    scores = np.arange(10.0)
+    assert fit_trimmed_z(scores) == fit_trimmed_z(np.r_[-1e6, scores[1:9], 1e6])
+
+
+@pytest.mark.parametrize("scores", [[3.0], [3.0, 3.0, 3.0, 3.0]])
+def test_trimmed_z_without_spread_divides_by_one(scores):
+    assert fit_trimmed_z(scores) == (3.0, 1.0)
+
+
+def test_the_exported_model_takes_a_tiny_spread_for_none():
+    scores = 5 + 1e-4 * np.arange(20)
+    assert fit_trimmed_z(scores)[1] < 1e-3
+    assert fit_trimmed_z(scores, EXPORTED_STD_FLOOR)[1] == 1
+
+
+@pytest.mark.parametrize("scores", [[], [1.0, np.nan]])
+def test_trimmed_z_refuses_what_it_cannot_use(scores):
+    with pytest.raises(ValueError, match="at least one validation score"):
+        fit_trimmed_z(scores)
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=60), st.sampled_from([0.25, 2, 64]))
+def test_the_units_of_a_branch_do_not_matter(values, unit):
+    values = np.array(values, float)
+    (mean, std), (scaled_mean, scaled_std) = fit_trimmed_z(values), fit_trimmed_z(unit * values)
+    if std != 1 or scaled_std != 1:  # there is a spread
+        np.testing.assert_allclose(apply_trimmed_z(unit * values, scaled_mean, scaled_std), apply_trimmed_z(values, mean, std))
+    else:
+        assert (scaled_mean, scaled_std) == (unit * mean, 1)
+
+
+# Fusion
+
+def test_the_sum_adds_and_softplus_forgets_what_is_all_too_usual():
+    branches = {"patchhist": np.array([5.0, -50.0]), "memory": np.array([1.0, 3.0]), "LGST": np.array([9.0, 9.0])}
+    np.testing.assert_allclose(fuse(branches, ["patchhist", "memory"], "sum"), [6, -47])
+    found = fuse(branches, ["patchhist", "memory"], "softplus")
+    np.testing.assert_allclose(found, [math.log1p(math.exp(5)) + math.log1p(math.exp(1)), math.log1p(math.exp(3))])
+
+
+@given(st.lists(st.floats(-700, 700), min_size=2, max_size=20))
+def test_softplus_keeps_the_order_of_one_branch(values):
+    values = np.sort(np.array(values))
+    found = share(values, "softplus")
+    assert (np.diff(found) >= 0).all() and (found >= np.maximum(values, 0)).all() and np.isfinite(found).all()
+
+
+# The threshold
+
+@given(scores, st.floats(0, 1))
+def test_the_threshold_is_the_order_statistic_of_split_conformal_prediction(values, rate):
+    found = choose_threshold(np.array(values), rate)
+    n = len(values)
+    rank = int(np.searchsorted(np.sort(values), found.value, side="right"))  # of equal ones the last
+    assert found.value in values and found.images == n and found.asked == rate
+    wanted = math.ceil((n + 1) * (1 - rate) - 1e-9)
+    if wanted > n:
+        assert found.value == max(values) and not found.kept and found.promised == pytest.approx(1 / (n + 1))
+    else:
+        assert found.kept and rank >= wanted
+        assert found.value == np.sort(values)[max(wanted, 1) - 1]
+    assert 1 / (n + 1) - 1e-12 <= found.promised < 1
+
+
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(5, 150), rate=st.sampled_from([0.01, 0.05, 0.1, 0.3]), seed=st.integers(0, 2**32 - 1),
+       heavy=st.booleans())
+def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
+    """In expectation over the choice of validation images, whatever the scores' distribution: a small simulation."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.standard_cauchy((1500, n + 1)) if heavy else rng.normal(size=(1500, n + 1))
+    found = [choose_threshold(validation, rate) for validation in drawn[:, :-1]]
+    over = np.mean(drawn[:, -1] > [one.value for one in found])
+    promised = found[0].promised
+    assert promised <= max(rate, 1 / (n + 1)) + 1e-12
+    # Five standard deviations of the simulation, above and below: it keeps its word and is not overcautious either.
+    assert abs(over - promised) < 5 * math.sqrt(promised * (1 - promised) / len(drawn)) + 1e-9
+
+
+def test_words_say_what_is_promised_and_what_it_would_take():
+    few = choose_threshold(np.arange(10.0), 0.01)
+    assert (few.value, few.kept) == (9, False)
+    assert few.words == ("at most 9.09 % false positives in expectation, from 10 validation images; 1 % would take 99")
+    assert choose_threshold(np.arange(99.0), 0.01).kept
+    assert "would take" not in choose_threshold(np.arange(99.0), 0.01).words
+    assert "infinitely many" in choose_threshold(np.arange(10.0), 0).words
+
+
+@pytest.mark.parametrize("values, rate", [([], 0.1), ([1.0, np.nan], 0.1), ([1.0, np.inf], 0.1), ([1.0], -0.1), ([1.0], 1.1),
+                                          ([1.0], float("nan"))])
+def test_a_threshold_of_nothing_is_refused(values, rate):
+    with pytest.raises(ValueError):
+        choose_threshold(np.array(values), rate)
