@@ -136,6 +136,36 @@ def test_a_batch_gives_the_single_scores(suffix, paths, raw):
     np.testing.assert_allclose(engine.score(raw), singles, atol=1e-3, rtol=1e-5)
 
 
+def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
+    paper, everything = state_of("paper"), state_of("all")
+    further = ("memory", "evidence", "roi")
+    lgst = ("teacher", "local_st", "autoencoder", "q_", "fourth_", "sixteenth_")  # its networks may be others
+    assert not [key for key in paper if key.startswith(further)]
+    assert {key for key in everything if not key.startswith((*further, *lgst))} == {
+        key for key in paper if not key.startswith(lgst)}
+    files.write_state(tmp_path / "all.pth", everything)
+    read = files.read_state(tmp_path / "all.pth")
+    again = published_state(from_state(read))
+    assert list(again) == list(everything) and all(torch.equal(again[key], everything[key]) for key in everything)
+    assert metadata(read) == metadata(everything)
+    lacking = {key: value for key, value in read.items() if key != "memory.usual"}
+    with pytest.raises(UserError, match="not a CSAD model.*memory.usual"):
+        from_state(lacking)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 0.02), ("fp16", 0.3), ("bf16", 0.5)])
+def test_a_gpu_gives_nearly_the_same_shares(state, kind, raw, expected, precision, tolerance):
+    asked = published_state(from_state(state))
+    attach_metadata(asked, metadata(state) | {"precision": precision})
+    engine = TorchEngine(asked, "cuda")
+    assert engine.precision == precision
+    found = engine.predict(raw)
+    assert np.isfinite(found.score).all()
+    # The label map decides the patch histogram, and borders move: the other branches are compared.
+    np.testing.assert_allclose(found.branch_scores[:, 1:], expected.branch_scores[:, 1:], rtol=tolerance, atol=tolerance)
+
+
 def test_what_lies_outside_the_region_of_interest_changes_nothing():
     state, rng = state_of("all"), np.random.default_rng(1)
     image = np.kron(rng.integers(0, 256, (1, 3, 16, 16), dtype=np.uint8), np.ones((1, 1, 32, 32), np.uint8))

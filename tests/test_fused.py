@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from data import files
-from data.images import IMAGENET_MEAN, IMAGENET_STD
+from data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
 from deploy.folded import FoldedModel
 from errors import UserError
-from models.fused import attach_metadata, from_state, metadata, published_state
+from models.fused import attach_metadata, from_state, metadata, published_state, small_view, to_rgb
 
 
 def draw(key: str, shape: list[int], salt: int) -> np.ndarray:
@@ -73,39 +76,58 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images / 255 - mean) / std
 
 
-def test_published_state_dict_gives_the_published_outputs(published):
+@pytest.fixture(scope="module")
+def plain(published):
+    """(the published model, the reference's images as it takes them, its scores); once, because it is of the paper's size."""
     state, expected = published
-    model = from_state(state)
+    model, images = from_state(state), normalise(rgb(expected))
+    with torch.no_grad():
+        return model, images, model(images)
+
+
+def test_published_state_dict_gives_the_published_outputs(published, plain):
+    (state, expected), (model, _, score) = published, plain
     assert published_state(model).keys() == state.keys()
     images = rgb(expected)
     with torch.no_grad():
-        found = model.analyse(images)
-        differences = model.lgst.differences(images, model.encoder(images))
-        histogram_score = model.patch_hist_detector(found.label_map)
-        score = model(normalise(images))
+        maps = model.encoder(images)
+        differences = model.lgst.differences(images, maps)
+        label_map = model.segmentor(maps).argmax(1)
+        histogram_score = model.patch_hist_detector(label_map)
     np.testing.assert_allclose(differences.local.numpy(), expected["local_difference"].reshape(-1, 64, 64), rtol=1e-3)
     np.testing.assert_allclose(differences.global_.numpy(), expected["global_difference"].reshape(-1, 64, 64), rtol=1e-3)
-    assert (found.label_map.numpy() == expected["label_map"].reshape(-1, 256, 256)).mean() >= 0.999
+    assert (label_map.numpy() == expected["label_map"].reshape(-1, 256, 256)).mean() >= 0.999
     np.testing.assert_allclose(histogram_score.numpy(), expected["patch_histogram_score"].ravel(), rtol=1e-3)
     np.testing.assert_allclose(score.numpy(), expected["score"].ravel(), atol=1e-3)
-    np.testing.assert_allclose(found.score.numpy(), expected["score"].ravel(), atol=1e-3)
 
 
-def test_the_folded_graph_gives_the_published_scores(published):
-    state, expected = published
-    images = normalise(rgb(expected))
-    model = from_state(state)
+def test_the_folded_graph_gives_the_published_scores(plain):
+    model, images, score = plain
     with torch.no_grad():
-        torch.testing.assert_close(FoldedModel(model)(images), model(images), atol=1e-4, rtol=0)
+        torch.testing.assert_close(FoldedModel(model)(images), score, atol=1e-4, rtol=0)
 
 
-def test_batch_scores_are_the_single_scores(published):
-    state, expected = published
-    model = from_state(state)
-    images = normalise(rgb(expected))
+def test_batch_scores_are_the_single_scores(plain):
+    model, images, score = plain
     with torch.no_grad():
-        singles = torch.cat([model(images[i:i + 1]) for i in range(len(images))])
-        torch.testing.assert_close(model(images), singles, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(score[-1:], model(images[-1:]), atol=1e-3, rtol=1e-4)
+
+
+@hypothesis_settings(max_examples=20, deadline=None)
+@given(factor=st.integers(1, 4), seed=st.integers(0, 10_000), values=st.sampled_from([(0, 256), (254, 256), (0, 2)]))
+def test_the_models_small_view_is_that_of_the_stages(factor, seed, values):
+    """In floating point here, in whole numbers there: the same bytes, halves included."""
+    side = 256 * factor
+    images = np.random.default_rng(seed).integers(*values, (1, 1, side, side), dtype=np.uint8)
+    found = small_view(torch.from_numpy(images).float())
+    np.testing.assert_array_equal(found, small_views(images))
+
+
+def test_whole_numbers_survive_normalising():
+    """What a model of a larger view makes of its normalised input are the very bytes of the image."""
+    images = torch.arange(256, dtype=torch.float32).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    mean, std = (255 * torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(to_rgb(normalise(images), mean, std, 512), images)
 
 
 def test_metadata_travels_with_the_file_and_leaves_the_keys_alone(published, tmp_path):

@@ -1,0 +1,202 @@
+"""What makes a loop a training: resuming, Ctrl-C, stopping where a loss is no number, kept features, what is read of stage 1."""
+
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyEncoder
+from torch import nn
+
+from data import files, images, layouts
+from data.workspace import Workspace
+from errors import UserError
+from models.lgst_on_features import FeatureLGST
+from training import feature_cache, lgst_step, loop
+from training.feature_cache import FeatureCache
+from training.loop import TrainingLoop
+from training.pseudo_label_files import read_stage_1, training_data
+
+CPU = torch.device("cpu")
+
+
+# The loop
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+def train(path, steps=8, used=None, stop_at=None, how=None, seen=None, loss_of=lambda step, loss: loss):
+    """A network that learns to give 1, one random number a step; returns its weights."""
+    torch.manual_seed(0)
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    training = TrainingLoop(steps, path, used or {"seed": 0}, "cup: train", "--cup.lr", network=network, optimizer=optimizer)
+
+    def draw(step):
+        return torch.from_numpy(np.random.default_rng([0, step]).normal(size=(1, 1)).astype(np.float32))
+
+    for step, sample in training.samples(draw):
+        assert torch.equal(sample, draw(step))
+        if seen is not None:
+            seen.append(step)
+        loss = loss_of(step, (network(sample) - 1).square().mean())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        training.report({"loss": loss})
+        if step == stop_at:
+            how()
+    return network.state_dict()
+
+
+def kill():
+    raise Stopped
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 6])
+@pytest.mark.parametrize("how, done, error", [
+    (kill, 0, Stopped), (lambda: signal.raise_signal(signal.SIGINT), 1, KeyboardInterrupt),
+    (lambda: signal.raise_signal(signal.SIGTERM), 1, KeyboardInterrupt)])
+def test_resumed_is_as_if_never_interrupted(tmp_path, monkeypatch, stop_at, how, done, error):
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0 if how is kill else 60)
+    whole, path, seen = train(tmp_path / "whole"), tmp_path / "progress.pth", []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        train(path, stop_at=stop_at, how=how)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    resumed = train(path, seen=seen)
+    assert seen == list(range(stop_at + done, 8))  # a signal waits for the end of its step
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "progress.pth", stop_at=2, how=twice)
+
+
+def test_an_ignored_signal_stays_ignored_and_threads_are_left_alone(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(tmp_path / "progress.pth", stop_at=2, how=lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path / "other.pth")))
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("used, said", [({"seed": 1}, "seed: 0 -> 1"), ({"seed": 0, "more": {"lr": 2}}, "more: None -> ")])
+def test_progress_of_other_settings_is_refused_and_kept(tmp_path, monkeypatch, used, said):
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+    path = tmp_path / "progress.pth"
+    with pytest.raises(Stopped):
+        train(path, stop_at=3, how=kill)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"progress.pth is a training begun with something else [(]{said}.*--overwrite"):
+        train(path, used=used)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"half a file", None])
+def test_damaged_progress_gets_a_sentence(tmp_path, content):
+    path = tmp_path / "progress.pth"
+    files.write_state(path, torch.zeros(1)) if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="progress.pth"):
+        train(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [0, 9, 31])
+def test_a_loss_that_is_no_number_ends_soon_and_leaves_nothing_to_go_on_from(tmp_path, monkeypatch, value, first):
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+    path, seen = tmp_path / "progress.pth", []
+    with pytest.raises(UserError, match="cup: train: diverged at step .*lower --cup.lr") as problem:
+        train(path, steps=200, seen=seen, loss_of=lambda step, loss: loss * value if step >= first else loss)
+    assert len(seen) <= first + 20 and "\n" not in str(problem.value)
+    assert not path.exists()
+
+
+def test_a_mistake_while_drawing_comes_through(tmp_path):
+    def draw(step):
+        if step == 3:
+            raise UserError("003.png is gone")
+        return step
+    training, seen = TrainingLoop(9, tmp_path / "p.pth", {}, "cup", "--lr"), []
+    with pytest.raises(UserError, match="003.png"):
+        for step, sample in training.samples(draw):
+            assert sample == step
+            seen.append(step)
+    assert seen == [0, 1, 2]
+
+
+# Kept features
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_features_are_the_same_kept_or_not(monkeypatch, room):
+    monkeypatch.setattr(feature_cache, "CACHE_BYTES", room)
+    pictures = torch.randint(0, 256, (21, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoder, indices, calls = TinyEncoder(), torch.tensor([20, 3, 5, *range(6, 18)]), []
+
+    def compute(batch):
+        calls.append(len(batch))
+        return encoder(batch)
+    cache = FeatureCache(compute, pictures, indices, "encode")
+    calls.clear()
+    wanted = torch.tensor([3, 20, 3, 17])
+    for found, expected in zip(cache[wanted], encoder(pictures[wanted])):
+        torch.testing.assert_close(found, expected)
+    assert calls == ([] if room else [4])
+    for found, expected in zip(zip(*cache), encoder(pictures[indices])):
+        torch.testing.assert_close(torch.cat(found), expected)
+    assert not any(one.requires_grad for one in cache[wanted])
+
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_encoded_images_are_the_same_kept_or_not(monkeypatch, make_dataset, room):
+    monkeypatch.setattr(lgst_step, "CACHE_BYTES", room)
+    paths, encoder = layouts.Category(make_dataset(train=4) / "discs").train, TinyEncoder()
+    view = images.View(512)
+    encoded = lgst_step.EncodedImages(paths, view, encoder, CPU, "encode")
+    assert (encoded.kept is not None) == bool(room)
+    torch.manual_seed(0)
+    model = FeatureLGST(encoder.channels, 8, 8)
+    encoded.fit(model)
+    expected = tuple(one.half().float() for one in encoder(torch.from_numpy(view.read(paths))))
+    torch.testing.assert_close(model.fourth_mean.flatten(), expected[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.sixteenth_std.flatten(), expected[2].std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-4)
+    fourth, teacher, sixteenth = encoded.batch(torch.tensor([2, 0]), model)
+    torch.testing.assert_close(fourth, expected[0][[2, 0]])
+    torch.testing.assert_close(sixteenth, expected[2][[2, 0]])
+    torch.testing.assert_close(teacher, model.teacher(tuple(one[[2, 0]] for one in expected)), rtol=1e-3, atol=1e-3)
+
+
+# What stage 2 reads of stage 1
+
+@pytest.mark.parametrize("with_background", [True, False])
+def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, with_background):
+    category = layouts.Category(make_dataset(train=4) / "discs")
+    workspace = Workspace(tmp_path / "work")
+    labels = np.zeros((40, 50), np.uint8)
+    labels[10:20, 10:20], labels[30:, :] = 1, 2
+    for path in category.train:
+        folder = workspace.pseudo_labels("discs").image(path.stem)
+        files.write_image(folder / "filtered_cluster_map.png", labels)
+        if with_background:
+            files.write_image(folder / "background.jpg", np.where(labels == 2, 255, 0).astype(np.uint8))
+    files.write_array(workspace.pseudo_labels("discs").histogram, np.full((4, 2), 0.1, np.float32))
+    files.write_array(workspace.pseudo_labels("discs").trusted, np.array([2, 0]))
+    trusted, classes = read_stage_1(category, workspace)
+    assert trusted.tolist() == [0, 2] and classes == 3
+    data = training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes)
+    assert set(np.unique(data.labels[0])) == {0, 1, 2}
+    assert ("2 of 2 trusted images have no background.jpg" in capsys.readouterr().out) != with_background
+    expected = data.labels[0] == (2 if with_background else 0)
+    assert (data.backgrounds[0] == expected).mean() > 0.95
