@@ -112,17 +112,17 @@ def test_a_finished_category_is_skipped_and_overwrite_starts_over(label, tmp_pat
 
 
 def test_overwriting_harms_nothing_before_the_new_is_complete(label, category, tmp_path):
-    workspace = label(tmp_path)
+    workspace = label(tmp_path / "work")
     before = contents(workspace)
     broken = category.train[5]
     whole = broken.read_bytes()
     broken.write_bytes(whole[:200])
     with pytest.raises(UserError, match=broken.name):
-        label(tmp_path, overwrite=True, rotations=3)
+        label(tmp_path / "work", overwrite=True, rotations=3)
     after = contents(workspace)
     assert {path: content for path, content in after.items() if "unfinished" not in str(path)} == before
     broken.write_bytes(whole)
-    label(tmp_path, overwrite=True, rotations=3)
+    label(tmp_path / "work", overwrite=True, rotations=3)
     assert not list(workspace.root.rglob("*.unfinished"))
 
 
