@@ -76,7 +76,7 @@ class Measured:
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
             raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
         self.threshold: Threshold = choose_threshold(self.sum_of("val"))
-        self.roi = read_roi(category, images.SIZE, chosen.roi)
+        self.roi, self.white_level = read_roi(category, images.SIZE, chosen.roi), chosen.images.white_level
         self.histogram, self.note = self._histogram()
 
     def sum_of(self, part: str) -> np.ndarray:
@@ -93,7 +93,7 @@ class Measured:
         """What reasons are read off, from the exported model, if that is made of the files that there are now."""
         model = self.workspace.exported_model(self.category.name, "torch")
         if not model.exists():
-            return None, ""
+            return None, "no reasons: there is no exported torch model; run export_model.py"
         known = metadata(files.read_state(model))
         try:
             current = known.get("made_of") == sources(self.category.name, self.workspace, known.get("branches", []))
@@ -168,7 +168,7 @@ def choose_side(shown: list[TestImage]) -> tuple[int, list[TestImage], int]:
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
     one, category = tested.measured, tested.measured.category
-    image = pictures.shrink(images.read_rgb(tested.path), side)
+    image = pictures.shrink(images.read_rgb(tested.path, white_level=one.white_level), side)
     if one.roi is not None:
         image = pictures.outline(image, one.roi)
     drawn = [("image", image)]
@@ -209,13 +209,13 @@ def summary(one: Measured) -> dict[str, Any]:
                    for split, found in splits.items() if split != "good"},
         "histogram": figures.histograms({split: found[BOTH] for split, found in splits.items()}, one.threshold.value,
                                         f"score histograms of {category.name}"),
-        "pseudo_labels": pseudo_labels(category, workspace), "records": records_of(category, workspace),
+        "pseudo_labels": pseudo_labels(category, workspace, one.white_level), "records": records_of(category, workspace),
         "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
                                                if workspace.export_report.exists() else [])
                    if evaluated["category"] == category.name]}
 
 
-def pseudo_labels(category: layouts.Category, workspace: Workspace) -> dict[str, Any] | None:
+def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level: float | None) -> dict[str, Any] | None:
     """Some trusted training images with their pseudo-labels; None where there are none (any more)."""
     made = workspace.pseudo_labels(category.name)
     if not (made.trusted.exists() and made.histogram.exists()):
@@ -226,7 +226,7 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace) -> dict[str,
     for path in (paths[index] for index in some if index < len(paths)):
         label_file = made.image(category.key(path)) / "filtered_cluster_map.png"
         if label_file.exists():
-            image = pictures.shrink(images.read_rgb(path), PSEUDO_LABEL_SIDE)
+            image = pictures.shrink(images.read_rgb(path, white_level=white_level), PSEUDO_LABEL_SIDE)
             painted = pictures.label_overlay(image, images.read_mask(label_file))
             shown.append((path.name, pictures.data_uri(image, QUALITY), pictures.data_uri(painted, QUALITY)))
     areas = files.read_array(made.histogram).mean(0)
