@@ -220,7 +220,7 @@ def command_line(story: str) -> argparse.ArgumentParser:
     for section, model in SECTIONS.items():
         for key, field in model.model_fields.items():
             single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
-                                metavar="VALUE", help=field.description)
+                                metavar="VALUE", help=(field.description or "").replace("%", "%%"))
     return parser
 
 

@@ -1,16 +1,40 @@
-"""Label maps against the truth, on files made by hand."""
+"""Each benchmark on tiny input: it runs, by the name that the README gives it, and measures what it says."""
 
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import label_quality, speed, training_speed
+from benchmarks import label_quality, pseudo_label_speed, speed, training_speed
 from data import files, layouts
 from data.workspace import Workspace
 from errors import UserError
 from standins.rendered.writer import components_root
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_runs_as_a_module_and_needs_no_tests(name):
+    assert not re.search(r"^ *(from|import) (tests|conftest)", (ROOT / f"benchmarks/{name}.py").read_text(), re.MULTILINE)
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(pseudo_label_speed, "ROTATIONS", 2)
+    monkeypatch.setattr(pseudo_label_speed, "PUBLISHED", "efficientnet_lite0")
+    monkeypatch.setattr(sys, "argv", ["pseudo_label_speed", "--device", "cpu", "--sam", "--grounding_dino", "--components", "120",
+                                      "--scikit_learn"])
+    pseudo_label_speed.main()
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if re.search(r"\| +\d+\.\d+ \|", line)]
+    assert len(rows) == 7 and all(float(seconds) >= 0 for _, seconds, _ in rows)
+    assert {what.strip() for _, _, what in rows} == {"image", "component"}
 
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):

@@ -53,6 +53,14 @@ def test_every_setting_is_an_option():
     assert chosen.pseudo_labels.features == ["area", "color"]
 
 
+def test_help_tells_every_setting_with_its_meaning():
+    """A per cent sign in a description is none of argparse's."""
+    said = " ".join(settings.with_branches(settings.training_command_line("story")).format_help().split())
+    assert "95 % of the steps" in said
+    for section, model in settings.SECTIONS.items():
+        assert all(f"--{section}.{key}" in said for key in model.model_fields)
+
+
 @pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x"])
 def test_a_value_that_is_no_yaml_names_its_option(value):
     args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])

@@ -345,6 +345,42 @@ def test_watching_goes_on_where_it_was(tmp_path, engine):
     assert len(lines(tmp_path)) == len(rows(tmp_path)) == 1
 
 
+def test_watching_started_again_scores_only_what_is_new(engine, run, tmp_path, monkeypatch):
+    folder, polls = tmp_path / "in", []
+    write(folder / "a.png", 10)
+    write(folder / "b.png", 20)
+
+    def sleep(seconds):
+        polls.append(seconds)
+        if len(polls) % 3 == 0:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(predict.time, "sleep", sleep)
+    assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
+    assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
+    write(folder / "b.png", 200, size=(61, 80))  # another picture of the same name
+    write(folder / "c.png", 30)
+    assert run(folder, "--watch") == 4
+    assert [Path(row["image"]).name for row in rows(tmp_path)] == ["a.png", "b.png", "b.png", "c.png"]
+    assert len(lines(tmp_path)) == 4 and sum(engine.batches) == 4
+    assert run(folder) == 4 and len(rows(tmp_path)) == 3  # without --watch it starts anew
+
+
+def test_a_second_process_is_refused_and_harms_nothing(engine, run, photos, tmp_path, capsys):
+    assert run(photos) == 4
+    before = (tmp_path / "out/predictions.csv").read_bytes()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]):\n print(flush=True); "
+         "sys.stdin.read()", str(tmp_path / "out/.predict.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        assert run(photos) == 2
+        assert "another predict.py is writing" in capsys.readouterr().err
+        assert (tmp_path / "out/predictions.csv").read_bytes() == before
+    finally:
+        holder.communicate(b"")
+    assert run(photos) == 4
+
+
 def test_links_are_followed_once(engine, run, photos, tmp_path):
     (photos / "loop").symlink_to(photos)
     (photos / "gone.png").symlink_to(tmp_path / "nothing.png")

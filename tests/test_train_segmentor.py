@@ -358,6 +358,10 @@ def test_a_step_is_the_plain_losses_of_one_pass(training_data, kept, monkeypatch
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), name
+    for parts in (found, expected):
+        sum(parts.values()).backward()
+    for (name, ours), theirs in zip(segmentor.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_bf16_resumes_exactly_and_is_remembered(prepared, backbone, monkeypatch):
