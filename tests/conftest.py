@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data.layouts import Category
 from models.backbone import Backbone, fingerprint
 from training.stage import Job, view_of
 
@@ -66,7 +67,8 @@ def tiny_backbone() -> Backbone:
 
 
 def job_for(category, workspace, backbone, chosen, seed=0, overwrite=False, precision="fp32") -> Job:
-    """What a training stage is given for one category, on the CPU."""
+    """What a training stage is given for one category, on the CPU; like every process it looks at the disk anew."""
+    category = Category(category.root, category.logical_defects)
     return Job(category, workspace, chosen, view_of(category, chosen), backbone, torch.device("cpu"), precision, seed, overwrite)
 
 

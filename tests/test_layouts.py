@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import images, layouts
+from data import images, layouts, listing
 from data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
 from data.roi import read_roi
 from errors import UserError
@@ -112,7 +112,7 @@ def test_defects_that_are_not_there():
 
 
 def test_mvtec_ad_with_validation_images_measures_every_defect(tmp_path):
-    root = write(tmp_path, "train/good/{2}.png", "validation/good/{3}.png", "test/good/{1}.png", "test/crack/{2}.png")
+    root = write(tmp_path, "train/good/{4}.png", "validation/good/{3}.png", "test/good/{1}.png", "test/crack/{2}.png")
     category = Category(root)
     assert category.layout == "MVTec AD" and len(category.validation) == 3 and len(category.test(STRUCTURAL)) == 2
 
@@ -185,7 +185,9 @@ def test_the_share_depends_on_names_alone(tmp_path):
     assert [path.name for path in other.validation] == chosen
     assert chosen != [f"{index:03d}.png" for index in range(10)]  # not simply the first
     write(tmp_path / "a", "train/good/new.png", size=(1, 1))
-    assert len(set(chosen) & {path.name for path in first.validation}) >= 9
+    joined = Category(first.root)
+    assert len(joined.train) + len(joined.validation) == 41
+    assert len(set(chosen) & {path.name for path in joined.validation}) >= 9
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -194,7 +196,11 @@ def test_too_few_to_set_aside(tmp_path, count):
     with pytest.raises(UserError, match=f"has {count} training images? and none for validation; at least 5"):
         category.train  # noqa: B018
     write(tmp_path, "validation/good/000.png")
-    assert len(category.train) == count
+    if count == 4:
+        assert len(Category(tmp_path).train) == count
+    else:
+        with pytest.raises(UserError, match="has 1 training image; at least 4"):
+            Category(tmp_path).train  # noqa: B018
 
 
 # Keys
@@ -205,12 +211,12 @@ def test_too_few_to_set_aside(tmp_path, count):
 def test_keys_are_unique_whatever_the_names(places, suffixes, order):
     base = Path("/data/train")
     paths = sorted({base.joinpath(*parts[:-1], parts[-1] + suffix) for parts in places for suffix in suffixes})
-    keys = layouts._keys(paths, base)
+    keys = listing.unique_names(paths, base)
     assert len(set(keys.values())) == len(paths)
-    assert not any("/" in key or key in layouts.RESERVED_KEYS for key in keys.values())
+    assert not any("/" in key or key in listing.RESERVED_KEYS for key in keys.values())
     shuffled = list(paths)
     order.shuffle(shuffled)
-    assert layouts._keys(shuffled, base) == keys
+    assert listing.unique_names(shuffled, base) == keys
 
 
 def test_keys_of_twins_and_reserved_names(tmp_path):
@@ -223,8 +229,20 @@ def test_keys_of_twins_and_reserved_names(tmp_path):
                     "x_y.png": "x_y.png-" + keys["x_y.png"][-8:]}
     with pytest.raises(ValueError, match="no image of"):
         category.key(tmp_path / "train" / "none.png")
-    write(tmp_path, "train/later.png")
-    assert category.key(tmp_path / "train" / "later.png") == "later"
+
+
+def test_one_object_looks_at_the_disk_once(tmp_path, monkeypatch):
+    root = write(tmp_path, "train/good/a/{300}.png", "train/good/b/{300}.png", "test/good/{1}.png", size=(1, 1))
+    category = Category(root)
+    looks, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: (looks.append(folder), scan(folder))[1])
+    for _ in range(3):
+        assert len({category.key(path) for path in [*category.train, *category.validation]}) == 600
+        assert len(category.test_images) == 1
+    assert sorted(map(str, looks)) == [str(root / name) for name in ("test/good", "train/good", "train/good/a", "train/good/b")]
+    write(root, "train/good/later.png")
+    assert len(category.train) + 1 == len(Category(root).train) or len(category.validation) + 1 == len(Category(root).validation)
+    assert Category(root).key(root / "train/good/later.png") == "later"
 
 
 def test_masks_of_twins_are_not_guessed(tmp_path):

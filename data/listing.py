@@ -1,0 +1,95 @@
+"""What lies in folders: walked in sorted order with links followed, and names for what is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.images import SUFFIXES
+from errors import UserError
+
+RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
+
+Unused = list[tuple[Path, str]]  # what is left out, and why
+
+
+def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
+    """Names for the images of one list, unique and independent of their order."""
+    places = {path: path.relative_to(base).parts for path in images}
+    short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in places.items()}
+    whole = {path: "_".join(parts) for path, parts in places.items()}
+    times = Counter(short.values())
+    keys = {path: key for path, key in short.items() if times[key] == 1 and key not in RESERVED_KEYS}
+    taken = Counter(keys.values())
+    others = [path for path in images if path not in keys]
+    taken.update(whole[path] for path in others)
+    for path in others:
+        digest = hashlib.sha256("/".join(places[path]).encode(errors="surrogateescape")).hexdigest()[:8]
+        keys[path] = whole[path] if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS else f"{whole[path]}-{digest}"
+    return keys
+
+
+def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
+    """The images in a folder and, unless ``flat``, in those within, sorted; and what there is besides. Links are followed."""
+    images: list[Path] = []
+    unused: Unused = []
+    home = folder.resolve()
+    seen = {place: place for place in (home, *home.parents)}
+    pending = deque([folder])
+    while pending:
+        with os.scandir(pending.popleft()) as listing:
+            entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
+        for entry in entries:
+            path, link = Path(entry.path), entry.is_symlink()
+            is_folder = path.is_dir() if link else entry.is_dir()
+            suffix = path.suffix.lower()
+            if entry.name.startswith("."):
+                unused.append((path, "hidden"))
+            elif is_folder and flat:
+                unused.append((path, "a folder beside the images"))
+            elif is_folder:
+                place = path.resolve()
+                if place in seen:
+                    unused.append((path, f"leads to {seen[place]} once more"))
+                else:
+                    seen[place] = path
+                    # Links last: a folder that is also linked to counts under its own name.
+                    pending.append(path) if link else pending.appendleft(path)
+            elif link and not path.is_file():
+                unused.append((path, "a link to a file that is not there"))
+            elif suffix not in SUFFIXES:
+                unused.append((path, f"no image format that is read here ({suffix or 'no suffix'})"))
+            elif not (flat and entry.name == "roi.png"):
+                images.append(path)
+    return sorted(images), unused
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, links after the rest; nothing where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted((Path(folder, name) for name in os.listdir(folder)), key=lambda path: (path.is_symlink(), path.name))
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in entries(folder) if path.is_dir() and not path.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in entries(folder)
+                  if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path} cannot be read ({str(problem).splitlines()[0]}); mend it or delete it") from problem
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
