@@ -286,7 +286,9 @@ class _PlainYaml(yaml.SafeLoader):
 
 
 for _tag, _pattern, _first in (
-        ("bool", r"true|false", "tf"), ("null", r"null|~|", ["n", "~", ""]), ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"null|~|", ["n", "~", ""]),
+        ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
         ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789")):
     _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 

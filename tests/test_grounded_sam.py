@@ -212,7 +212,8 @@ def run_stage(monkeypatch, workspace, dataset, *extra):
                                "min_mask_region_area", "text_prompt", "text_threshold", "box_threshold", "variants")
               for word in (f"--pseudo_labels.{key}", str(changes[key]))]
     monkeypatch.setattr(sys, "argv", ["pseudo_label.py", "--workspace", str(workspace), "--dataset_root", str(dataset),
-                                      "--preset", "quick", "--backbone", "embedded", "--device", "cpu", *single, *extra])
+                                      "--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu",
+                                      *single, *extra])
     pseudo_label.run_script(pseudo_label.main)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from data import layouts
 from data.layouts import GOOD, LOGICAL, SPLITS, STRUCTURAL, Dataset
 from errors import UserError
 from standins.rendered import CATEGORIES
@@ -39,7 +40,8 @@ def small_set(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------- files and truth
 
 
-def test_layout_is_locos(small_set):
+def test_layout_is_locos(small_set, monkeypatch):
+    monkeypatch.setattr(layouts, "FEWEST_WITH_VALIDATION", 1)
     categories = Dataset(small_set).select(None)
     assert [category.name for category in categories] == sorted(CATEGORIES)
     for category in categories:
