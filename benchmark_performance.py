@@ -142,7 +142,8 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches, 
                 raise UserError(f"{category.name} has no {name} test images")
             measured = localisation.measure(category, maps, split, roi)
             found[name] = {"spro": {str(limit): area for limit, area in measured.spro.items()},
-                           "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max}
+                           "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max,
+                           "left_out": sorted(localisation.without_masks(category, split))}
         except UserError as problem:  # image-level figures are worth having without it
             found[name] = {"missing": str(problem)}
     return found
@@ -188,6 +189,8 @@ def table(measured: dict[str, dict]) -> list[str]:
         rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()
                  if "spro" in one]
         notes += [f"{name}, {kind}: not measured: {one['missing']}" for kind, one in found.items() if "missing" in one]
+        notes += [f"{name}, {kind}: measured without {', '.join(one['left_out'])}, which has no ground-truth masks"
+                  for kind, one in found.items() if one.get("left_out")]
     means = [("average", kind, *np.mean([row[2:] for row in rows if row[1] == kind], axis=0))
              for kind in ANOMALIES if any(row[1] == kind for row in rows)]
     if means:

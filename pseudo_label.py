@@ -26,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 import settings
-from check_dataset import quick_check
 from data import files, images, layouts, records
+from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import Backbone

@@ -47,7 +47,9 @@ def main() -> None:
         with place.lock():
             done = [category for category in categories if place.metrics(category.name).exists()]
             if not done:
-                raise UserError(f"{place.root} holds no results yet; run benchmark_performance.py first")
+                raise UserError(f"{place.root} holds no results yet; " + (
+                    "run benchmark_performance.py first" if any(category.tested for category in categories)
+                    else "there are no good test images, and without them nothing to report"))
             if args.categories:  # without names, what is done of a data set that is only begun
                 for category in categories:
                     files.require(place.metrics(category.name), "benchmark_performance.py")

@@ -7,6 +7,7 @@ grow with the number of images, and each region adds its pixels' shares to a sec
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
-    """Localisation of one kind of anomaly, over the good test images and those of its split.
+    """Localisation of one kind of anomaly, over the good test images and those of its split, but for `without_masks`.
 
     Args:
         maps: by split the anomaly maps (N, h, w) of the category's test images, in sorted file order; enlarged here.
@@ -141,18 +142,32 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str,
         UserError: maps and images differ in number, or the ground truth is missing or does not fit.
     """
     sweep = Sweep()
-    saturations = read_saturations(category)
+    saturations, left_out = read_saturations(category), without_masks(category, split)
     for shown in (layouts.GOOD, split):
         paths = category.test(shown)
         if len(maps.get(shown, ())) != len(paths):
             raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
                             f"but {len(paths)} images; run CSAD.py --overwrite")
         for path, small in zip(paths, maps[shown]):
+            if _test_folder(category, path) in left_out:
+                continue
             size = images.displayed_size(path)
             regions = read_regions(category, shown, path, saturations, size) if shown != layouts.GOOD else []
             inspected = None if roi is None else enlarge(roi.astype(np.float32), size) >= 0.5
             sweep.add(enlarge(small, size), regions, inspected)
     return sweep.result()
+
+
+def without_masks(category: layouts.Category, split: str) -> set[str]:
+    """Where there is a folder for each defect, the defects of one kind that have no masks at all, while others of it have."""
+    masks: Counter[str] = Counter()
+    for path in category.test(split):
+        masks[_test_folder(category, path)] += len(category.region_masks(split, path))
+    return {defect for defect, count in masks.items() if not count} if masks.total() else set()
+
+
+def _test_folder(category: layouts.Category, image: Path) -> str:
+    return image.relative_to(category.root / "test").parts[0]
 
 
 def enlarge(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -194,7 +209,7 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
     """
     paths = category.region_masks(kind, image)
     if not paths:
-        raise UserError(f"{category.name}: {kind}/{image.name} has no ground-truth mask")
+        raise UserError(f"{category.name}: {image.relative_to(category.root)} has no ground-truth mask")
     regions = []
     for path in paths:
         values = images.read_mask(path)

@@ -14,6 +14,8 @@ import tifffile
 from PIL import Image
 
 import check_dataset
+import settings
+from data import checks, pictures
 from data.layouts import Category
 from errors import run_script
 
@@ -196,7 +198,7 @@ def test_contact_sheets(broken, run, tmp_path):
         f"discs_{folder}.png" for folder in ("test_good", "test_logical_anomalies", "test_structural_anomalies", "train_good",
                                              "validation_good")]
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "discs_train_good.png"))
-    side = check_dataset.THUMBNAIL
+    side = pictures.THUMBNAIL
     assert (sheet[2:side, 2 + 3 * (side + 4):][:, :side] == (200, 0, 0)).all()  # the fourth cannot be read
     expected = picture(broken / "train/good/000.png").resize((side, side), Image.Resampling.BOX)
     np.testing.assert_array_equal(sheet[2:2 + side, 2:2 + side], expected)
@@ -205,19 +207,19 @@ def test_contact_sheets(broken, run, tmp_path):
 
 
 def test_quick_check_reads_headers_only(broken, monkeypatch):
-    assert check_dataset.quick_check(Category(broken)) == []
+    assert checks.quick_check(Category(broken)) == []
     shutil.copy(broken / "train/good/003.png", broken / "test/good/new.png")
     Image.new("RGB", (300, 200)).save(broken / "train/good/wide.png")
     (broken / "train/good/a.heic").write_bytes(b"x")
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels are read"))
-    found = "\n".join(check_dataset.quick_check(Category(broken), 0.05))
-    for word in ("the same file in train and test: train/good/003.png = test/good/new.png", "wide.png", "a.heic", "needs 19"):
+    found = "\n".join(checks.quick_check(Category(broken)))
+    for word in ("the same file in train and test: train/good/003.png = test/good/new.png", "wide.png", "a.heic"):
         assert word in found
 
 
 def test_other_good_pictures_of_the_same_kind_are_no_copies(broken):
-    _, pictures = check_dataset.check(Category(broken))
-    assert check_dataset.near_copies([one for found in pictures.values() for one in found]) == []
+    _, seen = checks.check(Category(broken), settings.load("discs"))
+    assert pictures.near_copies([one for found in seen.values() for one in found]) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -225,3 +227,17 @@ def test_a_file_that_may_not_be_read(broken, run):
     (broken / "train/good/003.png").chmod(0)
     status, said, _ = run("--dataset_root", broken.parent)
     assert status == 2 and "003.png" in said
+
+
+def test_a_categorys_file_and_single_settings_count(run, tmp_path, monkeypatch):
+    (tmp_path / "categories").mkdir()
+    (tmp_path / "categories" / "cup.yaml").write_text("logical: [missing_pin]\nroi: [[[0, 0], [0.5, 0], [0.5, 1]]]\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    cases = "--dataset_root", CASES / "mini_mvtec_ad", "--categories", "cup"
+    status, said, _ = run(*cases)
+    assert status == 0 and "1 crack, 1 missing_pin" not in said and "1 missing_pin (logical), 1 crack" in said
+    (tmp_path / "categories" / "cup.yaml").write_text("roi: [[[0, 0], [1, 1]]]\n")
+    assert "needs at least three points" in run(*cases)[1]
+    (tmp_path / "categories" / "cup.yaml").write_text("logical: [dent]\n")
+    status, _, complaint = run(*cases)
+    assert status == 2 and "no defect 'dent'" in complaint
