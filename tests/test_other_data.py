@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import draw_parts
 from PIL import Image
-from test_end_to_end import STAGES, arguments
+from test_end_to_end import ROOT, STAGES, arguments
 
 import predict
 import settings
@@ -28,7 +28,7 @@ def run(stage: str, workspace: Path, dataset: Path, *extra: str) -> int:
     """Run a stage in this process; returns its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{stage}.py", *arguments(stage, workspace, dataset, *FOUR_STEPS.get(stage, ()), *extra)])
-        return status_of(importlib.import_module(stage).main)
+        return status_of(lambda: runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__"))
 
 
 def status_of(main) -> int:
