@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,10 @@ REFERENCE = Path(__file__).parent / "reference"
 # One thread count for this process and those that tests start: it decides how sums round.
 THREADS = 2
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+# A shell starts background commands with Ctrl-C ignored, which programs rightly keep to; tests that press it need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
