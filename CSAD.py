@@ -34,7 +34,7 @@ from training.lgst_step import (
     warm_cosine,
 )
 from training.loop import TrainingLoop
-from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
 SCORING_BATCH = 8
 BRANCHES = ("LGST", "CSAD")  # the second is the published README's name for the same scores
@@ -50,17 +50,9 @@ def train_category(job: Job) -> None:
     penalties = PenaltyPictures(chosen.penalty_images) if chosen.student == "pixels" else None
     used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
-    # Asked for first: a missing split should not cost an hour of training.
-    validation, test = category.validation, layouts.test_splits(category)
-    record = records.Record(
-        checkpoint.with_suffix(".json"), used, [checkpoint, *workspace.branch_outputs(category.name, BRANCHES, bool(test))],
-        records.scored_images(validation, test), checkpoint)
-    to_do = record.begin(job.overwrite)
+    record, to_do = begin(job, BRANCHES, used, "LGST is trained")
     if to_do == records.SKIP:
-        print(f"{category.name}: LGST is trained and scored already, skipped (--overwrite starts over)")
         return
-    require_same_backbone(job, (workspace.segmentor(category.name), "train_segmentor.py"),
-                          (workspace.memory(category.name), "patch_memory.py"))
 
     progress = workspace.progress(category.name, "lgst")
     if job.overwrite:
@@ -71,7 +63,7 @@ def train_category(job: Job) -> None:
         model = (LGST if penalties else FeatureLGST)(job.backbone.channels, chosen.width, chosen.teacher_channels)
         files.load_checkpoint(model, checkpoint)
         model.to(job.device).eval()
-    found = differences(model, job, validation, "normalise maps")
+    found = differences(model, job, category.validation, "normalise maps")
     if not all(part.isfinite().all() for part in found):
         progress.unlink(missing_ok=True)  # nothing to go on from
         raise UserError(f"{category.name}: training diverged, LGST gives no finite scores; "
@@ -83,7 +75,7 @@ def train_category(job: Job) -> None:
         "meta": used | {"category": category.name, "ran_on": describe_device(job.device, job.precision)}})
 
     maps = {"val": model.anomaly_map(found).numpy()}
-    for split, paths in test.items():
+    for split, paths in layouts.test_splits(category).items():
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).numpy()
     write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()}, maps)
     record.finish()
@@ -99,8 +91,7 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
     if chosen.he_initialisation:
         model.initialise_for_short_runs()
     model.to(device, memory_format=memory_format(job.precision)).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
+    optimizer = adam(model, chosen, device)
     loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
                         model=model, optimizer=optimizer)
     batches = Batches(train_images, model, backbone.encoder, device, f"{job.name}: teacher features")
@@ -126,8 +117,7 @@ def train_on_features(job: Job, progress: Path, used: dict) -> FeatureLGST:
     torch.manual_seed(job.seed)
     model = FeatureLGST(backbone.channels, chosen.width, chosen.teacher_channels)
     model.to(device, memory_format=memory_format(job.precision)).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
+    optimizer = adam(model, chosen, device)
     loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
                         model=model, optimizer=optimizer)
     maps = EncodedImages(job.category.train, job.view, backbone.encoder, device, f"{job.name}: encode training images")

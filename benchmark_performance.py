@@ -8,7 +8,6 @@ saturated per-region overlap) stands on lines of its own. The same numbers per c
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,17 @@ import settings
 from data import files, layouts
 from data.images import SIZE
 from data.roi import read_roi
-from data.workspace import Workspace
+from data.selection import select
+from data.workspace import STAGES, Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
 from evaluation.metrics import auroc, average_precision, f1_max, mean_known
 from evaluation.scores import (
     PAPER_BRANCHES,
-    STAGES,
     Scores,
     by_split,
     digest_scores,
     normalised_scores,
-    record_of,
     scored_branches,
 )
 from models.fusion import fuse
@@ -42,14 +40,9 @@ Branches = tuple[str, ...]
 
 def main() -> None:
     args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    workspace, _, categories, chosen = select(args)
     places = workspace.of_seeds(args.seeds).values()
-    with ExitStack() as locks:
-        for place in {one.root: one for one in (workspace, *places)}.values():
-            locks.enter_context(place.lock())
+    with workspace.lock_with(places):
         runs, missing = [], []
         for place in places:
             runs.append({})
@@ -79,12 +72,13 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches)
     fused = [branch for branch in branches if branch in fused]
+    sums = {some: fused_by_split(category, scores, some, rule) for some in combinations(branches, fused)}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
             "measured": digest_scores(category, workspace, branches),
-            "detection": {"+".join(some): detection(category, scores, some, rule) for some in combinations(branches, fused)},
-            "defects": single_defects(category, scores, combinations(branches, fused), rule),
-            "localisation": {"+".join(some): where(category, workspace, some, roi) for some in combinations(branches, fused)
+            "detection": {"+".join(some): detection(split_scores) for some, split_scores in sums.items()},
+            "defects": single_defects(category, sums),
+            "localisation": {"+".join(some): where(category, workspace, some, roi) for some in sums
                              if len(some) == 1 or list(some) == fused}}
 
 
@@ -99,9 +93,8 @@ def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
     return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
 
 
-def detection(category: layouts.Category, scores: Scores, branches: Branches, rule: str) -> dict[str, dict[str, float]]:
-    """Image-level metrics of the sum of the branches' scores, logical and structural apart."""
-    split_scores = fused_by_split(category, scores, branches, rule)
+def detection(split_scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Image-level metrics of a sum of branches' scores, logical and structural apart."""
     good = split_scores[layouts.GOOD]
     return {name: {"auroc": auroc(good, split_scores[split]), "average_precision": average_precision(good, split_scores[split]),
                    "f1_max": f1_max(good, split_scores[split])} for name, split in ANOMALIES.items()}
@@ -112,17 +105,16 @@ def fused_by_split(category: layouts.Category, scores: Scores, branches: Branche
     return by_split(category, parts)
 
 
-def single_defects(category: layouts.Category, scores: Scores, sums: list[Branches], rule: str) -> dict[str, dict[str, Any]]:
+def single_defects(category: layouts.Category, sums: dict[Branches, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
-    for branches in sums:
-        split_scores = fused_by_split(category, scores, branches, rule)
-        for kind, split in ANOMALIES.items():
-            names = [category.defect_of(split, path) for path in category.test(split)]
-            for name in sorted({name for name in names if name}):
-                values = split_scores[split][[one == name for one in names]]
-                entry = found.setdefault(name, {"kind": kind, "images": len(values), "auroc": {}})
-                entry["auroc"]["+".join(branches)] = auroc(split_scores[layouts.GOOD], values)
+    for kind, split in ANOMALIES.items():
+        names = [category.defect_of(split, path) for path in category.test(split)]
+        for name in sorted({name for name in names if name}):
+            chosen = np.array([one == name for one in names])
+            entry = found.setdefault(name, {"kind": kind, "images": int(chosen.sum()), "auroc": {}})
+            entry["auroc"] |= {"+".join(branches): auroc(split_scores[layouts.GOOD], split_scores[split][chosen])
+                               for branches, split_scores in sums.items()}
     return found
 
 
@@ -205,7 +197,7 @@ def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
 
 def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
     """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
-    recorded = [record_of(category, workspace, branch) for branch in branches]
+    recorded = [workspace.record(category, branch) for branch in branches]
     return {name for path in recorded if path.exists() for name in files.read_json(path)["used"]["stand_ins"]}
 
 

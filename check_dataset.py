@@ -17,10 +17,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import settings
-from data import files, layouts
+from data import files
 from data.checks import Findings, check
 from data.pictures import THUMBNAIL, Picture
-from data.workspace import Workspace
+from data.selection import select
 from errors import UserError, run_script
 
 WARNED = 4
@@ -29,15 +29,14 @@ SHOWN = 400  # pictures on a contact sheet
 
 def main() -> None:
     parser = settings.command_line(__doc__)
-    parser.add_argument("--output", type=settings.place, metavar="FOLDER",
+    parser.add_argument("--output", type=files.place, metavar="FOLDER",
                         help="write a contact sheet (PNG) of every folder there")
     parser.add_argument("--false_positive_rate", type=float, metavar="RATE",
                         help="say whether there are enough validation images for a threshold with this rate, for example 0.05")
     args = parser.parse_args()
     if args.false_positive_rate is not None and not 0 < args.false_positive_rate < 1:
         raise UserError(f"--false_positive_rate is {args.false_positive_rate}; it must lie between 0 and 1")
-    dataset = layouts.Dataset(args.dataset_root or Workspace(args.workspace).default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
+    _, dataset, categories, chosen = select(args)
     if args.output and args.output.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(f"--output {args.output} lies in the data set, where its pictures would be taken for images; "
                         "name another folder")
@@ -46,8 +45,7 @@ def main() -> None:
     for path, why in odd:
         print(f"warning: {path} is not used: {why}")
     for category in categories:
-        chosen = settings.load(category.name, args.preset, settings.overrides(args))
-        findings, pictures = check(category, chosen, args.false_positive_rate)
+        findings, pictures = check(category, chosen[category.name], args.false_positive_rate)
         print_findings(findings)
         warnings, errors = warnings + len(findings.warnings), errors + len(findings.errors)
         if args.output:

@@ -14,7 +14,6 @@ import csv
 import io
 import math
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 import settings
 from data import files, images, layouts
+from data.selection import select
 from data.workspace import Workspace
 from deploy import exporters, quantisation
 from deploy.assembly import fused_state, sources, with_threshold
@@ -60,15 +60,10 @@ def main() -> None:
         raise UserError(IMPOSSIBLE[args.format, args.precision])
     if args.format == "torch" and (args.with_map or args.raw_input):
         raise UserError("--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps")
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    workspace, _, categories, chosen = select(args)
     device = str(choose_device(args.device))
     places = workspace.of_seeds(args.seeds).values()
-    with ExitStack() as locks:
-        for place in {one.root: one for one in (workspace, *places)}.values():
-            locks.enter_context(place.lock())
+    with workspace.lock_with(places):
         runs = [export_and_evaluate(categories, place, args, chosen, device) for place in places]
         if args.seeds and any(runs):
             lines = seeds.table(seeds.over_seeds(runs), args.seeds)
@@ -111,7 +106,7 @@ def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, ar
                 chosen: settings.Settings, device: str) -> None:
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
-    exporters.require_category(exporters.metadata(state), category.name, source)
+    exporters.require_category(metadata(state), category.name, source)
     require_up_to_date(metadata(state), category, workspace, source, "torch")
     if args.precision != "int8":
         content = exporters.onnx_model(state, category.name, args.precision, args.with_map, args.raw_input)

@@ -22,7 +22,7 @@ from models.backbone import resize
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, patches
 from models.prediction import MAP_SIZE
-from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
+from training.stage import Job, begin, on_cpu, run_stage, write_scores
 
 BATCH = 4
 CANDIDATES = 100_000  # patches from which rows are chosen
@@ -38,16 +38,9 @@ def fit_category(job: Job) -> None:
     checkpoint = workspace.memory(category.name)
     used = {"settings": chosen.model_dump(), "images": job.view.record,
             **records.inputs(category.train, job.seed, job.backbone)}
-    validation, test = category.validation, layouts.test_splits(category)
-    record = records.Record(
-        checkpoint.with_suffix(".json"), used, [checkpoint, *workspace.branch_outputs(category.name, ["memory"], bool(test))],
-        records.scored_images(validation, test), checkpoint)
-    to_do = record.begin(job.overwrite)
+    record, to_do = begin(job, ["memory"], used, "the patch memory is fitted")
     if to_do == records.SKIP:
-        print(f"{category.name}: the patch memory is fitted and scored already, skipped (--overwrite starts over)")
         return
-    require_same_backbone(job, (workspace.segmentor(category.name), "train_segmentor.py"),
-                          (workspace.lgst(category.name), "CSAD.py"))
 
     if to_do == records.TRAIN:
         memory = fit(job)
@@ -55,7 +48,7 @@ def fit_category(job: Job) -> None:
         memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share)
         files.load_checkpoint(memory, checkpoint)
     memory.to(job.device).eval()
-    found = anomaly_maps(memory, job, validation, "validation images")
+    found = anomaly_maps(memory, job, category.validation, "validation images")
     if not found.isfinite().all():
         raise UserError(f"{category.name}: the patch memory gives distances that are not finite; the backbone's weights may be "
                         "damaged")
@@ -64,7 +57,9 @@ def fit_category(job: Job) -> None:
         "state": on_cpu(memory), "encoder": on_cpu(job.backbone.encoder),
         "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")}})
 
-    maps = {"val": found} | {split: anomaly_maps(memory, job, paths, f"test images, {split}") for split, paths in test.items()}
+    maps = {"val": found}
+    for split, paths in layouts.test_splits(category).items():
+        maps[split] = anomaly_maps(memory, job, paths, f"test images, {split}")
     write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
                  {split: resize(one[:, None], (MAP_SIZE, MAP_SIZE))[:, 0].numpy() for split, one in maps.items()})
     record.finish()

@@ -28,6 +28,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from data import files
+from data.files import place
 from data.images import SUFFIXES
 from deploy.engines import Engine, device_name, open_model
 from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture, threshold_of
@@ -92,10 +93,6 @@ def main() -> None:
         print(f"{len(found.left_out)} files were left out because they are no images: {named}"
               f"{' and others' if len(found.left_out) > NAMED else ''}")
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)
-
-
-def place(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 class Found:

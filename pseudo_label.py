@@ -28,6 +28,7 @@ from tqdm import tqdm
 import settings
 from data import files, images, layouts, records
 from data.checks import quick_check
+from data.selection import select
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import Backbone
@@ -53,10 +54,7 @@ def main() -> None:
                      default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
     own.add_argument("--download", action="store_true", help="fetch missing checkpoints into WORKSPACE/ckpt")
     args = parser.parse_args()
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
     with workspace.lock():
         # Only cnn_image costs time; its network is left out where nobody asked for it.

@@ -16,12 +16,13 @@ from tqdm import tqdm
 import settings
 from data import files, images, layouts
 from data.roi import read_roi
-from data.workspace import Workspace
+from data.selection import select
+from data.workspace import STAGES, Workspace
 from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
 from evaluation.localisation import scaled_maps
-from evaluation.scores import STAGES, Scores, by_split, digest_scores, normalised_scores, record_of
+from evaluation.scores import Scores, by_split, digest_scores, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
 from report import figures, page, pictures
@@ -33,16 +34,12 @@ SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
 
-
-BOTH = "fused"
+FUSED = "fused"
 
 
 def main() -> None:
     args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    workspace, dataset, categories, chosen = select(args)
     for place in workspace.of_seeds(args.seeds).values():
         with place.lock():
             done = [category for category in categories if place.metrics(category.name).exists()]
@@ -88,7 +85,7 @@ class Measured:
         """Per branch and, as "fused", their sum: scores by split of test images."""
         parts = {branch: {part: share(values, self.rule) for part, values in self.scores[branch].items()}
                  for branch in self.branches}
-        parts = {BOTH: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
+        parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
         return {name: by_split(self.category, one) for name, one in parts.items()}
 
     def _histogram(self) -> tuple[dict[str, Any] | None, str]:
@@ -113,7 +110,7 @@ def write_page(dataset: str, measured: list[Measured], workspace: Workspace) -> 
     cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
     content = page.render(
         dataset=dataset, categories=summaries, cards=sorted(cards, key=lambda one: -one["score"]), side=side,
-        titles={BOTH: "fused"} | {branch: BRANCHES[branch] for branch in STAGES}, left_out=left_out, versions=versions())
+        titles={FUSED: FUSED} | {branch: BRANCHES[branch] for branch in STAGES}, left_out=left_out, versions=versions())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
@@ -132,9 +129,14 @@ class TestImage(NamedTuple):
         return sum(self.shares.values())
 
     @property
+    def anomalous(self) -> bool:
+        return self.score > self.measured.threshold.value
+
+    @property
     def error(self) -> str:
-        anomalous = self.score > self.measured.threshold.value
-        return "" if anomalous == (self.split != layouts.GOOD) else "false alarm" if anomalous else "missed"
+        if self.anomalous == (self.split != layouts.GOOD):
+            return ""
+        return "false alarm" if self.anomalous else "missed"
 
 
 def test_images(one: Measured) -> list[TestImage]:
@@ -187,12 +189,11 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
         drawn.append(("components", pictures.label_overlay(image, label_map)))
         if one.histogram:
             words = [deviation.words for deviation in deviations(label_map, one.histogram)]
-    anomalous = tested.score > one.threshold.value
     alarm = max(tested.shares, key=tested.shares.get)
     if alarm in tested.anomaly_maps:
         drawn.append((f"map of the {BRANCHES[alarm]}", pictures.heat_overlay(image, tested.anomaly_maps[alarm])))
     return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
-            "score": tested.score, "branches": tested.shares, "anomalous": anomalous, "alarm": BRANCHES[alarm],
+            "score": tested.score, "branches": tested.shares, "anomalous": tested.anomalous, "alarm": BRANCHES[alarm],
             "error": tested.error, "words": words,
             "pictures": [(title, pictures.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
@@ -206,10 +207,10 @@ def summary(one: Measured) -> dict[str, Any]:
     return {
         "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.note,
         "branches": one.branches, "fused": "+".join(one.fused),
-        "images": {split: len(found[BOTH]) for split, found in splits.items()},
+        "images": {split: len(found[FUSED]) for split, found in splits.items()},
         "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
                    for split, found in splits.items() if split != "good"},
-        "histogram": figures.histograms({split: found[BOTH] for split, found in splits.items()}, one.threshold.value,
+        "histogram": figures.histograms({split: found[FUSED] for split, found in splits.items()}, one.threshold.value,
                                         f"score histograms of {category.name}"),
         "pseudo_labels": pseudo_labels(category, workspace, one.white_level), "records": records_of(category, workspace),
         "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
@@ -241,7 +242,7 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
-    noted |= {stage: record_of(category.name, workspace, branch) for branch, stage in STAGES.items()}
+    noted |= {stage: workspace.record(category.name, branch) for branch, stage in STAGES.items()}
     return {stage: files.read_json(path)["used"] for stage, path in noted.items() if path.exists()}
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data.files import place
 from errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -192,12 +192,6 @@ def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
     return {path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))}
 
 
-def check(categories: Iterable[str], arguments: argparse.Namespace) -> None:
-    """Refuse wrong single settings in a script that uses none, but takes the options of all stages like the others."""
-    for category in categories:
-        load(category, arguments.preset, overrides(arguments))
-
-
 def command_line(story: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
     parser = argparse.ArgumentParser(description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,11 +239,6 @@ def with_branches(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--branches", nargs="+", dest="fusion.branches", default=argparse.SUPPRESS, metavar="BRANCH",
                         help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches")
     return parser
-
-
-def place(text: str) -> Path:
-    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
-    return Path(text).expanduser()
 
 
 def seed(text: str) -> int:

@@ -30,7 +30,7 @@ from models.segmentor import Segmentor
 from training.loop import TrainingLoop
 from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
 from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
-from training.stage import Job, on_cpu, require_same_backbone, run_stage, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
 SCORING_BATCH = 8
 
@@ -47,16 +47,10 @@ def train_category(job: Job) -> None:
     used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             "pseudo_labels": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
             **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
-    # Asked for first: a missing split should not cost an hour of training.
-    validation, test = category.validation, layouts.test_splits(category)
-    outputs = [checkpoint, parameter_file, workspace.evidence_parameters(category.name),
-               *workspace.branch_outputs(category.name, ["patchhist"], bool(test))]
-    record = records.Record(checkpoint.with_suffix(".json"), used, outputs, records.scored_images(validation, test), checkpoint)
-    to_do = record.begin(job.overwrite)
+    record, to_do = begin(job, ["patchhist"], used, "segmentor is trained",
+                          [parameter_file, workspace.evidence_parameters(category.name)])
     if to_do == records.SKIP:
-        print(f"{category.name}: segmentor is trained and scored already, skipped (--overwrite starts over)")
         return
-    require_same_backbone(job, (workspace.lgst(category.name), "CSAD.py"), (workspace.memory(category.name), "patch_memory.py"))
 
     train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
     progress = workspace.progress(category.name, "segmentor")
@@ -77,7 +71,7 @@ def train_category(job: Job) -> None:
         segmentor.to(job.device).eval()
 
     train_maps = label_maps(segmentor, job, train_images, "segment training images")
-    validation_maps = label_maps(segmentor, job, validation, "segment validation images")
+    validation_maps = label_maps(segmentor, job, category.validation, "segment validation images")
     parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
     files.write_arrays(parameter_file, **parameters)
     detector = fitted_detector(parameters, classes)
@@ -87,7 +81,7 @@ def train_category(job: Job) -> None:
     files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
     scores = {"val": detector(validation_maps).numpy()}
     drawn = {"val": evidence_maps(evidence, validation_maps)}
-    for split, paths in test.items():
+    for split, paths in layouts.test_splits(category).items():
         maps = label_maps(segmentor, job, paths, f"segment test images, {split}")
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
@@ -103,8 +97,7 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, used: dict
     torch.manual_seed(job.seed)
     segmentor = Segmentor(backbone.channels, chosen.width, classes).train()
     segmentor.to(device, memory_format=memory_format(job.precision))
-    optimizer = torch.optim.Adam(segmentor.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                 fused=device.type != "mps")
+    optimizer = adam(segmentor, chosen, device)
     steps_per_epoch = math.ceil(len(data.trusted) / chosen.batch_size)
     steps = chosen.epochs * steps_per_epoch
     if job.overwrite:

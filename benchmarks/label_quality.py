@@ -15,7 +15,7 @@ import numpy as np
 
 import settings
 from data import files, images, layouts
-from data.workspace import Workspace
+from data.selection import select
 from errors import UserError, run_script
 from evaluation.label_matching import LabelMatch, match_labels
 from standins.rendered.writer import components_root
@@ -23,14 +23,11 @@ from standins.rendered.writer import components_root
 
 def main() -> None:
     args = settings.command_line(__doc__).parse_args()
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
+    workspace, dataset, categories, _ = select(args)
     truth = components_root(dataset.root)
     if not truth.is_dir():
         raise UserError(f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them")
     found = {}
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    settings.check((category.name for category in categories), args)
     for category in categories:
         trusted = files.read_array(files.require(workspace.pseudo_labels(category.name).trusted,
                                                  "pseudo_label.py"))

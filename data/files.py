@@ -19,6 +19,11 @@ from PIL import Image
 from errors import DAMAGED, UserError
 
 
+def place(text: str) -> Path:
+    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
+    return Path(text).expanduser()
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically, making its folder first."""
     path = Path(path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from errors import UserError
 
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
+STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}  # by branch, in all tables' order
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ class Workspace:
     def memory(self, category: str) -> Path:
         return self.root / "ckpt" / f"memory_{category}.pth"
 
+    def checkpoint(self, category: str, branch: str) -> Path:
+        """What the branch's stage trained or fitted."""
+        return {"patchhist": self.segmentor, "LGST": self.lgst, "memory": self.memory}[branch](category)
+
+    def record(self, category: str, branch: str) -> Path:
+        """What the branch's stage noted (data.records)."""
+        return self.checkpoint(category, branch).with_suffix(".json")
+
     # Stages 2, 3 and 3b: branch is "patchhist", "LGST" (or its published alias "CSAD") or "memory"
     def scores(self, category: str, branch: str, part: str) -> Path:
         """``part`` is one of `SCORE_PARTS`."""
@@ -173,6 +182,14 @@ class Workspace:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def lock_with(self, others: Iterable[Workspace]) -> Iterator[None]:
+        """Hold this workspace and others, those of its seeds for example, each once."""
+        with ExitStack() as locks:
+            for one in {place.root: place for place in (self, *others)}.values():
+                locks.enter_context(one.lock())
+            yield
 
 
 def _with_precision(name: str, precision: str) -> str:

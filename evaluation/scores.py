@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from data import files, layouts, records
-from data.workspace import SCORE_PARTS, Workspace
+from data.workspace import SCORE_PARTS, STAGES, Workspace
 from errors import UserError
 from models.fusion import apply_trimmed_z, fit_trimmed_z
 
-STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}  # in the order of all tables
 PAPER_BRANCHES = ("patchhist", "LGST")
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
 Scores = dict[str, dict[str, np.ndarray]]
@@ -48,19 +45,13 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
             if scores[part].shape != (expected,):
                 raise UserError(f"{paths[part]} holds {scores[part].size} scores but "
                                 f"the data set has {expected} such images; run {stage} --overwrite")
-        records.require_current(record_of(category.name, workspace, branch), digests, paths.values(), stage)
+        records.require_current(workspace.record(category.name, branch), digests, paths.values(), stage)
         for part, path in paths.items():
             if not np.isfinite(scores[part]).all():
                 raise UserError(f"{path} holds scores that are not finite; run {stage} --overwrite")
         mean, std = fit_trimmed_z(scores["val"])
         normalised[branch] = {part: apply_trimmed_z(values, mean, std) for part, values in scores.items()}
     return normalised
-
-
-def record_of(category: str, workspace: Workspace, branch: str) -> Path:
-    """What the branch's stage noted."""
-    checkpoint = {"patchhist": workspace.segmentor, "LGST": workspace.lgst, "memory": workspace.memory}[branch](category)
-    return checkpoint.with_suffix(".json")
 
 
 def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

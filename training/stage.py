@@ -6,10 +6,10 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from tqdm import tqdm
 import settings
 from data import files, images, layouts, records
 from data.roi import read_roi
-from data.workspace import Workspace
+from data.selection import select
+from data.workspace import STAGES, Workspace
 from errors import UserError, disk_is_full, in_a_sentence
 from models.backbone import Backbone, build_backbone
 from models.device import choose_device, choose_precision
@@ -61,16 +62,11 @@ def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
         OSError: the disk is full, which ends the whole run.
     """
     args = settings.training_command_line(story).parse_args()
-    workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
-    chosen = {category.name: settings.load(category.name, args.preset, settings.overrides(args)) for category in categories}
+    workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     seeds = workspace.of_seeds(args.seeds)
-    with ExitStack() as locks:
-        for place in {one.root: one for one in (workspace, *seeds.values())}.values():
-            locks.enter_context(place.lock())
+    with workspace.lock_with(seeds.values()):
         backbone = agreed_backbone(args, workspace).to(device)
         jobs = {}
         for seed, place in seeds.items():
@@ -106,25 +102,56 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest
     return backbone
 
 
-def require_same_backbone(job: Job, *others: tuple[Path, str]) -> None:
-    """Notice before training that another branch of this category was trained on another backbone, or on other images.
+def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, outputs: Sequence[Path] = ()
+          ) -> tuple[records.Record, str]:
+    """The record of a branch, and what there is to do; called before any training, which a missing split should not cost.
 
     Args:
-        others: (a branch's checkpoint, its script).
+        branches: the branch's name, and aliases under which the same scores are written.
+        used: everything that decides the training, `records.inputs` among it.
+        what: is done where nothing is left to do, for example "LGST is trained".
+        outputs: files besides checkpoint, scores and maps.
+
+    Raises:
+        UserError: see `records.Record.begin` and `require_same_inputs`.
+    """
+    category, workspace, branch = job.category, job.workspace, branches[0]
+    checkpoint, test = workspace.checkpoint(category.name, branch), layouts.test_splits(category)
+    record = records.Record(
+        workspace.record(category.name, branch), used,
+        [checkpoint, *outputs, *workspace.branch_outputs(category.name, branches, bool(test))],
+        records.scored_images(category.validation, test), checkpoint)
+    to_do = record.begin(job.overwrite)
+    if to_do == records.SKIP:
+        print(f"{category.name}: {what} and scored already, skipped (--overwrite starts over)")
+    else:
+        require_same_inputs(job, branch, used)
+    return record, to_do
+
+
+def require_same_inputs(job: Job, branch: str, used: dict[str, Any]) -> None:
+    """Notice before training that another branch of this category was trained on another backbone, or on other images.
 
     Raises:
         UserError: it was, and nothing says to start over.
     """
-    for checkpoint, script in others:
-        record = checkpoint.with_suffix(".json")
-        if job.overwrite or not record.exists():
+    for other, script in STAGES.items():
+        record = job.workspace.record(job.category.name, other)
+        if other == branch or job.overwrite or not record.exists():
             continue
-        used = files.read_json(record)["used"]
-        if used["backbone_fingerprint"] != job.backbone.fingerprint:
-            raise UserError(f"{job.name}: {script} worked on the backbone {used['backbone']}, this is {job.backbone.name}; name "
+        theirs = files.read_json(record)["used"]
+        if theirs["backbone_fingerprint"] != used["backbone_fingerprint"]:
+            raise UserError(f"{job.name}: {script} worked on the backbone {theirs['backbone']}, this is {used['backbone']}; name "
                             f"the same with --backbone, or run {script} --overwrite with this one first")
-        if used["train_images"] != records.digest_images(job.category.train):
+        if theirs["train_images"] != used["train_images"]:
             raise UserError(f"{job.name}: {script} saw other training images than there are now; run {script} --overwrite first")
+
+
+def adam(model: torch.nn.Module, chosen: settings.SegmentorSettings | settings.LgstSettings,
+         device: torch.device) -> torch.optim.Adam:
+    """Over what of a model is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(trained, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
 
 
 def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
