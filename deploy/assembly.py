@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,27 +12,26 @@ import torch
 import settings
 from data import files, images, layouts, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
-from data.workspace import Workspace
+from data.workspace import STAGES, Workspace
 from errors import UserError
 from models.backbone import empty_encoder, fingerprint
-from models.fused import STATISTICS, FusedModel, attach_metadata, from_state, published_state
+from models.fused import (
+    STATISTICS,
+    FusedModel,
+    attach_metadata,
+    empty_lgst,
+    empty_patch_histogram,
+    from_state,
+    memory_shape,
+    published_state,
+)
 from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_trimmed_z
 from models.histogram_evidence import HistogramEvidence
-from models.lgst import LGST
-from models.lgst_on_features import FeatureLGST
-from models.patch_histogram import PatchHistogramDetector, area_statistics
+from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
-from models.segmentor import Segmentor
 
-STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}
 KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows"}  # by which a checkpoint is known
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
-
-
-def checkpoints(category: str, workspace: Workspace, branches: list[str]) -> dict[str, Path]:
-    """The checkpoint of each branch."""
-    places = {"patchhist": workspace.segmentor(category), "LGST": workspace.lgst(category), "memory": workspace.memory(category)}
-    return {branch: places[branch] for branch in branches}
 
 
 def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[str, str]:
@@ -42,7 +40,7 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     Raises:
         UserError: one is missing; names the stage that makes it.
     """
-    paths = [(path, STAGES[branch]) for branch, path in checkpoints(category, workspace, branches).items()]
+    paths = [(workspace.checkpoint(category, branch), STAGES[branch]) for branch in branches]
     paths += [(workspace.scores(category, branch, "val"), STAGES[branch]) for branch in branches]
     if "patchhist" in branches:
         paths.append((workspace.patch_histogram_parameters(category), STAGES["patchhist"]))
@@ -66,38 +64,35 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     """
     branches = chosen.branches
     name, made_of = category.name, sources(category.name, workspace, branches)
-    saved = {}
-    for branch, path in checkpoints(name, workspace, branches).items():
+    saved, train_images = {}, records.digest_images(category.train)
+    for branch in branches:
+        path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
         if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
                 and KEYS[branch] in saved[branch]["state"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
-        records.require_current(path.with_suffix(".json"), {"train_images": records.digest_images(category.train)},
+        records.require_current(workspace.record(name, branch), {"train_images": train_images},
                                 [path, workspace.scores(name, branch, "val")], STAGES[branch])
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
     segmentor = detector = lgst = memory = parameters = evidence = None
     if "patchhist" in branches:
-        classes, width = saved["patchhist"]["state"]["fc2.conv3.weight"].shape[:2]
+        segmentor, detector = empty_patch_histogram(encoder, saved["patchhist"]["state"])
         fitted = workspace.patch_histogram_parameters(name)
         parameters = files.read_arrays(fitted)
-        segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
         try:
             detector.load_parameters(parameters)
             if chosen.evidence and workspace.evidence_parameters(name).exists():
-                evidence = HistogramEvidence(classes)
+                evidence = HistogramEvidence(detector.classes)
                 evidence.load_parameters(files.read_arrays(workspace.evidence_parameters(name)))
         except ValueError as problem:
             raise UserError(f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
                             "run train_segmentor.py --overwrite") from problem
     if "LGST" in branches:
-        channels, width = saved["LGST"]["state"]["local_st.conv_st.weight"].shape[:2]
-        lgst = (FeatureLGST if "fourth_mean" in saved["LGST"]["state"] else LGST)(encoder.channels, width, channels)
+        lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
-        rows, channels = saved["memory"]["state"]["rows"].shape
-        memory = PatchMemory(channels, rows, saved["memory"]["state"]["usual"].shape[-1],
-                             saved["memory"]["meta"]["settings"]["score_share"])
+        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), saved["memory"]["meta"]["settings"]["score_share"])
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
         raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
@@ -127,7 +122,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         "stand_ins": sorted({stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}),
         "training": {branch: one["meta"] for branch, one in saved.items()}, "made_of": made_of,
         "weights": fingerprint(model), "versions": versions()}
-        | ({"classes": classes, "histogram": area_statistics(parameters, classes)} if parameters is not None else {})
+        | ({} if detector is None else
+           {"classes": detector.classes, "histogram": area_statistics(parameters, detector.classes)})
         | ({"memory_score_share": memory.score_share} if memory is not None else {}))
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state

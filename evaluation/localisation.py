@@ -18,8 +18,8 @@ from sklearn.metrics import auc
 
 from data import files, images, layouts
 from errors import UserError
+from models.prediction import MAP_QUANTILES
 
-MAP_QUANTILES = (0.9, 0.995)
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
 _BINS = 1 << (32 - _DROPPED_BITS)

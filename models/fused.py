@@ -132,15 +132,12 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         encoder = empty_encoder(known.get("backbone", PUBLISHED))
         segmentor = detector = lgst = memory = evidence = None
         if "segmentor.fc2.conv3.weight" in state:
-            classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
-            segmentor, detector = Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
-            evidence = HistogramEvidence(classes) if "evidence.frequency" in state else None
+            segmentor, detector = empty_patch_histogram(encoder, state, "segmentor.")
+            evidence = HistogramEvidence(detector.classes) if "evidence.frequency" in state else None
         if "local_st.conv_st.weight" in state:
-            channels, width = state["local_st.conv_st.weight"].shape[:2]
-            lgst = (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
+            lgst = empty_lgst(encoder, state)
         if "memory.rows" in state:
-            rows, channels = state["memory.rows"].shape
-            memory = PatchMemory(channels, rows, state["memory.usual"].shape[-1], known["memory_score_share"])
+            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"])
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
                            torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
                            known.get("fusion_rule", "sum"))
@@ -152,6 +149,29 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         raise UserError(f"this is not a CSAD model's state dict ({reason}); make one with "
                         "export_model.py --format torch") from problem
     return model.eval().requires_grad_(False)
+
+
+def empty_patch_histogram(encoder: Encoder, state: Mapping[str, Tensor], prefix: str = ""
+                          ) -> tuple[Segmentor, PatchHistogramDetector]:
+    """A segmentor of the shape that a state dict has, and the detector of its classes, both still without numbers.
+
+    Args:
+        prefix: with which the segmentor's keys begin.
+    """
+    classes, width = state[f"{prefix}fc2.conv3.weight"].shape[:2]
+    return Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
+
+
+def empty_lgst(encoder: Encoder, state: Mapping[str, Tensor]) -> LGST | FeatureLGST:
+    """The same of LGST, whichever form of it the state dict is of."""
+    channels, width = state["local_st.conv_st.weight"].shape[:2]
+    return (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
+
+
+def memory_shape(state: Mapping[str, Tensor], prefix: str = "") -> tuple[int, int, int]:
+    """Channels, rows and side of the patch memory whose keys in a state dict begin with a prefix."""
+    rows, channels = state[f"{prefix}rows"].shape
+    return channels, rows, state[f"{prefix}usual"].shape[-1]
 
 
 def _own_key(key: str) -> str:

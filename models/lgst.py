@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from data.images import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import Encoder, Normalise, resize
-from models.prediction import MAP_SIZE
+from models.prediction import MAP_QUANTILES, MAP_SIZE
 
-QUANTILES = (0.9, 0.995)  # of the validation maps, mapped to 0 and 0.1
 _DECODER_SIZES = (3, 8, 15, 32, 63, 127)
 
 
@@ -145,7 +144,7 @@ class MapNormalisation(nn.Module):
     def fit_map_normalisation(self, validation: Differences) -> None:
         """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
         for branch, maps in (("st", validation.local), ("ae", validation.global_)):
-            start, end = (_quantile(maps, fraction) for fraction in QUANTILES)
+            start, end = (_quantile(maps, fraction) for fraction in MAP_QUANTILES)
             getattr(self, f"q_{branch}_start").copy_(start)
             # Constant maps have no spread to scale by.
             getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)

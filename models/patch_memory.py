@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
-from models.prediction import MAP_SIZE
+from models.prediction import MAP_QUANTILES, MAP_SIZE
 
-QUANTILES = (0.9, 0.995)  # of the validation maps, scaled to 0 and 1
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
@@ -85,7 +84,7 @@ class PatchMemory(nn.Module):
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
         ordered = validation.flatten().sort().values
-        start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in QUANTILES)
+        start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in MAP_QUANTILES)
         self.q_start.copy_(start)
         self.q_end.copy_(end if end > start else start + 1)
 
