@@ -147,7 +147,7 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str,
         paths = category.test(shown)
         if len(maps.get(shown, ())) != len(paths):
             raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
-                            f"but {len(paths)} images; run CSAD.py --overwrite")
+                            f"but {len(paths)} images; run the stages that drew them with --overwrite")
         for path, small in zip(paths, maps[shown]):
             if _test_folder(category, path) in left_out:
                 continue
