@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import settings
-from data import images, layouts
+from data import files, images, layouts
 from data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from data.roi import read_roi
 from errors import UserError
@@ -235,7 +235,7 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
 
 def pixel_values(category: layouts.Category) -> set[int]:
     try:
-        return {int(entry["pixel_value"]) for entry in layouts.read_json(category.defects_config)}
+        return {int(entry["pixel_value"]) for entry in files.read_json(category.defects_config, files.MEND)}
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{category.defects_config} should be a list of entries with pixel_value and defect_name") from problem
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 from errors import DAMAGED, UserError
 
+MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
+
 
 def place(text: str) -> Path:
     """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
@@ -92,8 +94,13 @@ def write_state(path: str | Path, state: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: str | Path) -> Any:
-    with _named_mistakes(path):
+def read_json(path: str | Path, advice: str = MAKE_AGAIN) -> Any:
+    """Read what a stage wrote or, with other ``advice``, what a person did.
+
+    Raises:
+        UserError: the file is missing or no JSON; ends with the advice.
+    """
+    with _named_mistakes(path, advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -143,8 +150,8 @@ def require(path: str | Path, made_by: str) -> Path:
 class _named_mistakes:
     """Turn the many ways in which a damaged file fails to parse into one sentence that names it."""
 
-    def __init__(self, path: str | Path):
-        self.path = path
+    def __init__(self, path: str | Path, advice: str = MAKE_AGAIN):
+        self.path, self.advice = path, advice
 
     def __enter__(self) -> None:
         return None
@@ -154,4 +161,4 @@ class _named_mistakes:
             raise UserError(f"{self.path} is missing") from problem
         if isinstance(problem, DAMAGED):
             reason = (str(problem).splitlines() or [type(problem).__name__])[0].split(".")[0]
-            raise UserError(f"{self.path} cannot be read ({reason}); delete it and make it again") from problem
+            raise UserError(f"{self.path} cannot be read ({reason}); {self.advice}") from problem

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from data import files
 from data.conventions import GOOD, LAYOUTS, LOGICAL, SPLITS, STRUCTURAL, FolderPerDefect, Layout, Loco
 from data.images import SUFFIXES, read_mask
-from data.listing import Unused, count, entries, read_json, unique_names, walk
+from data.listing import Unused, count, entries, unique_names, walk
 from errors import UserError
 
-__all__ = ["GOOD", "LOGICAL", "SPLITS", "STRUCTURAL", "Category", "Dataset", "Loco", "read_json", "test_splits"]
+__all__ = ["GOOD", "LOGICAL", "SPLITS", "STRUCTURAL", "Category", "Dataset", "Loco", "test_splits"]
 
 VALIDATION_SHARE = 0.15  # of the training images, where a data set has no validation images
 FEWEST_TRAINING_IMAGES = 5  # to set some aside from
@@ -179,7 +180,7 @@ class Category:
         if named is not None:
             return named
         if self.defects_config.exists():
-            entries = read_json(self.defects_config)
+            entries = files.read_json(self.defects_config, files.MEND)
             try:
                 names = {int(entry["pixel_value"]): str(entry["defect_name"]) for entry in entries}
             except (KeyError, TypeError, ValueError):
@@ -190,7 +191,7 @@ class Category:
         data_set = Path(os.path.abspath(self.root)).parent
         described = data_set.with_name(f"{data_set.name}_components") / self.name / "classes.json"  # of the rendered data set
         if described.exists():
-            anomalies = read_json(described)
+            anomalies = files.read_json(described, files.MEND)
             found = anomalies.get("anomalies", {}).get(split, {}).get(image.stem) if isinstance(anomalies, dict) else None
             return str(found) if found else None
         return None

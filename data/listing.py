@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.images import SUFFIXES
-from errors import UserError
 
 RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
 
@@ -82,13 +80,6 @@ def subfolders(folder: Path) -> list[str]:
 def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in entries(folder)
                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
-
-
-def read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{path} cannot be read ({str(problem).splitlines()[0]}); mend it or delete it") from problem
 
 
 def count(number: int, thing: str) -> str:

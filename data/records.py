@@ -59,14 +59,14 @@ class Record:
         noted = files.read_json(self.path) if self.path.exists() else None
         if noted is None and len(present) == len(self.outputs):
             return SKIP  # made elsewhere, and used as it is
-        if noted is not None and noted["used"] == _as_json(self.used) and noted["scored"] == self.scored and (
+        if noted is not None and noted["used"] == as_json(self.used) and noted["scored"] == self.scored and (
                 noted["outputs"] == self._digests()):
             return SKIP  # and no checkpoint was opened for it
         made = self._checkpoint_made_by()
         if made is not None:
-            self._refuse(difference(_as_json({key: made.get(key) for key in self.used}), _as_json(self.used)), self.checkpoint)
+            self._refuse(difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)), self.checkpoint)
         elif noted is not None and present:
-            self._refuse(difference(noted["used"], _as_json(self.used)), self.path.parent)
+            self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
         return TRAIN if made is None else SCORE
 
     def finish(self) -> None:
@@ -172,6 +172,6 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
     """The same content as it reads back from JSON (tuples become lists)."""
     return json.loads(json.dumps(content))

@@ -188,7 +188,7 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
         raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
     try:
         found = {int(entry["pixel_value"]): (float(entry["saturation_threshold"]), bool(entry["relative_saturation"]))
-                 for entry in files.read_json(path)}
+                 for entry in files.read_json(path, files.MEND)}
     except (TypeError, KeyError, ValueError) as problem:
         raise UserError(f"{path} should be a list of entries with pixel_value, saturation_threshold and "
                         "relative_saturation") from problem
