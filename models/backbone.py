@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -167,6 +168,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache  # it builds the whole network, and every model that is opened asks
 def _taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Which of timm's feature maps lie at `REDUCTIONS`, and the deepest map with its reduction."""
     if not timm.is_model(TIMM_NAMES.get(name, name)):
