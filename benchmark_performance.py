@@ -70,7 +70,7 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
     """Everything there is to measure about one category."""
     fused, rule, roi = chosen.fusion.branches, chosen.fusion.rule, read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
-    scores = normalised_scores(category, workspace, branches)
+    scores = normalised_scores(category, workspace, branches, rule)
     fused = [branch for branch in branches if branch in fused]
     sums = {some: fused_by_split(category, scores, some, rule) for some in combinations(branches, fused)}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,

@@ -71,7 +71,7 @@ class Measured:
         self.metrics = files.read_json(path)
         self.fused, self.rule = self.metrics["fused"], self.metrics["rule"]
         self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
-        self.scores: Scores = normalised_scores(category, workspace, self.branches)
+        self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
             raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
         self.threshold: Threshold = choose_threshold(self.sum_of("val"))

@@ -95,6 +95,8 @@ class SegmentorSettings(Section):
     fill_holes: bool = Field(False, description="logical synthesis: fill the holes of pasted components")
     histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
                                    "covariance (published: 0, where a fraction that never varies is not looked at)")
+    evidence: bool = Field(False, description="the patch histogram also scores finer grids, and the exported model says where "
+                           "components are too many or missing (the paper: no; the state dict has the published keys only)")
 
 
 class LgstSettings(Section):
@@ -134,8 +136,6 @@ class FusionSettings(Section):
     rule: Literal["sum", "softplus"] = Field(
         "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp z), in which what is "
         "all too usual for one branch cannot hide what another one sees")
-    evidence: bool = Field(False, description="the exported model also says where components are too many or missing (the paper: "
-                           "no, and its state dict has the published keys only)")
 
 
 class Settings(Section):

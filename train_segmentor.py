@@ -25,7 +25,7 @@ from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
 from models.histogram_evidence import HistogramEvidence, fit_evidence
-from models.patch_histogram import fit_parameters, fitted_detector
+from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 from training.loop import TrainingLoop
 from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
@@ -74,18 +74,18 @@ def train_category(job: Job) -> None:
     validation_maps = label_maps(segmentor, job, category.validation, "segment validation images")
     parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
     files.write_arrays(parameter_file, **parameters)
-    detector = fitted_detector(parameters, classes)
+    detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
     evidence = HistogramEvidence(classes)
     evidence_parameters = fit_evidence(train_maps, validation_maps, classes)
     evidence.load_parameters(evidence_parameters)
     files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
-    scores = {"val": detector(validation_maps).numpy()}
-    drawn = {"val": evidence_maps(evidence, validation_maps)}
+    scores, drawn = {}, {}
+    scores["val"], drawn["val"] = score(detector, evidence, validation_maps, chosen.evidence)
     for split, paths in layouts.test_splits(category).items():
         maps = label_maps(segmentor, job, paths, f"segment test images, {split}")
         for path, label_map in zip(paths, maps):
             files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
-        scores[split], drawn[split] = detector(maps).numpy(), evidence_maps(evidence, maps)
+        scores[split], drawn[split] = score(detector, evidence, maps, chosen.evidence)
     write_scores(category, workspace, ["patchhist"], scores, drawn)
     record.finish()
     progress.unlink(missing_ok=True)
@@ -132,9 +132,11 @@ def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path]
     return maps
 
 
-def evidence_maps(evidence: HistogramEvidence, maps: Tensor) -> np.ndarray:
-    """Evidence (N, 64, 64) of label maps (N, 256, 256)."""
-    return torch.cat([torch.zeros(0, 64, 64), *(evidence(few) for few in maps.split(SCORING_BATCH))]).numpy()
+def score(detector: PatchHistogramDetector, evidence: HistogramEvidence, maps: Tensor, with_evidence: bool
+          ) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (N,), those of the evidence among them if so asked, and evidence (N, 64, 64) of label maps (N, 256, 256)."""
+    drawn = torch.cat([torch.zeros(0, 64, 64), *(evidence(few) for few in maps.split(SCORING_BATCH))])
+    return (detector(maps) + (evidence.score(drawn) if with_evidence else 0)).numpy(), drawn.numpy()
 
 
 if __name__ == "__main__":

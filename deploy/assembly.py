@@ -25,7 +25,7 @@ from models.fused import (
     memory_shape,
     published_state,
 )
-from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_trimmed_z
+from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_normalisation
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
@@ -82,8 +82,9 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         fitted = workspace.patch_histogram_parameters(name)
         parameters = files.read_arrays(fitted)
         try:
-            detector.load_parameters(parameters)
-            if chosen.evidence and workspace.evidence_parameters(name).exists():
+            by_evidence = saved["patchhist"]["meta"]["settings"].get("evidence", False)
+            detector.load_parameters(parameters, trimmed=not by_evidence)
+            if by_evidence:
                 evidence = HistogramEvidence(detector.classes)
                 evidence.load_parameters(files.read_arrays(workspace.evidence_parameters(name)))
         except ValueError as problem:
@@ -108,7 +109,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         raise UserError(f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
                         "make them again with --overwrite") from problem
     for branch in branches:
-        mean, std = fit_trimmed_z(files.read_array(workspace.scores(name, branch, "val")), EXPORTED_STD_FLOOR)
+        mean, std = fit_normalisation(files.read_array(workspace.scores(name, branch, "val")), chosen.rule, EXPORTED_STD_FLOOR)
         getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
         getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
     state = published_state(model)

@@ -154,8 +154,10 @@ class FoldedModel(nn.Module):
             logits = resize(self.segmentor(maps).float(), (SIZE, SIZE))
             label_map = logits.argmax(1)
             scores.append(self.detector(label_map))
-            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]) if self.evidence is None
-                               else self.evidence(label_map))
+            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]))
+            if self.evidence is not None:
+                branch_maps[0] = self.evidence(label_map)
+                scores[0] = scores[0] + self.evidence.score(branch_maps[0])
         else:
             label_map = torch.zeros_like(small[:, 0])
         if self.lgst is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from data import files, layouts, records
 from data.workspace import SCORE_PARTS, STAGES, Workspace
 from errors import UserError
-from models.fusion import apply_trimmed_z, fit_trimmed_z
+from models.fusion import apply_z, fit_normalisation
 
 PAPER_BRANCHES = ("patchhist", "LGST")
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
@@ -27,8 +27,8 @@ def scored_branches(category: layouts.Category, workspace: Workspace, fused: lis
             or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
 
 
-def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> Scores:
-    """Per branch its scores of the parts logi, struc and val, trimmed-z-normalised on val (docs/METHOD.md section 4).
+def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str], rule: str) -> Scores:
+    """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/METHOD.md section 4).
 
     Raises:
         UserError: a file is missing, holds another number of scores than there are images, or scores that are not finite, or is
@@ -49,8 +49,8 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
         for part, path in paths.items():
             if not np.isfinite(scores[part]).all():
                 raise UserError(f"{path} holds scores that are not finite; run {stage} --overwrite")
-        mean, std = fit_trimmed_z(scores["val"])
-        normalised[branch] = {part: apply_trimmed_z(values, mean, std) for part, values in scores.items()}
+        mean, std = fit_normalisation(scores["val"], rule)
+        normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised
 
 

@@ -39,7 +39,7 @@ class FusedModel(nn.Module):
         lgst, memory: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
         roi: (size, size) bool, what is inspected (data.images.View); None: everything.
-        evidence: the patch histogram's map; None: it has none.
+        evidence: the patch histogram's map, and a part of its score; None: it has neither.
         rule: how scores are added, see `models.fusion.share`.
 
     Attributes:
@@ -78,8 +78,10 @@ class FusedModel(nn.Module):
         if self.patch_hist_detector is not None:
             label_map = self.segmentor(maps).argmax(1)
             scores.append(self.patch_hist_detector(label_map))
-            branch_maps.append(torch.zeros_like(small[:, 0, :MAP_SIZE, :MAP_SIZE]) if self.evidence is None
-                               else self.evidence(label_map))
+            branch_maps.append(torch.zeros_like(small[:, 0, :MAP_SIZE, :MAP_SIZE]))
+            if self.evidence is not None:
+                branch_maps[0] = self.evidence(label_map)
+                scores[0] = scores[0] + self.evidence.score(branch_maps[0])
         else:
             label_map = torch.zeros_like(small[:, 0]).long()
         if self.lgst is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
+SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS: what is usual adds next to nothing
 BRANCHES = {"patchhist": "patch histogram", "LGST": "LGST", "memory": "patch memory"}  # and what people call them
 FALSE_POSITIVE_RATE = 0.01  # of good images, over the threshold that a model suggests
 
@@ -52,7 +53,7 @@ def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float
             for the exported model.
 
     Returns:
-        The two numbers for `apply_trimmed_z`. Where nothing lies strictly between the quantiles (all scores
+        The two numbers for `apply_z`. Where nothing lies strictly between the quantiles (all scores
         equal, or fewer than three), all scores count.
 
     Raises:
@@ -69,7 +70,28 @@ def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float
     return float(kept.mean()), std if std > std_floor else 1.0
 
 
-def apply_trimmed_z(scores: np.ndarray, mean: float, std: float) -> np.ndarray:
+def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
+    """Mean and std (divisor n) of all scores; arguments and errors as of `fit_trimmed_z`.
+
+    Of few validation images, whose middle may lie close together by chance, this std is the steadier one; and it knows how far
+    a branch's scores of good images scatter at the far end, where branches are compared.
+    """
+    validation = np.asarray(validation, dtype=np.float64)
+    if validation.size == 0 or not np.isfinite(validation).all():
+        raise ValueError("z needs at least one validation score, and all of them finite")
+    std = float(validation.std())
+    return float(validation.mean()), std if std > std_floor else 1.0
+
+
+def fit_normalisation(validation: np.ndarray, rule: str, std_floor: float = 0.0) -> tuple[float, float]:
+    """By what a branch's scores are normalised before they are added: trimmed z (sum), or z in thirds of a std (softplus)."""
+    if rule == "softplus":
+        mean, std = fit_z(validation, std_floor)
+        return mean, std / SHARPNESS
+    return fit_trimmed_z(validation, std_floor)
+
+
+def apply_z(scores: np.ndarray, mean: float, std: float) -> np.ndarray:
     """(score - mean) / std in float64."""
     return (np.asarray(scores, dtype=np.float64) - mean) / std
 

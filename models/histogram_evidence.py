@@ -1,9 +1,9 @@
-"""Where the arrangement of components is wrong: the patch histogram's evidence, drawn onto the image (docs/METHOD.md section 6).
+"""Whether and where the arrangement of components is wrong: the patch histogram on finer grids (docs/METHOD.md section 6).
 
 The patch histogram says that an image holds an unusual amount of something, but not where. Here the same kind of distance is
 taken apart: on grids of 1x1 to 5x5 cells, each component's share of a cell is compared with what all other shares let one
-expect. Too much of a component is drawn on its own pixels, too little on the places where good images have it. Closed form,
-beyond the paper.
+expect. Too much of a component is drawn on its own pixels, too little on the places where good images have it. The map's
+mean is added to the patch histogram's score. Closed form, beyond the paper.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data.images import SIZE
+from models.fusion import EXPORTED_STD_FLOOR, fit_z
 from models.prediction import MAP_SIZE
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
@@ -35,6 +36,7 @@ class HistogramEvidence(nn.Module):
         expected (C - 1, 64, 64): the same relative to the component's most usual place, squared.
         mean_n (D,), deviation_n (D, D): of the shares of the n x n cells, D = (C - 1) n^2; shares less mean, times deviation, are
             conditional deviations, in units of the usual largest one in a good image.
+        val_mean, val_std: z of the validation images' scores.
     """
 
     def __init__(self, classes: int):
@@ -42,6 +44,8 @@ class HistogramEvidence(nn.Module):
         self.classes = classes
         for name in ("frequency", "expected"):
             self.register_buffer(name, torch.zeros(classes - 1, MAP_SIZE, MAP_SIZE))
+        self.register_buffer("val_mean", torch.tensor(0.0))
+        self.register_buffer("val_std", torch.tensor(1.0))
         for grid in GRIDS:
             entries = (classes - 1) * grid**2
             self.register_buffer(f"mean_{grid}", torch.zeros(entries))
@@ -64,6 +68,10 @@ class HistogramEvidence(nn.Module):
             evidence = evidence + torch.maximum((drawn - SLACK).clamp(min=0) * excess,
                                                 (-drawn - SLACK).clamp(min=0) * lack).amax(1)
         return evidence
+
+    def score(self, evidence: Tensor) -> Tensor:
+        """Evidence (B, 64, 64) -> its mean, normalised on validation images, (B,)."""
+        return (evidence.mean((1, 2)) - self.val_mean) / self.val_std
 
     def load_parameters(self, parameters: Mapping[str, np.ndarray]) -> None:
         """Take over what `fit_evidence` found.
@@ -105,6 +113,11 @@ def fit_evidence(train: Tensor, validation: Tensor, classes: int) -> dict[str, n
         deviation = precision / np.sqrt(np.diagonal(precision))
         usual = np.abs((judged - mean) @ deviation).max(1).mean() if len(judged) else 1.0
         parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
+    fitted = HistogramEvidence(classes)
+    fitted.load_parameters({"val_mean": np.zeros(()), "val_std": np.ones(()), **parameters})
+    scores = [fitted.score(fitted(few)).numpy() for few in validation.split(BATCH)]
+    z = fit_z(np.concatenate(scores), EXPORTED_STD_FLOOR) if len(validation) else (0.0, 1.0)
+    parameters |= dict(zip(("val_mean", "val_std"), map(np.asarray, z)))
     return {name: values.astype(np.float32) for name, values in parameters.items()}
 
 

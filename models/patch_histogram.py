@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z
+from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 
 QUARTERS = 4
 PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",
@@ -78,7 +78,7 @@ class PatchHistogramDetector(nn.Module):
 
     Attributes:
         hist_mean (C, 1), hist_invcov (C, C), patch_hist_mean (4C, 1), patch_hist_invcov (4C, 4C): of train images.
-        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: trimmed z of the distances, scalars.
+        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: (trimmed) z of the distances, scalars.
     """
 
     def __init__(self, classes: int, background: bool = True):
@@ -116,12 +116,14 @@ class PatchHistogramDetector(nn.Module):
         return ((whole - self.hist_val_mean) / self.hist_val_std
                 + (quarters - self.patch_hist_val_mean) / self.patch_hist_val_std)
 
-    def load_parameters(self, parameters: Mapping[str, np.ndarray], std_floor: float = EXPORTED_STD_FLOOR) -> None:
+    def load_parameters(self, parameters: Mapping[str, np.ndarray], std_floor: float = EXPORTED_STD_FLOOR,
+                        trimmed: bool = True) -> None:
         """Take over what `fit_parameters` found, or a published ``{category}_patchhist_params.npz``.
 
         Args:
             parameters: the six arrays named in docs/METHOD.md section 2; means may be (n,) or (n, 1).
             std_floor: see `fit_trimmed_z`.
+            trimmed: normalise the distances by `fit_trimmed_z` (the paper), otherwise by `fit_z`.
 
         Raises:
             ValueError: an array is missing, or was fitted for another number of classes.
@@ -137,7 +139,7 @@ class PatchHistogramDetector(nn.Module):
                     raise ValueError(f"patch-histogram parameter {name}_{kind} has {given.size} values, expected "
                                      f"{buffer.numel()} for {self.classes} classes")
                 buffer.copy_(torch.as_tensor(given, dtype=buffer.dtype).view(buffer.shape))
-            mean, std = fit_trimmed_z(parameters[f"{name}_val_score"], std_floor)
+            mean, std = (fit_trimmed_z if trimmed else fit_z)(parameters[f"{name}_val_score"], std_floor)
             getattr(self, f"{name}_val_mean").fill_(mean)
             getattr(self, f"{name}_val_std").fill_(std)
 
@@ -197,10 +199,10 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
     return statistics
 
 
-def fitted_detector(parameters: Mapping[str, np.ndarray], classes: int) -> PatchHistogramDetector:
+def fitted_detector(parameters: Mapping[str, np.ndarray], classes: int, trimmed: bool = True) -> PatchHistogramDetector:
     """The detector of stage 2: float64, index 0 left out, a std replaced only where it is 0."""
     detector = PatchHistogramDetector(classes, background=False).double()
-    detector.load_parameters(parameters, std_floor=0.0)
+    detector.load_parameters(parameters, std_floor=0.0, trimmed=trimmed)
     return detector
 
 

@@ -122,11 +122,11 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert rows[0].keys() == {"image", "split", "score"}
-    from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, fit_trimmed_z, share
+    from models.fusion import EXPORTED_STD_FLOOR, apply_z, fit_normalisation, share
     fused = 0
     for branch in ("patchhist", "memory"):
         logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
-        fused = fused + share(apply_trimmed_z(logical, *fit_trimmed_z(validation, EXPORTED_STD_FLOOR)), "softplus")
+        fused = fused + share(apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR)), "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
     report = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fusion import EXPORTED_STD_FLOOR, apply_trimmed_z, choose_threshold, fit_trimmed_z, fuse, share
+from models.fusion import EXPORTED_STD_FLOOR, apply_z, choose_threshold, fit_normalisation, fit_trimmed_z, fit_z, fuse, share
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
@@ -18,7 +18,7 @@ def test_trimmed_z_matches(reference):
     expected = reference("fusion")
     fused = 0
     for branch in ("lgst", "patchhist"):
-        normalised = apply_trimmed_z(expected[f"{branch}_test"], *fit_trimmed_z(expected[f"{branch}_val"]))
+        normalised = apply_z(expected[f"{branch}_test"], *fit_trimmed_z(expected[f"{branch}_val"]))
         np.testing.assert_allclose(normalised, expected[f"{branch}_normalized"], rtol=0, atol=1e-9)
         fused = fused + normalised
     np.testing.assert_allclose(fused, expected["fused"], rtol=0, atol=1e-9)
@@ -40,10 +40,21 @@ def test_the_exported_model_takes_a_tiny_spread_for_none():
     assert fit_trimmed_z(scores, EXPORTED_STD_FLOOR)[1] == 1
 
 
+@pytest.mark.parametrize("fit", [fit_trimmed_z, fit_z])
 @pytest.mark.parametrize("scores", [[], [1.0, np.nan]])
-def test_trimmed_z_refuses_what_it_cannot_use(scores):
+def test_z_refuses_what_it_cannot_use(scores, fit):
     with pytest.raises(ValueError, match="at least one validation score"):
-        fit_trimmed_z(scores)
+        fit(scores)
+
+
+def test_softplus_normalises_by_all_scores_and_the_sum_by_those_in_the_middle():
+    """Of few validation images the middle ones lie close together by chance, which must not make a branch loud."""
+    few = np.array([0.0, 1.9, 2.0, 2.1, 2.2, 9.0])
+    assert fit_normalisation(few, "sum") == fit_trimmed_z(few)
+    mean, std = fit_normalisation(few, "softplus")
+    assert mean == pytest.approx(few.mean()) and std == pytest.approx(few.std() / 3)
+    assert std > 5 * fit_trimmed_z(few)[1]
+    assert fit_z([4.0, 4.0]) == (4, 1)
 
 
 @given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=60), st.sampled_from([0.25, 2, 64]))
@@ -51,7 +62,7 @@ def test_the_units_of_a_branch_do_not_matter(values, unit):
     values = np.array(values, float)
     (mean, std), (scaled_mean, scaled_std) = fit_trimmed_z(values), fit_trimmed_z(unit * values)
     if std != 1 or scaled_std != 1:  # there is a spread
-        np.testing.assert_allclose(apply_trimmed_z(unit * values, scaled_mean, scaled_std), apply_trimmed_z(values, mean, std))
+        np.testing.assert_allclose(apply_z(unit * values, scaled_mean, scaled_std), apply_z(values, mean, std))
     else:
         assert (scaled_mean, scaled_std) == (unit * mean, 1)
 

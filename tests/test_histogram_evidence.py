@@ -61,6 +61,16 @@ def test_too_much_is_drawn_on_its_own_pixels(evidence):
     assert outside.max() < 0.5 * found.max()
 
 
+def test_the_score_is_the_normalised_mean_of_the_map(evidence):
+    good = evidence.score(evidence(label_maps(8, seed=1)))
+    assert abs(good.mean()) < 1e-4 and good.std(correction=0) == pytest.approx(1, abs=1e-4)  # those it was normalised on
+    labels = label_maps(1, seed=3)
+    labels[labels == 2] = 0
+    found = evidence(labels)
+    torch.testing.assert_close(evidence.score(found), (found.mean((1, 2)) - evidence.val_mean) / evidence.val_std)
+    assert evidence.score(found) > 10
+
+
 def test_deviations_are_what_all_other_shares_leave_open(parameters):
     """By definition: a regression of each share on all others, on the finest grid that a test can afford."""
     grid = 2
@@ -87,7 +97,7 @@ def test_few_images_and_a_part_that_never_is_there_are_enough_to_go_on(count):
     assert all(np.isfinite(values).all() for values in found.values())
     model = HistogramEvidence(CLASSES + 1)
     model.load_parameters(found)
-    assert model(label_maps(1)).isfinite().all()
+    assert model.score(model(label_maps(1))).isfinite().all()
 
 
 def test_parameters_for_other_classes_are_refused(parameters):
