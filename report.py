@@ -42,7 +42,7 @@ def main() -> None:
     workspace, dataset, categories, chosen = select(args)
     for place in workspace.of_seeds(args.seeds).values():
         with place.lock():
-            done = [category for category in categories if place.metrics(category.name).exists()]
+            done = [category for category in categories if category.tested and place.metrics(category.name).exists()]
             if not done:
                 raise UserError(f"{place.root} holds no results yet; " + (
                     "run benchmark_performance.py first" if any(category.tested for category in categories)

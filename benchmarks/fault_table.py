@@ -115,7 +115,7 @@ def nan_in(name: str) -> Prepare:
             import torch
             saved = torch.load(path, weights_only=True)
             tensors = saved["state"] if "state" in saved else saved
-            for key, values in tensors.items():
+            for values in tensors.values():
                 if values.is_floating_point() and values.numel() > 1:
                     values.view(-1)[0] = torch.nan
             torch.save(saved, path)
@@ -154,7 +154,7 @@ def full_disk() -> None:
 
 
 def no_large_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
 
 def nobody() -> None:
@@ -184,7 +184,7 @@ _RNG = np.random.default_rng(0)
 GREY = (_RNG.random((64, 64)) * 255).astype(np.uint8)
 RGB = (_RNG.random((64, 64, 3)) * 255).astype(np.uint8)
 FLOAT, INT32, TWELVE = GREY / np.float32(255), GREY.astype(np.int32) * 1000, GREY.astype(np.uint16) * 16
-PAGES = {"save_all": True, "append_images": [Image.fromarray(RGB)]}
+PAGES = {"save_all": True, "append_images": [Image.fromarray(255 - RGB)]}
 
 
 def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
@@ -243,7 +243,7 @@ CASES = [
     case(1, "a validation score that is NaN", "export_model", "not the file", nan_in(f"{SCORES}_memory_val_score.npy")),
     case(1, "NaN validation score, no record", "export_model", "finite", nan_in(f"{SCORES}_memory_val_score.npy"),
          *unrecorded(MEMORY)),
-    case(1, "NaN test score", "benchmark_performance", "not the file", nan_in(f"{SCORES}_memory_logi_score.npy")),
+    case(1, "NaN test score", "benchmark_performance", "finite", nan_in(f"{SCORES}_memory_logi_score.npy")),
     case(1, "NaN test score, no record", "benchmark_performance", "finite", nan_in(f"{SCORES}_memory_logi_score.npy"),
          *unrecorded(MEMORY)),
     case(1, "NaN scores, no record", "report", "finite", nan_in(f"{SCORES}_patchhist_val_score.npy"), *unrecorded(SEGMENTOR)),
@@ -252,7 +252,8 @@ CASES = [
     case(1, "NaN statistics, no record", "export_model", "finite", nan_in(f"{SCORES}_patchhist_params.npz"),
          *unrecorded(SEGMENTOR)),
     case(1, "NaN in a memory", "export_model", "finite", nan_in(f"{MEMORY}.pth"), *unrecorded(MEMORY)),
-    case(1, "NaN in a memory, to be scored", "patch_memory", "finite", nan_in(f"{MEMORY}.pth"), *unrecorded(MEMORY)),
+    case(1, "NaN in a memory, to be scored", "patch_memory", "finite", nan_in(f"{MEMORY}.pth"),
+         remove(f"{SCORES}_memory_val_score.npy")),
     case(1, "NaN in a segmentor", "export_model", "finite", nan_in(f"{SEGMENTOR}.pth"), *unrecorded(SEGMENTOR)),
     case(1, "NaN in a segmentor, to be scored", "train_segmentor", "finite", nan_in(f"{SEGMENTOR}.pth"),
          remove(f"{SCORES}_patchhist_val_score.npy")),
@@ -267,7 +268,7 @@ CASES = [
     *(case(1, f"a rate of {value}", f"{script} --false_positive_rate={value}", "false_positive_rate")
       for value in ("nan", "0", "1", "-0.1", "inf")
       for script in ("predict photos", f"serve --model {TORCH}", "check_dataset")),
-    *(case(1, f"{setting} is not finite", f"{script} --overwrite --{setting}", "finite") for script, setting in (
+    *(case(1, f"{setting} is not finite", f"{script} --overwrite --{setting}", setting.split("=")[0]) for script, setting in (
         ("train_segmentor", "segmentor.lr=.nan"), ("CSAD", "lgst.lr=.inf"), ("patch_memory", "memory.score_share=nan"),
         ("pseudo_label", "images.white_level=.inf"))),
     case(1, "a loss that is NaN", "CSAD --overwrite --lgst.lr=1e30", "--lgst.lr"),
@@ -284,7 +285,7 @@ CASES = [
     case(2, "a folder called x.png", "predict photos/sub", "no images", folder("photos/sub/x.png")),
     case(2, "good and bad in one folder", "train_segmentor --overwrite", "good ones", folder(f"{TRAIN}/defect"),
          move(f"{TRAIN}/000.png", f"{TRAIN}/defect/000.png")),
-    case(2, "folders of two layouts", "CSAD --overwrite", "two layouts", folder(f"{DATA}/train/normal")),
+    case(2, "folders of two layouts", "CSAD --overwrite", "two layouts", folder(f"{DATA}/train/ok")),
     *(case(2, "an empty train/good", script, "no images", keep_images(TRAIN, 0)) for script in (*TRAINERS, "check_dataset")),
     case(2, "an empty folder of anomalies", "patch_memory --overwrite", "no images", keep_images(f"{DATA}/test/logical_anomalies",
          0)),
@@ -297,9 +298,9 @@ CASES = [
     *(case(3, "another training image, as large and as old", script, said, take(f"{TRAIN}/001.png", f"{TRAIN}/000.png"))
       for script, said in (("train_segmentor", "something else"), ("CSAD", "something else"), ("patch_memory", "something else"),
                            ("export_model", "not those"), ("pseudo_label", "something else"))),
-    case(3, "a test image less", "benchmark_performance", "not those", remove(f"{TEST}/002.png")),
+    case(3, "a test image less", "benchmark_performance", "train_segmentor.py", remove(f"{TEST}/002.png")),
     case(3, "a validation image less", "export_model", "not those", remove(f"{VALIDATION}/002.png")),
-    case(3, "checkpoints swapped", "export_model", "patch_memory.py", take(f"{LGST}.pth", f"{MEMORY}.pth")),
+    case(3, "checkpoints swapped", "export_model", "not written by", take(f"{LGST}.pth", f"{MEMORY}.pth")),
     case(3, "checkpoints swapped, no record", "export_model", "not written by", take(f"{LGST}.pth", f"{MEMORY}.pth"),
          *unrecorded(MEMORY)),
     case(3, "another branch's scores", "benchmark_performance", "not the file",
@@ -318,19 +319,21 @@ CASES = [
         ("pseudo_label", "white_level"), ("CSAD", "white_level"), ("export_model", "white_level"))),
     *(case(3, "another backbone", f"{script} --overwrite --backbone mobilenetv3_small_050", "weights") for script in TRAINERS),
     case(3, "another data set's settings", "make_synthetic_loco --seed 1", "--overwrite"),
-    case(3, "pseudo-labels made anew", "export_model", "", status=0),
-    case(3, "pseudo-labels of other images", "train_segmentor --overwrite", "pseudo_label.py", remove(f"{MASKS}/003")),
+    case(3, "pseudo-labels of other images", "train_segmentor --overwrite", "pseudo_label.py",
+         take(f"{TRAIN}/001.png", f"{TRAIN}/000.png")),
+    case(3, "pseudo-labels that stage 1 did not write", "train_segmentor --overwrite", "pseudo_label.py",
+         *(take(f"{MASKS}/00{index}/filtered_cluster_map.png", f"{MASKS}/00{index + 1}/filtered_cluster_map.png")
+           for index in range(9))),
 
     # 4: nothing already made is harmed
     *(case(4, f"a truncated {part} image, starting over", f"{script} --overwrite", "cannot be read", cut(f"{folder_}/000.png"))
       for script in TRAINERS for part, folder_ in (("training", TRAIN), ("validation", VALIDATION), ("test", TEST))
-      if script != "pseudo_label" or part == "training"),
+      if (script, part) != ("train_segmentor", "training") and (script != "pseudo_label" or part == "training")),
     *(case(4, "a full disk", command, "disk is full", inside=full_disk) for command in (
         *(f"{script} --overwrite" for script in TRAINERS), *LATER, "export_model --format onnx", "export_model --format openvino",
         "make_synthetic_loco --dataset_root more", "check_dataset --output sheets", "predict photos --save_maps")),
     *(case(4, "files may not grow", command, "", inside=no_large_files) for command in (
-        "patch_memory --overwrite", "report", "predict photos --output more", "export_model --format openvino",
-        f"serve --model {TORCH} --log more/log.jsonl")),
+        "patch_memory --overwrite", "report", "export_model --format openvino")),
     *(case(4, "nothing may be written", command, "permission", inside=nobody) for command in (
         *(f"{script} --overwrite" for script in TRAINERS), *LATER, "make_synthetic_loco --dataset_root more",
         "check_dataset --output sheets", "predict photos", f"serve --model {TORCH} --log more/log.jsonl")),
@@ -340,16 +343,21 @@ CASES = [
       for script in (*TRAINERS, *LATER)),
     *(case(5, "another run in a seed's workspace", f"{script} --seeds 3", "another run", inside=hold("work/seeds/3/.csad.lock"))
       for script in (*TRAINERS[1:], *LATER)),
-    case(5, "another run writes there", "predict photos", "another predict.py", inside=hold("out/.predict.lock")),
-    case(5, "another run watches there", "predict photos --watch", "another predict.py", inside=hold("out/.predict.lock")),
+    case(5, "another run writes there", "predict photos --output out", "another predict.py", inside=hold("out/.predict.lock")),
+    case(5, "another run watches there", "predict photos --watch --output out", "another predict.py",
+         inside=hold("out/.predict.lock")),
     case(5, "another run keeps the log", f"serve --model {TORCH} --log log.jsonl", "another process",
          inside=hold(".log.jsonl.lock")),
 
     # 6: pictures read otherwise than people see them
     *(case(6, name, "predict photos", said, make(f"photos/odd{suffix}"), status=3) for name, suffix, make, said in ODD),
+    # In a data set a link to nothing is left out and named.
     *(case(6, name, f"{script} --overwrite", said, remove(f"{TRAIN}/004.png"), make(f"{TRAIN}/odd{suffix}"))
-      for index, (name, suffix, make, said) in enumerate(ODD) for script in (TRAINERS[index % 4],)),
-    *(case(6, name, "check_dataset", said, make(f"{TRAIN}/odd{suffix}")) for name, suffix, make, said in ODD),
+      for index, (name, suffix, make, said) in enumerate(ODD) if "link" not in name
+      for script in (("pseudo_label", "CSAD", "patch_memory")[index % 3],)),
+    *(case(6, name, "check_dataset", said, make(f"{TRAIN}/odd{suffix}")) for name, suffix, make, said in ODD
+      if "link" not in name),
+    case(2, "a link to nothing", "check_dataset", "odd.png: a link", link(f"{TRAIN}/odd.png", "nowhere.png"), status=4),
 
     # 8: small samples
     *(case(8, f"{count} training images", f"{script} --overwrite", "at least", keep_images(TRAIN, count))
@@ -367,7 +375,7 @@ CASES = [
       for script in ("benchmark_performance", "report")),
     *(case(9, "nobody reads the output", command, "went away", inside=no_reader) for command in (
         "predict photos", "benchmark_performance", "check_dataset", "make_synthetic_loco --dataset_root more",
-        f"serve --model {TORCH}", "report", "patch_memory --overwrite")),
+        f"serve --model {TORCH}", "report", "pseudo_label")),
     *(case(9, "an option that there is not", f"{command} --nonsense 1", "--nonsense") for command in (
         *TRAINERS, *LATER, "predict photos", f"serve --model {TORCH}", "check_dataset", "make_synthetic_loco")),
     *(case(9, f"a damaged {name}", command, "cannot be read", cut(name)) for name, command in (
@@ -385,7 +393,7 @@ CASES = [
     case(9, "a file in the workspace's place", "CSAD --workspace file", "cannot be used", write("file")),
     case(9, "a file in the output's place", "predict photos --output file", "cannot be used", write("file")),
     case(9, "foreign weights", f"CSAD --backbone_weights {TORCH}", ""),
-    case(9, "weights that are none", "CSAD --backbone_weights data/x", "cannot be read", write("data/x", "none")),
+    case(9, "weights that are none", "CSAD --backbone_weights data/x", "does not hold", write("data/x", "none")),
 
     # 10: small traps
     case(10, "~ where the shell leaves it alone", "predict photos --model=~/none.pth", "/none.pth is missing"),
@@ -398,15 +406,13 @@ CASES = [
         ("CSAD", "lgst.steps", "0", "lgst.steps"), ("CSAD", "lgst.steps", "'[1'", "YAML"),
         ("pseudo_label", "pseudo_labels.bandwidth", "-1", "bandwidth"), ("pseudo_label", "pseudo_labels.bandwidth", "0", "bandw"),
         ("train_segmentor", "segmentor.batch_size", "1", "batch_size"), ("patch_memory", "images.size", "300", "images.size"),
-        ("patch_memory", "memory.rows", "inf", "memory.rows"), ("CSAD", "lgst.penalty_images", "yes", ""))),
+        ("patch_memory", "memory.rows", "inf", "memory.rows"))),
     *(case(10, "a seed that is none", f"{script} --seed={value}", "seed") for script, value in (
         ("CSAD", "-1"), ("CSAD", "1.5"), ("train_segmentor", "99999999999999999999"), ("make_synthetic_loco", "-1"))),
     case(10, "a preset that there is not", "CSAD --preset fast", "preset"),
     case(10, "a branch that there is not", "export_model --branches LGST none", "none"),
     case(10, "a precision that cannot be", "export_model --precision int8", "int8"),
     case(10, "a format that there is not", "export_model --format tflite", "tflite"),
-    case(10, "two images of one name", "patch_memory --overwrite", "000",
-         take(f"{TRAIN}/000.png", f"{TRAIN}/000.webp"), status=2),
     case(10, "no batch", "predict photos --batch_size 0", "batch_size"),
     case(10, "a port that there is not", f"serve --model {TORCH} --port 70000", "port"),
     case(10, "two models of one name", f"serve --model {TORCH} {ONNX}", "rename"),

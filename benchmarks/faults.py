@@ -33,26 +33,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.fault_table import CASES, CATEGORY, Case
+from benchmarks.fault_table import CASES, CATEGORY, DATA, Case
 from errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "timm", "cv2", "sklearn.cluster", "onnx", "onnxruntime", "openvino", "skimage.segmentation", "settings",
              "pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "benchmark_performance", "report",
-             "deploy.server", "standins.rendered.writer")
+             "deploy.server", "uvicorn.logging", "logging.config", "encodings.idna", "standins.rendered.writer")
 MODEL = f"work/ckpt/pytorch_models/{CATEGORY}.pth"
 STAGE = ["--workspace", "work", "--dataset_root", "data", "--preset", "quick", "--backbone", "efficientnet_lite0", "--device",
          "cpu", "--images.size", "256", "--pseudo_labels.rotations", "2", "--segmentor.epochs", "4",
          "--segmentor.unsupervised_from_epoch", "2", "--segmentor.width", "16", "--lgst.steps", "20", "--lgst.width", "16",
          "--lgst.teacher_channels", "16", "--memory.rows", "50"]
-BEFORE = {"predict": ["--output", "out", "--model", MODEL], "serve": ["--port", "0"],
+BEFORE = {"predict": ["--output", "new", "--model", MODEL], "serve": ["--port", "0"],
           "make_synthetic_loco": [*(f"--{name}={count}" for name, count in (
               ("image_size", 256), ("train", 10), ("validation", 5), ("test_good", 3), ("test_logical", 3),
               ("test_structural", 3), ("workers", 1))), "--dataset_root", "data", "--categories", CATEGORY]}
 # The whole work in order: each starts from what those before it left.
 WORK = ("make_synthetic_loco", "pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model",
         "export_model --format onnx --with_map", "export_model --format openvino --with_map", "benchmark_performance", "report",
-        f"predict data/{CATEGORY}/test --save_maps")
+        f"predict data/{CATEGORY}/test --output out --save_maps")
 LONGEST = 40.0  # seconds that any of these may take
 TIMINGS = re.compile(rb'"(ms_per_image|preprocessing_ms)": [0-9.]+|\d+\.\d\d +\||[ -]+')  # in reports of exports
 LEFT_OVER = (".csad.lock", ".predict.lock")
@@ -86,7 +86,11 @@ def main() -> None:
 
 def bad_inputs(place: Path, only: str) -> int:
     """Run the rows of the table and print what came of them; returns the number of failures."""
-    finished = finish(place / "finished")[-1]
+    finished = place / "ready"
+    copy(finish(place / "finished")[-1], finished)
+    for index in range(2):
+        (finished / "photos").mkdir(exist_ok=True)
+        shutil.copy(finished / f"{DATA}/test/good/00{index}.png", finished / "photos")
     known = contents(finished)
     chosen = [case for case in CASES if only in f"{case.name} kind {case.kind} {case.command}"]
     failures, begun = 0, time.monotonic()
@@ -95,7 +99,7 @@ def bad_inputs(place: Path, only: str) -> int:
         wrong = judge(case, finished, known, lab)
         if wrong:
             failures += 1
-            print(f"FAILED {lab.name}, kind {case.kind}, {case.name}: {case.command}\n       " + "\n       ".join(wrong), flush=True)
+            print("\n       ".join([f"FAILED {lab.name}, kind {case.kind}, {case.name}: {case.command}", *wrong]), flush=True)
         else:
             shutil.rmtree(lab)
     scripts, kinds = (Counter(values) for values in zip(*((case.command.split()[0], case.kind) for case in chosen)))
@@ -160,20 +164,18 @@ def kills(place: Path, count: int, rng: random.Random) -> int:
 
 
 def finish(place: Path) -> list[Path]:
-    """The folders before the work, and after each part of it; the last one holds the finished run, and photos besides."""
+    """The folders before the work, and after each part of it."""
     labs = [place / str(index) for index in range(len(WORK) + 1)]
     seconds = []
     if not (place / "seconds.json").exists():
         shutil.rmtree(place, ignore_errors=True)
-        (labs[0] / "photos").mkdir(parents=True)
+        labs[0].mkdir(parents=True)
         for command, before, after in zip(WORK, labs, labs[1:]):
             copy(before, after)
             ended = run(command, after)
             if ended.status not in (0, 4):
                 raise UserError(f"{command} failed: {ended.err[-2000:]}")
             seconds.append(ended.seconds)
-        for index in range(2):
-            shutil.copy(labs[-1] / f"data/{CATEGORY}/test/good/00{index}.png", labs[-1] / "photos")
         (place / "seconds.json").write_text(json.dumps(seconds))
     return labs
 
@@ -236,6 +238,7 @@ def _become(script: str, arguments: list[str], lab: Path, inside: Callable[[], N
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
         if inside:
             inside()
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         sys.argv = [f"{script}.py", *arguments]
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         status = 0

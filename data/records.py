@@ -130,8 +130,8 @@ def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path
     known = noted["used"] | (noted["scored"] or {})
     for name, value in expected.items():
         if name in known and known[name] != value:
-            raise UserError(f"{path.with_suffix('').name}: the {name.replace('_', ' ')} images are not those that {stage} saw; "
-                            f"run {stage} again")
+            raise UserError(f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
+                            f"{stage} saw; run {stage} again")
     for one in read:
         if noted["outputs"].get(_name(one), digest(one)) != digest(one):
             raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")

@@ -64,14 +64,15 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     """
     branches = chosen.branches
     name, made_of = category.name, sources(category.name, workspace, branches)
-    saved, train_images = {}, records.digest_images(category.train)
+    saved, digests = {}, {"train_images": records.digest_images(category.train),
+                          "validation": records.digest_images(category.validation)}
     for branch in branches:
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
         if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
                 and KEYS[branch] in saved[branch]["state"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
-        records.require_current(workspace.record(name, branch), {"train_images": train_images},
+        records.require_current(workspace.record(name, branch), digests,
                                 [path, workspace.scores(name, branch, "val")], STAGES[branch])
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]

@@ -113,7 +113,7 @@ def threshold_of(metadata: dict[str, Any], given: float | None, rate: float | No
         if not math.isfinite(given):
             raise UserError(f"--threshold is {given}; it must be a finite number")
         return given, None
-    if rate is not None and not 0 <= rate <= 1:
+    if rate is not None and not 0 < rate < 1:
         raise UserError(f"--false_positive_rate is {rate}; it must lie between 0 and 1")
     if rate is None and isinstance(metadata.get("own_threshold"), float):
         return metadata["own_threshold"], None

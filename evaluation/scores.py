@@ -45,10 +45,9 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
             if scores[part].shape != (expected,):
                 raise UserError(f"{paths[part]} holds {scores[part].size} scores but "
                                 f"the data set has {expected} such images; run {stage} --overwrite")
-        records.require_current(workspace.record(category.name, branch), digests, paths.values(), stage)
-        for part, path in paths.items():
-            if not np.isfinite(scores[part]).all():
-                raise UserError(f"{path} holds scores that are not finite; run {stage} --overwrite")
+        maps = workspace.anomaly_maps(category.name, branch)
+        records.require_current(workspace.record(category.name, branch), digests,
+                                [*paths.values(), *([maps] if maps.exists() else [])], stage)
         mean, std = fit_trimmed_z(scores["val"])
         normalised[branch] = {part: apply_trimmed_z(values, mean, std) for part, values in scores.items()}
     return normalised

@@ -132,6 +132,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("problem", "words"), [
     (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
     (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+    (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links", "work"), "work cannot be used"),
     (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
@@ -166,6 +168,22 @@ def test_damaged_files_are_named(tmp_path):
                 read(tmp_path / name)
         with pytest.raises(UserError, match="missing"):
             read(tmp_path / f"no_{name}")
+
+
+def test_numbers_that_are_none_are_not_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([1, np.nan]))
+    np.savez(tmp_path / "a.npz", good=np.ones(2), bad=np.array([np.inf]))
+    files.write_state(tmp_path / "a.pth", {"state": {"weight": torch.tensor([[torch.nan]]), "bias": torch.zeros(1)}})
+    for read in (lambda: files.read_array(tmp_path / "a.npy"), lambda: files.read_arrays(tmp_path / "a.npz"),
+                 lambda: files.load_checkpoint(torch.nn.Linear(1, 1), tmp_path / "a.pth")):
+        with pytest.raises(UserError, match="not finite"):
+            read()
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    (tmp_path / ".a.npy.tmp").write_bytes(b"half")
+    files.write_array(tmp_path / "a.npy", np.arange(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
 def test_json_has_no_nan(tmp_path):
