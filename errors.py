@@ -33,6 +33,9 @@ def in_a_sentence(problem: Exception) -> str | None:
     if disk_is_full(problem):
         return (f"the disk is full while writing {problem.filename or 'a file'}; "
                 "free some space and run the same command again, finished files are kept")
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the second is PyTorch's, on a GPU
+        return (f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
+                "take a smaller batch or smaller pictures")
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (f"no permission to write or read {problem.filename or 'a file'}; "
                 "change its permissions or choose another --workspace")

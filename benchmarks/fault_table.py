@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from filelock import FileLock
 from PIL import Image
@@ -131,6 +132,22 @@ def nan_in(name: str) -> Prepare:
     return prepare
 
 
+def array(name: str, values: np.ndarray) -> Prepare:
+    return lambda lab: np.save(lab / name, values) if name.endswith(".npy") else np.savez(lab / name, val=values, good=values)
+
+
+def known(**changes: Any) -> Prepare:
+    """Change what the torch model says of itself."""
+    def prepare(lab: Path) -> None:
+        import torch
+
+        from models.fused import attach_metadata, metadata
+        state = torch.load(lab / TORCH, weights_only=True)
+        attach_metadata(state, metadata(state) | changes)
+        torch.save(state, lab / TORCH)
+    return prepare
+
+
 # What is taken from the process; called in it, before the script.
 
 _held = []
@@ -216,6 +233,52 @@ ODD = [
     ("a PNG of absurd size", ".png", partial(write, content=encoded(RGB, "PNG").replace(
         b"IHDR\x00\x00\x00\x40\x00\x00\x00\x40", b"IHDR\x00\x0f\xff\xff\x00\x0f\xff\xff")), "image"),
 ]
+
+# One picture in the encodings that cameras and phones write: (file name, its content, what people see in it, or the words that
+# a refusal has to hold).
+
+def _turned(tag: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return exif
+
+
+def encodings(picture_: np.ndarray) -> list[tuple[str, bytes, np.ndarray | str]]:
+    """Of an RGB picture (H, W, 3) uint8; those that lose something are compared with what another reader decodes."""
+    grey = cv2.cvtColor(picture_, cv2.COLOR_RGB2GRAY)
+    three = np.repeat(grey[..., None], 3, 2)
+    clear = np.full(grey.shape, 255, np.uint8)
+    clear[:40] = 0
+    on_white = np.where(clear[..., None] > 0, picture_, np.uint8(255))
+    few = np.array(Image.fromarray(picture_).quantize(64).convert("RGB"))
+    with_alpha = np.dstack([picture_, clear])
+    back = {3: 2, 6: 1, 8: 3}  # quarter turns that undo an orientation
+    found = [
+        *((f"lossless{suffix}", encoded(picture_, kind, **options), picture_) for suffix, kind, options in (
+            (".png", "PNG", {"optimize": True}), (".bmp", "BMP", {}), (".tif", "TIFF", {}), (".tiff", "TIFF", {
+                "compression": "tiff_lzw"}), (".webp", "WEBP", {"lossless": True}), (".jp2", "JPEG2000", {}), (".ppm", "PPM", {}),
+            (".tga", "TGA", {}))),
+        *((f"turned{tag}{suffix}", encoded(np.rot90(picture_, back[tag]), kind, exif=_turned(tag), **options), picture_)
+          for tag, suffix, kind, options in ((6, ".png", "PNG", {}), (8, ".tif", "TIFF", {}), (3, ".webp", "WEBP", {
+              "lossless": True}))),
+        ("palette.png", encoded(few, "PNG"), few), ("grey.png", encoded(grey, "PNG"), three),
+        ("16_bits.png", encoded(grey.astype(np.uint16) * 257, "PNG"), three),
+        ("16_bits_colour.png", cv2.imencode(".png", picture_[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), picture_),
+        ("16_bits_colour.tif", cv2.imencode(".tif", picture_[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), picture_),
+        ("opaque.png", encoded(np.dstack([picture_, clear | 255]), "PNG"), picture_),
+        ("transparent.png", encoded(with_alpha, "PNG"), on_white),
+        ("transparent.webp", encoded(with_alpha, "WEBP", lossless=True, exact=True), on_white),
+        ("12_bits.png", encoded(grey.astype(np.uint16) * 16, "PNG"), "white_level"),
+        ("float.tif", encoded(grey / np.float32(255), "TIFF"), "white_level"),
+        ("two_pages.tif", encoded(picture_, "TIFF", save_all=True, append_images=[Image.fromarray(few)]), "2 pages"),
+        ("phone.heic", b"\x00\x00\x00\x18ftypheic", "no images")]
+    for name, options in (("camera.jpg", {}), ("progressive.jpeg", {"progressive": True}), ("phone.jpg", {"subsampling": 2}),
+                          ("turned.JPG", {"exif": _turned(6)})):
+        content = encoded(np.rot90(picture_, 1) if "exif" in options else picture_, "JPEG", quality=92, **options)
+        seen = np.array(Image.open(io.BytesIO(content)))
+        found.append((name, content, np.rot90(seen, -1) if "exif" in options else seen))
+    return found
+
 
 DATA, WORK = f"data/{CATEGORY}", "work"
 TRAIN, VALIDATION, TEST = (f"{DATA}/{part}/good" for part in ("train", "validation", "test"))
@@ -383,6 +446,22 @@ CASES = [
         (f"{SCORES}_metrics.json", "report"), (f"{WORK}/export_report.json", "export_model"),
         (f"{MASKS}/info/filtered_histogram_indices.npy", "train_segmentor"), (f"{WORK}/ckpt/backbone.json",
                                                                              "CSAD --backbone auto"))),
+    *(case(9, "JSON that holds something else", command, "does not hold", write(name, content)) for content in ("{}", "[]")
+      for name, command in (
+        (f"{LGST}.json", "CSAD"), (f"{LGST}.json", "benchmark_performance"), (f"{MEMORY}.json", "export_model"),
+        (f"{MEMORY}.json", "report"), (f"{SCORES}_metrics.json", "report"), (f"{CKPT}/backbone.json", "CSAD --backbone auto"),
+        (f"{MASKS}/info/pseudo_label.json", "train_segmentor"), (f"{MASKS}.unfinished/begun.json", "pseudo_label"),
+        ("data_components/dataset.json", "make_synthetic_loco"))),
+    *(case(9, f"scores that are {words}", command, "such images", array(f"{SCORES}_memory_val_score.npy", values),
+           *unrecorded(MEMORY)) for command in ("export_model", "benchmark_performance", "report") for words, values in (
+               ("none", np.zeros(0)), ("words", np.array(["a"] * 5)), ("a table", np.zeros((5, 2))))),
+    case(9, "maps of another shape", "benchmark_performance", "64x64", array(f"{SCORES}_memory_maps.npz", np.zeros((5, 64))),
+         *unrecorded(MEMORY)),
+    *(case(1, f"{option} is not finite", f"serve --model {TORCH} --{option} inf", option)
+      for option in ("max_megabytes", "max_megapixels", "body_seconds", "batch_wait_ms")),
+    case(1, "a threshold in the model that is NaN", "predict photos", "not finite", known(own_threshold=np.nan)),
+    case(1, "validation scores in the model that are NaN", "predict photos", "finite", known(validation_scores=[np.nan] * 5)),
+    case(9, "pictures larger than any memory", "make_synthetic_loco --image_size 100000000 --dataset_root more", "memory"),
     case(9, "a damaged ONNX model", f"predict photos --model {ONNX}", "cannot", cut(ONNX)),
     case(9, "a damaged OpenVINO model", f"predict photos --model {XML}", "cannot", cut(XML)),
     case(9, "half an OpenVINO model", f"predict photos --model {XML}", "", remove(XML.replace(".xml", ".bin"))),

@@ -33,7 +33,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import fault_table
 from benchmarks.fault_table import CASES, CATEGORY, DATA, Case
+from data.files import write_image
+from data.images import read_rgb
 from errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +109,37 @@ def bad_inputs(place: Path, only: str) -> int:
     print(f"{len(chosen)} bad inputs in {time.monotonic() - begun:.0f} s, {failures} failed\n"
           f"by script: {', '.join(f'{name} {count}' for name, count in scripts.items())}\n"
           f"by kind: {', '.join(f'{kind}: {count}' for kind, count in sorted(kinds.items()))}")
-    return failures
+    return failures + (0 if only else encodings(finished, place / "encodings"))
+
+
+def encodings(finished: Path, lab: Path) -> int:
+    """Score one picture in many encodings, each beside what people see in it as a plain PNG; returns the number of failures."""
+    copy(finished, lab)
+    shown = read_rgb(lab / "photos/000.png")
+    shutil.rmtree(lab / "photos")
+    (lab / "photos").mkdir()
+    listed = fault_table.encodings(shown)
+    for name, content, seen in listed:
+        (lab / "photos" / name).write_bytes(content)
+        if not isinstance(seen, str):
+            write_image(lab / f"photos/{name}.plain.png", seen)
+    ended = run("predict photos --batch_size 1", lab)
+    lines = map(json.loads, (lab / "new/predictions.jsonl").read_text().splitlines())
+    by_name = {Path(line["image"]).name: line for line in lines}
+    wrong, same = [], 0
+    for name, _, seen in listed:
+        found, plain = by_name.get(name, {"score": None}), by_name.get(f"{name}.plain.png", {"score": None})
+        told = [line for line in ended.out.splitlines() if name in line]
+        if isinstance(seen, str):
+            if found["score"] is not None or not any(seen in line for line in told):
+                wrong.append(f"{name}: expected a sentence with '{seen}', got {found['score']} {told}")
+        elif found["score"] is None or found["score"] != plain["score"]:
+            wrong.append(f"{name}: {found['score']} instead of {plain['score']} {told}")
+        else:
+            same += 1
+    print("\n       ".join([f"{len(listed)} encodings: {same} with the score of their plain PNG, "
+                            f"{len(listed) - same - len(wrong)} with a sentence, {len(wrong)} otherwise", *wrong]), flush=True)
+    return len(wrong)
 
 
 def judge(case: Case, finished: Path, known: dict[str, bytes], lab: Path) -> list[str]:

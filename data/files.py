@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,20 @@ def write_state(path: str | Path, state: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: str | Path, advice: str = MAKE_AGAIN) -> Any:
+def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] = ()) -> Any:
     """Read what a stage wrote or, with other ``advice``, what a person did.
 
+    Args:
+        keys: what it has to hold, if it is a mapping.
+
     Raises:
-        UserError: the file is missing or no JSON; ends with the advice.
+        UserError: the file is missing, no JSON, or lacks a key; ends with the advice.
     """
     with _named_mistakes(path, advice):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
+            raise ValueError(f"it does not hold {', '.join(keys)}")
+        return content
 
 
 def read_array(path: str | Path) -> np.ndarray:

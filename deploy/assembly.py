@@ -14,6 +14,7 @@ from data import files, images, layouts, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
 from data.workspace import STAGES, Workspace
 from errors import UserError
+from evaluation.scores import read_scores
 from models.backbone import empty_encoder, fingerprint
 from models.fused import (
     STATISTICS,
@@ -109,7 +110,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         raise UserError(f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
                         "make them again with --overwrite") from problem
     for branch in branches:
-        mean, std = fit_trimmed_z(files.read_array(workspace.scores(name, branch, "val")), EXPORTED_STD_FLOOR)
+        mean, std = fit_trimmed_z(read_scores(category, workspace, branch, "val"), EXPORTED_STD_FLOOR)
         getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
         getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
     state = published_state(model)

@@ -132,6 +132,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("problem", "words"), [
     (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
     (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+    (MemoryError("Unable to allocate 9 PiB"), "memory ran out"),
     (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
     (OSError(errno.ELOOP, "Too many levels of symbolic links", "work"), "work cannot be used"),
     (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
@@ -186,6 +187,13 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"used": {}}'])
+def test_json_of_something_else_is_no_record(tmp_path, content):
+    (tmp_path / "made.json").write_text(content)
+    with pytest.raises(UserError, match="made.json cannot be read .*used, scored, outputs"):
+        records.read_record(tmp_path / "made.json")
+
+
 def test_json_has_no_nan(tmp_path):
     files.write_json(tmp_path / "a.json", {"a": [float("nan"), {"b": (1.5, float("nan"))}]})
     assert "NaN" not in (tmp_path / "a.json").read_text()
@@ -233,6 +241,12 @@ def test_other_scored_images_or_a_changed_output_are_scored_anew(made):
     assert made().begin(False) == records.SCORE
     made.outputs[0].unlink()
     assert made().begin(False) == records.TRAIN
+
+
+def test_a_run_that_ended_before_its_record_is_scored_again(made):
+    made.write(made())
+    made().path.unlink(missing_ok=True)
+    assert made().begin(False) == records.SCORE
 
 
 def test_outputs_of_others_are_used_as_they_are(tmp_path):

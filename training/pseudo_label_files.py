@@ -51,7 +51,7 @@ def require_own_pseudo_labels(category: layouts.Category, labels: PseudoLabels, 
 def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> list[str]:
     """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
     record = workspace.pseudo_labels(category.name).record
-    return files.read_json(record)["used"]["stand_ins"] if record.exists() else []
+    return records.read_record(record)["used"]["stand_ins"] if record.exists() else []
 
 
 def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,

@@ -200,7 +200,7 @@ def _prepare(root: Path, names: list[str], settings: Settings, overwrite: bool) 
                 "choose another --dataset_root"
             )
         return []
-    found = read_json(record)
+    found = read_json(record, keys=("settings",))
     same = found.get("settings") == _described(settings)
     if not same and not overwrite:
         changed = [
