@@ -247,7 +247,8 @@ def test_overwriting_harms_nothing_where_an_image_cannot_be_read(copy_of_finishe
     broken.write_bytes(broken.read_bytes()[:200])
     before = contents(work)
     for stage in TRAINING:
-        assert ("pseudo_label.py" if stage == "train_segmentor" else "001.png") in fails(stage, work, tmp_path / "data", "--overwrite")
+        named = "pseudo_label.py" if stage == "train_segmentor" else "001.png"
+        assert named in fails(stage, work, tmp_path / "data", "--overwrite")
         after = contents(work)
         assert {name: content for name, content in after.items() if "unfinished" not in name} == before
         shutil.rmtree(work / "datasets/masks/discs.unfinished", ignore_errors=True)
