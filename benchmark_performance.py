@@ -15,7 +15,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
-from data import files, layouts
+from data import files, layouts, records
 from data.images import SIZE
 from data.roi import read_roi
 from data.selection import select
@@ -125,7 +125,7 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches, 
         if not path.exists():
             why = f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
-    maps = localisation.fused_maps({branch: files.read_arrays(workspace.anomaly_maps(category.name, branch))
+    maps = localisation.fused_maps({branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch))
                                     for branch in branches})
     found = {}
     for name, split in ANOMALIES.items():
@@ -198,7 +198,7 @@ def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
 def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
     """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
     recorded = [workspace.record(category, branch) for branch in branches]
-    return {name for path in recorded if path.exists() for name in files.read_json(path)["used"]["stand_ins"]}
+    return {name for path in recorded if path.exists() for name in records.read_record(path)["used"]["stand_ins"]}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def disk_is_full(problem: Exception) -> bool:
-    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def in_a_sentence(problem: Exception) -> str | None:
@@ -33,10 +33,14 @@ def in_a_sentence(problem: Exception) -> str | None:
     if disk_is_full(problem):
         return (f"the disk is full while writing {problem.filename or 'a file'}; "
                 "free some space and run the same command again, finished files are kept")
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the second is PyTorch's, on a GPU
+        return (f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
+                "take a smaller batch or smaller pictures")
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (f"no permission to write or read {problem.filename or 'a file'}; "
                 "change its permissions or choose another --workspace")
-    if isinstance(problem, OSError) and problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+    if isinstance(problem, OSError) and problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+                                                                  errno.ELOOP):
         return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
     return None
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from data.files import place
 from errors import run_script
 from standins.rendered import CATEGORIES
 from standins.rendered.writer import Settings, components_root, write_dataset
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--dataset_root", type=Path, default=Path("datasets/synthetic_loco"), help="folder to write into"
+        "--dataset_root", type=place, default=Path("datasets/synthetic_loco"), help="folder to write into"
     )
     parser.add_argument(
         "--categories", nargs="+", default=list(CATEGORIES), metavar="NAME", help="categories to render"

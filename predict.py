@@ -75,18 +75,17 @@ def main() -> None:
     if promise is not None:
         print(f"threshold {threshold:.4g}: {promise.words}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
-    counts = dict.fromkeys(VERDICTS, 0)
     with Output(args.output, top, go_on=args.watch) as output:
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
         try:
             for paths in rounds:
                 for verdict in predict(paths, engine, threshold, args.batch_size, MAP_SIDE if args.save_maps else None):
                     output.write(verdict)
-                    counts[verdict.verdict] += 1
         except KeyboardInterrupt:
             if not args.watch:
                 raise UserError(f"interrupted; what is scored so far is in {output.table}, and the same command starts anew "
                                 "and replaces it") from None
+    counts = output.counts
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {output.table}")
     if found.left_out:
         named = ", ".join(str(path) for path in found.left_out[:NAMED])
@@ -145,10 +144,10 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
                 continue
             try:
                 status = path.stat()
-            except FileNotFoundError:
+            except OSError:
                 if not path.is_symlink():  # taken away since
                     continue
-                found[path] = (0, 0)  # a link to nothing is an image that cannot be read
+                found[path] = (0, 0)  # a link to nothing, or to itself, is an image that cannot be read
             else:
                 found[path] = (status.st_size, status.st_mtime_ns)
     return dict(sorted(found.items())), others
@@ -204,6 +203,7 @@ class Output:
 
     Attributes:
         scored: the states of the files that an earlier run scored, by name.
+        counts: of each verdict, what this run wrote.
 
     Raises:
         UserError: another run writes there.
@@ -213,6 +213,7 @@ class Output:
         self.folder, self.top, self.go_on = folder, top, go_on
         self.table = folder / "predictions.csv"
         self.scored: dict[str, State] = {}
+        self.counts = dict.fromkeys(VERDICTS, 0)
 
     def __enter__(self) -> Output:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -274,6 +275,7 @@ class Output:
         self.lines.write(json.dumps(verdict.as_json() | state, ensure_ascii=False, allow_nan=False) + "\n")
         self.csv.flush()
         self.lines.flush()
+        self.counts[verdict.verdict] += 1
         print(verdict, flush=True)
 
 

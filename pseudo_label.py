@@ -82,7 +82,7 @@ def label_category(category: layouts.Category, workspace: Workspace, all_setting
     labels = workspace.unfinished_pseudo_labels(category.name)
     folders = [labels.image(category.key(path)) for path in paths]
     begun = labels.root / "begun.json"
-    changes = records.difference(files.read_json(begun), records.as_json(used)) if begun.exists() else []
+    changes = records.difference(files.read_json(begun, keys=("settings",)), records.as_json(used)) if begun.exists() else []
     if changes or not begun.exists() or record.path.exists():
         refuse_unknown_files(record, [finished.image(folder.name) for folder in folders], args.overwrite)
         if record.begin(args.overwrite) == records.SKIP:

@@ -14,14 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
-from data import files, images, layouts
+from data import files, images, layouts, records
 from data.roi import read_roi
 from data.selection import select
 from data.workspace import STAGES, Workspace
 from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
-from evaluation.localisation import scaled_maps
+from evaluation.localisation import read_maps, scaled_maps
 from evaluation.scores import Scores, by_split, digest_scores, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
@@ -42,7 +42,7 @@ def main() -> None:
     workspace, dataset, categories, chosen = select(args)
     for place in workspace.of_seeds(args.seeds).values():
         with place.lock():
-            done = [category for category in categories if place.metrics(category.name).exists()]
+            done = [category for category in categories if category.tested and place.metrics(category.name).exists()]
             if not done:
                 raise UserError(f"{place.root} holds no results yet; " + (
                     "run benchmark_performance.py first" if any(category.tested for category in categories)
@@ -68,7 +68,7 @@ class Measured:
     def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings):
         self.category, self.workspace = category, workspace
         path = workspace.metrics(category.name)
-        self.metrics = files.read_json(path)
+        self.metrics = files.read_json(path, keys=("fused", "rule", "detection", "measured"))
         self.fused, self.rule = self.metrics["fused"], self.metrics["rule"]
         self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
         self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
@@ -144,7 +144,7 @@ def test_images(one: Measured) -> list[TestImage]:
     for branch in one.fused:
         path = one.workspace.anomaly_maps(one.category.name, branch)
         if path.exists():
-            loaded = files.read_arrays(path)
+            loaded = read_maps(path)
             validation = loaded.get("val", np.zeros(0))
             maps[branch] = {split: scaled_maps(branch, values, validation) for split, values in loaded.items()}
     shares, found = one.shares(), []
@@ -243,7 +243,7 @@ def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, di
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
     noted |= {stage: workspace.record(category.name, branch) for branch, stage in STAGES.items()}
-    return {stage: files.read_json(path)["used"] for stage, path in noted.items() if path.exists()}
+    return {stage: records.read_record(path)["used"] for stage, path in noted.items() if path.exists()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -57,11 +58,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     for name in ("batch_size", "queue_length", "max_requests", "max_megabytes", "max_megapixels", "body_seconds"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be more than 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be a number above 0")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port is {args.port}; it must lie between 0 and 65535")
-    if not args.batch_wait_ms >= 0:
+    if not 0 <= args.batch_wait_ms < math.inf:
         raise UserError(f"--batch_wait_ms is {args.batch_wait_ms}; it must be 0 or more")
     if args.threshold is not None and len(args.model) > 1:
         raise UserError("--threshold is for one model alone; the scores of several have different scales")

@@ -28,7 +28,7 @@ from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 from training.loop import TrainingLoop
-from training.pseudo_label_files import read_stage_1, stand_ins_of_stage_1, training_data
+from training.pseudo_label_files import read_stage_1, require_own_pseudo_labels, stand_ins_of_stage_1, training_data
 from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
 from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
@@ -52,6 +52,7 @@ def train_category(job: Job) -> None:
     if to_do == records.SKIP:
         return
 
+    require_own_pseudo_labels(category, labels, trusted, used["train_images"])
     train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:

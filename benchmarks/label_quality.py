@@ -40,9 +40,10 @@ def main() -> None:
             "pseudo-labels": compare(labelled, true_maps(truth, dataset.root, paths), "pseudo_label.py"),
             "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py")}
 
-    files.write_json(args.workspace / "label_quality.json",
-                     {name: {what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()}
-                      for name, parts in found.items()})
+    with workspace.lock():
+        files.write_json(workspace.root / "label_quality.json", {
+            name: {what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()}
+            for name, parts in found.items()})
     print("| category | trusted pseudo-labels | segmentor |\n|---|---|---|")
     for name, parts in found.items():
         print(f"| {name} | " + " | ".join(f"{match.mean_iou:.3f}" for match in parts.values()) + " |")

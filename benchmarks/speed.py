@@ -79,11 +79,12 @@ def main() -> None:
     # Random weights have no AUROC, and that of another model is not theirs.
     category = metadata(state).get("category")
     rows = results(variants, [one for one in reports if one["category"] == category])
-    files.write_json(args.workspace / "speed.json", {
-        "results": rows, "machine": machine(device), "model": str(args.model.name if args.model else "random, paper size"),
-        "turns": args.turns, "versions": versions()})
     print(table(rows), end="")
-    draw(rows, args.workspace / "benchmark_speed.svg")
+    with workspace.lock():
+        files.write_json(workspace.root / "speed.json", {
+            "results": rows, "machine": machine(device), "model": str(args.model.name if args.model else "random, paper size"),
+            "turns": args.turns, "versions": versions()})
+        draw(rows, workspace.root / "benchmark_speed.svg")
 
 
 def random_state() -> dict:

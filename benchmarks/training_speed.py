@@ -98,7 +98,8 @@ def main() -> None:
             "step_memory_mib": None if np.isnan(memory[name]) else memory[name] / 2**20,
             "multiply_adds": multiply_adds[name], "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]]}
     target = workspace.root / f"benchmark_training_{args.stage}.json"
-    files.write_json(target, report)
+    with workspace.lock():
+        files.write_json(target, report)
     print_table(report)
     print(f"\nwrote {target}")
 

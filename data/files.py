@@ -1,7 +1,8 @@
 """Reading and writing files: whole or not at all, and never by unpickling.
 
-Everything is first encoded in memory, then written under a temporary name in the same folder and renamed.
-A crash, a full disk or Ctrl-C therefore leaves either the old file or the new one.
+Everything is first encoded in memory, then written under a temporary name in the same folder and renamed. A crash, a full
+disk or Ctrl-C therefore leaves either the old file or the new one. A file has one writer at a time: whoever writes to a
+workspace or an output folder holds its lock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically, making its folder first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what a killed run left is written over
     try:
         with open(temporary, "wb") as handle:
             handle.write(data)
@@ -94,24 +96,37 @@ def write_state(path: str | Path, state: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: str | Path, advice: str = MAKE_AGAIN) -> Any:
+def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] = ()) -> Any:
     """Read what a stage wrote or, with other ``advice``, what a person did.
 
+    Args:
+        keys: what it has to hold, if it is a mapping.
+
     Raises:
-        UserError: the file is missing or no JSON; ends with the advice.
+        UserError: the file is missing, no JSON, or lacks a key; ends with the advice.
     """
     with _named_mistakes(path, advice):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
+            raise ValueError(f"it does not hold {', '.join(keys)}")
+        return content
 
 
 def read_array(path: str | Path) -> np.ndarray:
     with _named_mistakes(path):
-        return np.load(path, allow_pickle=False)
+        return _finite(np.load(path, allow_pickle=False))
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     with _named_mistakes(path), np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        return {name: _finite(archive[name]) for name in archive.files}
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """No stage writes other numbers, and comparing with one would call everything normal."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("it holds numbers that are not finite")
+    return array
 
 
 def read_state(path: str | Path) -> Any:
@@ -126,13 +141,15 @@ def load_checkpoint(module: Any, path: str | Path) -> dict[str, Any]:
     """Load the weights of a stage's checkpoint into ``module``; returns all that the file holds.
 
     Raises:
-        UserError: the file is damaged, or holds another network.
+        UserError: the file is damaged, or holds another network, or weights that are not finite.
     """
     saved = read_state(path)
     try:
         module.load_state_dict(saved["state"])
     except (KeyError, RuntimeError) as problem:
         raise UserError(f"{path} does not hold the network that these settings describe; --overwrite trains it anew") from problem
+    if not all(values.isfinite().all() for values in module.state_dict().values()):
+        raise UserError(f"{path} holds weights that are not finite; --overwrite trains it anew")
     return saved
 
 

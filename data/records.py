@@ -56,9 +56,9 @@ class Record:
         if overwrite:
             return TRAIN
         present = [path for path in self.outputs if path.exists()]
-        noted = files.read_json(self.path) if self.path.exists() else None
-        if noted is None and len(present) == len(self.outputs):
-            return SKIP  # made elsewhere, and used as it is
+        noted = read_record(self.path) if self.path.exists() else None
+        if noted is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
+            return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
         if noted is not None and noted["used"] == as_json(self.used) and noted["scored"] == self.scored and (
                 noted["outputs"] == self._digests()):
             return SKIP  # and no checkpoint was opened for it
@@ -79,17 +79,31 @@ class Record:
     def _checkpoint_made_by(self) -> dict[str, Any] | None:
         if self.checkpoint is None or not self.checkpoint.exists():
             return None
-        saved = files.read_state(self.checkpoint)
-        if not (isinstance(saved, dict) and {"state", "meta"} <= saved.keys()):
+        meta = self._checkpoint_meta()
+        if meta is None:
             raise UserError(f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
                             "gone on from; --overwrite starts over, another --workspace keeps both")
-        return saved["meta"]
+        return meta
+
+    def _checkpoint_meta(self) -> dict[str, Any] | None:
+        """What the checkpoint says of itself; None for published ones, which say nothing."""
+        saved = files.read_state(self.checkpoint) if self.checkpoint is not None else None
+        return saved["meta"] if isinstance(saved, dict) and {"state", "meta"} <= saved.keys() else None
 
     @staticmethod
     def _refuse(changes: list[str], place: Path | None) -> None:
         if changes:
             raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
                             "--overwrite starts over, another --workspace keeps both")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, with "used", "scored" and "outputs".
+
+    Raises:
+        UserError: it is missing, or none.
+    """
+    return files.read_json(path, keys=("used", "scored", "outputs"))
 
 
 def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
@@ -126,12 +140,12 @@ def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path
     """
     if not path.exists():
         return None
-    noted = files.read_json(path)
+    noted = read_record(path)
     known = noted["used"] | (noted["scored"] or {})
     for name, value in expected.items():
         if name in known and known[name] != value:
-            raise UserError(f"{path.with_suffix('').name}: the {name.replace('_', ' ')} images are not those that {stage} saw; "
-                            f"run {stage} again")
+            raise UserError(f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
+                            f"{stage} saw; run {stage} again")
     for one in read:
         if noted["outputs"].get(_name(one), digest(one)) != digest(one):
             raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")

@@ -177,7 +177,7 @@ class Workspace:
             lock.acquire(timeout=0)
         except Timeout as problem:
             raise UserError(f"another run is working in {self.root.resolve()}; wait for it, or give this one "
-                            "a --workspace of its own") from problem
+                            "another place") from problem
         try:
             yield
         finally:

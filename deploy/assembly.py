@@ -14,6 +14,7 @@ from data import files, images, layouts, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
 from data.workspace import STAGES, Workspace
 from errors import UserError
+from evaluation.scores import read_scores
 from models.backbone import empty_encoder, fingerprint
 from models.fused import (
     STATISTICS,
@@ -64,14 +65,15 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     """
     branches = chosen.branches
     name, made_of = category.name, sources(category.name, workspace, branches)
-    saved, train_images = {}, records.digest_images(category.train)
+    saved, digests = {}, {"train_images": records.digest_images(category.train),
+                          "validation": records.digest_images(category.validation)}
     for branch in branches:
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
         if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
                 and KEYS[branch] in saved[branch]["state"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
-        records.require_current(workspace.record(name, branch), {"train_images": train_images},
+        records.require_current(workspace.record(name, branch), digests,
                                 [path, workspace.scores(name, branch, "val")], STAGES[branch])
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
@@ -109,7 +111,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         raise UserError(f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
                         "make them again with --overwrite") from problem
     for branch in branches:
-        mean, std = fit_normalisation(files.read_array(workspace.scores(name, branch, "val")), chosen.rule, EXPORTED_STD_FLOOR)
+        mean, std = fit_normalisation(read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR)
         getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
         getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
     state = published_state(model)

@@ -243,6 +243,8 @@ def open_model(path: Path, device: str) -> Engine:
 def device_name(name: str, model: Path) -> str:
     """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so."""
     if model.suffix.lower() != ".pth":
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+            raise UserError(f"device '{name}' is not to be had here; use --device auto")
         return "cpu" if name == "auto" else name
     from models.device import choose_device
     return str(choose_device(name))

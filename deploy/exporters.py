@@ -104,9 +104,12 @@ def write_openvino(model: Any, path: Path, known: dict[str, Any]) -> None:
         written = Path(folder) / path.name
         # Not OpenVINO's own fp16: that one would also round the inverse covariances, and the distances with them.
         openvino.save_model(model, written, compress_to_fp16=False)
-        path.unlink(missing_ok=True)  # an old .xml would open with the new .bin and give wrong scores
-        for suffix in (".bin", ".xml"):  # the .xml last: it is what people open
-            files.write_bytes(path.with_suffix(suffix), written.with_suffix(suffix).read_bytes())
+        staged = {suffix: path.with_name(f".{path.stem}.new{suffix}") for suffix in (".bin", ".xml")}
+        for suffix, new in staged.items():  # a full disk leaves the old files as they were
+            files.write_bytes(new, written.with_suffix(suffix).read_bytes())
+    path.unlink(missing_ok=True)  # an old .xml would open with the new .bin and give wrong scores
+    for suffix, new in staged.items():  # the .xml last: it is what people open
+        new.replace(path.with_suffix(suffix))
 
 
 def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],

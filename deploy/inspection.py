@@ -113,9 +113,11 @@ def threshold_of(metadata: dict[str, Any], given: float | None, rate: float | No
         if not math.isfinite(given):
             raise UserError(f"--threshold is {given}; it must be a finite number")
         return given, None
-    if rate is not None and not 0 <= rate <= 1:
+    if rate is not None and not 0 < rate < 1:
         raise UserError(f"--false_positive_rate is {rate}; it must lie between 0 and 1")
     if rate is None and isinstance(metadata.get("own_threshold"), float):
+        if not math.isfinite(metadata["own_threshold"]):
+            raise UserError(f"{model} holds a threshold that is not finite; export it again")
         return metadata["own_threshold"], None
     scores = metadata.get("validation_scores", [])
     if not len(scores):

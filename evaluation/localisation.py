@@ -18,7 +18,7 @@ from sklearn.metrics import auc
 
 from data import files, images, layouts
 from errors import UserError
-from models.prediction import MAP_QUANTILES
+from models.prediction import MAP_QUANTILES, MAP_SIZE
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
@@ -105,6 +105,20 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under a curve of straight pieces through (x, y), x rising from 0 to 1, between 0 and ``limit``."""
     inside = x <= limit
     return float(auc(np.r_[x[inside], limit], np.r_[y[inside], np.interp(limit, x, y)]))
+
+
+def read_maps(path: Path) -> dict[str, np.ndarray]:
+    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val").
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
+    maps = files.read_arrays(path)
+    for split, values in maps.items():
+        if values.ndim != 3 or values.shape[1:] != (MAP_SIZE, MAP_SIZE) or values.dtype.kind != "f":
+            raise UserError(f"{path} should hold maps of {MAP_SIZE}x{MAP_SIZE} numbers, found {split} {values.shape}; "
+                            f"{files.MAKE_AGAIN}")
+    return maps
 
 
 def scaled_maps(branch: str, maps: np.ndarray, validation: np.ndarray) -> np.ndarray:

@@ -27,6 +27,21 @@ def scored_branches(category: layouts.Category, workspace: Workspace, fused: lis
             or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
 
 
+def read_scores(category: layouts.Category, workspace: Workspace, branch: str, part: str) -> np.ndarray:
+    """(n,) float of one of `SCORE_PARTS`.
+
+    Raises:
+        UserError: the file is missing, holds numbers that are not finite, or another number of them than there are images.
+    """
+    path = files.require(workspace.scores(category.name, branch, part), STAGES[branch])
+    scores = files.read_array(path)
+    images = category.validation if part == "val" else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
+    if scores.shape != (len(images),) or scores.dtype.kind != "f":
+        raise UserError(f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
+                        f"run {STAGES[branch]} again")
+    return scores
+
+
 def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str], rule: str) -> Scores:
     """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/METHOD.md section 4).
 
@@ -35,20 +50,13 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
             of other images than there are now.
     """
     digests = records.scored_images(category.validation, layouts.test_splits(category))
-    expected_sizes = {part: len(category.test(layouts.GOOD)) + len(category.test(split))
-                      for part, split in SPLIT_OF_PART.items()}
     normalised = {}
     for branch in branches:
         stage, paths = STAGES[branch], {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
-        scores = {part: files.read_array(files.require(path, stage)) for part, path in paths.items()}
-        for part, expected in expected_sizes.items():
-            if scores[part].shape != (expected,):
-                raise UserError(f"{paths[part]} holds {scores[part].size} scores but "
-                                f"the data set has {expected} such images; run {stage} --overwrite")
-        records.require_current(workspace.record(category.name, branch), digests, paths.values(), stage)
-        for part, path in paths.items():
-            if not np.isfinite(scores[part]).all():
-                raise UserError(f"{path} holds scores that are not finite; run {stage} --overwrite")
+        scores = {part: read_scores(category, workspace, branch, part) for part in SCORE_PARTS}
+        maps = workspace.anomaly_maps(category.name, branch)
+        records.require_current(workspace.record(category.name, branch), digests,
+                                [*paths.values(), *([maps] if maps.exists() else [])], stage)
         mean, std = fit_normalisation(scores["val"], rule)
         normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised

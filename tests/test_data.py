@@ -132,6 +132,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("problem", "words"), [
     (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
     (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+    (MemoryError("Unable to allocate 9 PiB"), "memory ran out"),
+    (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links", "work"), "work cannot be used"),
     (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
@@ -166,6 +169,29 @@ def test_damaged_files_are_named(tmp_path):
                 read(tmp_path / name)
         with pytest.raises(UserError, match="missing"):
             read(tmp_path / f"no_{name}")
+
+
+def test_numbers_that_are_none_are_not_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([1, np.nan]))
+    np.savez(tmp_path / "a.npz", good=np.ones(2), bad=np.array([np.inf]))
+    files.write_state(tmp_path / "a.pth", {"state": {"weight": torch.tensor([[torch.nan]]), "bias": torch.zeros(1)}})
+    for read in (lambda: files.read_array(tmp_path / "a.npy"), lambda: files.read_arrays(tmp_path / "a.npz"),
+                 lambda: files.load_checkpoint(torch.nn.Linear(1, 1), tmp_path / "a.pth")):
+        with pytest.raises(UserError, match="not finite"):
+            read()
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    (tmp_path / ".a.npy.tmp").write_bytes(b"half")
+    files.write_array(tmp_path / "a.npy", np.arange(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"used": {}}'])
+def test_json_of_something_else_is_no_record(tmp_path, content):
+    (tmp_path / "made.json").write_text(content)
+    with pytest.raises(UserError, match="made.json cannot be read .*used, scored, outputs"):
+        records.read_record(tmp_path / "made.json")
 
 
 def test_json_has_no_nan(tmp_path):
@@ -215,6 +241,12 @@ def test_other_scored_images_or_a_changed_output_are_scored_anew(made):
     assert made().begin(False) == records.SCORE
     made.outputs[0].unlink()
     assert made().begin(False) == records.TRAIN
+
+
+def test_a_run_that_ended_before_its_record_is_scored_again(made):
+    made.write(made())
+    made().path.unlink(missing_ok=True)
+    assert made().begin(False) == records.SCORE
 
 
 def test_outputs_of_others_are_used_as_they_are(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import sys
 from pathlib import Path
 
@@ -248,17 +249,30 @@ def test_half_precision_comes_close_and_says_what_ran(raw):
 def test_openvinos_two_files_never_mix(paths, tmp_path, monkeypatch):
     model = exporters.openvino_model(paths[".onnx"].read_bytes(), "fp32")
     exporters.write_openvino(model, tmp_path / "model.xml", {})
-    write_bytes = files.write_bytes
+    replace = Path.replace
 
-    def stop_before_the_second(path, data):
-        if path.suffix == ".xml":
+    def stop_before_the_second(path, target):
+        if target.suffix == ".xml":
             raise KeyboardInterrupt
-        write_bytes(path, data)
+        replace(path, target)
 
-    monkeypatch.setattr(files, "write_bytes", stop_before_the_second)
+    monkeypatch.setattr(Path, "replace", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         exporters.write_openvino(model, tmp_path / "model.xml", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.bin"]
+
+
+def test_a_full_disk_leaves_openvinos_old_files(paths, tmp_path, monkeypatch):
+    model = exporters.openvino_model(paths[".onnx"].read_bytes(), "fp32")
+    exporters.write_openvino(model, tmp_path / "model.xml", {})
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    with pytest.raises(OSError, match="full"):
+        exporters.write_openvino(model, tmp_path / "model.xml", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -309,6 +323,31 @@ def test_agreement_sees_a_score_that_moved():
     assert check.agreement(Fake(scores + 0.01)).suffices
     assert not check.agreement(Fake(scores + 1)).suffices
     assert not check.agreement(Fake([0, 1, 10.5, 10, 11, 12])).suffices
+
+
+@pytest.mark.parametrize("agrees_at", [1, 3, None])
+def test_parts_go_back_into_higher_precision_until_the_scores_agree(agrees_at):
+    """The guard itself, with attempts of which it is known how far off they are."""
+    scores, attempts = np.array([0.0, 1, 2, 10, 11, 12]), []
+
+    class Fake:
+        def __init__(self, attempt):
+            self.values = iter(scores + (0.01 if attempt == agrees_at else 1))
+
+        def score(self, image):
+            return np.array([next(self.values)])
+
+    def build(prefixes):
+        attempts.append(prefixes)
+        return len(attempts), Fake(len(attempts))
+
+    check = quantisation.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
+    model, kept, agreement = quantisation.quantise(build, check, lambda line: None)
+    order = quantisation.FALLBACK_ORDER
+    assert model == len(attempts) == (agrees_at or len(order))
+    assert kept == [name for name, _ in order[:model]]
+    assert attempts[-1] == sum((prefixes for _, prefixes in order[:model]), ())
+    assert agreement.suffices == (agrees_at is not None)
 
 
 def test_area_statistics_are_those_of_the_training_images():

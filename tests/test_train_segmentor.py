@@ -71,7 +71,8 @@ def outputs(workspace):
 def test_everything_of_the_contract_is_written(prepared, backbone):
     category, make = prepared
     workspace = make("work")
-    files.write_json(workspace.pseudo_labels(CATEGORY).record, {"used": {"stand_ins": ["proposer tiny", "backbone tiny"]}})
+    files.write_json(workspace.pseudo_labels(CATEGORY).record, {"used": {"stand_ins": ["proposer tiny", "backbone tiny"]},
+                                                              "scored": None, "outputs": {}})
     train(category, workspace, backbone, epochs=12, unsupervised_from_epoch=8, lr=0.01)
 
     saved = files.read_state(workspace.segmentor(CATEGORY))
@@ -265,7 +266,19 @@ def damage_no_index(workspace, category):
     files.write_array(workspace.pseudo_labels(CATEGORY).trusted, np.zeros(0))
 
 
+def damage_origin(workspace, category):
+    files.write_json(workspace.pseudo_labels(CATEGORY).record,
+                     {"used": {"train_images": "others", "stand_ins": []}, "scored": None, "outputs": {}})
+
+
+def damage_map_of_another_origin(workspace, category):
+    files.write_json(workspace.pseudo_labels(CATEGORY).record,
+                     {"used": {"stand_ins": []}, "scored": None, "outputs": {"002/filtered_cluster_map.png": "another"}})
+
+
 @pytest.mark.parametrize("damage, sentence", [
+    (damage_origin, "the train images are not those that pseudo_label.py saw"),
+    (damage_map_of_another_origin, "002/filtered_cluster_map.png is not the file that pseudo_label.py wrote"),
     (damage_missing_stage, "filtered_component_histogram.npy is missing; run pseudo_label.py"),
     (damage_missing_map, "002/filtered_cluster_map.png is missing; run pseudo_label.py"),
     (damage_unreadable_map, "002/filtered_cluster_map.png cannot be read"),

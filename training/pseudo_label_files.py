@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from data import files, images, layouts
-from data.workspace import Workspace
+from data import files, images, layouts, records
+from data.workspace import PseudoLabels, Workspace
 from errors import UserError
 from training.segmentor_step import TrainingData
 
@@ -38,10 +38,20 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
     return np.unique(trusted), histogram.shape[1] + 1
 
 
+def require_own_pseudo_labels(category: layouts.Category, labels: PseudoLabels, trusted: np.ndarray, train_images: str) -> None:
+    """Make sure that stage 1 saw these training images, and that the trusted label maps are those that it wrote.
+
+    Raises:
+        UserError: it did not, or they are not.
+    """
+    maps = [labels.image(category.key(category.train[index])) / "filtered_cluster_map.png" for index in trusted]
+    records.require_current(labels.record, {"train_images": train_images}, [path for path in maps if path.exists()], MADE_BY)
+
+
 def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> list[str]:
     """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
     record = workspace.pseudo_labels(category.name).record
-    return files.read_json(record)["used"]["stand_ins"] if record.exists() else []
+    return records.read_record(record)["used"]["stand_ins"] if record.exists() else []
 
 
 def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,

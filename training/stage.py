@@ -96,7 +96,7 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest
     """
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
-        name = files.read_json(workspace.backbone)["name"]
+        name = files.read_json(workspace.backbone, keys=("name",))["name"]
     backbone = build_backbone(name, weights, workspace.downloads, with_deepest)
     files.write_json(workspace.backbone, {"name": backbone.name, "fingerprint": backbone.fingerprint})
     return backbone
@@ -139,7 +139,7 @@ def require_same_inputs(job: Job, branch: str, used: dict[str, Any]) -> None:
         record = job.workspace.record(job.category.name, other)
         if other == branch or job.overwrite or not record.exists():
             continue
-        theirs = files.read_json(record)["used"]
+        theirs = records.read_record(record)["used"]
         if theirs["backbone_fingerprint"] != used["backbone_fingerprint"]:
             raise UserError(f"{job.name}: {script} worked on the backbone {theirs['backbone']}, this is {used['backbone']}; name "
                             f"the same with --backbone, or run {script} --overwrite with this one first")

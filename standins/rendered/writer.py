@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data.files import read_json, write_image, write_json
 from data.layouts import GOOD, LOGICAL, STRUCTURAL
+from data.workspace import Workspace
 from errors import UserError
 from standins.rendered import CATEGORIES
 from standins.rendered.kit import Category, Defect, render
@@ -149,7 +150,8 @@ def write_dataset(
         The number of pictures rendered now.
 
     Raises:
-        UserError: unknown category; `root` holds other people's data, or pictures made with other settings.
+        UserError: unknown category; `root` holds other people's data, or pictures made with other settings, or another
+            run writes there.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -157,6 +159,11 @@ def write_dataset(
             raise UserError(f"there is no category '{name}' to render; choose from {', '.join(CATEGORIES)}")
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be 1 or more")
+    with Workspace(components_root(root)).lock():
+        return _write_dataset(root, names, settings, workers, overwrite)
+
+
+def _write_dataset(root: Path, names: list[str], settings: Settings, workers: int, overwrite: bool) -> int:
     present = _prepare(root, names, settings, overwrite)
     write_json(
         components_root(root) / "dataset.json",
@@ -193,7 +200,7 @@ def _prepare(root: Path, names: list[str], settings: Settings, overwrite: bool) 
                 "choose another --dataset_root"
             )
         return []
-    found = read_json(record)
+    found = read_json(record, keys=("settings",))
     same = found.get("settings") == _described(settings)
     if not same and not overwrite:
         changed = [
