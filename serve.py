@@ -33,7 +33,8 @@ def main() -> None:
     try:
         import uvicorn
 
-        from deploy.server import Options, create_app
+        from deploy.server import create_app
+        from deploy.station import Options
     except ImportError as problem:
         raise UserError(f"{problem.name} is not installed; install what serving needs with: {INSTALL}") from problem
     default = Options()

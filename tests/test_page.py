@@ -17,7 +17,8 @@ uvicorn = pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
 
 import serve  # noqa: E402
-from deploy.server import Options, create_app  # noqa: E402
+from deploy.server import create_app  # noqa: E402
+from deploy.station import Options  # noqa: E402
 from models.fusion import choose_threshold  # noqa: E402
 from tests.test_serve import BrightEngine, picture  # noqa: E402
 

@@ -34,7 +34,9 @@ from deploy.batching import Batcher, QueueFull  # noqa: E402
 from deploy.daily_log import DailyLog  # noqa: E402
 from deploy.engines import METADATA_KEY, open_model  # noqa: E402
 from deploy.inspection import judge, read_picture  # noqa: E402
-from deploy.server import Options, create_app, plain_name  # noqa: E402
+from deploy.server import create_app  # noqa: E402
+from deploy.station import Options  # noqa: E402
+from deploy.upload import plain_name  # noqa: E402
 from errors import UserError  # noqa: E402
 from models.prediction import MAP_SIZE, Prediction  # noqa: E402
 
