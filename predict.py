@@ -31,7 +31,8 @@ from data import files
 from data.files import place
 from data.images import SUFFIXES
 from deploy.engines import Engine, device_name, open_model
-from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture, threshold_of
+from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture
+from deploy.thresholds import threshold_of
 from errors import UserError, run_script
 from models.fusion import BRANCHES
 
@@ -71,9 +72,9 @@ def main() -> None:
     engine = open_model(args.model, device_name(args.device, args.model))
     if not engine.has_maps and args.save_maps:
         raise UserError(f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps")
-    threshold, promise = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
-    if promise is not None:
-        print(f"threshold {threshold:.4g}: {promise.words}")
+    threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
+    if words is not None:
+        print(f"threshold {threshold:.4g}: {words}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
     counts = dict.fromkeys(VERDICTS, 0)
     with Output(args.output, top, go_on=args.watch) as output:

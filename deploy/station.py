@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from deploy.batching import Batcher
 from deploy.engines import Engine
-from deploy.inspection import VERDICTS, Picture, Verdict, judge, threshold_of
+from deploy.inspection import VERDICTS, Picture, Verdict, judge
+from deploy.thresholds import threshold_of
 
 LATENCIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
 
@@ -53,9 +54,8 @@ class Station:
 
     def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
         self.name, self.engine = name, engine
-        self.threshold, promise = threshold_of(engine.metadata, options.threshold, options.false_positive_rate, name)
-        self.threshold_words = promise.words if promise else (
-            "set in the model" if options.threshold is None else "set by whoever started the station")
+        self.threshold, words = threshold_of(engine.metadata, options.threshold, options.false_positive_rate, name)
+        self.threshold_words = words or "set by whoever started the station"
         self.batcher: Batcher[Picture, Verdict] = Batcher(
             lambda pictures: judge(pictures, engine, self.threshold), options.batch_size, options.batch_wait_ms / 1000,
             options.queue_length, on_batch)

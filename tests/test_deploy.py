@@ -15,7 +15,7 @@ import export_model
 from data import files
 from data.workspace import Workspace
 from deploy import engines, exporters, quantisation
-from deploy.assembly import require_finite, with_threshold
+from deploy.assembly import require_finite
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from deploy.folded import FoldedModel
 from errors import UserError
@@ -348,9 +348,6 @@ def test_mistakes_get_a_sentence(paths, kind, tmp_path, monkeypatch):
 def test_models_with_numbers_that_are_none_are_not_exported():
     with pytest.raises(UserError, match="lgst.weight holds numbers that are not finite"):
         require_finite({"a": torch.zeros(2), "lgst.weight": torch.tensor([1.0, float("nan")])}, "discs")
-    with pytest.raises(UserError, match="not finite on validation images"):
-        with_threshold({}, np.array([1.0, np.nan]), "discs")
-    assert with_threshold({}, np.arange(99.0), "discs")["threshold"] == 98  # the largest of 99 promises 1 %
 
 
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):

@@ -171,7 +171,7 @@ def test_pasting_and_the_camera(opened):
 
 
 def test_models_have_thresholds_of_their_own(opened):
-    shown = opened({"a": BrightEngine(), "b": BrightEngine(own_threshold=10.0)})
+    shown = opened({"a": BrightEngine(), "b": BrightEngine(threshold=10.0)})
     drop(shown, 50, "x.png")
     assert verdict(shown) == "Normal"
     shown.locator("#model").select_option("b")

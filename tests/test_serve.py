@@ -146,7 +146,7 @@ def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(s
 
 
 def test_several_models_by_name(station):
-    client = station({"a": BrightEngine(), "b": BrightEngine(own_threshold=10.0)})
+    client = station({"a": BrightEngine(), "b": BrightEngine(threshold=10.0)})
     assert client.post("/score?model=a", content=picture()).json()["verdict"] == "normal"
     answer = client.post("/score?model=b", content=picture()).json()
     assert (answer["verdict"], answer["threshold_words"]) == ("anomalous", "set in the model")
