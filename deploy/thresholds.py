@@ -32,7 +32,7 @@ def threshold_of(known: dict[str, Any], given: float | None, rate: float | None,
         return _finite(given, "--threshold"), None
     if rate is None and known.get("threshold") is not None:
         return _finite(known["threshold"], f"the threshold in {model}"), known.get("threshold_words", "set in the model")
-    chosen = _promised(known, FALSE_POSITIVE_RATE if rate is None else rate, model)
+    chosen = _promised(known, FALSE_POSITIVE_RATE if rate is None else _share(rate, "--false_positive_rate"), model)
     return chosen.value, chosen.words
 
 
@@ -76,7 +76,7 @@ def write_beside(path: Path, known: dict[str, Any]) -> None:
 def _with_threshold(known: dict[str, Any], value: float | None, rate: float | None, model: str) -> dict[str, Any]:
     scores = np.array(known.get("validation_scores", []))
     if value is None:
-        chosen = _promised(known, rate, model)
+        chosen = _promised(known, _share(rate, "--set_false_positive_rate"), model)
         value, rate, words = chosen.value, chosen.promised, chosen.words
     else:
         _finite(value, "--set_threshold")
@@ -88,8 +88,6 @@ def _with_threshold(known: dict[str, Any], value: float | None, rate: float | No
 
 
 def _promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
-    if not 0 <= rate <= 1:
-        raise UserError(f"the false-positive rate is {rate}; it must lie between 0 and 1")
     if not len(known.get("validation_scores", [])):
         raise UserError(f"{model} does not know the scores of validation images; name a --threshold, set one with "
                         "export_model.py --set_threshold, or export it again from the stages' files")
@@ -112,6 +110,12 @@ def _write_metadata(path: Path, known: dict[str, Any]) -> None:
         model = ElementTree.fromstring(path.read_bytes())
         model.find(f"rt_info/{METADATA_KEY}").set("value", json.dumps(known))
         files.write_bytes(path, b'<?xml version="1.0"?>\n' + ElementTree.tostring(model))
+
+
+def _share(rate: float, what: str) -> float:
+    if not 0 <= rate <= 1:
+        raise UserError(f"{what} is {rate}; it must lie between 0 and 1")
+    return rate
 
 
 def _finite(value: float, what: str) -> float:
