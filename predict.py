@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--save_maps", action="store_true", help="draw what was found into OUTPUT/maps")
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be 1 or more")
@@ -75,6 +75,7 @@ def main() -> None:
     threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
     if words is not None:
         print(f"threshold {threshold:.4g}: {words}")
+    print(f"{engine.runtime} on {engine.device}, {engine.precision}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
     counts = dict.fromkeys(VERDICTS, 0)
     with Output(args.output, top, go_on=args.watch) as output:

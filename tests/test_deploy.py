@@ -294,6 +294,25 @@ def test_int8_keeps_parts_until_the_scores_agree(runtime, raw, tmp_path):
             assert not any(name.startswith("segmentor.") for name in quantised) or "/segmentor/" not in prefixes
 
 
+def test_devices_are_chosen_by_what_there_is_and_said(paths, raw, monkeypatch):
+    import onnxruntime
+    assert open_model(paths[".xml"], "auto").device == "cpu"
+    engine = open_model(paths[".xml"], "AUTO")
+    assert "cpu" in engine.device
+    assert np.isfinite(engine.score(raw)).all()
+    with pytest.raises(UserError, match="cannot run this model on GPU.9.*it has CPU"):
+        open_model(paths[".xml"], "GPU.9")
+    asked, session = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers",
+                        lambda: ["CPUExecutionProvider", "CoreMLExecutionProvider", "CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, options, providers: (
+        asked.append(providers), session(model, options, ["CPUExecutionProvider"]))[1])
+    for device in ("auto", "cpu", "cuda:1"):
+        assert open_model(paths[".onnx"], device).device == "cpu"  # what it runs on, whatever was asked for
+    assert asked == [["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"],
+                     [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]]
+
+
 def test_agreement_sees_a_score_that_moved():
     scores = np.array([0.0, 1, 2, 10, 11, 12])
     check = quantisation.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
