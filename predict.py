@@ -73,9 +73,7 @@ def main() -> None:
     if not engine.has_maps and args.save_maps:
         raise UserError(f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps")
     threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
-    if words is not None:
-        print(f"threshold {threshold:.4g}: {words}")
-    print(f"{engine.runtime} on {engine.device}, {engine.precision}")
+    print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
     counts = dict.fromkeys(VERDICTS, 0)
     with Output(args.output, top, go_on=args.watch) as output:
