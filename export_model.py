@@ -24,9 +24,9 @@ from tqdm import tqdm
 import settings
 from data import files, images, layouts
 from data.selection import select
-from data.workspace import Workspace
-from deploy import exporters, quantisation
-from deploy.assembly import fused_state, sources, with_threshold
+from data.workspace import FORMATS, PRECISIONS, Workspace
+from deploy import exporters, quantisation, thresholds
+from deploy.assembly import fused_state, sources
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
 from evaluation import seeds
@@ -38,8 +38,6 @@ from training.stage import view_of
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
-FORMATS = ("torch", "onnx", "openvino")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
     ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
@@ -53,7 +51,15 @@ def main() -> None:
     parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too")
     parser.add_argument("--raw_input", action="store_true", help="onnx, openvino: take uint8 RGB and normalise inside")
     parser.add_argument("--inference_only", action="store_true", help="evaluate exported models, export nothing")
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--set_threshold", type=float, metavar="SCORE",
+                        help="change only the threshold of what is exported of one category, in every format: predict.py and "
+                             "serve.py call higher scores anomalous")
+    change.add_argument("--set_false_positive_rate", type=float, metavar="RATE",
+                        help="the same, to what this share of good images may exceed (exports begin with 0.01)")
     args = parser.parse_args()
+    if args.set_threshold is not None or args.set_false_positive_rate is not None:
+        return change_thresholds(args)
     if args.format not in FORMATS:
         raise UserError(f"there is no format '{args.format}'; choose from {', '.join(FORMATS)}")
     if (args.format, args.precision) in IMPOSSIBLE:
@@ -71,6 +77,17 @@ def main() -> None:
             print("\n" + "\n".join(lines))
 
 
+def change_thresholds(args: argparse.Namespace) -> None:
+    if args.set_threshold is not None and len(args.categories or []) != 1:
+        raise UserError("--set_threshold is for one category, as the scores of several have different scales; name it with "
+                        "--categories, or take --set_false_positive_rate")
+    places = (workspace := Workspace(args.workspace)).of_seeds(args.seeds).values()
+    paths = [path for place in places for path in place.exported_models(args.categories)]
+    with workspace.lock_with(places):
+        for path, known in thresholds.change(paths, args.set_threshold, args.set_false_positive_rate):
+            print(f"{path}: threshold {known['threshold']:.6g}, {known['threshold_words']}")
+
+
 def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace, args: argparse.Namespace,
                         chosen: dict[str, settings.Settings], device: str) -> dict[str, dict[str, float]]:
     """One workspace, which is one seed; returns {category: AUROCs and milliseconds}."""
@@ -84,6 +101,8 @@ def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace
             print(f"{category.name}: wrote {path}")
         files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
         engine = open_model(path, device)
+        if not args.inference_only:
+            thresholds.write_beside(path, engine.metadata)
         exporters.require_category(engine.metadata, category.name, path)
         if not category.tested:
             print(f"{category.name}: there are no good test images, so nothing to evaluate")
@@ -158,7 +177,7 @@ def judged(known: dict[str, Any], engine: Engine, category: layouts.Category) ->
     paths = category.validation
     scores = [engine.score(images.read_views([path], engine.size, "", known.get("white_level")))
               for path in tqdm(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
-    return with_threshold(known, np.concatenate(scores), category.name)
+    return thresholds.with_validation_scores(known, np.concatenate(scores), category.name)
 
 
 def require_up_to_date(known: dict[str, Any], category: layouts.Category, workspace: Workspace, source: Path,

@@ -31,7 +31,8 @@ from data import files
 from data.files import place
 from data.images import SUFFIXES
 from deploy.engines import Engine, device_name, open_model
-from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture, threshold_of
+from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture
+from deploy.thresholds import threshold_of
 from errors import UserError, run_script
 from models.fusion import BRANCHES
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--save_maps", action="store_true", help="draw what was found into OUTPUT/maps")
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be 1 or more")
@@ -71,9 +72,8 @@ def main() -> None:
     engine = open_model(args.model, device_name(args.device, args.model))
     if not engine.has_maps and args.save_maps:
         raise UserError(f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps")
-    threshold, promise = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
-    if promise is not None:
-        print(f"threshold {threshold:.4g}: {promise.words}")
+    threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
+    print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
     with Output(args.output, top, go_on=args.watch) as output:
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]

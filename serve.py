@@ -34,7 +34,8 @@ def main() -> None:
     try:
         import uvicorn
 
-        from deploy.server import Options, create_app
+        from deploy.server import create_app
+        from deploy.station import Options
     except ImportError as problem:
         raise UserError(f"{problem.name} is not installed; install what serving needs with: {INSTALL}") from problem
     default = Options()
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request")
     parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of a picture")
     parser.add_argument("--body_seconds", type=float, default=default.body_seconds, help="in which a request has to arrive")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
     args = parser.parse_args()
     for name in ("batch_size", "queue_length", "max_requests", "max_megabytes", "max_megapixels", "body_seconds"):
         if not 0 < getattr(args, name) < math.inf:
@@ -82,7 +83,8 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             # uvicorn takes both over, and after it has ended raises again what it got, which then does no harm.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        print(f"{', '.join(engines)} at {address(listening)}", flush=True)
+        models = ", ".join(f"{name} ({one.runtime} on {one.device}, {one.precision})" for name, one in engines.items())
+        print(f"{models} at {address(listening)}", flush=True)
         if args.host not in ("127.0.0.1", "::1", "localhost") and options.token is None:
             print("other machines can connect and nothing asks them for a token; set --token", file=sys.stderr, flush=True)
         server.run(sockets=[listening])

@@ -6,7 +6,7 @@
 ``--clients`` send one picture after the other and wait for each answer. With ``--disturb`` two more connect: one that sends its
 picture byte by byte, and one that sends garbage. The same pictures then go through the bare engine at several
 batch sizes; the station must be idle meanwhile. Only loopback addresses are loaded, and not for longer than
-``--seconds``.
+``--seconds``. Exit status 1: something that a station should reach is missed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from errors import UserError, run_script
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size
+SLOWEST, GROWTH, SHARE = 10, 0.05, 0.9  # p99 in single latencies; of memory; of the bare engine's throughput
 
 
 def main() -> None:
@@ -54,21 +55,28 @@ def main() -> None:
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else {}
     single, latencies, errors, seconds, memory = asyncio.run(load(args, pictures, headers))
     rate = len(latencies) / seconds
+    missed = [] if len(latencies) == args.requests and not errors else ["an answer to every request"]
     print(f"{args.clients} clients, {len(latencies)} answers in {seconds:.1f} s: {rate:.2f} pictures/s; "
           f"errors: {dict(errors) or 'none'}")
     if latencies:
         p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
         print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
               f"p99 is {p99 / 1000 / single:.1f} times that")
+        missed += [] if p99 / 1000 < SLOWEST * single else [f"p99 under {SLOWEST} times the latency of one client"]
     if all(memory):
         print(f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
               f"({100 * (memory[1] / memory[0] - 1):+.1f} %)")
+        missed += [] if memory[1] / memory[0] - 1 <= GROWTH else [f"memory that grows by {GROWTH:.0%} at most"]
 
     speeds = bare(open_model(args.model, device_name("auto", args.model)), pictures)
     print("bare engine, pictures/s: " + ", ".join(f"batch {size} {alone:.2f} ({decoding:.2f} with decoding)"
                                                   for size, (alone, decoding) in speeds.items()))
     best = [max(column) for column in zip(*speeds.values())]
     print(f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding")
+    missed += [] if rate >= SHARE * best[0] else [f"{SHARE} of the bare engine's best"]
+    if missed:
+        print(f"missed: {', '.join(missed)}")
+        raise SystemExit(1)
 
 
 def require_loopback(url: str) -> None:
@@ -117,6 +125,8 @@ async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[st
         await asyncio.gather(*(one_client() for _ in range(args.clients)))
         seconds = time.perf_counter() - begun
         for task in disturbers:
+            if task.done():
+                raise RuntimeError("a disturber gave up") from task.exception()
             task.cancel()
         return statistics.median(alone), latencies, errors, seconds, [early, memory_of(args.pid)]
 
@@ -138,8 +148,8 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
     rng = np.random.default_rng(0)
     while True:
         answer = await client.post(url, content=picture[:100] + rng.bytes(10_000))
-        if answer.status_code < 400:
-            raise RuntimeError(f"garbage got a verdict: {answer.text}")
+        if not 400 <= answer.status_code < 500 and answer.status_code != 503:
+            raise RuntimeError(f"garbage got a {answer.status_code}: {answer.text}")
         await asyncio.sleep(0.05)
 
 

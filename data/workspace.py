@@ -12,6 +12,9 @@ from filelock import FileLock, Timeout
 from errors import UserError
 
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
+EXPORTED = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"), "openvino": ("openvino_models", ".xml")}
+FORMATS = tuple(EXPORTED)
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}  # by branch, in all tables' order
 
 
@@ -135,9 +138,23 @@ class Workspace:
     # Stages 4 and 5
     def exported_model(self, category: str, runtime: str, precision: str = "fp32") -> Path:
         """fp32 has the published names; other precisions lie beside it as {category}_{precision}."""
-        folder, suffix = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"),
-                          "openvino": ("openvino_models", ".xml")}[runtime]
+        folder, suffix = EXPORTED[runtime]
         return self.root / "ckpt" / folder / f"{_with_precision(category, precision)}{suffix}"
+
+    def exported_models(self, categories: Sequence[str] | None) -> list[Path]:
+        """What there is of them, in every format and precision; of all categories where none is named.
+
+        Raises:
+            UserError: a category, or the workspace, has none.
+        """
+        found = [path for folder, suffix in EXPORTED.values()
+                 for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))]
+        for category in categories or ():
+            if not any(path.stem in _with_precisions(category) for path in found):
+                raise UserError(f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first")
+        if not found:
+            raise UserError(f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first")
+        return [path for path in found if not categories or any(path.stem in _with_precisions(one) for one in categories)]
 
     def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:
         """Score of every test image; beside it, with suffix .json, the AUROCs and what made them."""
@@ -194,3 +211,7 @@ class Workspace:
 
 def _with_precision(name: str, precision: str) -> str:
     return name if precision == "fp32" else f"{name}_{precision}"
+
+
+def _with_precisions(category: str) -> list[str]:
+    return [_with_precision(category, precision) for precision in PRECISIONS]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-import numpy as np
 import torch
 
 import settings
@@ -26,7 +24,7 @@ from models.fused import (
     memory_shape,
     published_state,
 )
-from models.fusion import EXPORTED_STD_FLOOR, choose_threshold, fit_normalisation
+from models.fusion import EXPORTED_STD_FLOOR, fit_normalisation
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
@@ -130,20 +128,6 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         | ({"memory_score_share": memory.score_share} if memory is not None else {}))
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state
-
-
-def with_threshold(known: dict[str, Any], validation_scores: np.ndarray, category: str) -> dict[str, Any]:
-    """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
-
-    Raises:
-        UserError: a score is not finite.
-    """
-    if not np.isfinite(validation_scores).all():
-        raise UserError(f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
-                        "train the stages again")
-    threshold = choose_threshold(validation_scores)
-    return known | {"validation_scores": sorted(float(score) for score in validation_scores),
-                    "threshold": threshold.value, "threshold_rate": threshold.promised, "threshold_words": threshold.words}
 
 
 def require_finite(state: dict[str, torch.Tensor], name: str) -> None:

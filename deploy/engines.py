@@ -31,6 +31,7 @@ from models.prediction import Prediction
 Result = TypeVar("Result")
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
 PAPER_BRANCHES = ["patchhist", "LGST"]  # of published files, which do not say
+ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))  # onnxruntime's
 _OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -150,7 +151,8 @@ class OnnxEngine(Engine):
 
     Args:
         model: the file's content.
-        device: its CUDA provider is taken for a CUDA device where onnxruntime has one.
+        device: cpu; cuda or cuda:1 for the CUDA provider where onnxruntime has it; auto for every accelerator that it has, those
+            first that are fastest, and the CPU for what they cannot do.
 
     Raises:
         UserError: onnxruntime is not installed, or this is no CSAD model that it can run.
@@ -160,8 +162,10 @@ class OnnxEngine(Engine):
 
     def __init__(self, model: bytes, device: str):
         onnxruntime = require_package("onnxruntime")
-        providers = ["CPUExecutionProvider"]
-        if device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers, available = ["CPUExecutionProvider"], onnxruntime.get_available_providers()
+        if device == "auto":
+            providers = [name for name in ACCELERATORS if name in available] + providers
+        elif device.startswith("cuda") and "CUDAExecutionProvider" in available:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -181,27 +185,34 @@ class OnnxEngine(Engine):
 
 
 class OpenVinoEngine(Engine):
-    """An exported OpenVINO model, run on the CPU.
+    """An exported OpenVINO model.
 
-    The precision is asked for by name: left alone, OpenVINO takes bf16 where the CPU has it.
+    On the CPU the precision is asked for by name: left alone, OpenVINO takes bf16 where the CPU has it.
 
     Args:
         model: an `openvino.Model`.
+        device: a name of OpenVINO's (CPU, GPU, GPU.1, NPU, AUTO).
 
     Raises:
-        UserError: OpenVINO is not installed, or this is no CSAD model.
+        UserError: OpenVINO is not installed, it has no such device, or this is no CSAD model.
     """
 
     runtime = "openvino"
-    device = "cpu"
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, device: str = "CPU"):
         openvino = require_package("openvino")
         self.metadata = _decoded(model.get_rt_info(METADATA_KEY).astype(str) if METADATA_KEY in model.rt_info else None,
                                  "OpenVINO")
         wanted = self.metadata.get("precision", "fp32")
-        self.compiled = in_openvino_thread(_compile, openvino, model, wanted)
-        real = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        try:
+            self.compiled = in_openvino_thread(_compile, openvino, model, wanted, device)
+        except RuntimeError as problem:
+            has = ", ".join(in_openvino_thread(lambda: openvino.Core().available_devices))
+            raise UserError(f"OpenVINO cannot run this model on {device} ({_first_line(problem)}); it has {has}") from problem
+        self.device = ", ".join(self.compiled.get_property("EXECUTION_DEVICES")).lower()
+        supported = self.compiled.get_property("SUPPORTED_PROPERTIES")
+        real = (self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+                if "INFERENCE_PRECISION_HINT" in supported else "its own precision")
         real = {"f32": "fp32", "f16": "fp16"}.get(real, real)
         if wanted == "int8":
             self.precision = f"int8, the rest in {real}"
@@ -219,7 +230,8 @@ def open_model(path: Path, device: str) -> Engine:
 
     Args:
         path: ``.pth`` (torch), ``.onnx`` (onnxruntime) or ``.xml`` (openvino).
-        device: cpu, cuda, cuda:1 or mps, for torch, and for onnxruntime where it is built for it; OpenVINO runs on the CPU.
+        device: cpu, cuda, cuda:1 or mps, for torch, and for onnxruntime where it is built for it; names of OpenVINO's, which
+            takes its CPU for all others.
 
     Raises:
         UserError: no such file, another suffix, no CSAD model, or a runtime that is not installed.
@@ -235,23 +247,26 @@ def open_model(path: Path, device: str) -> Engine:
             return TorchEngine(files.read_state(path), device)
         if suffix == ".onnx":
             return OnnxEngine(path.read_bytes(), device)
-        return OpenVinoEngine(read_openvino(path))
+        return OpenVinoEngine(read_openvino(path), "CPU" if device.islower() else device)
     except UserError as problem:
         raise problem if str(path) in str(problem) else UserError(f"{path}: {problem}") from problem
 
 
 def device_name(name: str, model: Path) -> str:
-    """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so."""
+    """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so, and choose by themselves."""
     if model.suffix.lower() != ".pth":
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        of_openvino = model.suffix.lower() == ".xml" and name.isupper()
+        if not (of_openvino or re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name)):
             raise UserError(f"device '{name}' is not to be had here; use --device auto")
-        return "cpu" if name == "auto" else name
+        return name
     from models.device import choose_device
     return str(choose_device(name))
 
 
-def _compile(openvino: ModuleType, model: Any, wanted: str) -> Any:
+def _compile(openvino: ModuleType, model: Any, wanted: str, device: str) -> Any:
     core = openvino.Core()
+    if device != "CPU":
+        return core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY"})
     hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
     if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it

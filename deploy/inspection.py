@@ -14,7 +14,7 @@ from data import images
 from deploy.engines import Engine
 from errors import UserError
 from evaluation.deviations import Deviation, deviations
-from models.fusion import BRANCHES, FALSE_POSITIVE_RATE, Threshold, choose_threshold
+from models.fusion import BRANCHES
 from models.prediction import MAP_SIZE
 from report.pictures import heat_overlay, label_overlay, shrink, side_by_side
 
@@ -97,37 +97,6 @@ class Verdict:
         score = f"{self.score:.2f} = {shares}" if shares else f"{self.score:.2f}"
         text = f"{self.verdict:10} {self.name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
-
-
-def threshold_of(metadata: dict[str, Any], given: float | None, rate: float | None, model: str) -> tuple[float, Threshold | None]:
-    """The threshold to judge by, and what it promises; None where it was given as a number.
-
-    Args:
-        given: a threshold of the user's own.
-        rate: share of good images that may be called anomalous; None: what the model suggests.
-
-    Raises:
-        UserError: a number is not finite, the rate is no share, or the model does not know its validation scores.
-    """
-    if given is not None:
-        if not math.isfinite(given):
-            raise UserError(f"--threshold is {given}; it must be a finite number")
-        return given, None
-    if rate is not None and not 0 < rate < 1:
-        raise UserError(f"--false_positive_rate is {rate}; it must lie between 0 and 1")
-    if rate is None and isinstance(metadata.get("own_threshold"), float):
-        if not math.isfinite(metadata["own_threshold"]):
-            raise UserError(f"{model} holds a threshold that is not finite; export it again")
-        return metadata["own_threshold"], None
-    scores = metadata.get("validation_scores", [])
-    if not len(scores):
-        raise UserError(f"{model} does not know the scores of validation images; name a --threshold, or export it again from "
-                        "the stages' files")
-    try:
-        threshold = choose_threshold(np.array(scores), FALSE_POSITIVE_RATE if rate is None else rate)
-    except ValueError as problem:
-        raise UserError(f"{model}: {problem}; export it again") from problem
-    return threshold.value, threshold
 
 
 def read_picture(source: Any, name: Path, engine: Engine, shown_side: int | None) -> Picture:

@@ -16,7 +16,7 @@ import export_model
 from data import files
 from data.workspace import Workspace
 from deploy import engines, exporters, quantisation
-from deploy.assembly import require_finite, with_threshold
+from deploy.assembly import require_finite
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from deploy.folded import FoldedModel
 from errors import UserError
@@ -308,6 +308,25 @@ def test_int8_keeps_parts_until_the_scores_agree(runtime, raw, tmp_path):
             assert not any(name.startswith("segmentor.") for name in quantised) or "/segmentor/" not in prefixes
 
 
+def test_devices_are_chosen_by_what_there_is_and_said(paths, raw, monkeypatch):
+    import onnxruntime
+    assert open_model(paths[".xml"], "auto").device == "cpu"
+    engine = open_model(paths[".xml"], "AUTO")
+    assert "cpu" in engine.device
+    assert np.isfinite(engine.score(raw)).all()
+    with pytest.raises(UserError, match="cannot run this model on GPU.9.*it has CPU"):
+        open_model(paths[".xml"], "GPU.9")
+    asked, session = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers",
+                        lambda: ["CPUExecutionProvider", "CoreMLExecutionProvider", "CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, options, providers: (
+        asked.append(providers), session(model, options, ["CPUExecutionProvider"]))[1])
+    for device in ("auto", "cpu", "cuda:1"):
+        assert open_model(paths[".onnx"], device).device == "cpu"  # what it runs on, whatever was asked for
+    assert asked == [["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"],
+                     [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]]
+
+
 def test_agreement_sees_a_score_that_moved():
     scores = np.array([0.0, 1, 2, 10, 11, 12])
     check = quantisation.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
@@ -387,9 +406,6 @@ def test_mistakes_get_a_sentence(paths, kind, tmp_path, monkeypatch):
 def test_models_with_numbers_that_are_none_are_not_exported():
     with pytest.raises(UserError, match="lgst.weight holds numbers that are not finite"):
         require_finite({"a": torch.zeros(2), "lgst.weight": torch.tensor([1.0, float("nan")])}, "discs")
-    with pytest.raises(UserError, match="not finite on validation images"):
-        with_threshold({}, np.array([1.0, np.nan]), "discs")
-    assert with_threshold({}, np.arange(99.0), "discs")["threshold"] == 98  # the largest of 99 promises 1 %
 
 
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):

@@ -17,7 +17,8 @@ uvicorn = pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
 
 import serve  # noqa: E402
-from deploy.server import Options, create_app  # noqa: E402
+from deploy.server import create_app  # noqa: E402
+from deploy.station import Options  # noqa: E402
 from models.fusion import choose_threshold  # noqa: E402
 from tests.test_serve import BrightEngine, picture  # noqa: E402
 
@@ -170,7 +171,7 @@ def test_pasting_and_the_camera(opened):
 
 
 def test_models_have_thresholds_of_their_own(opened):
-    shown = opened({"a": BrightEngine(), "b": BrightEngine(own_threshold=10.0)})
+    shown = opened({"a": BrightEngine(), "b": BrightEngine(threshold=10.0)})
     drop(shown, 50, "x.png")
     assert verdict(shown) == "Normal"
     shown.locator("#model").select_option("b")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,9 @@ from deploy.batching import Batcher, QueueFull  # noqa: E402
 from deploy.daily_log import DailyLog  # noqa: E402
 from deploy.engines import METADATA_KEY, open_model  # noqa: E402
 from deploy.inspection import judge, read_picture  # noqa: E402
-from deploy.server import Options, create_app, plain_name  # noqa: E402
+from deploy.server import create_app  # noqa: E402
+from deploy.station import Options  # noqa: E402
+from deploy.upload import plain_name  # noqa: E402
 from errors import UserError  # noqa: E402
 from models.prediction import MAP_SIZE, Prediction  # noqa: E402
 
@@ -144,7 +148,7 @@ def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(s
 
 
 def test_several_models_by_name(station):
-    client = station({"a": BrightEngine(), "b": BrightEngine(own_threshold=10.0)})
+    client = station({"a": BrightEngine(), "b": BrightEngine(threshold=10.0)})
     assert client.post("/score?model=a", content=picture()).json()["verdict"] == "normal"
     answer = client.post("/score?model=b", content=picture()).json()
     assert (answer["verdict"], answer["threshold_words"]) == ("anomalous", "set in the model")
@@ -402,36 +406,104 @@ START = """
 import sys, serve, errors
 sys.path.insert(0, "tests")
 from test_serve import BrightEngine
-serve.open_model = lambda path, device: BrightEngine(seconds=1.0)
+serve.open_model = lambda path, device: BrightEngine(seconds={seconds})
 errors.run_script(serve.main)
 """
 
 
+@pytest.fixture
+def started(tmp_path):
+    """Start serve.py with the bright engine and a log; returns the process and its address."""
+    processes = []
+
+    def start(seconds: float = 0.0):
+        command = [sys.executable, "-c", START.format(seconds=seconds), "--model", "bright.onnx", "--port", "0",
+                   "--log", str(tmp_path / "l.jsonl")]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+                                          stderr=subprocess.PIPE, text=True))
+        return processes[-1], processes[-1].stdout.readline().split()[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in next(folder.glob("l-*.jsonl")).read_text().splitlines()]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_answers_what_is_in_flight_and_ends_with_status_0(tmp_path, number):
+def test_a_signal_answers_what_is_in_flight_and_ends_with_status_0(started, tmp_path, number):
     import httpx
-    command = [sys.executable, "-c", START, "--model", "bright.onnx", "--port", "0", "--log", str(tmp_path / "l.jsonl")]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    try:
-        url = process.stdout.readline().split()[-1]
-        with ThreadPoolExecutor(2) as clients, httpx.Client(timeout=30, trust_env=False) as idle:
-            assert idle.get(url + "health").status_code == 200  # its connection stays open
-            answers = [clients.submit(httpx.post, url + "score", content=picture(), timeout=30, trust_env=False)
-                       for _ in range(2)]
-            time.sleep(0.5)
-            process.send_signal(number)
-            assert [one.result().json()["verdict"] for one in answers] == ["normal"] * 2
-            with pytest.raises(httpx.TransportError):
-                for _ in range(50):
-                    httpx.get(url + "health", trust_env=False)
-                    time.sleep(0.1)
-        assert process.wait(20) == 0
-        assert process.stderr.read() == ""
-    finally:
+    process, url = started(seconds=1.0)
+    with ThreadPoolExecutor(2) as clients, httpx.Client(timeout=30, trust_env=False) as idle:
+        assert idle.get(url + "health").status_code == 200  # its connection stays open
+        answers = [clients.submit(httpx.post, url + "score", content=picture(), timeout=30, trust_env=False)
+                   for _ in range(2)]
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert [one.result().json()["verdict"] for one in answers] == ["normal"] * 2
+        with pytest.raises(httpx.TransportError):
+            for _ in range(50):
+                httpx.get(url + "health", trust_env=False)
+                time.sleep(0.1)
+    assert process.wait(20) == 0
+    assert process.stderr.read() == ""
+    assert len(logged(tmp_path)) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_kill_9_loses_only_what_is_in_flight(started, tmp_path):
+    import httpx
+    process, url = started(seconds=0.05)
+    answered = []
+
+    def send() -> None:
+        with httpx.Client(timeout=30, trust_env=False) as client:
+            for number in range(1000):
+                answered.append(client.post(f"{url}score?name={number}", content=picture()).json()["image"])
+
+    with ThreadPoolExecutor(1) as clients:
+        sending = clients.submit(send)
+        while len(answered) < 5:
+            time.sleep(0.01)
         process.kill()
-    assert len(next(tmp_path.glob("l-*.jsonl")).read_text().splitlines()) == 2
+        with pytest.raises(httpx.TransportError):
+            sending.result()
+    before = [one["image"] for one in logged(tmp_path)]
+    assert before[:len(answered)] == answered and len(before) <= len(answered) + 1
+    _, url = started()
+    assert httpx.post(url + "score?name=again", content=picture(), trust_env=False).status_code == 200
+    assert [one["image"] for one in logged(tmp_path)] == [*before, "again"]
+
+
+def test_hostile_senders_get_a_4xx_over_a_socket(started):
+    import httpx
+    process, url = started()
+    port = httpx.URL(url).port
+    post = b"POST /score HTTP/1.1\r\nHost: x\r\n"
+    for sent in (b"no http at all\r\n\r\n", b"\x16\x03\x01" + bytes(200) + b"\r\n\r\n",
+                 post + b"X-Large: " + b"a" * 200_000 + b"\r\n\r\n",
+                 post + b"X: y\r\n" * 20_000 + b"\r\n", post + b"Content-Length: -1\r\n\r\n",
+                 post + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                 post + b"Content-Length: 99999999999\r\n\r\n", post.replace(b"POST /score", b"GET /../../etc/passwd") + b"\r\n",
+                 post.replace(b"POST /score", b"GET //etc/passwd") + b"\r\n",
+                 post.replace(b"POST /score", b"GET /%2e%2e/serve.py") + b"\r\n",
+                 post.replace(b"/score", b"/score?model=../bright") + b"Content-Length: 1\r\n\r\na",
+                 post.replace(b"/score", b"/score?name=/etc/passwd") + b"Content-Length: 1\r\n\r\na"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            with suppress(OSError):  # it may hang up before it has read everything
+                client.sendall(sent)
+            assert re.match(rb"HTTP/1.1 4\d\d ", client.recv(4096)), sent[:80]
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(post + b"Content-Length: 1000\r\n\r\ncut off")
+    with httpx.Client(timeout=30, trust_env=False) as client:
+        for name, body in hostile().items():
+            assert client.post(url + "score", content=body).status_code in (413, 415, 422), name
+        assert client.post(url + "score", content=picture()).json()["score"] == 50
+    process.terminate()
+    assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize("args, words", [

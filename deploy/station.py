@@ -1,0 +1,90 @@
+"""What a station is made of: its limits, its models at work, and what /metrics tells of them. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from deploy.batching import Batcher
+from deploy.engines import Engine
+from deploy.inspection import VERDICTS, Picture, Verdict, judge
+from deploy.thresholds import threshold_of
+
+LATENCIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a station judges, and how much it takes.
+
+    Attributes:
+        threshold: call higher scores anomalous, whatever the model says.
+        false_positive_rate: share of good images that may be called anomalous; None: what each model suggests.
+        batch_size: pictures scored together at most.
+        batch_wait_ms: for which an incomplete batch waits for more.
+        queue_length: pictures that may wait for each model.
+        max_requests: in work at one time, their bodies in memory.
+        max_body_bytes: of a request.
+        max_pixels: of a picture.
+        body_seconds: in which a request has to arrive.
+        token: that requests must bear, or None.
+    """
+
+    threshold: float | None = None
+    false_positive_rate: float | None = None
+    batch_size: int = 8
+    batch_wait_ms: float = 5.0
+    queue_length: int = 64
+    max_requests: int = 64
+    max_body_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+    body_seconds: float = 30.0
+    token: str | None = None
+
+
+class Station:
+    """A model at work: its engine, threshold and thread.
+
+    Raises:
+        UserError: the model does not know its threshold.
+    """
+
+    def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
+        self.name, self.engine = name, engine
+        self.threshold, words = threshold_of(engine.metadata, options.threshold, options.false_positive_rate, name)
+        self.threshold_words = words or "set by whoever started the station"
+        self.batcher: Batcher[Picture, Verdict] = Batcher(
+            lambda pictures: judge(pictures, engine, self.threshold), options.batch_size, options.batch_wait_ms / 1000,
+            options.queue_length, on_batch)
+
+    def description(self) -> dict[str, Any]:
+        """What the page needs to know; validation_scores show what another threshold would promise."""
+        engine = self.engine
+        return {"name": self.name, "threshold": self.threshold, "threshold_words": self.threshold_words,
+                "validation_scores": sorted(map(float, engine.metadata.get("validation_scores", []))),
+                "branches": engine.branches, "has_maps": engine.has_maps, "input_size": engine.size,
+                "runtime": engine.runtime, "precision": getattr(engine, "precision", None),
+                "device": getattr(engine, "device", None)}
+
+
+class Metrics:
+    """What /metrics tells, one registry an app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.verdicts = Counter("csad_verdicts", "Pictures by verdict", ("model", "verdict"), registry=self.registry)
+        self.refusals = Counter("csad_refusals", "Requests without a verdict by HTTP status", ("status",), registry=self.registry)
+        self.latency = Histogram("csad_request_seconds", "From a request's first byte to its verdict", ("model",),
+                                 buckets=LATENCIES, registry=self.registry)
+        self.batches = Histogram("csad_batch_size", "Pictures scored together", ("model",), buckets=(1, 2, 4, 8, 16, 32),
+                                 registry=self.registry)
+        self.waiting = Gauge("csad_queue_length", "Pictures that wait", ("model",), registry=self.registry)
+        self.requests = Gauge("csad_requests_in_work", "Requests being answered", registry=self.registry)
+
+    def watch(self, station: Station) -> None:
+        self.waiting.labels(station.name).set_function(lambda: station.batcher.waiting)
+        for verdict in VERDICTS:
+            self.verdicts.labels(station.name, verdict)  # there from the start, as 0
