@@ -1,4 +1,4 @@
-"""What a person can get wrong, told in one sentence instead of a traceback."""
+"""How a script ends before its end: what a person can get wrong, told in one sentence, and what a person stops."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import errno
 import io
 import os
 import pickle
+import signal
 import struct
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
 DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
            zipfile.BadZipFile)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class UserError(Exception):
@@ -43,6 +47,36 @@ def in_a_sentence(problem: Exception) -> str | None:
                                                                   errno.ELOOP):
         return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
     return None
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C or SIGTERM, so that what is begun is done first: a training step, a picture.
+
+    Yields a function that says whether one came; loops ask it after every step. A second one ends the run at once.
+    A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = False
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        restore()
 
 
 def run_script(main: Callable[[], None]) -> None:

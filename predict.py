@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,7 +34,7 @@ from data.images import SUFFIXES
 from deploy.engines import Engine, device_name, open_model
 from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture
 from deploy.thresholds import threshold_of
-from errors import UserError, run_script
+from errors import UserError, interrupts_wait, run_script
 from models.fusion import BRANCHES
 
 READERS = min(4, os.cpu_count() or 1)
@@ -75,12 +76,16 @@ def main() -> None:
     threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
     print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
-    with Output(args.output, top, go_on=args.watch) as output:
+    with (Output(args.output, top, go_on=args.watch) as output,
+          interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
         try:
-            for paths in rounds:
-                for verdict in predict(paths, engine, threshold, args.batch_size, MAP_SIDE if args.save_maps else None):
-                    output.write(verdict)
+            for verdict in itertools.chain.from_iterable(
+                    predict(paths, engine, threshold, args.batch_size, MAP_SIDE if args.save_maps else None)
+                    for paths in itertools.takewhile(lambda _: not interrupted(), rounds)):
+                output.write(verdict)
+                if interrupted():
+                    break
         except KeyboardInterrupt:
             if not args.watch:
                 raise UserError(f"interrupted; what is scored so far is in {output.table}, and the same command starts anew "

@@ -107,7 +107,8 @@ def test_a_workspace_serves_one_run_at_a_time(tmp_path):
 # Files
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(arrays.arrays(st.sampled_from([np.uint8, np.int64, np.float64]), arrays.array_shapes(min_dims=0, max_dims=3)))
+@given(arrays.arrays(st.sampled_from([np.uint8, np.int64, np.float64]), arrays.array_shapes(min_dims=0, max_dims=3))
+       .filter(lambda array: np.isfinite(array).all()))
 def test_arrays_come_back_as_they_were(tmp_path, array):
     files.write_array(tmp_path / "a.npy", array)
     np.testing.assert_array_equal(files.read_array(tmp_path / "a.npy"), array)

@@ -11,12 +11,9 @@ It knows nothing of networks: a stage writes its step in plain sight and asks th
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import files, records
-from errors import UserError
+from errors import UserError, interrupts_wait
 
 SAVE_EVERY_SECONDS = 60
 LOOK_EVERY_STEPS = 10  # at the losses, which makes a GPU wait
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Sample = TypeVar("Sample")
 
@@ -114,33 +110,3 @@ class TrainingLoop:
             raise UserError(f"{self.description}: diverged at step {self.done}, a loss is not finite "
                             f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower {self.lower}")
         return {name: f"{value:.3f}" for name, value in values.items()}
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C or SIGTERM, so that a training step is either done or not begun when progress is saved.
-
-    Yields a function that says whether one came; the loop asks it after every step. A second one ends the run at once.
-    A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    came = False
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: object) -> None:
-        nonlocal came
-        came = True
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: came
-    finally:
-        restore()
