@@ -143,7 +143,7 @@ def train_on_features(job: Job, progress: Path, used: dict) -> FeatureLGST:
 def differences(model: LGST | FeatureLGST, job: Job, paths: Sequence[Path], what: str) -> Differences:
     """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
     batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64),) * 2]
-    read = job.view.read if model.on_features else job.view.read_small
+    read = job.view.read_middle if model.on_features else job.view.read_small
     for first in tqdm(range(0, len(paths), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
         batch = torch.from_numpy(read(paths[first:first + SCORING_BATCH])).to(job.device).float()
         maps = job.backbone.encoder(batch)

@@ -18,10 +18,8 @@ from tqdm import tqdm
 
 from data import files, layouts, records
 from errors import UserError, run_script
-from models.backbone import resize
 from models.device import describe_device
-from models.patch_memory import PatchMemory, greedy_k_centre, patches
-from models.prediction import MAP_SIZE
+from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
 from training.stage import Job, begin, on_cpu, run_stage, write_scores
 
 BATCH = 4
@@ -36,7 +34,7 @@ def main() -> None:
 def fit_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.memory
     checkpoint = workspace.memory(category.name)
-    used = {"settings": chosen.model_dump(), "images": job.view.record,
+    used = {"settings": chosen.model_dump(exclude={"tiles"}), "images": job.view.record,
             **records.inputs(category.train, job.seed, job.backbone)}
     record, to_do = begin(job, ["memory"], used, "the patch memory is fitted")
     if to_do == records.SKIP:
@@ -45,7 +43,7 @@ def fit_category(job: Job) -> None:
     if to_do == records.TRAIN:
         memory = fit(job)
     else:
-        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share)
+        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share, job.view.tiles)
         files.load_checkpoint(memory, checkpoint)
     memory.to(job.device).eval()
     found = anomaly_maps(memory, job, category.validation, "validation images")
@@ -61,7 +59,7 @@ def fit_category(job: Job) -> None:
     for split, paths in layouts.test_splits(category).items():
         maps[split] = anomaly_maps(memory, job, paths, f"test images, {split}")
     write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
-                 {split: resize(one[:, None], (MAP_SIZE, MAP_SIZE))[:, 0].numpy() for split, one in maps.items()})
+                 {split: memory.shown(one).numpy() for split, one in maps.items()})
     record.finish()
 
 
@@ -79,8 +77,9 @@ def fit(job: Job) -> PatchMemory:
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
     each = -(-max(CANDIDATES, chosen.rows) // len(paths))  # of one image, at most all of them
     kept, count, total, squares = [], 0, 0.0, 0.0
-    for maps in encoded(job, paths, "read training images"):
-        for image in patches(maps).flatten(2).transpose(1, 2).cpu():  # (places, C)
+    for views in read(job, paths, "read training images"):
+        found = in_tiles(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
+        for image in found.flatten(2).transpose(1, 2).cpu():  # (places, C)
             count += len(image)
             total, squares = total + image.double().sum(0), squares + image.double().square().sum(0)
             kept.append(image[torch.randperm(len(image), generator=generator)[:each]])
@@ -88,7 +87,7 @@ def fit(job: Job) -> PatchMemory:
     std = (squares / count - mean**2).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6, std, 1)
 
-    memory = PatchMemory(len(mean), chosen.rows, side, chosen.score_share)
+    memory = PatchMemory(len(mean), chosen.rows, side, chosen.score_share, job.view.tiles)
     memory.mean.copy_(mean.view(1, -1, 1, 1))
     memory.std.copy_(std.view(1, -1, 1, 1))
     candidates = (torch.cat(kept) - mean.float()) / std.float()
@@ -101,28 +100,30 @@ def fit(job: Job) -> PatchMemory:
     # How far good images lie from the others' patches, place by place.
     few = range(0, len(paths), -(-len(paths) // USUAL_IMAGES))
     distances = []
-    for first, maps in zip(few, encoded(job, [paths[index] for index in few], "usual distances", batch=1)):
+    for first, view in zip(few, read(job, [paths[index] for index in few], "usual distances", batch=1)):
         left_out = (owners[rows] == first).to(job.device)
         if not left_out.all():
-            distances.append(memory.distances(memory.embed(maps), left_out)[0])
+            distances.append(memory.image_distances(job.backbone.encoder, view, left_out)[0])
     if distances:  # none where all rows are of the one training image
         memory.fit_usual(distances)
     return memory
 
 
-@torch.no_grad()
-def encoded(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[tuple[Tensor, ...]]:
-    """The encoder's maps of images on disk, batch by batch."""
+def read(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:
+    """Images on disk as (B, 3, S, S) RGB in 0..255, batch by batch; large ones, seen in tiles, one by one."""
+    batch = batch if job.view.tiles == 1 else 1
     for first in tqdm(range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False):
         views = torch.from_numpy(job.view.read(paths[first:first + batch]))
-        yield job.backbone.encoder(views.to(job.device).float())
+        yield views.to(job.device).float()
 
 
 @torch.no_grad()
 def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """Anomaly maps (N, h, w) of images on disk, on the CPU."""
     side = job.view.size // 8
-    return torch.cat([torch.zeros(0, side, side), *(memory(maps).cpu() for maps in encoded(job, paths, f"score {what}"))])
+    return torch.cat([torch.zeros(0, side, side), *(
+        memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu()
+        for views in read(job, paths, f"score {what}"))])
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ class MemorySettings(Section):
     """Stage 3b, beyond the paper (docs/METHOD.md section 6)."""
 
     rows: int = Field(4000, ge=1, description="patches that are remembered")
-    score_share: float = Field(0.005, gt=0, le=1, description="of a map's values, the largest, whose mean is the score")
+    score_share: float = Field(0.005, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the "
+                               "score")
+    tiles: Literal["1x1", "2x2", "3x3", "4x4"] = Field("1x1", description="the memory sees each picture in so many tiles, each "
+                                                       "as large as images.size: for small defects; in all stages alike")
 
 
 class FusionSettings(Section):
@@ -203,6 +206,8 @@ def command_line(story: str) -> argparse.ArgumentParser:
     common.add_argument("--categories", nargs="+", metavar="NAME", help="default: every category of the data set")
     common.add_argument("--preset", default=PAPER,
                         choices=sorted([PAPER, *(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))]))
+    common.add_argument("--tiles", dest="memory.tiles", default=argparse.SUPPRESS, metavar="2x2",
+                        help="the same as --memory.tiles, for small defects in large photographs")
     common.add_argument("--backbone", default="auto",
                         help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
                              "network of timm's")

@@ -52,36 +52,45 @@ class View:
     """How the pictures of a category are seen: the same way in every stage and by the exported model.
 
     Attributes:
-        size: side in pixels, a multiple of 256.
+        size: side in pixels, a multiple of 256 and of `tiles`.
         white_level: see `read_rgb`.
         roi: (size, size) bool, what is inspected; the rest is grey, so that nothing in it can count. None: everything.
+        tiles: the patch memory sees tiles x tiles of them.
     """
 
     size: int = SIZE
     white_level: float | None = None
     roi: np.ndarray | None = None
+    tiles: int = 1
 
-    def read(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
-        """(N, 3, size, size) uint8; with a progress bar where there is a description."""
-        views = np.empty((len(paths), 3, self.size, self.size), np.uint8)
+    def read(self, paths: Sequence[Path], description: str = "", size: int | None = None) -> np.ndarray:
+        """(N, 3, size, size) uint8; with a progress bar where there is a description.
+
+        Args:
+            size: of the means over blocks, for a smaller view; the large ones are then not held together.
+        """
+        views = np.empty((len(paths), 3, size or self.size, size or self.size), np.uint8)
         for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-            views[index] = read_rgb(path, self.size, self.white_level).transpose(2, 0, 1)
+            view = np.ascontiguousarray(read_rgb(path, self.size, self.white_level).transpose(2, 0, 1))
             if self.roi is not None:
-                views[index, :, ~self.roi] = OUTSIDE
+                view[:, ~self.roi] = OUTSIDE
+            views[index] = small_views(view[None], views.shape[-1])[0]
         return views
 
     def read_small(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
-        """(N, 3, 256, 256) uint8, the `small_views`; the larger ones are not held together."""
-        small = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-        for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
-            small[index] = small_views(self.read([path]))[0]
-        return small
+        """(N, 3, 256, 256) uint8, what the paper's networks see."""
+        return self.read(paths, description, SIZE)
+
+    def read_middle(self, paths: Sequence[Path]) -> np.ndarray:
+        """(N, 3, size / tiles, size / tiles) uint8: the whole picture as large as one tile, for LGST on features."""
+        return self.read(paths, size=self.size // self.tiles)
 
     @property
     def record(self) -> dict[str, object]:
         """What records and models say of it."""
         roi = None if self.roi is None else hashlib.sha256(self.roi.tobytes()).hexdigest()[:16]
-        return {"size": self.size, "white_level": self.white_level, "roi": roi}
+        return {"size": self.size, "white_level": self.white_level, "roi": roi} | (
+            {"tiles": self.tiles} if self.tiles > 1 else {})
 
 
 def read_rgb(path: str | Path | BinaryIO, size: int | None = None, white_level: float | None = None) -> np.ndarray:
@@ -106,20 +115,20 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def small_views(batch: np.ndarray) -> np.ndarray:
-    """(N, 3, S, S) uint8, S a multiple of 256 -> (N, 3, 256, 256) uint8: the mean of each block, halves rounded up, exactly.
+def small_views(batch: np.ndarray, size: int = SIZE) -> np.ndarray:
+    """(N, 3, S, S) uint8, S a multiple of size -> (N, 3, size, size) uint8: the mean of each block, halves rounded up, exactly.
 
     Raises:
         ValueError: another shape or type.
     """
     side = batch.shape[-1]
-    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-2] != side or side % SIZE or not side:
-        raise ValueError(f"expected (N, C, S, S) uint8 with S a multiple of {SIZE}, got {batch.shape} {batch.dtype}")
-    factor = side // SIZE
+    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-2] != side or side % size or not side:
+        raise ValueError(f"expected (N, C, S, S) uint8 with S a multiple of {size}, got {batch.shape} {batch.dtype}")
+    factor = side // size
     if factor == 1:
         return batch
     # Integers, so that every machine and runtime gets the same bytes.
-    total = np.zeros((*batch.shape[:2], SIZE, SIZE), np.uint32)
+    total = np.zeros((*batch.shape[:2], size, size), np.uint32)
     for row in range(factor):
         for column in range(factor):
             total += batch[..., row::factor, column::factor]

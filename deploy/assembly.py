@@ -93,13 +93,14 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     if "LGST" in branches:
         lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
-        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), saved["memory"]["meta"]["settings"]["score_share"])
+        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), saved["memory"]["meta"]["settings"]["score_share"],
+                             view.tiles)
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
         raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
                         "interest, or run the stages again")
     roi = None if view.roi is None else torch.from_numpy(view.roi)
-    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule)
+    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule, view.tiles)
     try:
         encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
@@ -116,7 +117,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     require_finite(state, name)
     attach_metadata(state, {
         "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "fusion_rule": chosen.rule,
-        "input_size": view.size,
+        "input_size": view.size, "tiles": view.tiles,
         "white_level": view.white_level, "raw_input": False, "with_map": True,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
         "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],

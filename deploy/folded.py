@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data.images import OUTSIDE, SIZE
 from models.backbone import Encoder, resize, to_grids
-from models.fused import STATISTICS, FusedModel, small_view, to_rgb
+from models.fused import STATISTICS, FusedModel, block_means, to_rgb
 from models.lgst import LGST, Student
 from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import ConvBnRelu
@@ -114,7 +114,7 @@ class FoldedModel(nn.Module):
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
-        self.branches, self.size, self.rule = model.branches, model.size, model.rule
+        self.branches, self.size, self.rule, self.tiles = model.branches, model.size, model.rule, model.tiles
         self.encoder = FoldedEncoder(model.encoder, dtype)
         self.lgst, self.sees_large = model.lgst, model.sees_large
         if isinstance(model.lgst, LGST):
@@ -145,10 +145,12 @@ class FoldedModel(nn.Module):
             rgb = to_rgb(images, self.image_mean, self.image_std, self.size)
         if self.roi is not None:
             rgb = torch.where(self.roi, rgb, OUTSIDE)
-        small = small_view(rgb)
+        small = block_means(rgb)
         maps = self.encoder(small)
-        large_maps = maps if self.size == SIZE or not self.sees_large else self.encoder(rgb)
-        large_maps = tuple(one.float() for one in large_maps)
+        large_maps = maps
+        if self.sees_large and self.size // self.tiles > SIZE:
+            large_maps = self.encoder(block_means(rgb, self.size // self.tiles))
+        large_maps = in_fp32(large_maps)
         scores, branch_maps = [], []
         if self.segmentor is not None:
             logits = resize(self.segmentor(maps).float(), (SIZE, SIZE))
@@ -166,13 +168,18 @@ class FoldedModel(nn.Module):
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(LGST.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = self.memory(large_maps)
+            anomaly_map = self.memory(large_maps) if self.tiles == 1 else self.memory.anomaly_map(
+                self.memory.image_distances(lambda tile: in_fp32(self.encoder(tile)), rgb))
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         branch_scores = (torch.stack(scores, 1) - self.score_mean) / self.score_std
         branch_scores = F.softplus(branch_scores) if self.rule == "softplus" else branch_scores
         stacked = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, stacked.amax(1), stacked, label_map.to(torch.uint8))
+
+
+def in_fp32(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(one.float() for one in maps)
 
 
 class _Tracer(fx.Tracer):

@@ -38,6 +38,7 @@ class FusedModel(nn.Module):
         segmentor, detector: the patch histogram, both or neither.
         lgst, memory: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
+        tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
         roi: (size, size) bool, what is inspected (data.images.View); None: everything.
         evidence: the patch histogram's map, and a part of its score; None: it has neither.
         rule: how scores are added, see `models.fusion.share`.
@@ -48,13 +49,14 @@ class FusedModel(nn.Module):
 
     def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
                  lgst: LGST | FeatureLGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
-                 roi: Tensor | None = None, evidence: HistogramEvidence | None = None, rule: str = "sum"):
+                 roi: Tensor | None = None, evidence: HistogramEvidence | None = None, rule: str = "sum",
+                 tiles: int = 1):
         super().__init__()
         self.register_buffer("roi", roi)  # in no published state dict, nor in ours where there is none
-        self.size, self.rule = size, rule
+        self.size, self.rule, self.tiles = size, rule, tiles
         self.encoder, self.segmentor, self.patch_hist_detector = encoder, segmentor, detector
         self.lgst, self.memory, self.evidence = lgst, memory, evidence
-        self.sees_large = memory is not None or (lgst is not None and lgst.on_features)
+        self.sees_large = (memory is not None and tiles == 1) or (lgst is not None and lgst.on_features)
         present = {"patchhist": detector, "LGST": lgst, "memory": memory}
         self.branches = [branch for branch, module in present.items() if module is not None]
         for branch in self.branches:
@@ -71,9 +73,10 @@ class FusedModel(nn.Module):
         """(B, 3, size, size) RGB in 0..255 -> everything there is to know."""
         if self.roi is not None:
             rgb = torch.where(self.roi, rgb, OUTSIDE)
-        small = small_view(rgb)
+        small = block_means(rgb)
         maps = self.encoder(small)
-        large_maps = maps if self.size == SIZE or not self.sees_large else self.encoder(rgb)
+        large_maps = self.encoder(block_means(rgb, self.size // self.tiles)) if self.sees_large and (
+            self.size // self.tiles > SIZE) else maps
         scores, branch_maps = [], []
         if self.patch_hist_detector is not None:
             label_map = self.segmentor(maps).argmax(1)
@@ -90,7 +93,8 @@ class FusedModel(nn.Module):
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = self.memory(large_maps)
+            anomaly_map = self.memory(large_maps) if self.tiles == 1 else self.memory.anomaly_map(
+                self.memory.image_distances(self.encoder, rgb))
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         branch_scores = torch.stack([(score - getattr(self, f"{STATISTICS[branch]}_mean"))
@@ -108,9 +112,9 @@ def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:
     return rgb if size == SIZE else rgb.round()
 
 
-def small_view(rgb: Tensor) -> Tensor:
-    """(B, 3, S, S) RGB in 0..255, whole numbers -> (B, 3, 256, 256): as `data.images.small_views`."""
-    factor = rgb.shape[-1] // SIZE
+def block_means(rgb: Tensor, size: int = SIZE) -> Tensor:
+    """(B, 3, S, S) RGB in 0..255, whole numbers -> (B, 3, size, size): as `data.images.small_views`."""
+    factor = rgb.shape[-1] // size
     return rgb if factor == 1 else torch.floor(F.avg_pool2d(rgb, factor) + 0.5)
 
 
@@ -139,10 +143,10 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "local_st.conv_st.weight" in state:
             lgst = empty_lgst(encoder, state)
         if "memory.rows" in state:
-            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"])
+            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known.get("tiles", 1))
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
                            torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
-                           known.get("fusion_rule", "sum"))
+                           known.get("fusion_rule", "sum"), known.get("tiles", 1))
         if not model.branches:
             raise KeyError("it has no branch")
         model.load_state_dict({_own_key(key): value for key, value in state.items()})

@@ -17,6 +17,7 @@ from models.prediction import MAP_QUANTILES, MAP_SIZE
 
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
+MARGIN = 32  # pixels of its neighbours that a tile sees
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
 
 
@@ -27,7 +28,8 @@ class PatchMemory(nn.Module):
         channels: of the maps at 1/8 and 1/16 together.
         rows: remembered patches.
         side: of the maps, an eighth of the image's.
-        score_share: of a map's values, the largest, whose mean is the score.
+        score_share: of a tile's values, the largest, whose mean is the score: defects are no more patches in more tiles.
+        tiles: an image is seen in tiles x tiles of them.
 
     Attributes:
         mean, std (1, C, 1, 1): of each channel over the training images.
@@ -36,9 +38,9 @@ class PatchMemory(nn.Module):
         q_start, q_end: quantiles of the validation maps.
     """
 
-    def __init__(self, channels: int, rows: int, side: int, score_share: float):
+    def __init__(self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1):
         super().__init__()
-        self.score_share = score_share
+        self.score_share, self.tiles = score_share, tiles
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
         self.register_buffer("rows", torch.zeros(rows, channels))
@@ -56,26 +58,44 @@ class PatchMemory(nn.Module):
         Args:
             left_out: (M,) bool, rows that do not count.
         """
-        # |x - r|^2 = |x|^2 + (|r|^2 - 2 x r): a 1x1 convolution and a minimum, which every runtime is good at.
-        offset = self.rows.square().sum(1)
-        if left_out is not None:
-            offset = offset.masked_fill(left_out, float("inf"))
-        apart = F.conv2d(embedded, -2 * self.rows[:, :, None, None], offset)
-        return (apart.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
+        return nearest(embedded, *self._kernel(left_out))
+
+    def image_distances(self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor,
+                        left_out: Tensor | None = None) -> Tensor:
+        """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile -> as `distances`."""
+        kernel = self._kernel(left_out)  # once: an exported model would hold one for each tile
+        return in_tiles(lambda tile: nearest(self.embed(encoder(tile)), *kernel), rgb, self.tiles)
+
+    def anomaly_map(self, distances: Tensor) -> Tensor:
+        """Distances (B, h, w) of whole images -> anomaly map (B, h, w), not scaled."""
+        return smooth(distances - self.usual, SMOOTHING)
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """The encoder's maps -> anomaly map (B, h, w), not scaled."""
-        return smooth(self.distances(self.embed(maps)) - self.usual, SMOOTHING)
+        """The encoder's maps of images in one tile -> anomaly map (B, h, w), not scaled."""
+        return self.anomaly_map(self.distances(self.embed(maps)))
 
     def score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the largest values of each map (B, h, w), (B,)."""
         values = anomaly_map.flatten(1)
-        count = max(round(self.score_share * int(values.shape[1])), 1)
+        count = max(round(self.score_share * int(values.shape[1]) / self.tiles**2), 1)
         return values.topk(count, sorted=False).values.mean(1)
 
     def scaled(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64), comparable between images and branches."""
-        return resize(((anomaly_map - self.q_start) / (self.q_end - self.q_start))[:, None], (MAP_SIZE, MAP_SIZE))[:, 0]
+        return self.shown((anomaly_map - self.q_start) / (self.q_end - self.q_start))
+
+    def shown(self, anomaly_map: Tensor) -> Tensor:
+        """(B, h, w) -> (B, 64, 64); of tiled images the largest of each block, so that what is small stays to be seen."""
+        found = anomaly_map[:, None]
+        if self.tiles > 1:
+            found = F.max_pool2d(found, max(anomaly_map.shape[-1] // MAP_SIZE, 1))
+        return resize(found, (MAP_SIZE, MAP_SIZE))[:, 0]
+
+    def _kernel(self, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        offset = self.rows.square().sum(1)
+        if left_out is not None:
+            offset = offset.masked_fill(left_out, float("inf"))
+        return -2 * self.rows[:, :, None, None], offset
 
     def fit_usual(self, distances: Iterable[Tensor]) -> None:
         """Set what is usual at each place from distance maps (h, w) of training images whose own rows were left out."""
@@ -87,6 +107,32 @@ class PatchMemory(nn.Module):
         start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in MAP_QUANTILES)
         self.q_start.copy_(start)
         self.q_end.copy_(end if end > start else start + 1)
+
+
+def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Patches (B, C, h, w) -> distance of each to the nearest row r, given as weight -2 r and offset |r|^2."""
+    # |x - r|^2 = |x|^2 + (|r|^2 - 2 x r): a 1x1 convolution and a minimum, which every runtime is good at.
+    return (F.conv2d(embedded, weight, offset).amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
+
+
+def in_tiles(look: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tensor:
+    """What is found in images, looked at in tiles x tiles that overlap, put together again.
+
+    Every tile sees `MARGIN` pixels of its neighbours, and what it finds there is theirs to say. One tile after another, so that
+    memory does not grow with their number.
+
+    Args:
+        look: tiles (B, 3, h, w) -> found (B, ..., h/8, w/8).
+        rgb: (B, 3, S, S).
+    """
+    if tiles == 1:
+        return look(rgb)
+    own = rgb.shape[-1] // tiles
+    side = own + 2 * MARGIN
+    begins = [min(max(index * own - MARGIN, 0), tiles * own - side) for index in range(tiles)]
+    kept = [slice((index * own - begin) // 8, (index * own - begin + own) // 8) for index, begin in enumerate(begins)]
+    return torch.cat([torch.cat([look(rgb[..., top:top + side, left:left + side])[..., rows, columns]
+                                 for left, columns in zip(begins, kept)], -1) for top, rows in zip(begins, kept)], -2)
 
 
 def patches(maps: tuple[Tensor, ...]) -> Tensor:

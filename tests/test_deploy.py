@@ -29,11 +29,12 @@ from models.patch_histogram import PatchHistogramDetector, area_statistics, fit_
 from models.patch_memory import PatchMemory
 from models.segmentor import Segmentor
 
-CLASSES, SIZES = 4, {"paper": 256, "all": 512}
+CLASSES, SIZES = 4, {"paper": 256, "all": 512, "tiles": 512}
 
 
 def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
     """A small fused model in which nothing is 0 or 1 by chance of its initialisation: the paper's branches, or all there are."""
+    tiles = 2 if kind == "tiles" else 1
     torch.manual_seed(3)
     encoder = build_backbone(backbone, None, Path()).encoder if backbone == "efficientnet_lite0" else empty_encoder(backbone)
     segmentor, detector = Segmentor(encoder.channels, 16, CLASSES), PatchHistogramDetector(CLASSES)
@@ -46,12 +47,12 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
         labels = torch.from_numpy(np.kron(rng.integers(0, CLASSES, (6, 8, 8)), np.ones((32, 32))).astype(np.uint8))
         evidence = HistogramEvidence(CLASSES)
         evidence.load_parameters(fit_evidence(labels, labels[:3], CLASSES))
-        memory = PatchMemory(sum(encoder.channels[1:]), 50, 64, 0.005)
+        memory = PatchMemory(sum(encoder.channels[1:]), 50, 64, 0.005, tiles)
         memory.rows.normal_()
         roi = torch.ones(512, 512, dtype=torch.bool)
         roi[:, 480:] = False
         model = FusedModel(encoder, segmentor, detector, FeatureLGST(encoder.channels, 16, 24), memory, 512, roi, evidence,
-                           "softplus")
+                           "softplus", tiles)
     for name, buffer in model.named_buffers():
         if name.startswith(("encoder", "evidence", "memory", "image_", "roi")) or not buffer.is_floating_point():
             continue
@@ -70,12 +71,12 @@ def state_of(kind: str) -> dict:
     content = published_state(draw_model(kind))
     attach_metadata(content, {
         "category": "discs", "backbone": "efficientnet_lite0", "stand_ins": ["backbone efficientnet_lite0"],
-        "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] + ["memory"] * (kind == "all"),
-        "memory_score_share": 0.005, "fusion_rule": "softplus" if kind == "all" else "sum"})
+        "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] + ["memory"] * (kind != "paper"),
+        "memory_score_share": 0.005, "tiles": 1 + (kind == "tiles"), "fusion_rule": "sum" if kind == "paper" else "softplus"})
     return content
 
 
-@pytest.fixture(scope="module", params=["paper", "all"])
+@pytest.fixture(scope="module", params=["paper", "all", "tiles"])
 def kind(request):
     return request.param
 
@@ -87,10 +88,13 @@ def state(kind):
 
 @pytest.fixture(scope="module")
 def raw(kind):
+    return with_edges(SIZES[kind])
+
+
+def with_edges(size: int) -> np.ndarray:
     """Images with edges, of which no two are alike, (3, 3, size, size) uint8."""
-    rng = np.random.default_rng(0)
-    cell = SIZES[kind] // 16
-    return np.kron(rng.integers(0, 256, (3, 3, 16, 16), dtype=np.uint8), np.ones((1, 1, cell, cell), np.uint8))
+    cells = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    return np.kron(cells, np.ones((1, 1, size // 16, size // 16), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +106,7 @@ def expected(state, raw):
 
 @pytest.fixture(scope="module")
 def paths(state, tmp_path_factory):
-    """The same model for three runtimes."""
+    """The same model for three runtimes, by suffix."""
     folder = tmp_path_factory.mktemp("models")
     files.write_state(folder / "discs.pth", state)
     files.write_bytes(folder / "discs.onnx", exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False))
@@ -167,15 +171,28 @@ def test_a_gpu_gives_nearly_the_same_shares(state, kind, raw, expected, precisio
     np.testing.assert_allclose(found.branch_scores[:, 1:], expected.branch_scores[:, 1:], rtol=tolerance, atol=tolerance)
 
 
-def test_what_lies_outside_the_region_of_interest_changes_nothing():
-    state, rng = state_of("all"), np.random.default_rng(1)
-    image = np.kron(rng.integers(0, 256, (1, 3, 16, 16), dtype=np.uint8), np.ones((1, 1, 32, 32), np.uint8))
-    outside, inside = image.copy(), image.copy()
+@pytest.mark.parametrize("suffix", [".pth", ".onnx", ".xml"])
+def test_what_lies_outside_the_region_of_interest_changes_no_branch(suffix, kind, paths, raw):
+    if kind == "paper":
+        pytest.skip("this model has no region of interest")
+    outside, inside = raw[:1].copy(), raw[:1].copy()
     outside[:, :, 100:300, 480:] = 255
-    inside[:, :, 100:300, 200:300] = 255
-    engine = TorchEngine(state, "cpu")
-    scores = [engine.score(one)[0] for one in (image, outside, inside)]
-    assert abs(scores[1] - scores[0]) < 1e-6 < abs(scores[2] - scores[0])
+    inside[:, :, 20:500, 20:460] = 255
+    engine = open_model(paths[suffix], "cpu")
+    plain, outside, inside = (engine.predict(one) for one in (raw[:1], outside, inside))
+    assert plain.branch_scores.shape == (1, 3)
+    for found, expected in zip(outside, plain):
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert (abs(inside.branch_scores - plain.branch_scores) > 1e-3).all()
+
+
+def test_a_tile_sees_a_little_of_the_others_and_keeps_what_it_finds_in_its_own_place():
+    model = draw_model("tiles")
+    memory, pictures = model.memory, torch.from_numpy(with_edges(512)).float()
+    assert memory.tiles == 2 and memory.usual.shape == (1, 64, 64)
+    with torch.no_grad():
+        corner = memory.distances(memory.embed(model.encoder(pictures[..., 192:, :320])))[:, 8:, :32]
+        torch.testing.assert_close(memory.image_distances(model.encoder, pictures)[:, 32:, :32], corner)
 
 
 class SignalStack(ctypes.Structure):

@@ -15,7 +15,7 @@ from data import files
 from data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
 from deploy.folded import FoldedModel
 from errors import UserError
-from models.fused import attach_metadata, from_state, metadata, published_state, small_view, to_rgb
+from models.fused import attach_metadata, block_means, from_state, metadata, published_state, to_rgb
 
 
 def draw(key: str, shape: list[int], salt: int) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_the_models_small_view_is_that_of_the_stages(factor, seed, values):
     """In floating point here, in whole numbers there: the same bytes, halves included."""
     side = 256 * factor
     images = np.random.default_rng(seed).integers(*values, (1, 1, side, side), dtype=np.uint8)
-    found = small_view(torch.from_numpy(images).float())
+    found = block_means(torch.from_numpy(images).float())
     np.testing.assert_array_equal(found, small_views(images))
 
 

@@ -122,7 +122,7 @@ class EncodedImages:
 
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        views = torch.from_numpy(self.view.read([self.paths[index] for index in indices])).to(self.device).float()
+        views = torch.from_numpy(self.view.read_middle([self.paths[index] for index in indices])).to(self.device).float()
         return tuple(one.half() for one in self.encoder(views))
 
 

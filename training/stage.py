@@ -25,6 +25,8 @@ from errors import UserError, disk_is_full, in_a_sentence
 from models.backbone import Backbone, build_backbone
 from models.device import choose_device, choose_precision
 
+LARGEST_VIEW = 4096
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,10 +84,14 @@ def view_of(category: layouts.Category, chosen: settings.Settings) -> images.Vie
     """How a category's pictures are seen.
 
     Raises:
-        UserError: its region of interest is empty, of another size, or given twice.
+        UserError: its region of interest is empty, of another size, or given twice, or all tiles together are too large.
     """
-    size = chosen.images.size
-    return images.View(size, chosen.images.white_level, read_roi(category, size, chosen.roi))
+    tiles = int(chosen.memory.tiles[0])
+    size = chosen.images.size * tiles
+    if size > LARGEST_VIEW:
+        raise UserError(f"{category.name}: {chosen.memory.tiles} tiles of --images.size {chosen.images.size} are {size} pixels "
+                        f"wide; {LARGEST_VIEW} is the most")
+    return images.View(size, chosen.images.white_level, read_roi(category, size, chosen.roi), tiles)
 
 
 def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest: bool = False) -> Backbone:

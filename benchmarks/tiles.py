@@ -1,0 +1,80 @@
+"""What tiles are good for: small defects in large photographs, found by the patch memory alone.
+
+Renders good pictures of one product, 2048 pixels wide, and plants one spot 6 pixels wide, darker or lighter than what is there,
+in half of the test pictures. Then patch_memory.py sees them as a whole and in tiles: image AUROC, seconds, peak memory.
+
+    python -m benchmarks.tiles --workspace /tmp/tiles
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from data import files
+from data.files import place
+from data.layouts import GOOD, STRUCTURAL, Dataset
+from data.workspace import Workspace
+from errors import UserError, run_script
+from evaluation.metrics import auroc
+from standins.rendered.writer import Settings, write_dataset
+
+SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=place, required=True, help="an empty folder; pictures and results go there")
+    parser.add_argument("--category", default="pushpins", help="of the rendered products")
+    parser.add_argument("--train", type=int, default=30)
+    parser.add_argument("--test", type=int, default=40, help="good pictures; as many get a spot")
+    parser.add_argument("--tiles", nargs="+", default=["1x1", "2x2", "4x4"])
+    args = parser.parse_args()
+    dataset = args.workspace / "dataset"
+    settings = Settings(SIDE, args.train, max(args.train // 3, 2), 2 * args.test, 0, 0, seed=1)
+    write_dataset(dataset, [args.category], settings, workers=2, overwrite=False)
+    plant(dataset / args.category / "test", args.test)
+    rows = []
+    for tiles in args.tiles:
+        start = time.perf_counter()
+        workspace = Workspace(args.workspace / tiles)
+        command = [sys.executable, ROOT / "patch_memory.py", "--workspace", workspace.root, "--dataset_root", dataset, "--preset",
+                   "quick", "--backbone", "efficientnet_lite0", "--tiles", tiles, "--overwrite"]
+        if subprocess.run(command).returncode:
+            raise UserError(f"patch_memory.py failed with {tiles} tiles")
+        scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
+        good = len(Dataset(dataset).select(None)[0].test(GOOD))
+        # The largest of all children so far: tiles in rising order tell what each takes.
+        rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), time.perf_counter() - start,
+                     resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024))
+    print(tabulate(rows, ("tiles", "image AUROC", "seconds", "peak MB"), tablefmt="github", floatfmt=".1f"))
+
+
+def plant(test: Path, count: int) -> None:
+    """Turn the last ``count`` good pictures into structural anomalies."""
+    for path in tqdm(sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False):
+        target = test / STRUCTURAL / path.name
+        target.parent.mkdir(exist_ok=True)
+        rng = np.random.default_rng(int(path.stem))
+        image = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
+        row, column = rng.integers(SIDE // 8, SIDE * 7 // 8, 2)
+        away = np.hypot(*np.ogrid[-SPOT:SPOT + 1, -SPOT:SPOT + 1])
+        change = CONTRAST * np.clip(SPOT / 2 - away + 0.5, 0, 1)[..., None]
+        spot = image[row - SPOT:row + SPOT + 1, column - SPOT:column + SPOT + 1]
+        spot += change if spot.mean() < 128 else -change
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(target)
+        path.unlink()
+
+
+if __name__ == "__main__":
+    run_script(main)
