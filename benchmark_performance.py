@@ -15,10 +15,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
+from command_line import common_options, select, with_branches, with_seeds
 from data import files, layouts, records
 from data.images import SIZE
 from data.roi import read_roi
-from data.selection import select
 from data.workspace import STAGES, Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
@@ -39,7 +39,7 @@ Branches = tuple[str, ...]
 
 
 def main() -> None:
-    args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
+    args = with_branches(with_seeds(common_options(__doc__))).parse_args()
     workspace, _, categories, chosen = select(args)
     places = workspace.of_seeds(args.seeds).values()
     with workspace.lock_with(places):

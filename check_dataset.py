@@ -16,11 +16,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import settings
+from command_line import common_options, select
 from data import files
 from data.checks import Findings, check
 from data.pictures import THUMBNAIL, Picture
-from data.selection import select
 from errors import UserError, run_script
 
 WARNED = 4
@@ -28,7 +27,7 @@ SHOWN = 400  # pictures on a contact sheet
 
 
 def main() -> None:
-    parser = settings.command_line(__doc__)
+    parser = common_options(__doc__)
     parser.add_argument("--output", type=files.place, metavar="FOLDER",
                         help="write a contact sheet (PNG) of every folder there")
     parser.add_argument("--false_positive_rate", type=float, metavar="RATE",

@@ -22,8 +22,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
+from command_line import common_options, select, with_branches, with_seeds
 from data import files, images, layouts
-from data.selection import select
 from data.workspace import FORMATS, PRECISIONS, Workspace
 from deploy import exporters, quantisation, thresholds
 from deploy.assembly import fused_state, sources
@@ -45,7 +45,7 @@ IMPOSSIBLE = {
 
 
 def main() -> None:
-    parser = settings.with_branches(settings.with_seeds(settings.command_line(__doc__)))
+    parser = with_branches(with_seeds(common_options(__doc__)))
     parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always")
     parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too")

@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 import settings
+from command_line import common_options, select
 from data import files, images, layouts, records
 from data.checks import quick_check
-from data.selection import select
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import Backbone
@@ -45,7 +45,7 @@ IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU g
 
 
 def main() -> None:
-    parser = settings.command_line(__doc__)
+    parser = common_options(__doc__)
     own = parser.add_argument_group("options of this stage")
     own.add_argument("--proposer", dest="pseudo_labels.proposer", default=argparse.SUPPRESS, metavar="NAME",
                      help="auto, grounded_sam, sam or classical; the same as --pseudo_labels.proposer")

@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 import settings
+from command_line import common_options, select, with_branches, with_seeds
 from data import files, images, layouts, records
 from data.roi import read_roi
-from data.selection import select
 from data.workspace import STAGES, Workspace
+from deploy import pictures
 from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
@@ -25,7 +26,7 @@ from evaluation.localisation import read_maps, scaled_maps
 from evaluation.scores import Scores, by_split, digest_scores, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
-from report import figures, page, pictures
+from report import figures, page
 
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
@@ -38,7 +39,7 @@ FUSED = "fused"
 
 
 def main() -> None:
-    args = settings.with_branches(settings.with_seeds(settings.command_line(__doc__))).parse_args()
+    args = with_branches(with_seeds(common_options(__doc__))).parse_args()
     workspace, dataset, categories, chosen = select(args)
     for place in workspace.of_seeds(args.seeds).values():
         with place.lock():

@@ -12,7 +12,6 @@ An unknown key or a value out of range is an error that names it. What a run use
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data.files import place
 from errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -195,84 +193,6 @@ def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
     return {path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))}
 
 
-def command_line(story: str) -> argparse.ArgumentParser:
-    """The options that all stages share, with every single setting as an option of its own."""
-    parser = argparse.ArgumentParser(description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common = parser.add_argument_group("common options")
-    common.add_argument("--workspace", type=place, default=Path("."),
-                        help="folder under which everything is written (default: the current one)")
-    common.add_argument("--dataset_root", type=place,
-                        help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)")
-    common.add_argument("--categories", nargs="+", metavar="NAME", help="default: every category of the data set")
-    common.add_argument("--preset", default=PAPER,
-                        choices=sorted([PAPER, *(path.stem for path in (CONFIGS / "presets").glob("*.yaml"))]))
-    common.add_argument("--tiles", dest="memory.tiles", default=argparse.SUPPRESS, metavar="2x2",
-                        help="the same as --memory.tiles, for small defects in large photographs")
-    common.add_argument("--backbone", default="auto",
-                        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
-                             "network of timm's")
-    common.add_argument("--backbone_weights", type=place, help="state dict of that backbone")
-    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    common.add_argument("--seed", type=seed, default=0)
-    common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
-    single = parser.add_argument_group("single settings", "defaults: settings.py, preset, category file")
-    for section, model in SECTIONS.items():
-        for key, field in model.model_fields.items():
-            single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
-                                metavar="VALUE", help=(field.description or "").replace("%", "%%"))
-    return parser
-
-
-def training_command_line(story: str) -> argparse.ArgumentParser:
-    """The options of the stages that train networks."""
-    parser = command_line(story)
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-                        help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
-    return with_seeds(parser)
-
-
-def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--seeds``, for the stages after the first."""
-    parser.add_argument("--seeds", type=seed, nargs="+", metavar="SEED",
-                        help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
-                             "pseudo-labels of WORKSPACE; tables give mean and standard deviation")
-    return parser
-
-
-def with_branches(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--branches``, for the stages that fuse."""
-    parser.add_argument("--branches", nargs="+", dest="fusion.branches", default=argparse.SUPPRESS, metavar="BRANCH",
-                        help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches")
-    return parser
-
-
-def seed(text: str) -> int:
-    """A seed from the command line; NumPy takes no negative ones, PyTorch none of more than 64 bits."""
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"'{text}' is no seed; it must be a whole number from 0 to {2**63 - 1}")
-    return int(text)
-
-
-def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The single settings given on the command line, parsed as YAML.
-
-    Raises:
-        UserError: a value is no YAML.
-    """
-    found = {}
-    for name, value in vars(arguments).items():
-        if "." in name:
-            if isinstance(value, list):
-                found[name] = value
-                continue
-            try:
-                found[name] = _parse(value)
-            except (yaml.YAMLError, ValueError) as problem:
-                raise UserError(f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
-                                f"plain text may need quotes of its own: --{name} '\"{value}\"'") from problem
-    return found
-
-
 class _PlainYaml(yaml.SafeLoader):
     """YAML whose numbers mean what they look like: version 1.1 takes 010 for 8, 1:30 for 90, and yes for true."""
 
@@ -287,7 +207,7 @@ for _tag, _pattern, _first in (
     _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
     loader = _PlainYaml(text)
     try:
         return loader.get_single_data()
@@ -297,7 +217,7 @@ def _parse(text: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as problem:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
     if content is None:

@@ -13,16 +13,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import settings
+from command_line import common_options, select
 from data import files, images, layouts
-from data.selection import select
 from errors import UserError, run_script
 from evaluation.label_matching import LabelMatch, match_labels
 from standins.rendered.writer import components_root
 
 
 def main() -> None:
-    args = settings.command_line(__doc__).parse_args()
+    args = common_options(__doc__).parse_args()
     workspace, dataset, categories, _ = select(args)
     truth = components_root(dataset.root)
     if not truth.is_dir():

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import settings
+from command_line import common_options, overrides
 from data import files
 from data.images import SIZE
 from data.workspace import Workspace
@@ -46,12 +47,12 @@ Step = Callable[[], None]
 
 
 def main() -> None:
-    parser = settings.command_line(__doc__)
+    parser = common_options(__doc__)
     parser.add_argument("--stage", default="lgst", choices=["lgst", "segmentor"])
     parser.add_argument("--timed_steps", type=int, default=5, help="of each variant, after one to warm up")
     args = parser.parse_args()
     workspace, device = Workspace(args.workspace), choose_device(args.device)
-    chosen = settings.load("", args.preset, settings.overrides(args))
+    chosen = settings.load("", args.preset, overrides(args))
     precisions = ["fp32"] + ["bf16"] * (choose_precision("auto", device) == "bf16")
     encoder = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
     encoder.to(device)

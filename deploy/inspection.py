@@ -12,11 +12,11 @@ import numpy as np
 
 from data import images
 from deploy.engines import Engine
+from deploy.pictures import heat_overlay, label_overlay, shrink, side_by_side
 from errors import UserError
 from evaluation.deviations import Deviation, deviations
 from models.fusion import BRANCHES
 from models.prediction import MAP_SIZE
-from report.pictures import heat_overlay, label_overlay, shrink, side_by_side
 
 NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
 VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import settings
+from command_line import common_options, overrides, training_options, with_branches
 from data import files, records
 from data.workspace import Workspace
 from errors import UserError, run_script
@@ -47,15 +48,15 @@ def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
 
 
 def test_every_setting_is_an_option():
-    args = settings.command_line("story").parse_args(["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"])
-    chosen = settings.load("none", "paper", settings.overrides(args))
+    args = common_options("story").parse_args(["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"])
+    chosen = settings.load("none", "paper", overrides(args))
     assert chosen.segmentor.lr == 1e-3
     assert chosen.pseudo_labels.features == ["area", "color"]
 
 
 def test_help_tells_every_setting_with_its_meaning():
     """A per cent sign in a description is none of argparse's."""
-    said = " ".join(settings.with_branches(settings.training_command_line("story")).format_help().split())
+    said = " ".join(with_branches(training_options("story")).format_help().split())
     assert "95 % of the steps" in said
     for section, model in settings.SECTIONS.items():
         assert all(f"--{section}.{key}" in said for key in model.model_fields)
@@ -63,13 +64,13 @@ def test_help_tells_every_setting_with_its_meaning():
 
 @pytest.mark.parametrize("value", ["@photos", "a: b: c", "[x"])
 def test_a_value_that_is_no_yaml_names_its_option(value):
-    args = settings.command_line("story").parse_args(["--lgst.penalty_images", value])
+    args = common_options("story").parse_args(["--lgst.penalty_images", value])
     with pytest.raises(UserError, match="--lgst.penalty_images .* is not valid YAML"):
-        settings.overrides(args)
+        overrides(args)
 
 
 def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
-    parser = settings.training_command_line("story")
+    parser = training_options("story")
     assert parser.parse_args(["--seed", str(2**63 - 1), "--seeds", "0", "7"]).seeds == [0, 7]
     for wrong in (["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2**63)], ["--seeds", "0", "-3"]):
         with pytest.raises(SystemExit) as ended:
@@ -80,9 +81,9 @@ def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
 
 @pytest.mark.parametrize("value", ["010", "1:30", "true", "inf", ".nan", "1.5", "'3'"])
 def test_numbers_mean_what_they_look_like(value):
-    args = settings.command_line("story").parse_args(["--lgst.steps", value])
+    args = common_options("story").parse_args(["--lgst.steps", value])
     with pytest.raises(UserError, match="lgst.steps"):
-        settings.load("none", "paper", settings.overrides(args))
+        settings.load("none", "paper", overrides(args))
 
 
 def test_what_a_person_wrote_wins_over_a_preset(tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ import pytest
 
 from data import files, layouts
 from data.workspace import Workspace
+from deploy import pictures
 from errors import run_script
-from report import figures, pictures
+from report import figures
 
 
 def load(script: str):

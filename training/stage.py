@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import settings
+from command_line import select, training_options
 from data import files, images, layouts, records
 from data.roi import read_roi
-from data.selection import select
 from data.workspace import STAGES, Workspace
 from errors import UserError, disk_is_full, in_a_sentence
 from models.backbone import Backbone, build_backbone
@@ -63,7 +63,7 @@ def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
         UserError: some failed; names them, with their reasons. A single job's own error comes through as it is.
         OSError: the disk is full, which ends the whole run.
     """
-    args = settings.training_command_line(story).parse_args()
+    args = training_options(story).parse_args()
     workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
