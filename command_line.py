@@ -71,7 +71,16 @@ def training_options(story: str) -> argparse.ArgumentParser:
     parser = common_options(story)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
                         help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
-    return with_seeds(parser)
+    return with_cluster(with_seeds(parser))
+
+
+def with_cluster(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--ray`` and ``--dry_run``, for the stages that work category by category."""
+    parser.add_argument("--ray", metavar="ADDRESS",
+                        help="categories and seeds as tasks of a Ray cluster: local (all of this machine), auto (the cluster it "
+                             "belongs to), or HOST:PORT; default: one after another, without Ray (docs/CLUSTER.md)")
+    parser.add_argument("--dry_run", action="store_true", help="only print the jobs' names")
+    return parser
 
 
 def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -181,6 +181,11 @@ class Workspace:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def driver_files(self) -> Path:
+        """Folder of what a run on a Ray cluster leaves for its tasks (cluster.connection.Driver), while it runs."""
+        return self.root / ".cluster"
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the workspace while something is written to it.

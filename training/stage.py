@@ -1,11 +1,11 @@
-"""What the training stages have in common around a category's training: options, device, backbone, seeds, one after another."""
+"""What the training stages have in common around a category's training: options, device, backbone, seeds, and doing one after another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cluster.jobs
 import settings
+from cluster.jobs import Jobs, Task
 from command_line import select, training_options
 from data import files, images, layouts, records
 from data.roi import read_roi
 from data.workspace import STAGES, Workspace
-from errors import UserError, disk_is_full, in_a_sentence
+from errors import UserError, disk_is_full
 from models.backbone import Backbone, build_backbone
 from models.device import choose_device, choose_precision
 
@@ -53,31 +55,55 @@ class Job:
         return self.category.name
 
 
-def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
-    """Parse the options of a training stage and call it for every category and seed; one that fails does not stop the others.
+def run_stage(story: str, jobs: Jobs) -> None:
+    """Parse the options of a training stage and do its jobs.
 
     Args:
         story: for ``--help``.
+        jobs: a function of the stage's module: its jobs by name (`training_jobs`).
 
     Raises:
-        UserError: some failed; names them, with their reasons. A single job's own error comes through as it is.
-        OSError: the disk is full, which ends the whole run.
+        UserError, OSError: see `run_jobs`.
     """
     args = training_options(story).parse_args()
+    with owned(args, jobs) as go_on:
+        if go_on:
+            run_jobs(args, jobs)
+
+
+@contextmanager
+def owned(args: argparse.Namespace, jobs: Jobs) -> Iterator[bool]:
+    """Hold the workspace, and those of its seeds; with ``--dry_run`` only print the jobs' names, and yield False.
+
+    Raises:
+        UserError: another run holds one of them.
+    """
+    workspace = select(args).workspace
+    if args.dry_run:
+        print("\n".join(jobs(args)))
+        yield False
+    else:
+        with workspace.lock_with(workspace.of_seeds(args.seeds).values()):
+            yield True
+
+
+def targets(args: argparse.Namespace) -> Iterator[tuple[str, layouts.Category, settings.Settings, Workspace, int | None]]:
+    """Name of the job, category, its settings, workspace of the seed, and seed (None without ``--seeds``), of every job."""
     workspace, _, categories, chosen = select(args)
+    for seed, place in workspace.of_seeds(args.seeds).items():
+        for category in categories:
+            name = category.name if seed is None else f"{category.name}, seed {seed}"
+            yield name, category, chosen[category.name], place, seed
+
+
+def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespace) -> dict[str, Task]:
+    """A training stage's jobs by name."""
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    seeds = workspace.of_seeds(args.seeds)
-    with workspace.lock_with(seeds.values()):
-        backbone = agreed_backbone(args, workspace).to(device)
-        jobs = {}
-        for seed, place in seeds.items():
-            for category in categories:
-                name = category.name if seed is None else f"{category.name}, seed {seed}"
-                jobs[name] = partial(train_category, Job(
-                    category, place, chosen[category.name], view_of(category, chosen[category.name]), backbone, device, precision,
-                    args.seed if seed is None else seed, args.overwrite))
-        run_jobs(jobs)
+    backbone = agreed_backbone(args, Workspace(args.workspace)).to(device)
+    return {name: Task(category, seed, partial(train_category, Job(
+        category, place, chosen, view_of(category, chosen), backbone, device, precision, args.seed if seed is None else seed,
+        args.overwrite))) for name, category, chosen, place, seed in targets(args)}
 
 
 def view_of(category: layouts.Category, chosen: settings.Settings) -> images.View:
@@ -104,7 +130,9 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest
     if name == "auto" and weights is None and workspace.backbone.exists():
         name = files.read_json(workspace.backbone, keys=("name",))["name"]
     backbone = build_backbone(name, weights, workspace.downloads, with_deepest)
-    files.write_json(workspace.backbone, {"name": backbone.name, "fingerprint": backbone.fingerprint})
+    agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    if not getattr(args, "dry_run", False) and (not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed):
+        files.write_json(workspace.backbone, agreed)
     return backbone
 
 
@@ -186,23 +214,27 @@ def write_scores(category: layouts.Category, workspace: Workspace, branches: Seq
     files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
 
 
-def run_jobs(jobs: dict[str, Callable[[], None]]) -> None:
-    """Call every job, one after another; see `run_stage`."""
-    if len(jobs) == 1:
-        next(iter(jobs.values()))()
-        return
-    failures = {}
-    for name, job in jobs.items():
-        try:
-            job()
-        except Exception as problem:
-            if disk_is_full(problem):
-                raise
-            sentence = in_a_sentence(problem)
-            if sentence is None:
-                traceback.print_exc()
-            failures[name] = sentence or f"{type(problem).__name__}: {problem}".splitlines()[0]
-            tqdm.write(f"{name} failed: {failures[name]}", file=sys.stderr)
+def run_jobs(args: argparse.Namespace, jobs: Jobs) -> None:
+    """Do every job, one after another or on a Ray cluster; one that fails does not stop the others.
+
+    Raises:
+        UserError: some failed; names them, with their reasons. A single job's own error comes through as it is.
+        OSError: the disk is full, which ends the whole run.
+    """
+    if args.ray:
+        finished, failures = cluster.jobs.run(args, jobs)
+        total = len(finished) + len(failures)
+    else:
+        tasks, failures = jobs(args), {}
+        total = len(tasks)
+        for name, task in tasks.items():
+            try:
+                task.do()
+            except Exception as problem:
+                if disk_is_full(problem) or total == 1:
+                    raise
+                failures[name] = cluster.jobs.reason(problem)
+                tqdm.write(f"{cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
     if failures:
         told = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise UserError(f"{len(failures)} of {len(jobs)} failed, the others are finished; {told}")
+        raise UserError(told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}")
