@@ -8,7 +8,6 @@ validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.jobs import Task
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import autocast, describe_device, memory_format
@@ -36,18 +34,14 @@ from training.lgst_step import (
     warm_cosine,
 )
 from training.loop import TrainingLoop
-from training.stage import Job, adam, begin, on_cpu, run_stage, training_jobs, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
 SCORING_BATCH = 8
 BRANCHES = ("LGST", "CSAD")  # the second is the published README's name for the same scores
 
 
 def main() -> None:
-    run_stage(__doc__, jobs)
-
-
-def jobs(args: argparse.Namespace) -> dict[str, Task]:
-    return training_jobs(train_category, args)
+    run_stage(__doc__, train_category)
 
 
 def train_category(job: Job) -> None:

@@ -8,7 +8,6 @@ ckpt/memory_{category}.pth, the scores anomaly_score/{category}_memory_{logi,str
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.jobs import Task
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
-from training.stage import Job, begin, on_cpu, run_stage, training_jobs, write_scores
+from training.stage import Job, begin, on_cpu, run_stage, write_scores
 
 BATCH = 4
 CANDIDATES = 100_000  # patches from which rows are chosen
@@ -30,11 +28,7 @@ USUAL_IMAGES = 34  # training images whose distances say what is usual
 
 
 def main() -> None:
-    run_stage(__doc__, jobs)
-
-
-def jobs(args: argparse.Namespace) -> dict[str, Task]:
-    return training_jobs(fit_category, args)
+    run_stage(__doc__, fit_category)
 
 
 def fit_category(job: Job) -> None:

@@ -12,7 +12,6 @@ missing ({category}_patchhist_maps.npz). Interrupted, it resumes.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.jobs import Task
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
@@ -32,17 +30,13 @@ from models.segmentor import Segmentor
 from training.loop import TrainingLoop
 from training.pseudo_label_files import read_stage_1, require_own_pseudo_labels, stand_ins_of_stage_1, training_data
 from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
-from training.stage import Job, adam, begin, on_cpu, run_stage, training_jobs, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
 SCORING_BATCH = 8
 
 
 def main() -> None:
-    run_stage(__doc__, jobs)
-
-
-def jobs(args: argparse.Namespace) -> dict[str, Task]:
-    return training_jobs(train_category, args)
+    run_stage(__doc__, train_category)
 
 
 def train_category(job: Job) -> None:

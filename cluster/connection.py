@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from data import files
 from errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -27,7 +27,7 @@ class Driver(NamedTuple):
     """What a task has to know about the run that started it, which alone holds the workspace's lock.
 
     Attributes:
-        folder: of this run's own small files, on storage that all nodes share; goes when the run is over.
+        folder: of this run's own small files, on storage that all nodes share; locks outlast the run.
         token: what the marker file in it says.
         directory: the driver's working directory, to which paths on its command line are relative.
     """
@@ -62,7 +62,7 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
 
     Args:
         address: ``local`` (this machine, for as long as the run lasts), ``auto`` (the cluster that this machine belongs to), or
-            host:port or ray://host:port.
+            HOST:PORT of a cluster's head.
         folder: see `Driver`; the caller holds the lock of what it lies in.
 
     Raises:
@@ -74,36 +74,37 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
         raise UserError("--ray needs Ray; pip install -r requirements-cluster.txt") from problem
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports to nobody
     driver = Driver(folder.resolve(), uuid.uuid4().hex, Path.cwd())
-    shutil.rmtree(driver.folder, ignore_errors=True)
-    driver.folder.mkdir(parents=True)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    else:
+        _require_answer(address)
     try:
-        _connect(ray, address)
-        driver.marker.write_text(driver.token)
+        try:
+            ray.init(address=address, **options)
+        except Exception as problem:  # of many kinds: another version of Ray, no room for its store
+            raise UserError(f"Ray at '{address}' cannot be used ({str(problem).splitlines()[0]})") from problem
+        files.write_text(driver.marker, driver.token)
         yield ray, driver
     finally:
         ray.shutdown()
-        shutil.rmtree(driver.folder, ignore_errors=True)
+        for path in driver.folder.glob("*"):
+            if path.suffix != ".lock":  # which a job on a lost node may still hold
+                path.unlink()
 
 
-def _connect(ray: ModuleType, address: str) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **options)
-        return
-    if address != "auto":
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        except (OSError, ValueError, OverflowError) as problem:
-            raise UserError(f"no Ray cluster answers at '{address}' ({problem}); --ray takes local, auto or HOST:PORT, as "
-                            "ray start --head names it") from problem
-    said = StringIO()
+def _require_answer(address: str) -> None:
+    """Ask in a process of its own, because ray.init waits for minutes.
+
+    Raises:
+        UserError: no cluster answers within `CONNECT_SECONDS`.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *(["--address", address] if address != "auto" else [])]
     try:
-        with redirect_stderr(said):
-            ray.init(address=address, **options)
-    except Exception as problem:  # of many kinds
-        raise UserError(f"no Ray cluster answers at '{address}' ({str(problem).splitlines()[0]}); start one with ray start "
-                        "--head, or use --ray local") from problem
+        subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as problem:
+        raise UserError(f"no Ray cluster answers at '{address}'; --ray takes local, auto, or HOST:PORT as ray start --head "
+                        "names it") from problem
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -120,7 +121,3 @@ def node_resources(ray: ModuleType) -> list[dict[str, float]]:
 def most(nodes: list[dict[str, float]], kind: str, wanted: float) -> float:
     """What to ask for: no more than the largest node has, or the task would wait for ever."""
     return min([wanted, max(node.get(kind, 0) for node in nodes)]) if nodes else wanted
-
-
-def say(text: str) -> None:
-    print(text, end="" if text.endswith("\n") else "\n", file=sys.stdout, flush=True)

@@ -1,21 +1,19 @@
-"""The jobs of a stage as Ray tasks: each category and seed on whatever node has room, again on another where a node dies.
+"""The jobs of a stage as Ray tasks: each on whatever node has room, and again on another where a node dies.
 
-A task runs the same function of the same script with the driver's arguments, narrowed to its category and seed, so it does what
-the stage would do by itself, and goes on from the progress file on the shared workspace.
+A task derives its job from the driver's arguments, narrowed to its category and seed. So it does what the stage would do by
+itself, and goes on from the progress file on the shared workspace.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
-import inspect
-import io
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cluster.connection import Driver, connected, environment, most, node_resources, say
+from cluster.connection import Driver, connected, environment, most, node_resources
 from data import layouts
 from data.workspace import Workspace
 from errors import UserError, disk_is_full, in_a_sentence
@@ -32,19 +30,28 @@ RETRIES = 20  # of a job whose node or worker died
 TAKE_OVER_SECONDS = 120  # for which a job waits until its predecessor, whose driver or node was lost, has ended
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
-COPIES = 8  # of the images, that a job may hold at once in one form or another
+COPIES = 8  # of its images, that a job may hold at once in one form or another
 SHOWN = 20  # bars at a time
 
 
 class Task(NamedTuple):
-    """One job: ``do`` does it in this process; ``seed`` is None where the command line names no several."""
+    """One job of a stage.
+
+    Attributes:
+        seed: None where the command line names no several.
+        do: does it, in this process.
+        images: that it holds in memory; None for all of the category.
+        after: names of jobs that come first; where one fails, or returns False, this one is not done.
+    """
 
     category: layouts.Category
     seed: int | None
     do: Callable[[], Any]
+    images: int | None = None
+    after: tuple[str, ...] = ()
 
 
-Jobs = Callable[[argparse.Namespace], dict[str, Task]]
+Jobs = Callable[[argparse.Namespace], dict[str, Task]]  # a stage's jobs by name, in an order that keeps to ``after``
 
 
 class Outcome(NamedTuple):
@@ -56,15 +63,11 @@ class Outcome(NamedTuple):
     disk_full: bool = False
 
 
-def run(args: argparse.Namespace, jobs: Jobs, quiet: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
     """Do all jobs on the Ray cluster ``args.ray``; the caller holds the workspace's lock.
 
-    Args:
-        jobs: a function of a script's module, which tells the jobs of given arguments by name.
-        quiet: do not print what they print.
-
     Returns:
-        What finished jobs returned, and why the others failed, by name.
+        What finished jobs returned, and why the others failed, by name; jobs that others wait for are not named.
 
     Raises:
         UserError: no cluster, or the disk is full, which ends the whole run.
@@ -73,17 +76,18 @@ def run(args: argparse.Namespace, jobs: Jobs, quiet: bool = False) -> tuple[dict
     import torch
 
     tasks = jobs(argparse.Namespace(**vars(args) | {"device": "cpu"}))  # here they are only named
-    script, threads = Path(inspect.getfile(jobs)).stem, torch.get_num_threads()
+    waited_for = {name for task in tasks.values() for name in task.after}
+    threads = torch.get_num_threads()
     results: dict[str, Any] = {}
     failures: dict[str, str] = {}
     with connected(args.ray, Workspace(args.workspace).driver_files) as (ray, driver):
-        remote, running = ray.remote(perform), {}
+        remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
+        started: dict[str, Any] = {}
         for name, task in tasks.items():
-            narrowed = argparse.Namespace(**vars(args) | {"ray": None, "categories": [task.category.name]} | (
-                {} if task.seed is None else {"seeds": [task.seed]}))
-            options = resources(ray, task, args, threads)
-            running[remote.options(max_retries=RETRIES, runtime_env=environment(threads), **options).remote(
-                script, jobs.__name__, narrowed, name, driver)] = name
+            narrowed = {"categories": [task.category.name]} | ({} if task.seed is None else {"seeds": [task.seed]})
+            started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
+                jobs, argparse.Namespace(**vars(args) | narrowed), name, driver, *(started[one] for one in task.after))
+        running = {reference: name for name, reference in started.items()}
         try:
             with Bars(driver.folder, len(tasks)) as bars:
                 while running:
@@ -92,13 +96,11 @@ def run(args: argparse.Namespace, jobs: Jobs, quiet: bool = False) -> tuple[dict
                         name, outcome = running.pop(one), _outcome(ray, one)
                         if outcome.disk_full:
                             raise UserError(outcome.failure)
-                        if outcome.failure is None:
-                            results[name] = outcome.result
-                        else:
-                            failures[name] = outcome.failure
-                        bars.finished("" if quiet else outcome.said)
+                        bars.finished(outcome.said)
+                        if name not in waited_for:
+                            (failures if outcome.failure else results)[name] = outcome.failure or outcome.result
                     bars.show(running.values())
-        except (KeyboardInterrupt, UserError):
+        except BaseException:
             for one in running:
                 ray.cancel(one)
             if running:
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace, jobs: Jobs, quiet: bool = False) -> tuple[dict
 
 def _outcome(ray: ModuleType, reference: Any) -> Outcome:
     try:
-        return Outcome(*ray.get(reference))
+        return ray.get(reference)
     except ray.exceptions.RayError as problem:
         return Outcome(failure=f"its worker died more than {RETRIES} times, or was stopped ({str(problem).splitlines()[0]})")
 
@@ -118,32 +120,33 @@ def resources(ray: ModuleType, task: Task, args: argparse.Namespace, threads: in
     """What a job needs: as many CPUs as it has threads, a GPU where there are any, memory for its images."""
     nodes = node_resources(ray)
     on_gpu = not args.device.startswith("cpu") and any(node.get("GPU", 0) >= 1 for node in nodes)
-    images = len(task.category.train) + len(task.category.validation) + len(task.category.test_images)
-    side = getattr(args, "images.size", None) or 512
+    category = task.category
+    images = task.images or len(category.train) + len(category.validation) + len(category.test_images)
+    side = int(getattr(args, "images.size", None) or 512)
     return {"num_cpus": most(nodes, "CPU", 1 if on_gpu else threads), "num_gpus": int(on_gpu),
-            "memory": int(most(nodes, "memory", MEMORY_BYTES + COPIES * images * 3 * int(side)**2))}
+            "memory": int(most(nodes, "memory", MEMORY_BYTES + COPIES * images * 3 * side**2))}
 
 
-def perform(script: str, function: str, args: argparse.Namespace, name: str, driver: Driver) -> tuple:
-    """Do one job on a node; returns an `Outcome` as a plain tuple.
+def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *before: Outcome) -> Outcome:
+    """Do one job on a node.
 
     Its lock makes sure that its files have one writer, also where the node of an earlier attempt is cut off, but alive.
     """
-    said = io.StringIO()
-    with redirect_stdout(said):
+    for one in before:
+        if one.failure or one.result is False:
+            return one._replace(said="")
+    with redirect_stdout(StringIO()) as said:
         try:
             driver.enter()
             place = place_of(driver.folder, name)
-            lock = FileLock(place.with_suffix(".lock"))
             try:
-                lock.acquire(timeout=TAKE_OVER_SECONDS)
+                lock = FileLock(place.with_suffix(".lock")).acquire(timeout=TAKE_OVER_SECONDS)
             except Timeout as problem:
                 raise UserError("an earlier attempt is still at work on a node that was lost; end it, and run the same command "
                                 "again") from problem
             with lock:
                 tell_progress_in(place.with_suffix(".bar"))
-                result = getattr(importlib.import_module(script), function)(args)[name].do()
-            return Outcome(said.getvalue(), result)
+                return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
         except Exception as problem:
             return Outcome(said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem))
 
@@ -193,8 +196,7 @@ class Bars:
 
     def finished(self, said: str) -> None:
         if said:
-            self.all.clear()
-            say(said)
+            tqdm.write(said, end="")
         self.all.update()
 
     def show(self, names: Iterable[str]) -> None:

@@ -1,11 +1,10 @@
-"""What the training stages have in common around a category's training: options, device, backbone, seeds, and doing one after another."""
+"""What the training stages have in common around a training: options, device, backbone, seeds, and doing the jobs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,55 +54,28 @@ class Job:
         return self.category.name
 
 
-def run_stage(story: str, jobs: Jobs) -> None:
-    """Parse the options of a training stage and do its jobs.
-
-    Args:
-        story: for ``--help``.
-        jobs: a function of the stage's module: its jobs by name (`training_jobs`).
-
-    Raises:
-        UserError, OSError: see `run_jobs`.
-    """
-    args = training_options(story).parse_args()
-    with owned(args, jobs) as go_on:
-        if go_on:
-            run_jobs(args, jobs)
-
-
-@contextmanager
-def owned(args: argparse.Namespace, jobs: Jobs) -> Iterator[bool]:
-    """Hold the workspace, and those of its seeds; with ``--dry_run`` only print the jobs' names, and yield False.
-
-    Raises:
-        UserError: another run holds one of them.
-    """
-    workspace = select(args).workspace
-    if args.dry_run:
-        print("\n".join(jobs(args)))
-        yield False
-    else:
-        with workspace.lock_with(workspace.of_seeds(args.seeds).values()):
-            yield True
-
-
-def targets(args: argparse.Namespace) -> Iterator[tuple[str, layouts.Category, settings.Settings, Workspace, int | None]]:
-    """Name of the job, category, its settings, workspace of the seed, and seed (None without ``--seeds``), of every job."""
-    workspace, _, categories, chosen = select(args)
-    for seed, place in workspace.of_seeds(args.seeds).items():
-        for category in categories:
-            name = category.name if seed is None else f"{category.name}, seed {seed}"
-            yield name, category, chosen[category.name], place, seed
+def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
+    """Parse the options of a training stage and call it for every category and seed (`run_jobs`)."""
+    run_jobs(training_options(story).parse_args(), partial(training_jobs, train_category))
 
 
 def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespace) -> dict[str, Task]:
     """A training stage's jobs by name."""
+    workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
-    backbone = agreed_backbone(args, Workspace(args.workspace)).to(device)
-    return {name: Task(category, seed, partial(train_category, Job(
-        category, place, chosen, view_of(category, chosen), backbone, device, precision, args.seed if seed is None else seed,
-        args.overwrite))) for name, category, chosen, place, seed in targets(args)}
+    backbone = agreed_backbone(args, workspace).to(device)
+    tasks = {}
+    for seed, place in workspace.of_seeds(args.seeds).items():
+        for category in categories:
+            job = Job(category, place, chosen[category.name], view_of(category, chosen[category.name]), backbone, device,
+                      precision, args.seed if seed is None else seed, args.overwrite)
+            tasks[job_name(category, seed)] = Task(category, seed, partial(train_category, job))
+    return tasks
+
+
+def job_name(category: layouts.Category, seed: int | None) -> str:
+    return category.name if seed is None else f"{category.name}, seed {seed}"
 
 
 def view_of(category: layouts.Category, chosen: settings.Settings) -> images.View:
@@ -214,27 +186,38 @@ def write_scores(category: layouts.Category, workspace: Workspace, branches: Seq
     files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
 
 
-def run_jobs(args: argparse.Namespace, jobs: Jobs) -> None:
-    """Do every job, one after another or on a Ray cluster; one that fails does not stop the others.
+def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None) -> None:
+    """Hold the workspace and do every job, one after another or on a Ray cluster; one that fails does not stop the others.
+
+    Args:
+        summarise: is told what finished jobs returned, by their names.
 
     Raises:
-        UserError: some failed; names them, with their reasons. A single job's own error comes through as it is.
+        UserError: another run holds the workspace; or some jobs failed: names them, with their reasons. A single job's own
+            error comes through as it is.
         OSError: the disk is full, which ends the whole run.
     """
-    if args.ray:
-        finished, failures = cluster.jobs.run(args, jobs)
-        total = len(finished) + len(failures)
-    else:
-        tasks, failures = jobs(args), {}
-        total = len(tasks)
-        for name, task in tasks.items():
-            try:
-                task.do()
-            except Exception as problem:
-                if disk_is_full(problem) or total == 1:
-                    raise
-                failures[name] = cluster.jobs.reason(problem)
-                tqdm.write(f"{cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
+    workspace = select(args).workspace
+    if args.dry_run:
+        print("\n".join(jobs(args)))
+        return
+    with workspace.lock_with(workspace.of_seeds(getattr(args, "seeds", None)).values()):
+        results, failures = cluster.jobs.run(args, jobs) if args.ray else one_after_another(jobs(args))
+        summarise(results)
     if failures:
-        told = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        total, told = len(results) + len(failures), "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError(told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}")
+
+
+def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Do every job in this process; see `cluster.jobs.run`."""
+    results, failures = {}, {}
+    for name, task in tasks.items():
+        try:
+            results[name] = task.do()
+        except Exception as problem:
+            if disk_is_full(problem) or len(tasks) == 1:
+                raise
+            failures[name] = cluster.jobs.reason(problem)
+            tqdm.write(f"{cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
+    return results, failures
