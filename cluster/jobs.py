@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cluster.connection import Driver, connected, environment, most, node_resources
 from data import layouts
 from data.workspace import Workspace
-from errors import UserError, disk_is_full, in_a_sentence
+from errors import UserError, disk_is_full, in_a_sentence, interrupts_wait
 
 RETRIES = 20  # of a job whose node or worker died
 TAKE_OVER_SECONDS = 120  # for which a job waits until its predecessor, whose driver or node was lost, has ended
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
 
     Raises:
         UserError: no cluster, or the disk is full, which ends the whole run.
-        KeyboardInterrupt: after the jobs have saved their progress.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved their progress.
     """
     import torch
 
@@ -89,8 +89,10 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                 jobs, argparse.Namespace(**vars(args) | narrowed), name, driver, *(started[one] for one in task.after))
         running = {reference: name for name, reference in started.items()}
         try:
-            with Bars(driver.folder, len(tasks)) as bars:
+            with interrupts_wait() as interrupted, Bars(driver.folder, len(tasks)) as bars:
                 while running:
+                    if interrupted():
+                        raise KeyboardInterrupt
                     done, _ = ray.wait(list(running), timeout=1)
                     for one in done:
                         name, outcome = running.pop(one), _outcome(ray, one)
