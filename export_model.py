@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
-from command_line import common_options, select, with_branches, with_seeds
+from cluster.jobs import Task
+from command_line import common_options, select, with_branches, with_cluster, with_seeds
 from data import files, images, layouts
 from data.workspace import FORMATS, PRECISIONS, Workspace
 from deploy import exporters, quantisation, thresholds
-from deploy.assembly import fused_state, sources
+from deploy.assembly import fused_state, require_up_to_date
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
 from evaluation import seeds
@@ -34,7 +36,7 @@ from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
-from training.stage import view_of
+from training.stage import job_name, run_jobs, view_of
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
@@ -45,7 +47,7 @@ IMPOSSIBLE = {
 
 
 def main() -> None:
-    parser = with_branches(with_seeds(common_options(__doc__)))
+    parser = with_cluster(with_branches(with_seeds(common_options(__doc__))))
     parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always")
     parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too")
@@ -66,15 +68,31 @@ def main() -> None:
         raise UserError(IMPOSSIBLE[args.format, args.precision])
     if args.format == "torch" and (args.with_map or args.raw_input):
         raise UserError("--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps")
+    run_jobs(args, jobs, partial(summarise, args))
+
+
+def jobs(args: argparse.Namespace) -> dict[str, Task]:
     workspace, _, categories, chosen = select(args)
     device = str(choose_device(args.device))
-    places = workspace.of_seeds(args.seeds).values()
-    with workspace.lock_with(places):
-        runs = [export_and_evaluate(categories, place, args, chosen, device) for place in places]
-        if args.seeds and any(runs):
-            lines = seeds.table(seeds.over_seeds(runs), args.seeds)
-            files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
-            print("\n" + "\n".join(lines))
+    return {job_name(category, seed): Task(category, seed, partial(
+        export_and_evaluate, category, place, args, chosen[category.name], device))
+        for seed, place in workspace.of_seeds(args.seeds).items() for category in categories}
+
+
+def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None:
+    """Write the table of each seed, and that over all seeds."""
+    workspace, _, categories, _ = select(args)
+    runs = []
+    for seed, place in workspace.of_seeds(args.seeds).items():
+        reports = [report for category in categories if (report := results.get(job_name(category, seed)))]
+        if reports:
+            write_report(reports, place)
+        runs.append({report["category"]: {name: report[name] for name in (
+            "auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image")} for report in reports})
+    if args.seeds and all(runs):
+        lines = seeds.table(seeds.over_seeds(runs), args.seeds)
+        files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
+        print("\n" + "\n".join(lines))
 
 
 def change_thresholds(args: argparse.Namespace) -> None:
@@ -88,30 +106,24 @@ def change_thresholds(args: argparse.Namespace) -> None:
             print(f"{path}: threshold {known['threshold']:.6g}, {known['threshold_words']}")
 
 
-def export_and_evaluate(categories: list[layouts.Category], workspace: Workspace, args: argparse.Namespace,
-                        chosen: dict[str, settings.Settings], device: str) -> dict[str, dict[str, float]]:
-    """One workspace, which is one seed; returns {category: AUROCs and milliseconds}."""
-    reports = []
-    for category in categories:
-        path = workspace.exported_model(category.name, args.format, args.precision)
-        if not args.inference_only:
-            # Always from the newest artefacts: nothing to skip or resume here.
-            {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
-                category, workspace, path, args, chosen[category.name], device)
-            print(f"{category.name}: wrote {path}")
-        files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
-        engine = open_model(path, device)
-        if not args.inference_only:
-            thresholds.write_beside(path, engine.metadata)
-        exporters.require_category(engine.metadata, category.name, path)
-        if not category.tested:
-            print(f"{category.name}: there are no good test images, so nothing to evaluate")
-            continue
-        reports.append(evaluate(category, engine, workspace, args))
-    if reports:
-        write_report(reports, workspace)
-    return {report["category"]: {name: report[name] for name in ("auroc_logical", "auroc_structural", "auroc_mean",
-                                                                 "ms_per_image")} for report in reports}
+def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: argparse.Namespace,
+                        chosen: settings.Settings, device: str) -> dict | None:
+    """What the evaluation came to; None without good test images."""
+    path = workspace.exported_model(category.name, args.format, args.precision)
+    if not args.inference_only:
+        # Always from the newest artefacts: nothing to skip or resume here.
+        {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
+            category, workspace, path, args, chosen, device)
+        print(f"{category.name}: wrote {path}")
+    files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
+    engine = open_model(path, device)
+    if not args.inference_only:
+        thresholds.write_beside(path, engine.metadata)
+    exporters.require_category(engine.metadata, category.name, path)
+    if not category.tested:
+        print(f"{category.name}: there are no good test images, so nothing to evaluate")
+        return None
+    return evaluate(category, engine, workspace, args)
 
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
@@ -126,7 +138,7 @@ def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, ar
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
     exporters.require_category(metadata(state), category.name, source)
-    require_up_to_date(metadata(state), category, workspace, source, "torch")
+    require_up_to_date(metadata(state), category.name, workspace, source, "torch")
     if args.precision != "int8":
         content = exporters.onnx_model(state, category.name, args.precision, args.with_map, args.raw_input)
     else:
@@ -149,7 +161,7 @@ def export_openvino(category: layouts.Category, workspace: Workspace, path: Path
     source = files.require(workspace.exported_model(category.name, "onnx"), "export_model.py --format onnx")
     known = OnnxEngine(source.read_bytes(), device).metadata
     exporters.require_category(known, category.name, source)
-    require_up_to_date(known, category, workspace, source, "onnx")
+    require_up_to_date(known, category.name, workspace, source, "onnx")
     for option in ("with_map", "raw_input"):
         if getattr(args, option) and not known[option]:
             raise UserError(f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first")
@@ -178,24 +190,6 @@ def judged(known: dict[str, Any], engine: Engine, category: layouts.Category) ->
     scores = [engine.score(images.read_views([path], engine.size, "", known.get("white_level")))
               for path in tqdm(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
     return thresholds.with_validation_scores(known, np.concatenate(scores), category.name)
-
-
-def require_up_to_date(known: dict[str, Any], category: layouts.Category, workspace: Workspace, source: Path,
-                       format_: str) -> None:
-    """Refuse to export an old training: the stages' files have to be those that the source was made of, where they are there.
-
-    Raises:
-        UserError: they have changed since.
-    """
-    if "made_of" not in known:  # a published file
-        return
-    try:
-        now = sources(category.name, workspace, known["branches"])
-    except UserError:
-        return  # only the exported model was brought here
-    if now != known["made_of"]:
-        raise UserError(f"{source} was made before the stages ran again; run export_model.py --format torch"
-                        f"{' and --format onnx' if format_ == 'onnx' else ''} first")
 
 
 def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.ndarray:

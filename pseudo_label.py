@@ -19,13 +19,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import settings
-from command_line import common_options, select
+from cluster.jobs import Task
+from command_line import common_options, select, with_cluster
 from data import files, images, layouts, records
 from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
@@ -35,12 +35,12 @@ from models.device import choose_device
 from pseudo_labels import checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
+from pseudo_labels.saving import REFINED, grounding_map, save_info, save_label_map, save_masks
 from standins.classical import ClassicalProposer
 from training.stage import agreed_backbone, run_jobs, view_of
 
-PICTURE = 640  # side of feature.png
-REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
 COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
+IMAGES_PER_TASK = 64  # of a Ray cluster
 IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU gains nothing from more than one
 
 
@@ -52,89 +52,137 @@ def main() -> None:
     own.add_argument("--save_all_masks", dest="pseudo_labels.save_all_masks", action="store_const", const="true",
                      default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
     own.add_argument("--download", action="store_true", help="fetch missing checkpoints into WORKSPACE/ckpt")
-    args = parser.parse_args()
+    run_jobs(with_cluster(parser).parse_args(), jobs)
+
+
+def jobs(args: argparse.Namespace) -> dict[str, Task]:
+    """The categories by name; on a Ray cluster every one in parts, as each image's components can be found by themselves."""
     workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
-    with workspace.lock():
-        # Only cnn_image costs time; its network is left out where nobody asked for it.
-        with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
-        backbone = agreed_backbone(args, workspace, with_deepest).to(device)
-        run_jobs({category.name: partial(label_category, category, workspace, chosen[category.name], backbone, device, args)
-                  for category in categories})
+    # Only cnn_image costs time; its network is left out where nobody asked for it.
+    with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
+    backbone = agreed_backbone(args, workspace, with_deepest).to(device)
+    tasks = {}
+    for category in categories:
+        labelling = Labelling(category, workspace, chosen[category.name], backbone, device, args)
+        if not args.ray:
+            tasks[category.name] = Task(category, None, labelling.run)
+            continue
+        first, images_in_all = f"{category.name}: begin", len(category.train)
+        tasks[first] = Task(category, None, labelling.begin, 1)
+        parts = {f"{category.name}: images {start + 1} to {min(start + IMAGES_PER_TASK, images_in_all)}":
+                 slice(start, start + IMAGES_PER_TASK) for start in range(0, images_in_all, IMAGES_PER_TASK)}
+        for name, part in parts.items():
+            tasks[name] = Task(category, None, partial(labelling.find_components, part), IMAGES_PER_TASK, (first,))
+        tasks[category.name] = Task(category, None, labelling.cluster, None, tuple(parts))
+    return tasks
 
 
-def label_category(category: layouts.Category, workspace: Workspace, all_settings: settings.Settings, backbone: Backbone,
-                   device: torch.device, args: argparse.Namespace) -> None:
-    print(category.layout_line)
-    for warning in quick_check(category):
-        print(f"{category.name}: {warning}")
-    chosen = all_settings.pseudo_labels
-    proposer = choose_proposer(category.name, chosen, workspace.downloads, device, args.download)
-    paths, view = category.train, view_of(category, all_settings)
-    used = {"settings": chosen.model_dump(), "images": view.record, "proposer": proposer.name,
-            "checkpoints": proposer.checkpoints, **records.inputs(
-                paths, args.seed, backbone, [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
-    finished = workspace.pseudo_labels(category.name)
-    outputs = [*(finished.image(category.key(path)) / "filtered_cluster_map.png" for path in paths), finished.histogram,
-               finished.trusted]
-    record = records.Record(finished.record, used, outputs)
-    # Beside what is there, so that nothing finished is harmed before the new is complete.
-    labels = workspace.unfinished_pseudo_labels(category.name)
-    folders = [labels.image(category.key(path)) for path in paths]
-    begun = labels.root / "begun.json"
-    changes = records.difference(files.read_json(begun, keys=("settings",)), records.as_json(used)) if begun.exists() else []
-    if changes or not begun.exists() or record.path.exists():
-        refuse_unknown_files(record, [finished.image(folder.name) for folder in folders], args.overwrite)
-        if record.begin(args.overwrite) == records.SKIP:
-            print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
-            return
-    if changes:
-        if not args.overwrite:
-            raise UserError(f"{labels.root} holds work begun with something else ({'; '.join(changes[:4])}); --overwrite starts "
-                            "over, another --workspace keeps both")
+class Labelling:
+    """Stage 1 of one category, in three steps that hand on nothing but files."""
+
+    def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, backbone: Backbone,
+                 device: torch.device, args: argparse.Namespace):
+        self.category, self.workspace, self.backbone, self.device, self.args = category, workspace, backbone, device, args
+        self.chosen, self.paths, self.view = chosen.pseudo_labels, category.train, view_of(category, chosen)
+        self.finished = workspace.pseudo_labels(category.name)
+        # Beside what is there, so that nothing finished is harmed before the new is complete.
+        self.labels = workspace.unfinished_pseudo_labels(category.name)
+        self.folders = [self.labels.image(category.key(path)) for path in self.paths]
+        self.begun = self.labels.root / "begun.json"
+        self.proposer: Proposer | None = None
+
+    def run(self) -> None:
+        if self.begin():
+            self.find_components(slice(None))
+            self.cluster()
+
+    def begin(self) -> bool:
+        """Check everything, and note what is used; False where there is nothing to do."""
+        category, overwrite = self.category, self.args.overwrite
+        print(category.layout_line)
+        for warning in quick_check(category):
+            print(f"{category.name}: {warning}")
+        proposer = self.proposer = self.choose_proposer()
+        used = {"settings": self.chosen.model_dump(), "images": self.view.record, "proposer": proposer.name,
+                "checkpoints": proposer.checkpoints, **records.inputs(
+                    self.paths, self.args.seed, self.backbone,
+                    [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
+        record = self.record(used)
+        changes = records.difference(self.used(), records.as_json(used)) if self.begun.exists() else []
+        if changes or not self.begun.exists() or record.path.exists():
+            refuse_unknown_files(record, [self.finished.image(folder.name) for folder in self.folders], overwrite)
+            if record.begin(overwrite) == records.SKIP:
+                print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
+                return False
+        if changes:
+            if not overwrite:
+                raise UserError(f"{self.labels.root} holds work begun with something else ({'; '.join(changes[:4])}); "
+                                "--overwrite starts over, another --workspace keeps both")
+            shutil.rmtree(self.labels.root)
+        proposer.load()  # a bad checkpoint leaves everything as it was
+        files.write_json(self.begun, used)
+        return True
+
+    def choose_proposer(self, **changes: str) -> Proposer:
+        return choose_proposer(self.category.name, self.chosen.model_copy(update=changes), self.workspace.downloads, self.device,
+                               self.args.download)
+
+    def used(self) -> dict:
+        return files.read_json(self.begun, keys=("settings",))
+
+    def record(self, used: dict) -> records.Record:
+        outputs = [self.finished.image(folder.name) / "filtered_cluster_map.png" for folder in self.folders]
+        return records.Record(self.finished.record, used, [*outputs, self.finished.histogram, self.finished.trusted])
+
+    def find_components(self, part: slice) -> None:
+        """Propose and describe the components of images that have none yet."""
+        paths, folders, chosen = self.paths[part], self.folders[part], self.chosen
+        proposer = self.proposer or self.choose_proposer(proposer=self.used()["proposer"].split()[0])  # not auto once more
+        embedding = components.CropEmbedding(self.backbone.deepest, chosen.rotations).to(self.device) if (
+            "cnn_image" in chosen.features) else None
+        at_once = 1 if self.device.type == "cpu" else IMAGES_AT_ONCE
+        with tqdm(total=len(paths), desc=f"{self.category.name}: find components", unit="image") as bar:
+            # Always the same images together, so that a resumed run repeats the very same numbers.
+            for first in range(0, len(paths), at_once):
+                group = slice(first, first + at_once)
+                if not all((folder / COMPONENTS).exists() for folder in folders[group]):
+                    pictures = [picture.transpose(1, 2, 0) for picture in self.view.read_small(paths[group])]
+                    label_maps = [refined_masks(picture, folder, proposer, chosen)
+                                  for picture, folder in zip(pictures, folders[group])]
+                    for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):
+                        files.write_arrays(folder / COMPONENTS, **features)
+                bar.update(len(folders[group]))
+
+    def cluster(self) -> None:
+        """Give the components of all images their labels, and put everything in its place."""
+        name, paths, folders, chosen, labels = self.category.name, self.paths, self.folders, self.chosen, self.labels
+        refined_maps = [images.read_mask(folder / REFINED) for folder in folders]
+        described = [files.read_arrays(folder / COMPONENTS) for folder in folders]
+        image_of = np.repeat(np.arange(len(paths)), [len(one["area"]) for one in described])
+        features = {name: np.concatenate([one[name] for one in described]) for name in described[0]}
+        if not len(image_of):
+            raise UserError(f"{name}: no parts were found in any training image; parts should stand out from "
+                            "their background by colour")
+        vectors, bandwidth = feature_space(name, features, len(paths), chosen, self.backbone, self.args.seed)
+        found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
+                                           chosen.one_histogram_cluster and not chosen.variants, chosen.variants,
+                                           chosen.lookalikes)
+        if not found.filtered_histogram.shape[1]:
+            raise UserError(f"{name}: clustering the {len(image_of)} components left no label (bandwidth "
+                            f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
+
+        for index, folder in enumerate(tqdm(folders, desc=f"{name}: write label maps", unit="image")):
+            own = image_of == index
+            save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
+            save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))
+        used = self.used()
+        save_info(labels.info, used, features, vectors, image_of, bandwidth, found)
+        replace(self.finished, [*folders, labels.info])
+        self.record(used).finish()
         shutil.rmtree(labels.root)
-    proposer.load()  # a bad checkpoint leaves everything as it was
-    files.write_json(begun, used)
-    embedding = components.CropEmbedding(backbone.deepest, chosen.rotations).to(device) if (
-        "cnn_image" in chosen.features) else None
-    at_once = 1 if device.type == "cpu" else IMAGES_AT_ONCE
-    with tqdm(total=len(paths), desc=f"{category.name}: find components", unit="image") as bar:
-        # Always the same images together, so that a resumed run repeats the very same numbers.
-        for first in range(0, len(paths), at_once):
-            group = slice(first, first + at_once)
-            if not all((folder / COMPONENTS).exists() for folder in folders[group]):
-                pictures = [picture.transpose(1, 2, 0) for picture in view.read_small(paths[group])]
-                label_maps = [refined_masks(picture, folder, proposer, chosen)
-                              for picture, folder in zip(pictures, folders[group])]
-                for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):
-                    files.write_arrays(folder / COMPONENTS, **features)
-            bar.update(len(folders[group]))
-
-    refined_maps = [images.read_mask(folder / REFINED) for folder in folders]
-    described = [files.read_arrays(folder / COMPONENTS) for folder in folders]
-    image_of = np.repeat(np.arange(len(paths)), [len(one["area"]) for one in described])
-    features = {name: np.concatenate([one[name] for one in described]) for name in described[0]}
-    if not len(image_of):
-        raise UserError(f"{category.name}: no parts were found in any training image; parts should stand out from "
-                        "their background by colour")
-    vectors, bandwidth = feature_space(category.name, features, len(paths), chosen, backbone, args.seed)
-    found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
-                                       chosen.one_histogram_cluster and not chosen.variants, chosen.variants,
-                                       chosen.lookalikes)
-    if not found.filtered_histogram.shape[1]:
-        raise UserError(f"{category.name}: clustering the {len(image_of)} components left no label (bandwidth "
-                        f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
-
-    for index, folder in enumerate(tqdm(folders, desc=f"{category.name}: write label maps", unit="image")):
-        own = image_of == index
-        save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
-        save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))
-    save_info(labels.info, used, features, vectors, image_of, bandwidth, found)
-    replace(finished, [*folders, labels.info])
-    record.finish()
-    shutil.rmtree(labels.root)
-    print(f"{category.name}: {found.filtered_histogram.shape[1]} labels, {len(found.trusted)} of {len(paths)} images "
-          f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}")
+        print(f"{name}: {found.filtered_histogram.shape[1]} labels, {len(found.trusted)} of {len(paths)} images "
+              f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}")
 
 
 def choose_proposer(category: str, chosen: settings.PseudoLabelSettings, folder: Path, device: torch.device,
@@ -228,11 +276,6 @@ def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[
     return candidates, masks.merge(masks.combine(candidates))
 
 
-def grounding_map(instances: np.ndarray) -> np.ndarray:
-    """Instances (M, H, W) -> label map (H, W) with the 255 largest of them, small ones on top."""
-    return masks.merge(masks.largest(instances))
-
-
 def describe(pictures: list[np.ndarray], label_maps: list[np.ndarray],
              embedding: components.CropEmbedding | None) -> list[dict[str, np.ndarray]]:
     """For each image the features of its components, each (n, ...), in the order of their indices in the label map."""
@@ -271,60 +314,6 @@ def paint(refined: np.ndarray, labels: np.ndarray) -> np.ndarray:
     indices = np.unique(refined)
     table[indices[indices > 0]] = labels
     return table[refined]
-
-
-def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray | None, refined: np.ndarray) -> None:
-    if proposals.grounding is not None:
-        save_label_map(folder / "grounding_mask.png", grounding_map(proposals.grounding))
-    if proposals.grounding_background is not None:
-        files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
-    if candidates is not None:
-        save_label_map(folder / "all_masks.png", masks.merge(candidates))
-    files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)
-    save_label_map(folder / REFINED, refined)
-
-
-def save_label_map(path: Path, labels: np.ndarray) -> None:
-    """Write a label map, and before it its preview in colour."""
-    files.write_image(path.with_name(f"{path.stem}_color.png"), images.colour_labels(labels))
-    files.write_image(path, labels)
-
-
-def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: np.ndarray, image_of: np.ndarray,
-              bandwidth: float, found: clustering.SemanticLabels) -> None:
-    """Write what is known about the whole category; what the next stage reads comes last."""
-    labels = found.filtered_histogram.shape[1]
-    modes = clustering.usual_numbers(found.labels, image_of, found.trusted, len(found.kinds), labels)
-    files.write_arrays(info / "all_component_feats.npz", image=image_of, cluster=found.clusters, label=found.labels,
-                       **features)
-    files.write_array(info / "raw_component_histogram.npy", found.raw_histogram)
-    files.write_array(info / "component_num_mode.npy", modes)
-    files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))
-    files.write_text(info / "info.txt", "\n".join([
-        f"proposer: {used['proposer']}", f"checkpoints: {sorted(used['checkpoints'])}",
-        f"backbone: {used['backbone']}", f"stand_ins: {used['stand_ins']}",
-        f"components: {len(image_of)}", f"bandwidth: {bandwidth:.6g}", f"clusters: {found.raw_histogram.shape[1]}",
-        f"labels: {labels}", f"usual number of each label: {modes.tolist()}",
-        f"images of each kind: {np.bincount(found.kinds[found.kinds >= 0]).tolist()}",
-        f"trusted images: {len(found.trusted)} of {len(found.kinds)}"]) + "\n")
-    files.write_array(info / "filtered_component_histogram.npy", found.filtered_histogram)
-    files.write_array(info / "filtered_histogram_indices.npy", found.trusted)
-
-
-def draw_clusters(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Scatter plot of the components on their first two principal axes, coloured by label; no label is grey."""
-    centred = vectors - vectors.mean(0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    flat = np.zeros((len(vectors), 2))
-    flat[:, :min(2, len(axes))] = centred @ axes[:2].T
-    low, high = flat.min(0), flat.max(0)
-    places = (20 + (flat - low) / np.maximum(high - low, 1e-9) * (PICTURE - 40)).astype(int)
-    colours = images.colour_labels(labels.astype(np.uint8))
-    colours[labels == 0] = 200
-    picture = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
-    for place, colour in zip(places.tolist(), colours.tolist()):
-        cv2.circle(picture, place, 3, colour, cv2.FILLED, cv2.LINE_AA)
-    return picture
 
 
 def note(used: dict) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -91,6 +91,8 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
         for path in driver.folder.glob("*"):
             if path.suffix != ".lock":  # which a job on a lost node may still hold
                 path.unlink()
+        with suppress(OSError):  # it holds locks
+            driver.folder.rmdir()
 
 
 def _require_answer(address: str) -> None:

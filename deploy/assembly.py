@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,23 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
         if workspace.evidence_parameters(category).exists():
             paths.append((workspace.evidence_parameters(category), STAGES["patchhist"]))
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
+
+
+def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspace, source: Path, format_: str) -> None:
+    """Refuse to export an old training: the stages' files have to be those that the source was made of, where they are there.
+
+    Raises:
+        UserError: they have changed since.
+    """
+    if "made_of" not in known:  # a published file
+        return
+    try:
+        now = sources(category, workspace, known["branches"])
+    except UserError:
+        return  # only the exported model was brought here
+    if now != known["made_of"]:
+        raise UserError(f"{source} was made before the stages ran again; run export_model.py --format torch"
+                        f"{' and --format onnx' if format_ == 'onnx' else ''} first")
 
 
 def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,

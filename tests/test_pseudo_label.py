@@ -45,8 +45,8 @@ def label(category):
         with pytest.MonkeyPatch.context() as patch:
             if proposed_by:
                 patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposed_by)
-            pseudo_label.label_category(category, workspace, settings.load("discs", "quick", named), backbone,
-                                        torch.device("cpu"), Namespace(seed=seed, overwrite=overwrite, download=False))
+            pseudo_label.Labelling(category, workspace, settings.load("discs", "quick", named), backbone, torch.device("cpu"),
+                                   Namespace(seed=seed, overwrite=overwrite, download=False)).run()
         return workspace
     return run
 

@@ -75,8 +75,8 @@ def label_true_components(category, components, workspace, seed=0):
     proposer = TrueComponents(paths, label_paths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposer)
-        pseudo_label.label_category(category, workspace, chosen, backbone, torch.device("cpu"),
-                                    Namespace(download=False, seed=seed, overwrite=False))
+        pseudo_label.Labelling(category, workspace, chosen, backbone, torch.device("cpu"),
+                               Namespace(download=False, seed=seed, overwrite=False)).run()
     made = workspace.pseudo_labels(category.name)
     trusted = files.read_array(made.trusted)
     predicted = [images.read_mask(made.image(paths[index].stem) / "filtered_cluster_map.png")
