@@ -79,6 +79,7 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
         options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     else:
         _require_answer(address)
+    _clear(driver.folder)  # a lost driver leaves its files
     try:
         try:
             ray.init(address=address, **options)
@@ -88,11 +89,15 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
         yield ray, driver
     finally:
         ray.shutdown()
-        for path in driver.folder.glob("*"):
-            if path.suffix != ".lock":  # which a job on a lost node may still hold
-                path.unlink()
-        with suppress(OSError):  # it holds locks
-            driver.folder.rmdir()
+        _clear(driver.folder)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.suffix != ".lock":  # which a job on a lost node may still hold
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # there are locks in it, or it is not there
+        folder.rmdir()
 
 
 def _require_answer(address: str) -> None:

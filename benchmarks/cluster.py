@@ -1,0 +1,100 @@
+"""What a Ray cluster does to the stages: the same bytes though nodes die, and how long the same jobs take without it.
+
+    python -m benchmarks.cluster --kills 10
+    python -m benchmarks.cluster --overhead
+
+The first trains five rendered categories with two seeds, first one after another, then on a simulated cluster of a head and
+two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains two jobs of about a
+minute by themselves and with --ray local on one worker; it wants a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from standins.rendered import CATEGORIES
+from standins.rendered.writer import Settings, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
+           "--lgst.width", "16", "--lgst.teacher_channels", "16")
+SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10, help="of random nodes (default: 10)")
+    parser.add_argument("--pause", type=float, nargs=2, default=[5, 25], help="seconds between two kills, drawn from this range")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overhead", action="store_true", help="compare times instead")
+    parser.add_argument("--steps", type=int, help="of each job (default: 60; with --overhead 500, about a minute)")
+    args = parser.parse_args()
+    # A job of Ray's takes as many CPUs as it has threads: with all of them there is one worker.
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count()) if args.overhead else "1"
+    with tempfile.TemporaryDirectory() as folder:
+        overhead(Path(folder), args.steps or 500) if args.overhead else kills(Path(folder), args)
+
+
+def kills(folder: Path, args: argparse.Namespace) -> None:
+    from ray.cluster_utils import Cluster
+
+    write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
+    start(folder, "sequential", args.steps or 60, "--seeds", "0", "1").wait()
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+    try:
+        workers = [cluster.add_node(**NODE) for _ in range(2)]
+        rng, killed, runs = random.Random(args.seed), 0, 0
+        while killed < args.kills:  # a run that ends before all kills is made again from the start
+            runs += 1
+            driver = start(folder, f"ray{runs}", args.steps or 60, "--seeds", "0", "1", "--ray", cluster.address)
+            while driver.poll() is None:
+                try:
+                    driver.wait(rng.uniform(*args.pause))
+                except subprocess.TimeoutExpired:
+                    if killed < args.kills:
+                        cluster.remove_node(workers.pop(rng.randrange(2)), allow_graceful=False)
+                        workers.append(cluster.add_node(**NODE))
+                        killed += 1
+            differing = different(folder / "sequential", folder / f"ray{runs}")
+            print(f"run {runs}: exit status {driver.returncode}, {killed} nodes killed so far, "
+                  f"{len(differing)} files differ {differing[:5]}", flush=True)
+    finally:
+        cluster.shutdown()
+
+
+def overhead(folder: Path, steps: int) -> None:
+    write_dataset(folder / "data", list(CATEGORIES)[:2], SMALL, 2, False)
+    seconds = {}
+    for name, options in {"sequential": (), "ray": ("--ray", "local")}.items():
+        before = time.perf_counter()
+        start(folder, name, steps, *options).wait()
+        seconds[name] = time.perf_counter() - before
+        print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    print(f"overhead of --ray local: {seconds['ray'] / seconds['sequential'] - 1:.1%}; "
+          f"{len(different(folder / 'sequential', folder / 'ray'))} files differ")
+
+
+def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "CSAD.py", "--workspace", str(folder / name), "--dataset_root", str(folder / "data"), *OPTIONS,
+               "--lgst.steps", str(steps), *options]
+    with open(folder / f"{name}.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def different(one: Path, other: Path) -> list[str]:
+    """Files that are not the same in both, or only in one of them."""
+    contents = [{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file() and not any(
+        part.startswith(".") for part in path.relative_to(root).parts)} for root in (one, other)]
+    return sorted(name for name in contents[0].keys() | contents[1].keys() if contents[0].get(name) != contents[1].get(name))
+
+
+if __name__ == "__main__":
+    main()
