@@ -61,7 +61,8 @@ class Category:
 
     @cached_property
     def _walk(self) -> Callable[[Path], tuple[list[Path], Unused]]:
-        return cache(lambda folder: walk(folder, flat=folder == self.root))
+        root = self.root  # not self, which then would never be let go
+        return cache(lambda folder: walk(folder, flat=folder == root))
 
     def _some_images(self, folder: Path) -> list[Path]:
         images = self._walk(folder)[0]

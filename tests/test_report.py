@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,18 @@ def test_of_many_categories_the_page_has_a_table_and_the_lowest_in_full(many, ru
     # Every category's scores are checked, also those of which there is one line.
     files.write_array(Workspace(many[0]).scores("better", "LGST", "logi"), np.arange(8.0))
     assert run("report", *many) == 2
+
+
+def test_a_category_that_is_measured_is_not_kept(many, run, monkeypatch):
+    seen = []
+
+    def measure(category, *more, real=SCRIPTS["benchmark_performance"].measure):
+        assert not any(before() for before in seen)
+        seen.append(weakref.ref(category))
+        return real(category, *more)
+
+    monkeypatch.setattr(SCRIPTS["benchmark_performance"], "measure", measure)
+    assert run("benchmark_performance", *many) == 0 and len(seen) == 3
 
 
 def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_says_the_lowest(many, run, capsys):
