@@ -72,15 +72,19 @@ def multiply(trained: Path, many: Path, number: int) -> None:
     files.write_bytes(many / "ckpt/backbone.json", (trained / "ckpt/backbone.json").read_bytes())
 
 
-def run(script: str, workspace: Path) -> tuple[float, float, float]:
-    """Seconds, seconds of processor time and peak memory in MB of one stage over all categories."""
+def run(script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)) -> tuple[float, ...]:
+    """Seconds, seconds of processor time and peak memory in MB of one script over all categories of ``workspace``/dataset.
+
+    Raises:
+        UserError: its exit status is none of those that are accepted.
+    """
     start = time.perf_counter()
-    command = [sys.executable, ROOT / script, "--workspace", workspace, "--dataset_root", workspace / "dataset", *TINY]
+    command = [sys.executable, ROOT / script, "--workspace", workspace, "--dataset_root", workspace / "dataset", *options]
     with open(workspace / f"{script}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)  # of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode not in accepted:
         raise UserError(f"{script} failed; {log.name} says why")
     return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
