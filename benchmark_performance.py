@@ -8,6 +8,7 @@ saturated per-region overlap) stands on lines of its own. The same numbers per c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from errors import UserError, run_script
 from evaluation import localisation, seeds
 from evaluation.metrics import auroc, average_precision, f1_max, mean_known
 from evaluation.scores import (
+    MANY,
     PAPER_BRANCHES,
     Scores,
     by_split,
     digest_scores,
+    fused_mean,
+    lowest_first,
     normalised_scores,
     scored_branches,
 )
@@ -46,7 +50,8 @@ def main() -> None:
         runs, missing = [], []
         for place in places:
             runs.append({})
-            for category in tqdm(categories, desc="measure", unit="category", leave=False):
+            # Copies, which take their lists of files with them when they go.
+            for category in tqdm(map(replace, categories), "measure", len(categories), unit="category", leave=False):
                 if not category.tested:
                     missing.append(f"{category.name}: nothing to measure, there are no good test images")
                     continue
@@ -55,8 +60,10 @@ def main() -> None:
                 raise UserError("; ".join(missing) + "; export_model.py and predict.py need none")
             for name, content in runs[-1].items():
                 files.write_json(place.metrics(name), content)
-            target, lines = place.combined_scores, [*table(runs[-1]), *missing]
+            target, lines = place.combined_scores, [*by_category(runs[-1]), *overview(runs[-1]), *details(runs[-1]), *missing]
             files.write_text(target, "\n".join(lines) + "\n")
+            if len(runs[-1]) > MANY:
+                lines = overview(runs[-1])
         if args.seeds:
             target, lines = workspace.over_seeds(target.stem), seeds.table(seeds.over_seeds(runs), args.seeds)
             if stand_ins := used_by_any(runs):
@@ -141,16 +148,20 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches, 
     return found
 
 
-def table(measured: dict[str, dict]) -> list[str]:
-    """The lines of score_combine_result.txt; docs/METHOD.md section 4 fixes those of each category."""
+def by_category(measured: dict[str, dict]) -> list[str]:
+    """The lines of score_combine_result.txt that docs/METHOD.md section 4 fixes."""
     lines = []
     for name, content in measured.items():
         lines.append(f"{name.upper()}:")
         for branches, found in content["detection"].items():
             lines.append(f"{tuple(branches.split('+'))} AUC: {found['logical']['auroc']:.3f} {found['structural']['auroc']:.3f}")
+    return lines
 
+
+def overview(measured: dict[str, dict]) -> list[str]:
+    """What concerns all categories together; of many, the lowest by name."""
     contents = list(measured.values())
-    lines += ["", f"data set: {contents[0]['dataset']}"]
+    lines = ["", f"data set: {contents[0]['dataset']}"]
     for branches in [one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)]:
         logical, structural = (mean_known([content["detection"][branches][kind]["auroc"] for content in contents])
                                for kind in ANOMALIES)
@@ -161,11 +172,19 @@ def table(measured: dict[str, dict]) -> list[str]:
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
+    if len(contents) > MANY:
+        lines += ["", f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
+                  *_table([(one["category"], *(found["auroc"] for found in one["detection"]["+".join(one["fused"])].values()),
+                            fused_mean(one)) for one in lowest_first(contents)[:MANY]], ("", *ANOMALIES, "mean"))]
+    return lines
 
+
+def details(measured: dict[str, dict]) -> list[str]:
+    """Further metrics of each category."""
     rows = [(name, kind, *(found[metric] for metric in ("average_precision", "f1_max")))
             for name, content in measured.items()
             for kind, found in content["detection"]["+".join(content["fused"])].items()]
-    lines += ["", "image level, fused branches, in percent", *_table(rows, ("", "", "average precision", "F1-max"))]
+    lines = ["", "image level, fused branches, in percent", *_table(rows, ("", "", "average precision", "F1-max"))]
 
     rows = [(name, entry["kind"], defect, entry["images"], entry["auroc"]["+".join(content["fused"])])
             for name, content in measured.items() for defect, entry in content["defects"].items()]

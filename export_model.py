@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_i
 from errors import UserError, run_script
 from evaluation import seeds
 from evaluation.metrics import auroc, mean_known
+from evaluation.scores import MANY
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
@@ -109,6 +111,7 @@ def change_thresholds(args: argparse.Namespace) -> None:
 def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: argparse.Namespace,
                         chosen: settings.Settings, device: str) -> dict | None:
     """What the evaluation came to; None without good test images."""
+    category = replace(category)  # a copy, which takes its lists of files with it when it goes
     path = workspace.exported_model(category.name, args.format, args.precision)
     if not args.inference_only:
         # Always from the newest artefacts: nothing to skip or resume here.
@@ -260,14 +263,14 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
               "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
               "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
               "images": len(rows), "dataset": category.root.resolve().parent.name, "device": engine.device,
-              "stand_ins": engine.metadata.get("stand_ins", []), "model": engine.metadata}
+              "stand_ins": engine.metadata.get("stand_ins", [])}
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("image", "split", "score"))
     writer.writerows(rows)
     files.write_text(target, table.getvalue())
-    files.write_json(target.with_suffix(".json"), report)
+    files.write_json(target.with_suffix(".json"), report | {"model": engine.metadata})
     return report
 
 
@@ -289,21 +292,19 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
 
 def write_report(reports: list[dict], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
-    target = workspace.export_report
-    key = ("category", "format", "precision")
+    target, key = workspace.export_report, ("category", "format", "precision")
     known = files.read_json(target) if target.exists() else []
-    replaced = [[report[name] for name in key] for report in reports]
-    slim = [{name: value for name, value in report.items() if name != "model"} for report in reports]
-    known = sorted([one for one in known if [one[name] for name in key] not in replaced] + slim,
+    replaced = {tuple(report[name] for name in key) for report in reports}
+    known = sorted([one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
                    key=lambda one: [one[name] for name in key])
     files.write_json(target, known)
     files.write_text(target.with_suffix(".md"), "# Exported models\n\n" + table_of(known))
-    print("\n" + table_of(slim), end="")
+    print("\n" + table_of(reports, len(reports) > MANY), end="")
 
 
-def table_of(reports: list[dict]) -> str:
-    """A Markdown table that reads in a terminal, too; an average where there are several categories of one format."""
-    rows = list(reports)
+def table_of(reports: list[dict], short: bool = False) -> str:
+    """A Markdown table that reads in a terminal, too; of several categories of one format an average, alone if ``short``."""
+    rows = [] if short else list(reports)
     for kind in sorted({(one["format"], one["precision"]) for one in reports}):
         same = [one for one in reports if (one["format"], one["precision"]) == kind]
         if len(same) > 1:
@@ -318,7 +319,7 @@ def table_of(reports: list[dict]) -> str:
                "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
     text = [tabulate([[_cell(name, one[name]) for name in columns] for one in rows], columns.values(), tablefmt="github",
                      disable_numparse=True)]
-    for one in reports:
+    for one in [] if short else reports:
         if one["precision"] == "int8":
             text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map, distances and "
                         f"score: {', '.join(one['kept_in_higher_precision']) or 'nothing'}")

@@ -3,10 +3,13 @@
 Reads what the five stages wrote: scores, metrics, label maps, anomaly maps, pseudo-labels and the records of settings. The page
 has the results with the published figures beside them, ROC curves, score histograms, every test image with its components,
 anomaly map and verdict (sortable, and to be filtered by score, kind and error), pseudo-labels, settings, versions and stand-ins.
+Of many categories one table has them all, the lowest first, and the rest of the page is about the lowest alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
 from evaluation.localisation import read_maps, scaled_maps
-from evaluation.scores import Scores, by_split, digest_scores, normalised_scores
+from evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
 from report import figures, page
@@ -34,6 +37,7 @@ QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
+METRICS = ("category", "fused", "rule", "detection", "measured")  # what is needed of stage 5's
 
 FUSED = "fused"
 
@@ -51,12 +55,19 @@ def main() -> None:
             if args.categories:  # without names, what is done of a data set that is only begun
                 for category in categories:
                     files.require(place.metrics(category.name), "benchmark_performance.py")
-            measured = [Measured(category, place, chosen[category.name]) for category in done]
-            write_page(dataset.root.resolve().name, measured, place)
+            metrics = {category.name: files.read_json(place.metrics(category.name), keys=METRICS) for category in done}
+            if len(done) > MANY:
+                metrics = {one["category"]: one for one in lowest_first(metrics.values())}
+            in_full: dict[str, Any] = dict.fromkeys(list(metrics)[:MANY])
+            for category in tqdm(map(replace, done), "check scores", len(done), unit="category", leave=False):
+                measured = Measured(category, place, chosen[category.name], metrics[category.name])
+                if category.name in in_full:
+                    in_full[category.name] = measured
+            write_page(dataset.root.resolve().name, list(in_full.values()), list(metrics.values()), place)
 
 
 class Measured:
-    """What stage 5 measured of a category, and the scores that it measured.
+    """What stage 5 measured of a category (``metrics``), and the scores that it measured.
 
     Attributes:
         branches: whose scores there are; fused: whose are added, with ``rule``.
@@ -66,18 +77,16 @@ class Measured:
         UserError: there are other scores or images now than those that were measured.
     """
 
-    def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings):
-        self.category, self.workspace = category, workspace
-        path = workspace.metrics(category.name)
-        self.metrics = files.read_json(path, keys=("fused", "rule", "detection", "measured"))
+    def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, metrics: dict[str, Any]):
+        self.category, self.workspace, self.metrics = category, workspace, metrics
         self.fused, self.rule = self.metrics["fused"], self.metrics["rule"]
         self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
         self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
-            raise UserError(f"{path} was measured on other scores than there are now; run benchmark_performance.py again")
+            raise UserError(f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
+                            "run benchmark_performance.py again")
         self.threshold: Threshold = choose_threshold(self.sum_of("val"))
         self.roi, self.white_level = read_roi(category, images.SIZE, chosen.roi), chosen.images.white_level
-        self.histogram, self.note = self._histogram()
 
     def sum_of(self, part: str) -> np.ndarray:
         return fuse({branch: self.scores[branch][part] for branch in self.fused}, self.fused, self.rule)
@@ -89,8 +98,9 @@ class Measured:
         parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
         return {name: by_split(self.category, one) for name, one in parts.items()}
 
-    def _histogram(self) -> tuple[dict[str, Any] | None, str]:
-        """What reasons are read off, from the exported model, if that is made of the files that there are now."""
+    @cached_property
+    def reasons(self) -> tuple[dict[str, Any] | None, str]:
+        """The histogram that they are read off, from the exported model, or why it is left out."""
         model = self.workspace.exported_model(self.category.name, "torch")
         if not model.exists():
             return None, "no reasons: there is no exported torch model; run export_model.py"
@@ -104,13 +114,16 @@ class Measured:
         return known.get("histogram"), ""
 
 
-def write_page(dataset: str, measured: list[Measured], workspace: Workspace) -> None:
-    summaries = [summary(one) for one in measured]
+def write_page(dataset: str, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace) -> None:
+    """The page about the categories in ``measured``, and of all that there are their ``metrics``."""
+    models = files.read_json(workspace.export_report) if workspace.export_report.exists() else []
+    summaries = [summary(one, models) for one in measured]
     shown = [tested for one in measured for tested in test_images(one)]
     side, shown, left_out = choose_side(shown)
     cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
     content = page.render(
-        dataset=dataset, categories=summaries, cards=sorted(cards, key=lambda one: -one["score"]), side=side,
+        dataset=dataset, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
+        cards=sorted(cards, key=lambda one: -one["score"]), side=side,
         titles={FUSED: FUSED} | {branch: BRANCHES[branch] for branch in STAGES}, left_out=left_out, versions=versions())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
@@ -188,8 +201,9 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
     if label_file.exists():
         label_map = images.read_mask(label_file)
         drawn.append(("components", pictures.label_overlay(image, label_map)))
-        if one.histogram:
-            words = [deviation.words for deviation in deviations(label_map, one.histogram)]
+        histogram, _ = one.reasons
+        if histogram:
+            words = [deviation.words for deviation in deviations(label_map, histogram)]
     alarm = max(tested.shares, key=tested.shares.get)
     if alarm in tested.anomaly_maps:
         drawn.append((f"map of the {BRANCHES[alarm]}", pictures.heat_overlay(image, tested.anomaly_maps[alarm])))
@@ -199,14 +213,14 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
             "pictures": [(title, pictures.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
 
-def summary(one: Measured) -> dict[str, Any]:
-    """Everything about a category but its test images."""
+def summary(one: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything about a category but its test images; ``models`` are what all evaluated exports came to."""
     category, workspace = one.category, one.workspace
     shares = one.shares()
     splits = {split.removesuffix("_anomalies"): {name: by[split] for name, by in shares.items()}
               for split in layouts.SPLITS if category.test(split)}
     return {
-        "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.note,
+        "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.reasons[1],
         "branches": one.branches, "fused": "+".join(one.fused),
         "images": {split: len(found[FUSED]) for split, found in splits.items()},
         "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
@@ -214,9 +228,7 @@ def summary(one: Measured) -> dict[str, Any]:
         "histogram": figures.histograms({split: found[FUSED] for split, found in splits.items()}, one.threshold.value,
                                         f"score histograms of {category.name}"),
         "pseudo_labels": pseudo_labels(category, workspace, one.white_level), "records": records_of(category, workspace),
-        "models": [evaluated for evaluated in (files.read_json(workspace.export_report)
-                                               if workspace.export_report.exists() else [])
-                   if evaluated["category"] == category.name]}
+        "models": [evaluated for evaluated in models if evaluated["category"] == category.name]}
 
 
 def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level: float | None) -> dict[str, Any] | None:

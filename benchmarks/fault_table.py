@@ -9,24 +9,35 @@ command gets the options of `benchmarks.faults` before its own, so that these co
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
-from filelock import FileLock
-from PIL import Image
+
+from benchmarks.fault_pictures import GREY, ODD
+from benchmarks.fault_preparations import (
+    Prepare,
+    array,
+    cut,
+    folder,
+    full_disk,
+    hold,
+    keep_images,
+    known,
+    link,
+    move,
+    nan_in,
+    no_large_files,
+    no_reader,
+    nobody,
+    picture,
+    remove,
+    take,
+    write,
+)
 
 CATEGORY = "pushpins"
-Prepare = Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
@@ -38,246 +49,6 @@ class Case:
     prepared: tuple[Prepare, ...] = ()
     status: int = 2
     inside: Callable[[], None] | None = None
-
-
-# What is done to files; every function takes names below the folder, and returns what does it.
-
-
-def write(name: str, content: bytes | str = b"") -> Prepare:
-    def prepare(lab: Path) -> None:
-        path = lab / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return prepare
-
-
-def picture(name: str, image: np.ndarray | Image.Image, **options: Any) -> Prepare:
-    """Save a picture; ``options`` are Pillow's."""
-    def prepare(lab: Path) -> None:
-        (lab / name).parent.mkdir(parents=True, exist_ok=True)
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(lab / name, **options)
-    return prepare
-
-
-def cut(name: str) -> Prepare:
-    """Keep the first half."""
-    return lambda lab: os.truncate(lab / name, (lab / name).stat().st_size // 2)
-
-
-def remove(name: str) -> Prepare:
-    return lambda lab: shutil.rmtree(lab / name) if (lab / name).is_dir() else (lab / name).unlink()
-
-
-def link(name: str, target: str) -> Prepare:
-    return lambda lab: (lab / name).symlink_to(target)
-
-
-def move(name: str, target: str) -> Prepare:
-    def prepare(lab: Path) -> None:
-        (lab / target).parent.mkdir(parents=True, exist_ok=True)
-        (lab / name).rename(lab / target)
-    return prepare
-
-
-def take(name: str, target: str) -> Prepare:
-    """Put a copy of a file in another one's place, with its time and, padded, its size."""
-    def prepare(lab: Path) -> None:
-        before = (lab / target).stat() if (lab / target).exists() else None
-        (lab / target).write_bytes((lab / name).read_bytes())
-        if before:
-            os.utime(lab / target, ns=(before.st_atime_ns, before.st_mtime_ns))
-    return prepare
-
-
-def folder(name: str) -> Prepare:
-    return lambda lab: (lab / name).mkdir(parents=True)
-
-
-def keep_images(name: str, count: int) -> Prepare:
-    def prepare(lab: Path) -> None:
-        for path in sorted((lab / name).glob("*.png"))[count:]:
-            path.unlink()
-    return prepare
-
-
-def nan_in(name: str) -> Prepare:
-    """A number that is none in an array file, in all tensors of a checkpoint, or in a model."""
-    def prepare(lab: Path) -> None:
-        path = lab / name
-        if path.suffix == ".npy":
-            array = np.load(path)
-            array[0] = np.nan
-            np.save(path, array)
-        elif path.suffix == ".npz":
-            arrays = dict(np.load(path))
-            np.savez(path, **{key: np.full_like(values, np.nan) if values.dtype.kind == "f" else values
-                              for key, values in arrays.items()})
-        elif path.suffix == ".pth":
-            import torch
-            saved = torch.load(path, weights_only=True)
-            tensors = saved["state"] if "state" in saved else saved
-            for values in tensors.values():
-                if values.is_floating_point() and values.numel() > 1:
-                    values.view(-1)[0] = torch.nan
-            torch.save(saved, path)
-        else:
-            import onnx
-            model = onnx.load(path)
-            for tensor in model.graph.initializer:
-                values = onnx.numpy_helper.to_array(tensor).copy()
-                if values.dtype == np.float32 and values.size > 1:
-                    values.flat[0] = np.nan
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-            onnx.save(model, path)
-    return prepare
-
-
-def array(name: str, values: np.ndarray) -> Prepare:
-    return lambda lab: np.save(lab / name, values) if name.endswith(".npy") else np.savez(lab / name, val=values, good=values)
-
-
-def known(**changes: Any) -> Prepare:
-    """Change what the torch model says of itself."""
-    def prepare(lab: Path) -> None:
-        import torch
-
-        from models.fused import attach_metadata, metadata
-        state = torch.load(lab / TORCH, weights_only=True)
-        attach_metadata(state, metadata(state) | changes)
-        torch.save(state, lab / TORCH)
-    return prepare
-
-
-# What is taken from the process; called in it, before the script.
-
-_held = []
-
-
-def hold(name: str) -> Callable[[], None]:
-    """Another run holds a lock."""
-    def inside() -> None:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(name)
-        lock.acquire(timeout=0)
-        _held.append(lock)
-    return inside
-
-
-def full_disk() -> None:
-    """No file can be finished."""
-    def refuse(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.fsync = refuse
-
-
-def no_large_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-
-def nobody() -> None:
-    """Somebody who may read everything and write nothing."""
-    for path in (".", *map(str, Path(".").rglob("*"))):
-        if not os.path.islink(path):
-            os.chmod(path, 0o755 if os.path.isdir(path) else 0o644)
-    if os.geteuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)
-    else:
-        for path in (".", *map(str, Path(".").rglob("*"))):
-            if os.path.isdir(path) and not os.path.islink(path):
-                os.chmod(path, 0o555)
-
-
-def no_reader() -> None:
-    """Whoever read the output is gone."""
-    read, write_ = os.pipe()
-    os.dup2(write_, 1)
-    os.close(read)
-
-
-# Pictures
-
-_RNG = np.random.default_rng(0)
-GREY = (_RNG.random((64, 64)) * 255).astype(np.uint8)
-RGB = (_RNG.random((64, 64, 3)) * 255).astype(np.uint8)
-FLOAT, INT32, TWELVE = GREY / np.float32(255), GREY.astype(np.int32) * 1000, GREY.astype(np.uint16) * 16
-PAGES = {"save_all": True, "append_images": [Image.fromarray(255 - RGB)]}
-
-
-def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-# Pictures that cannot be read, or not without a guess: (name, suffix, how it is made, what is said)
-ODD = [
-    ("a truncated PNG", ".png", partial(write, content=encoded(RGB, "PNG")[:-4000]), "cannot be read"),
-    ("a truncated JPEG", ".jpg", partial(write, content=encoded(RGB, "JPEG")[:900]), "cannot be read"),
-    ("a truncated WebP", ".webp", partial(write, content=encoded(RGB, "WEBP")[:900]), "cannot be read"),
-    ("a truncated TIFF", ".tif", partial(write, content=encoded(RGB, "TIFF")[:900]), "cannot be read"),
-    ("an empty file", ".png", partial(write, content=b""), "cannot be read"),
-    ("a text file", ".jpg", partial(write, content="no picture"), "cannot be read"),
-    ("PostScript called PNG", ".png", partial(write, content="%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "cannot be"),
-    ("a dangling link", ".png", partial(link, target="nowhere.png"), "link to a file that is not there"),
-    ("a link to itself", ".png", partial(link, target="odd.png"), "cannot be"),
-    ("floats", ".tif", partial(picture, image=FLOAT), "white_level"),
-    ("floats with NaN", ".tif", partial(picture, image=np.where(GREY > 9, FLOAT, np.float32(np.nan))), "finite"),
-    ("32-bit integers", ".tif", partial(picture, image=INT32), "white_level"),
-    ("numbers below 0", ".tif", partial(picture, image=FLOAT - 1), "below 0"),
-    ("12 bits in 16", ".png", partial(picture, image=TWELVE), "white_level"),
-    ("a TIFF of two pages", ".tif", partial(picture, image=RGB, **PAGES), "2 pages"),
-    ("a GIF that moves", ".gif", partial(picture, image=RGB, **PAGES), "2 pages"),
-    ("a WebP that moves", ".webp", partial(picture, image=RGB, **PAGES), "2 pages"),
-    ("a PNG that moves", ".png", partial(picture, image=RGB, **PAGES), "2 pages"),
-    ("a PNG of absurd size", ".png", partial(write, content=encoded(RGB, "PNG").replace(
-        b"IHDR\x00\x00\x00\x40\x00\x00\x00\x40", b"IHDR\x00\x0f\xff\xff\x00\x0f\xff\xff")), "image"),
-]
-
-# One picture in the encodings that cameras and phones write: (file name, its content, what people see in it, or the words that
-# a refusal has to hold).
-
-def _turned(tag: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = tag
-    return exif
-
-
-def encodings(picture_: np.ndarray) -> list[tuple[str, bytes, np.ndarray | str]]:
-    """Of an RGB picture (H, W, 3) uint8; those that lose something are compared with what another reader decodes."""
-    grey = cv2.cvtColor(picture_, cv2.COLOR_RGB2GRAY)
-    three = np.repeat(grey[..., None], 3, 2)
-    clear = np.full(grey.shape, 255, np.uint8)
-    clear[:40] = 0
-    on_white = np.where(clear[..., None] > 0, picture_, np.uint8(255))
-    few = np.array(Image.fromarray(picture_).quantize(64).convert("RGB"))
-    with_alpha = np.dstack([picture_, clear])
-    back = {3: 2, 6: 1, 8: 3}  # quarter turns that undo an orientation
-    found = [
-        *((f"lossless{suffix}", encoded(picture_, kind, **options), picture_) for suffix, kind, options in (
-            (".png", "PNG", {"optimize": True}), (".bmp", "BMP", {}), (".tif", "TIFF", {}), (".tiff", "TIFF", {
-                "compression": "tiff_lzw"}), (".webp", "WEBP", {"lossless": True}), (".jp2", "JPEG2000", {}), (".ppm", "PPM", {}),
-            (".tga", "TGA", {}))),
-        *((f"turned{tag}{suffix}", encoded(np.rot90(picture_, back[tag]), kind, exif=_turned(tag), **options), picture_)
-          for tag, suffix, kind, options in ((6, ".png", "PNG", {}), (8, ".tif", "TIFF", {}), (3, ".webp", "WEBP", {
-              "lossless": True}))),
-        ("palette.png", encoded(few, "PNG"), few), ("grey.png", encoded(grey, "PNG"), three),
-        ("16_bits.png", encoded(grey.astype(np.uint16) * 257, "PNG"), three),
-        ("16_bits_colour.png", cv2.imencode(".png", picture_[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), picture_),
-        ("16_bits_colour.tif", cv2.imencode(".tif", picture_[..., ::-1].astype(np.uint16) * 257)[1].tobytes(), picture_),
-        ("opaque.png", encoded(np.dstack([picture_, clear | 255]), "PNG"), picture_),
-        ("transparent.png", encoded(with_alpha, "PNG"), on_white),
-        ("transparent.webp", encoded(with_alpha, "WEBP", lossless=True, exact=True), on_white),
-        ("12_bits.png", encoded(grey.astype(np.uint16) * 16, "PNG"), "white_level"),
-        ("float.tif", encoded(grey / np.float32(255), "TIFF"), "white_level"),
-        ("two_pages.tif", encoded(picture_, "TIFF", save_all=True, append_images=[Image.fromarray(few)]), "2 pages"),
-        ("phone.heic", b"\x00\x00\x00\x18ftypheic", "no images")]
-    for name, options in (("camera.jpg", {}), ("progressive.jpeg", {"progressive": True}), ("phone.jpg", {"subsampling": 2}),
-                          ("turned.JPG", {"exif": _turned(6)})):
-        content = encoded(np.rot90(picture_, 1) if "exif" in options else picture_, "JPEG", quality=92, **options)
-        seen = np.array(Image.open(io.BytesIO(content)))
-        found.append((name, content, np.rot90(seen, -1) if "exif" in options else seen))
-    return found
 
 
 DATA, WORK = f"data/{CATEGORY}", "work"
@@ -459,8 +230,9 @@ CASES = [
          *unrecorded(MEMORY)),
     *(case(1, f"{option} is not finite", f"serve --model {TORCH} --{option} inf", option)
       for option in ("max_megabytes", "max_megapixels", "body_seconds", "batch_wait_ms")),
-    case(1, "a threshold in the model that is NaN", "predict photos", "not finite", known(own_threshold=np.nan)),
-    case(1, "validation scores in the model that are NaN", "predict photos", "finite", known(validation_scores=[np.nan] * 5)),
+    case(1, "a threshold in the model that is NaN", "predict photos", "not finite", known(TORCH, own_threshold=np.nan)),
+    case(1, "validation scores in the model that are NaN", "predict photos", "finite", known(
+        TORCH, validation_scores=[np.nan] * 5)),
     case(9, "pictures larger than any memory", "make_synthetic_loco --image_size 100000000 --dataset_root more", "memory"),
     case(9, "a damaged ONNX model", f"predict photos --model {ONNX}", "cannot", cut(ONNX)),
     case(9, "a damaged OpenVINO model", f"predict photos --model {XML}", "cannot", cut(XML)),

@@ -33,7 +33,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import fault_table
+from benchmarks import fault_pictures
 from benchmarks.fault_table import CASES, CATEGORY, DATA, Case
 from data.files import write_image
 from data.images import read_rgb
@@ -118,7 +118,7 @@ def encodings(finished: Path, lab: Path) -> int:
     shown = read_rgb(lab / "photos/000.png")
     shutil.rmtree(lab / "photos")
     (lab / "photos").mkdir()
-    listed = fault_table.encodings(shown)
+    listed = fault_pictures.encodings(shown)
     for name, content, seen in listed:
         (lab / "photos" / name).write_bytes(content)
         if not isinstance(seen, str):

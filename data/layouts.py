@@ -61,7 +61,8 @@ class Category:
 
     @cached_property
     def _walk(self) -> Callable[[Path], tuple[list[Path], Unused]]:
-        return cache(lambda folder: walk(folder, flat=folder == self.root))
+        root = self.root  # not self, which then would never be let go
+        return cache(lambda folder: walk(folder, flat=folder == root))
 
     def _some_images(self, folder: Path) -> list[Path]:
         images = self._walk(folder)[0]
@@ -179,22 +180,31 @@ class Category:
         named = self._layout.defect(self.root, image)
         if named is not None:
             return named
-        if self.defects_config.exists():
-            entries = files.read_json(self.defects_config, files.MEND)
-            try:
-                names = {int(entry["pixel_value"]): str(entry["defect_name"]) for entry in entries}
-            except (KeyError, TypeError, ValueError):
-                names = {}  # localisation says what is wrong with it
+        if self._defect_names:
             values = [int(read_mask(path).max()) for path in self.region_masks(split, image)]
-            if values and all(value in names for value in values):
-                return " + ".join(sorted({names[value] for value in values}))
+            if values and all(value in self._defect_names for value in values):
+                return " + ".join(sorted({self._defect_names[value] for value in values}))
+        found = self._rendered_defects.get(split, {}).get(image.stem)
+        return str(found) if found else None
+
+    @cached_property
+    def _defect_names(self) -> dict[int, str]:
+        """By the masks' values, from defects_config.json."""
+        if not self.defects_config.exists():
+            return {}
+        try:
+            return {int(entry["pixel_value"]): str(entry["defect_name"])
+                    for entry in files.read_json(self.defects_config, files.MEND)}
+        except (KeyError, TypeError, ValueError):
+            return {}  # localisation says what is wrong with it
+
+    @cached_property
+    def _rendered_defects(self) -> dict[str, dict[str, str]]:
+        """By split and image, of the rendered data set."""
         data_set = Path(os.path.abspath(self.root)).parent
-        described = data_set.with_name(f"{data_set.name}_components") / self.name / "classes.json"  # of the rendered data set
-        if described.exists():
-            anomalies = files.read_json(described, files.MEND)
-            found = anomalies.get("anomalies", {}).get(split, {}).get(image.stem) if isinstance(anomalies, dict) else None
-            return str(found) if found else None
-        return None
+        described = data_set.with_name(f"{data_set.name}_components") / self.name / "classes.json"
+        said = files.read_json(described, files.MEND) if described.exists() else None
+        return said.get("anomalies", {}) if isinstance(said, dict) else {}
 
     # Names, region of interest, what is said of it
 

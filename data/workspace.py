@@ -149,12 +149,14 @@ class Workspace:
         """
         found = [path for folder, suffix in EXPORTED.values()
                  for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))]
+        stems = {path.stem for path in found}
         for category in categories or ():
-            if not any(path.stem in _with_precisions(category) for path in found):
+            if not stems & _with_precisions(category):
                 raise UserError(f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first")
         if not found:
             raise UserError(f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first")
-        return [path for path in found if not categories or any(path.stem in _with_precisions(one) for one in categories)]
+        chosen = {stem for category in categories or () for stem in _with_precisions(category)}
+        return [path for path in found if not categories or path.stem in chosen]
 
     def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:
         """Score of every test image; beside it, with suffix .json, the AUROCs and what made them."""
@@ -218,5 +220,5 @@ def _with_precision(name: str, precision: str) -> str:
     return name if precision == "fp32" else f"{name}_{precision}"
 
 
-def _with_precisions(category: str) -> list[str]:
-    return [_with_precision(category, precision) for precision in PRECISIONS]
+def _with_precisions(category: str) -> set[str]:
+    return {_with_precision(category, precision) for precision in PRECISIONS}

@@ -132,7 +132,7 @@ class TorchEngine(Engine):
         asked = self.metadata.get("precision", "fp32")
         # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
         self.precision = "fp32" if asked == "fp16" and device.startswith("cpu") else asked
-        model = FoldedModel(from_state(state), raw_input=self.metadata.get("raw_input", False),
+        model = FoldedModel(from_state(state), with_map=True, raw_input=self.metadata.get("raw_input", False),
                             dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision])
         self.model = model.to(device, memory_format=torch.channels_last)
         if device.startswith("cpu"):
@@ -141,7 +141,7 @@ class TorchEngine(Engine):
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
         with self.torch.inference_mode():
             batch = self.torch.from_numpy(images).to(self.device, memory_format=self.torch.channels_last)
-            found = self.model.analyse(batch)
+            found = self.model(batch)
             return tuple(values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
                          for values in (found if maps else found[:1]))
 

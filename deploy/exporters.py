@@ -25,7 +25,7 @@ from models.prediction import Prediction
 OPSET = 17
 INT8_OPERATORS = ["Conv", "Relu", "AveragePool", "MaxPool", "Add", "Concat"]  # for which onnxruntime has int8 kernels
 # How the names of the networks' nodes begin.
-NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/")
+NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/network/")
 
 
 def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_input: bool) -> bytes:

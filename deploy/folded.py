@@ -25,18 +25,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data.images import OUTSIDE, SIZE
+from data.images import SIZE
 from models.backbone import Encoder, resize, to_grids
-from models.fused import STATISTICS, FusedModel, block_means, to_rgb
+from models.fused import STATISTICS, FusedModel, to_rgb
 from models.lgst import LGST, Student
 from models.prediction import MAP_SIZE, Prediction
-from models.segmentor import ConvBnRelu
+from models.segmentor import ConvBnRelu, Segmentor
 
 SCORE_ONLY = Prediction._fields[:1]
 
 
 class FoldedEncoder(nn.Module):
-    """RGB in 0..255 -> the encoder's maps, its network in any precision."""
+    """RGB in 0..255 -> the encoder's maps in fp32, its network in any precision."""
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype):
         super().__init__()
@@ -45,7 +45,8 @@ class FoldedEncoder(nn.Module):
         self.network = _fold_graph(fx.GraphModule(network, _Tracer().trace(network))).to(dtype)
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
-        return to_grids(self.network(self.normalise(rgb).to(self.dtype)), self.reductions, tuple(rgb.shape[-2:]))
+        maps = self.network(self.normalise(rgb).to(self.dtype))
+        return tuple(one.float() for one in to_grids(maps, self.reductions, tuple(rgb.shape[-2:])))
 
 
 class FoldedTeacher(nn.Module):
@@ -80,7 +81,10 @@ class FoldedStudent(nn.Module):
 
 
 class FoldedLgst(nn.Module):
-    """The differences of LGST; its networks in any precision, its output in fp32."""
+    """The anomaly map of LGST; its networks in any precision, its output in fp32."""
+
+    on_features = False
+    scaled = staticmethod(LGST.scaled)
 
     def __init__(self, lgst: LGST, channels: tuple[int, int], dtype: torch.dtype):
         super().__init__()
@@ -91,16 +95,29 @@ class FoldedLgst(nn.Module):
         self.register_buffer("scale", 0.1 / (ends - starts))
         self.register_buffer("offset", -(self.scale * starts).sum())
 
-    def forward(self, small: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
-        """(B, 3, 256, 256) RGB in 0..255 and the encoder's maps of it -> anomaly map (B, 64, 64)."""
-        normalised = self.normalise(small).to(self.dtype)
-        expected = torch.cat([self.teacher(*maps[1:]), self.autoencoder(normalised)], dim=1).float()
+    def forward(self, images: Tensor, maps: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
+        """As `models.lgst.LGST.forward`."""
+        normalised = self.normalise(images).to(self.dtype)
+        teacher = self.teacher(*(one.to(self.dtype) for one in maps[1:]))
+        expected = torch.cat([teacher, self.autoencoder(normalised)], dim=1).float()
         given = self.student(normalised).float()
         local, global_ = (part.mean(1) for part in (expected - given).square().chunk(2, dim=1))
         return self.scale[0] * local + self.scale[1] * global_ + self.offset
 
 
-class FoldedModel(nn.Module):
+class FoldedSegmentor(nn.Module):
+    """The encoder's maps -> logits (B, classes, 256, 256) in fp32, its network in any precision."""
+
+    def __init__(self, segmentor: Segmentor, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = fold_blocks(segmentor).to(dtype), dtype
+        self.network.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
+
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        return resize(self.network(tuple(one.to(self.dtype) for one in maps)).float(), (SIZE, SIZE))
+
+
+class FoldedModel(FusedModel):
     """Images in, score out; with maps, everything in `Prediction`.
 
     Args:
@@ -111,75 +128,23 @@ class FoldedModel(nn.Module):
     """
 
     def __init__(self, model: FusedModel, with_map: bool = False, raw_input: bool = False, dtype: torch.dtype = torch.float32):
-        super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.with_map, self.raw_input, self.dtype = with_map, raw_input, dtype
-        self.branches, self.size, self.rule, self.tiles = model.branches, model.size, model.rule, model.tiles
-        self.encoder = FoldedEncoder(model.encoder, dtype)
-        self.lgst, self.sees_large = model.lgst, model.sees_large
-        if isinstance(model.lgst, LGST):
-            self.lgst = FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
-        self.memory, self.segmentor = model.memory, None
-        self.detector, self.evidence = model.patch_hist_detector, model.evidence
-        if model.segmentor is not None:
-            self.segmentor = fold_blocks(model.segmentor).to(dtype)
-            self.segmentor.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
-            self.detector.whiten()
-        for end in ("mean", "std"):
-            self.register_buffer(f"score_{end}", torch.stack([getattr(model, f"{STATISTICS[branch]}_{end}")
-                                                              for branch in self.branches]))
-        self.register_buffer("roi", model.roi)
-        self.register_buffer("image_mean", model.image_mean)
-        self.register_buffer("image_std", model.image_std)
+        lgst = FoldedLgst(model.lgst, model.encoder.channels[1:], dtype) if isinstance(model.lgst, LGST) else model.lgst
+        segmentor = None if model.segmentor is None else FoldedSegmentor(model.segmentor, dtype)
+        super().__init__(FoldedEncoder(model.encoder, dtype), segmentor, model.patch_hist_detector, lgst, model.memory,
+                         model.size, model.roi, model.evidence, model.rule, model.tiles)
+        if segmentor is not None:
+            self.patch_hist_detector.whiten()
+        for branch in self.branches:
+            for end in ("mean", "std"):
+                getattr(self, f"{STATISTICS[branch]}_{end}").copy_(getattr(model, f"{STATISTICS[branch]}_{end}"))
+        self.with_map, self.raw_input = with_map, raw_input
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor | Prediction:
-        found = self.analyse(images)
+        rgb = images.float() if self.raw_input else to_rgb(images, self.image_mean, self.image_std, self.size)
+        found = self.analyse(rgb)
         return found if self.with_map else found.score
-
-    def analyse(self, images: Tensor) -> Prediction:
-        """(B, 3, size, size) -> everything, whatever `forward` returns of it."""
-        if self.raw_input:
-            rgb = images.float()
-        else:
-            rgb = to_rgb(images, self.image_mean, self.image_std, self.size)
-        if self.roi is not None:
-            rgb = torch.where(self.roi, rgb, OUTSIDE)
-        small = block_means(rgb)
-        maps = self.encoder(small)
-        large_maps = maps
-        if self.sees_large and self.size // self.tiles > SIZE:
-            large_maps = self.encoder(block_means(rgb, self.size // self.tiles))
-        large_maps = in_fp32(large_maps)
-        scores, branch_maps = [], []
-        if self.segmentor is not None:
-            logits = resize(self.segmentor(maps).float(), (SIZE, SIZE))
-            label_map = logits.argmax(1)
-            scores.append(self.detector(label_map))
-            branch_maps.append(torch.zeros_like(logits[:, 0, :MAP_SIZE, :MAP_SIZE]))
-            if self.evidence is not None:
-                branch_maps[0] = self.evidence(label_map)
-                scores[0] = scores[0] + self.evidence.score(branch_maps[0])
-        else:
-            label_map = torch.zeros_like(small[:, 0])
-        if self.lgst is not None:
-            anomaly_map = (self.lgst(small, maps) if isinstance(self.lgst, FoldedLgst)
-                           else self.lgst.anomaly_map(self.lgst.differences(large_maps)))
-            scores.append(anomaly_map.amax((1, 2)))
-            branch_maps.append(LGST.scaled(anomaly_map))
-        if self.memory is not None:
-            anomaly_map = self.memory(large_maps) if self.tiles == 1 else self.memory.anomaly_map(
-                self.memory.image_distances(lambda tile: in_fp32(self.encoder(tile)), rgb))
-            scores.append(self.memory.score(anomaly_map))
-            branch_maps.append(self.memory.scaled(anomaly_map))
-        branch_scores = (torch.stack(scores, 1) - self.score_mean) / self.score_std
-        branch_scores = F.softplus(branch_scores) if self.rule == "softplus" else branch_scores
-        stacked = torch.stack(branch_maps, 1)
-        return Prediction(branch_scores.sum(1), branch_scores, stacked.amax(1), stacked, label_map.to(torch.uint8))
-
-
-def in_fp32(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(one.float() for one in maps)
 
 
 class _Tracer(fx.Tracer):

@@ -21,7 +21,7 @@ from models.fusion import choose_threshold
 # never are: what they give is subtracted from one another or compared, and eight bits of it moved the scores by ten standard
 # deviations and more, while they are a twentieth of the arithmetic. Nor is the patch memory, which is no network.
 FALLBACK_ORDER = (
-    ("output layers", ("/lgst/student/heads/", "/lgst/teacher/", "/lgst/autoencoder/deconv8/", "/segmentor/fc2/conv3/")),
+    ("output layers", ("/lgst/student/heads/", "/lgst/teacher/", "/lgst/autoencoder/deconv8/", "/segmentor/network/fc2/conv3/")),
     ("segmentor", ("/segmentor/",)),
     ("encoder", ("/encoder/",)),
     ("autoencoder", ("/lgst/autoencoder/",)),

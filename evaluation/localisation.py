@@ -82,10 +82,9 @@ class Sweep:
             shares[-1] = 1 - (len(highest) - 1) / saturation
             np.add.at(self._overlap, highest, shares)
             self._regions += 1
-        # Good images are most of it: no copy for them.
-        outside = ~inside if inspected is None else ~inside & inspected
-        self._normal += np.bincount(bins.ravel() if outside.all() else bins[outside], minlength=_BINS)
-        self._anomalous += np.bincount(bins[inside], minlength=_BINS)
+        # Added in place: bincount would make a whole histogram, of millions of bins, for every small image.
+        np.add.at(self._normal, bins[~inside if inspected is None else ~inside & inspected], 1)
+        np.add.at(self._anomalous, bins[inside], 1)
 
     def result(self) -> Localisation:
         """The areas under the curves; NaN where there is no region, or no pixel outside one."""

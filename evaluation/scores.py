@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 from data import files, layouts, records
 from data.workspace import SCORE_PARTS, STAGES, Workspace
 from errors import UserError
+from evaluation.metrics import mean_known
 from models.fusion import apply_z, fit_normalisation
 
 PAPER_BRANCHES = ("patchhist", "LGST")
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
 Scores = dict[str, dict[str, np.ndarray]]
+MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line
 
 
 def scored_branches(category: layouts.Category, workspace: Workspace, fused: list[str]) -> list[str]:
@@ -66,6 +71,16 @@ def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[s
     """One branch's scores by split of test images, each in sorted file order."""
     good = len(category.test(layouts.GOOD))
     return {layouts.GOOD: parts["logi"][:good], **{split: parts[part][good:] for part, split in SPLIT_OF_PART.items()}}
+
+
+def fused_mean(metrics: dict[str, Any]) -> float:
+    """A category's image AUROC by the fused branches, mean of logical and structural; NaN where neither was measured."""
+    return mean_known(found["auroc"] for found in metrics["detection"]["+".join(metrics["fused"])].values())
+
+
+def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The categories' metrics by `fused_mean`, rising; those that are not known come last."""
+    return sorted(measured, key=lambda metrics: (np.isnan(mean := fused_mean(metrics)), mean))
 
 
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:

@@ -88,8 +88,7 @@ class FusedModel(nn.Module):
         else:
             label_map = torch.zeros_like(small[:, 0]).long()
         if self.lgst is not None:
-            found = self.lgst.differences(large_maps) if self.lgst.on_features else self.lgst.differences(small, maps)
-            anomaly_map = self.lgst.anomaly_map(found)
+            anomaly_map = self.lgst(small, maps, large_maps)
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:

@@ -189,6 +189,10 @@ class LGST(MapNormalisation):
         """Teacher features (B, channels, 64, 64) -> with their mean and std over the training images taken off."""
         return (features - self.teacher_mean) / self.teacher_std
 
+    def forward(self, images: Tensor, maps: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
+        """RGB in 0..255 (B, 3, 256, 256) and the encoder's maps of it; those of the larger view -> anomaly map (B, 64, 64)."""
+        return self.anomaly_map(self.differences(images, maps))
+
     def differences(self, images: Tensor, maps: tuple[Tensor, ...]) -> Differences:
         """RGB in 0..255 (B, 3, 256, 256) and the encoder's maps of it -> where student, teacher and autoencoder disagree."""
         normalised = self.normalise(images)

@@ -127,6 +127,10 @@ class FeatureLGST(MapNormalisation):
         """The encoder's map at 1/16 -> the autoencoder's features."""
         return self.autoencoder((resize(sixteenth, _CODED) - self.sixteenth_mean) / self.sixteenth_std)
 
+    def forward(self, images: Tensor, _: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> Tensor:
+        """As `models.lgst.LGST.forward`, from the maps of the larger view alone."""
+        return self.anomaly_map(self.differences(maps))
+
     def differences(self, maps: tuple[Tensor, ...]) -> Differences:
         """The encoder's three maps -> where student, teacher and autoencoder disagree, the global part averaged over 5x5."""
         local, global_ = self.imitate(maps[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ def render(**content: Any) -> str:
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = percent
     environment.filters["mean"] = mean
-    detections = [category["metrics"]["detection"] for category in content["categories"]]
+    detections = [metrics["detection"] for metrics in content["metrics"]]
     shared = [key for key in detections[0] if all(key in one for one in detections)]
     return environment.get_template("page.html").render(
-        content | {"shared": shared, "policy": POLICY, "published": PUBLISHED_AVERAGE,
+        content | {"shared": shared, "detections": detections, "policy": POLICY, "published": PUBLISHED_AVERAGE,
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
 
 
 def percent(value: float | None) -> str:
     """One decimal; a dash where nothing was measured."""
-    return "–" if value is None else f"{value:.1f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def mean(values) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import label_quality, pseudo_label_speed, speed, training_speed
+from benchmarks import label_quality, many_categories, pseudo_label_speed, speed, training_speed
 from data import files, layouts
 from data.workspace import Workspace
 from errors import UserError
@@ -100,3 +100,16 @@ def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypa
     assert {(row["graph"], row["runtime"]) for row in rows} == {
         (graph, runtime) for graph in ("published", "ours") for runtime in ("torch", "onnxruntime", "openvino")}
     assert all(row["ms_per_image"] > 0 for row in rows)
+
+
+def test_one_category_becomes_many_under_names_of_their_own(tmp_path):
+    one, name = Workspace(tmp_path / "1"), many_categories.CATEGORY
+    files.write_array(one.scores(name, "memory", "val"), np.arange(3.0))
+    files.write_json(one.record(name, "memory"), {"outputs": {f"anomaly_score/{name}_memory_val_score.npy": "12ab"}})
+    files.write_json(one.backbone, {"name": "tiny"})
+    many_categories.multiply(one.root, tmp_path / "2", 2)
+    for index in range(2):
+        many, made = Workspace(tmp_path / "2"), f"category_{index:04d}"
+        assert files.read_array(many.scores(made, "memory", "val")).tolist() == [0, 1, 2]
+        assert files.read_json(many.record(made, "memory")) == {"outputs": {f"anomaly_score/{made}_memory_val_score.npy": "12ab"}}
+    assert files.read_json(Workspace(tmp_path / "2").backbone) == {"name": "tiny"}

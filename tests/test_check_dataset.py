@@ -113,7 +113,7 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
     "truncated": (lambda r: truncate(r / "train/good/007.png"), 2, ["train/good/007.png cannot be read"]),
     "empty file": (lambda r: (r / "test/good/001.png").write_bytes(b""), 2, ["test/good/001.png cannot be read"]),
     "text": (lambda r: (r / "validation/good/001.png").write_text("hello"), 2, ["validation/good/001.png", "no format"]),
-    "12 bits": (lambda r: deep(r / "train/good/003.png"), 2, ["train/good/003.png", "--images.white_level"]),
+    "12 bits": (lambda r: deep(r / "train/good/008.png"), 2, ["train/good/008.png", "--images.white_level"]),
     "float": (lambda r: tifffile.imwrite(r / "train/good/f.tif", np.full((256, 256), 0.5, np.float32)), 2,
               ["f.tif", "white_level"]),
     "pages": (lambda r: tifffile.imwrite(r / "train/good/p.tif", np.zeros((2, 256, 256), np.uint8), photometric="minisblack"), 2,
@@ -128,15 +128,15 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
                                  paint(r / "ground_truth/dent/000_mask.png", 9)), 2, ["mixes two layouts"]),
     "empty folder": (lambda r: [path.unlink() for path in (r / "validation/good").iterdir()], 2,
                      ["no images in", "validation/good"]),
-    "turned": (lambda r: turned(r / "train/good/003.png"), 0, ["EXIF orientation", "train/good/003.png"]),
-    "alpha": (lambda r: transparent(r / "train/good/003.png"), 4, ["transparent pixels", "train/good/003.png"]),
+    "turned": (lambda r: turned(r / "train/good/009.png"), 0, ["EXIF orientation", "train/good/009.png"]),
+    "alpha": (lambda r: transparent(r / "train/good/010.png"), 4, ["transparent pixels", "train/good/010.png"]),
     "leak": (lambda r: shutil.copy(r / "train/good/003.png", r / "test/good/new.png"), 4,
              ["the same file in train and test: train/good/003.png = test/good/new.png"]),
     "twice": (lambda r: shutil.copy(r / "train/good/003.png", r / "train/good/new.png"), 4, ["the same file within train"]),
     "near": (recompressed, 4, ["nearly the same in train and validation: train/good/004.png = validation/good/copy.png",
                                "train/good/005.png = test/good/small.png"]),
     "shape": (lambda r: paint(r / "train/good/wide.png", 99, (300, 200)), 4, ["of another shape", "train/good/wide.png"]),
-    "grey": (lambda r: picture(r / "train/good/003.png").convert("L").save(r / "train/good/003.png"), 4, ["but grey", "003.png"]),
+    "grey": (lambda r: picture(r / "train/good/011.png").convert("L").save(r / "train/good/011.png"), 4, ["but grey", "011.png"]),
     "flat": (lambda r: Image.new("RGB", (256, 256)).save(r / "test/good/000.png"), 4,
              ["one colour all over", "test/good/000.png"]),
     "format": (lambda r: picture(r / "test/logical_anomalies/003.png").save(r / "test/logical_anomalies/z.jpg"), 4,
@@ -144,11 +144,12 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
     "mask of none": (lambda r: paint(r / "ground_truth/logical_anomalies/777/000.png", 9), 4, ["777/000.png", "no test image"]),
     "no mask": (lambda r: shutil.rmtree(r / "ground_truth/logical_anomalies/002"), 4,
                 ["without a ground-truth mask: test/logical_anomalies/002.png"]),
-    "mask size": (lambda r: paint(r / "ground_truth/logical_anomalies/002/000.png", 9, (64, 64)), 2,
+    "mask size": (lambda r: paint(r / "ground_truth/logical_anomalies/001/000.png", 9, (64, 64)), 2,
                   ["is 64x64, but its image 256x256"]),
-    "mask empty": (lambda r: paint(r / "ground_truth/logical_anomalies/002/000.png", 0), 2, ["002/000.png is empty"]),
-    "mask value": (lambda r: paint(r / "ground_truth/logical_anomalies/002/000.png", 7), 2, ["has value 7, which is not in"]),
-    "mask damaged": (lambda r: (r / "ground_truth/logical_anomalies/002/000.png").write_bytes(b"x"), 2, ["mask", "002/000.png"]),
+    "mask empty": (lambda r: paint(r / "ground_truth/structural_anomalies/000/000.png", 0), 2, ["000/000.png is empty"]),
+    "mask value": (lambda r: paint(r / "ground_truth/structural_anomalies/001/000.png", 7), 2, ["has value 7, which is not in"]),
+    "mask damaged": (lambda r: (r / "ground_truth/structural_anomalies/002/000.png").write_bytes(b"x"), 2,
+                     ["structural_anomalies/002/000.png cannot be read"]),
     "config": (lambda r: (r / "defects_config.json").write_text("{"), 2, ["defects_config.json cannot be read"]),
     "config type": (lambda r: (r / "defects_config.json").write_text('["a"]'), 2, ["should be a list of entries"]),
     "roi": (lambda r: paint(r / "roi.png", 255, (64, 64)), 2, ["roi.png is 64x64"]),
@@ -169,8 +170,9 @@ def test_every_fault_is_named(broken, run, fault):
 
 
 def test_many_faults_at_once_are_all_named(broken, run):
-    chosen = ["truncated", "empty file", "text", "float", "pages", "dangling", "cycle", "hidden", "heic", "unknown folder",
-              "leak", "twice", "near", "shape", "flat", "format", "mask of none", "no mask", "roi"]
+    alone = {"mixed layouts", "empty folder", "config", "config type", "twins", "bad training"}  # others are not looked at then
+    chosen = [fault for fault in FAULTS if fault not in alone]
+    assert len(chosen) >= 20
     for fault in chosen:
         FAULTS[fault][0](broken)
     (broken.parent / "stray").mkdir()
@@ -178,7 +180,7 @@ def test_many_faults_at_once_are_all_named(broken, run):
     assert status == 2
     for fault in chosen:
         for word in FAULTS[fault][2]:
-            assert word in said or fault == "format", (fault, word, said)
+            assert word in said, (fault, word, said)
     assert "stray is not used" in said
 
 

@@ -425,13 +425,25 @@ def test_models_with_numbers_that_are_none_are_not_exported():
         require_finite({"a": torch.zeros(2), "lgst.weight": torch.tensor([1.0, float("nan")])}, "discs")
 
 
+def evaluated(category: str, logical: float) -> dict:
+    return {"category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,
+            "auroc_structural": float("nan"), "auroc_mean": logical, "ms_per_image": 1.0, "preprocessing_ms": 1.0,
+            "largest_difference": 0.0, "kept_in_higher_precision": [], "stand_ins": []}
+
+
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
     workspace = Workspace(tmp_path)
     for category, logical in (("discs", float("nan")), ("rings", 80.0)):  # the second reads what the first wrote
-        export_model.write_report([{
-            "category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,
-            "auroc_structural": float("nan"), "auroc_mean": logical, "ms_per_image": 1.0, "preprocessing_ms": 1.0,
-            "largest_difference": 0.0, "kept_in_higher_precision": [], "stand_ins": []}], workspace)
+        export_model.write_report([evaluated(category, logical)], workspace)
     assert "NaN" not in workspace.export_report.read_text()
     average = next(line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line)
     assert [cell.strip() for cell in average.split("|")[5:8]] == ["80.000", "nan", "80.000"]
+
+
+def test_of_many_categories_the_terminal_has_the_average_and_the_file_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_model, "MANY", 2)
+    for again in (70.0, 80.0):  # replaces what was there
+        export_model.write_report([evaluated(f"category_{index}", again) for index in range(3)], Workspace(tmp_path))
+    said, written = capsys.readouterr().out, (tmp_path / "export_report.md").read_text()
+    assert "category_1" not in said and said.count("average") == 2
+    assert written.count("category_") == 3 and written.count("80.000") == 8 and "70.000" not in written

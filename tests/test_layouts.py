@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import images, layouts, listing
+from data import files, images, layouts, listing
 from data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
 from data.roi import read_roi
 from errors import UserError
@@ -314,16 +315,20 @@ def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_data
     described = root.parent.with_name("data_components") / "discs" / "classes.json"
     described.parent.mkdir(parents=True)
     described.write_text('{"anomalies": {"logical_anomalies": {"002": "no_disc"}}}')
-    assert category.defect_of(LOGICAL, image) == "no_disc"
+    assert Category(root).defect_of(LOGICAL, image) == "no_disc"
     (root / "defects_config.json").write_text(json.dumps([{"pixel_value": 7, "defect_name": "missing"},
                                                           {"pixel_value": 9, "defect_name": "extra"}]))
     for number, value in enumerate((9, 7, 9)):
         write(root, f"ground_truth/logical_anomalies/002/{number:03d}.png", value=value)
-    assert category.defect_of(LOGICAL, image) == "extra + missing"
-    assert category.defect_of(GOOD, category.test(GOOD)[0]) is None
+    category = Category(root)
+    with mock.patch.object(files, "read_json", wraps=files.read_json) as read:
+        assert category.defect_of(LOGICAL, image) == "extra + missing"
+        assert category.defect_of(LOGICAL, category.test(LOGICAL)[0]) is None
+        assert category.defect_of(GOOD, category.test(GOOD)[0]) is None
+    assert read.call_count == 2  # once for each file, not for every image
     (root / "defects_config.json").write_text("{")
     with pytest.raises(UserError, match="defects_config.json cannot be read"):
-        category.defect_of(LOGICAL, image)
+        Category(root).defect_of(LOGICAL, image)
 
 
 # Region of interest

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,60 @@ def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
     kept = text.count('<article class="card')
     assert 3 <= kept < 12 and f"{12 - kept} test images are left out" in text
     assert text.count('class="verdict error"') == 3  # those wrongly judged come first
+
+
+@pytest.fixture
+def many(results, monkeypatch):
+    """Three categories, the second with better scores; of more than one, the others are shown in one line each."""
+    work, dataset = results
+    for name in ("better", "same"):
+        shutil.copytree(dataset / "discs <b>", dataset / name)
+        for path in [*work.glob("anomaly_score/discs <b>_*"), *work.glob("ckpt/*discs <b>*")]:
+            shutil.copy(path, path.with_name(path.name.replace("discs <b>", name)))
+    for branch in ("patchhist", "LGST"):
+        for part in ("logi", "struc"):
+            files.write_array(Workspace(work).scores("better", branch, part), np.r_[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "MANY", 1)
+    return results
+
+
+def test_of_many_categories_the_page_has_a_table_and_the_lowest_in_full(many, run):
+    assert run("benchmark_performance", *many) == 0
+    assert run("report", *many) == 0
+    text = (many[0] / "report.html").read_text()
+    table = text[text.index('id="every-category"'):]
+    rows = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', table[:table.index("</table>")])
+    assert [row[0] for row in rows] == ["discs &lt;b&gt;", "same", "better"]  # the lowest first
+    assert rows[0][1] == "59.4" and rows[2][1:] == ("100.0", "100.0", "100.0")
+    assert "3 categories" in text and "average of all 3" in text
+    assert text.count('<article class="card') == 12 and set(re.findall(r'data-category="(.)"', text)) == {"0"}
+    assert re.findall(r"<h3>([^<]*)</h3>\s*<div class=\"plots", text) == ["discs &lt;b&gt;"]
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
+    # Every category's scores are checked, also those of which there is one line.
+    files.write_array(Workspace(many[0]).scores("better", "LGST", "logi"), np.arange(8.0))
+    assert run("report", *many) == 2
+
+
+def test_a_category_that_is_measured_is_not_kept(many, run, monkeypatch):
+    seen = []
+
+    def measure(category, *more, real=SCRIPTS["benchmark_performance"].measure):
+        assert not any(before() for before in seen)
+        seen.append(weakref.ref(category))
+        return real(category, *more)
+
+    monkeypatch.setattr(SCRIPTS["benchmark_performance"], "measure", measure)
+    assert run("benchmark_performance", *many) == 0 and len(seen) == 3
+
+
+def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_says_the_lowest(many, run, capsys):
+    assert run("benchmark_performance", *many) == 0
+    said, written = capsys.readouterr().out, (many[0] / "score_combine_result.txt").read_text()
+    assert re.findall(r"^(.*):\n\('patchhist',\) AUC: [\d.]+ [\d.]+$", written, re.MULTILINE) == ["BETTER", "DISCS <B>", "SAME"]
+    lowest = "the lowest 1 of 3 categories, fused branches, image AUROC in percent\n"
+    assert lowest in written and written[written.index(lowest):].splitlines()[2].startswith("discs <b>")
+    assert lowest in said and "BETTER:" not in said and "average ('patchhist', 'LGST')" in said
 
 
 def test_roc_figure_reaches_both_corners():

@@ -1,0 +1,93 @@
+"""Stages 4 and 5 and the report over many categories: seconds and peak memory of each, and how large their files get.
+
+One rendered category is trained with tiny settings; it then stands under as many names as asked for: images, checkpoints, scores
+and maps as hard links, records with the names in them changed, so that every stage reads real files and checks real records.
+
+    python -m benchmarks.many_categories --workspace /tmp/many --numbers 20 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from data import files
+from data.files import place
+from errors import UserError, run_script
+from standins.rendered.writer import Settings, write_dataset
+
+ROOT = Path(__file__).parent.parent
+CATEGORY = "pushpins"
+TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
+        "--segmentor.epochs", "3", "--segmentor.unsupervised_from_epoch", "1", "--segmentor.width", "16", "--memory.rows", "50")
+TRAINING = ("pseudo_label.py", "train_segmentor.py", "patch_memory.py")
+MEASURED = ("export_model.py", "benchmark_performance.py", "report.py")
+WRITTEN = {"export_model.py": "export_report.json", "benchmark_performance.py": "score_combine_result.txt",
+           "report.py": "report.html"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=place, required=True, help="an empty folder, or one that this has trained in before")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[20, 100], help="of categories")
+    parser.add_argument("--scripts", nargs="+", default=MEASURED, choices=MEASURED, metavar="SCRIPT",
+                        help=f"what is measured, in this order: {', '.join(MEASURED)}; exports take 14 MB a category")
+    args = parser.parse_args()
+    trained = args.workspace / "1"
+    write_dataset(trained / "dataset", [CATEGORY], Settings(128, 12, 6, 4, 4, 4), workers=2, overwrite=False)
+    for script in TRAINING:
+        run(script, trained)
+    rows = []
+    for number in args.numbers:
+        many = args.workspace / str(number)
+        multiply(trained, many, number)
+        for script in args.scripts:
+            seconds, of_processor, peak = run(script, many)
+            rows.append((number, script, seconds, 1000 * of_processor / number, peak,
+                         (many / WRITTEN[script]).stat().st_size / 1e6))
+            print(tabulate(rows, ("categories", "script", "seconds", "processor ms each", "peak MB", "MB of its largest table"),
+                           tablefmt="github", floatfmt=".2f"), flush=True)
+
+
+def multiply(trained: Path, many: Path, number: int) -> None:
+    """The trained category under ``number`` names; starts over where there is something already."""
+    shutil.rmtree(many, ignore_errors=True)
+    found = [path for path in sorted(trained.rglob("*")) if path.is_file() and CATEGORY in str(path.relative_to(trained))]
+    for index in tqdm(range(number), desc="multiply", unit="category", leave=False):
+        for path in found:
+            target = many / str(path.relative_to(trained)).replace(CATEGORY, f"category_{index:04d}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".json":
+                target.write_text(path.read_text().replace(CATEGORY, f"category_{index:04d}"))
+            else:
+                os.link(path, target)
+    files.write_bytes(many / "ckpt/backbone.json", (trained / "ckpt/backbone.json").read_bytes())
+
+
+def run(script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)) -> tuple[float, ...]:
+    """Seconds, seconds of processor time and peak memory in MB of one script over all categories of ``workspace``/dataset.
+
+    Raises:
+        UserError: its exit status is none of those that are accepted.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / script, "--workspace", workspace, "--dataset_root", workspace / "dataset", *options]
+    with open(workspace / f"{script}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)  # of this child alone
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in accepted:
+        raise UserError(f"{script} failed; {log.name} says why")
+    return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    run_script(main)
