@@ -119,7 +119,7 @@ def main() -> None:
 
 def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[str]]]:
     """See `cluster.scoring.score`; the model is opened here, too, for the threshold and what is wrong with it."""
-    from cluster import scoring  # needs Ray
+    from cluster import scoring  # here, as nothing else needs it
 
     for option in ("watch", "save_maps"):
         if getattr(args, option):

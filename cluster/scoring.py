@@ -13,6 +13,7 @@ import logging
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,8 +30,7 @@ from deploy.inspection import VERDICTS, Picture, as_line, read_picture, state_of
 from errors import UserError, in_a_sentence
 
 WORKER_CPUS = 4  # of each engine, where a node has as many
-AHEAD = 2  # shards given to a worker: the one that it scores and the next
-RETRIES = 4  # of a shard whose worker died; a picture that kills one would kill all others, too
+TRIES = 4  # of a shard whose worker died; a picture that kills one would kill all others, too
 
 
 class Work(NamedTuple):
@@ -52,6 +52,8 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     Raises:
         UserError: nothing to score, no Ray or no cluster, another run writes there, or workers died again and again.
     """
+    if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
+        raise UserError("--ray needs Ray with Ray Data; pip install -r requirements-cluster.txt")
     sources = Sources(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
@@ -59,6 +61,8 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     with only_writer(args.output), tqdm(total=len(sources.images), unit="image", smoothing=0) as bar:
         written = Shards(args.output / "parts", args.format or "jsonl")
         written.keep_only(shards)
+        summary = args.output / "summary.json"
+        summary.unlink(missing_ok=True)
         pending = {}
         for shard in shards:
             known = written.verdicts(shard)
@@ -71,6 +75,8 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
             with connected(args.ray, args.output / ".ray") as (ray, driver):
                 for result in scored(ray, driver, work, list(pending.values()), not args.unordered):
                     _require_success(result)
+                    if not result["lines"] or result["shard"] not in pending:
+                        continue
                     shard = pending.pop(result["shard"])
                     written.write(shard, result["lines"])
                     counts += Counter(json.loads(result["verdicts"]))
@@ -78,12 +84,11 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
                     bar.set_postfix_str(result["engine"])
         if pending:
             first = json.loads(next(iter(pending.values())).images)[0][0]
-            raise UserError(f"{len(pending)} of {len(shards)} parts are not scored, because their workers died {RETRIES + 1} "
-                            f"times (the first of them begins with {first}); the others are in {written.folder}, and the same "
+            raise UserError(f"{len(pending)} of {len(shards)} parts are not scored, because their workers died {TRIES} times "
+                            f"(the first of them begins with {first}); the others are in {written.folder}, and the same "
                             "command tries those again")
-        summary = {"found": sources.found, "images": len(sources.images), **{name: counts[name] for name in VERDICTS},
-                   "left_out": sources.left_out}
-        files.write_json(args.output / "summary.json", summary)
+        files.write_json(summary, {"found": sources.found, "images": len(sources.images), "left_out": sources.left_out,
+                                   **{name: counts[name] for name in VERDICTS}})
     return {name: counts[name] for name in VERDICTS}, sources.left_out
 
 
@@ -112,14 +117,13 @@ def scored(ray: ModuleType, driver: Driver, work: Work, shards: Sequence[Shard],
     context = ray_data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = ordered
-    context.max_errored_blocks = -1  # a worker that dies again and again ends its shard, not the run
     resources, workers = worker_resources(ray, work)
     workers = min(workers, len(shards))
     rows = ray_data.from_items([{"shard": shard.index, "images": shard.images} for shard in shards],
                                override_num_blocks=len(shards))
-    rows = rows.map(Worker, fn_constructor_args=(work, driver), max_restarts=-1, max_task_retries=RETRIES, **resources,
-                    runtime_env=environment(int(resources["num_cpus"])), compute=ray_data.ActorPoolStrategy(
-                        min_size=1, initial_size=workers, max_size=workers, max_tasks_in_flight_per_actor=AHEAD))
+    pool = ray_data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers, max_tasks_in_flight_per_actor=1)
+    rows = rows.map(Worker, fn_constructor_args=(work, driver), compute=pool, **resources,
+                    runtime_env=environment(int(resources["num_cpus"])))
     try:
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
@@ -146,14 +150,24 @@ class Worker:
         self.engine: Engine | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Score one shard; a problem is returned, so that it is not taken for a worker's death."""
+        """Score one shard; a problem is returned, so that it is not taken for a worker's death.
+
+        No lines: the shard has killed `TRIES` workers, and is given up. Ray itself would try for ever.
+        """
         result = {"shard": row["shard"], "lines": b"", "verdicts": "", "engine": "", "sentence": "", "traceback": ""}
         try:
+            self.driver.enter()
+            tries = self.driver.folder / f"{row['shard']}.tries"
+            if tries.exists() and tries.stat().st_size >= TRIES:
+                return result
+            with open(tries, "ab") as handle:
+                handle.write(b".")
             if self.engine is None:
                 self.engine = self._open()
             states = {name: {"bytes": size, "changed_ns": changed} for name, size, changed in json.loads(row["images"])}
             verdicts = list(verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read))
             lines = [as_line(one, state_of(one.name) if isinstance(one.name, Path) else states[one.name]) for one in verdicts]
+            tries.unlink()
             return result | {"lines": "".join(lines).encode(errors="backslashreplace"),
                              "verdicts": json.dumps(Counter(one.verdict for one in verdicts)),
                              "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}"}
@@ -162,7 +176,6 @@ class Worker:
             return result | {"sentence": sentence or "", "traceback": "" if sentence else traceback.format_exc()}
 
     def _open(self) -> Engine:
-        self.driver.enter()
         if model_digest(self.work.model) != self.work.digest:
             raise UserError(f"{self.work.model} is not the same file on all nodes, or was replaced; run the same command again")
         return open_model(self.work.model, device_name(self.work.device, self.work.model))

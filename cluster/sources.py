@@ -7,7 +7,6 @@ import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
@@ -87,7 +86,8 @@ class Sources:
 
     def _add_url(self, url: str) -> None:
         with problems_of(url):
-            fs, files, path = _pyarrow("fs"), *file_system(url)
+            from pyarrow import fs
+            files, path = file_system(url)
             info = files.get_file_info(path)
             if info.type == fs.FileType.NotFound:
                 raise UserError(f"there is no {url}; name an image, a list or a folder of images")
@@ -148,7 +148,8 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @functools.lru_cache(32)
 def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
-    return _pyarrow("fs").FileSystem.from_uri(f"{scheme}://{host}/" + (f"?{query}" if query else ""))
+    from pyarrow import fs
+    return fs.FileSystem.from_uri(f"{scheme}://{host}/" + (f"?{query}" if query else ""))
 
 
 class problems_of:
@@ -183,7 +184,8 @@ def _csv(place: Path | str, column: str) -> Iterator[str]:
 
 
 def _parquet(place: Path | str, column: str) -> Iterator[str]:
-    pyarrow, parquet = _pyarrow(), _pyarrow("parquet")
+    import pyarrow
+    from pyarrow import parquet
     with problems_of(place), _opened(place) as handle:
         table = parquet.ParquetFile(handle)
         _require_column(column, table.schema_arrow.names, place)
@@ -196,13 +198,3 @@ def _require_column(column: str, names: Sequence[str], place: Path | str) -> Non
     if column not in names:
         raise UserError(f"{place} has no column '{column}', but {', '.join(names) or 'none at all'}; name the one with the "
                         "images' paths or URLs with --column")
-
-
-def _pyarrow(module: str = "") -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.fs
-        import pyarrow.parquet
-    except ImportError as problem:
-        raise UserError("--ray needs Ray with Ray Data; pip install -r requirements-cluster.txt") from problem
-    return getattr(pyarrow, module) if module else pyarrow
