@@ -73,7 +73,6 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
     except ImportError as problem:
         raise UserError("--ray needs Ray; pip install -r requirements-cluster.txt") from problem
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports to nobody
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its advice to Ray Data's authors would stand in our output
     driver = Driver(folder.resolve(), uuid.uuid4().hex, Path.cwd())
     shutil.rmtree(driver.folder, ignore_errors=True)
     driver.folder.mkdir(parents=True)

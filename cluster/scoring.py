@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from cluster.connection import Driver, connected, environment, most, node_resources
 from cluster.shards import Shard, Shards, shards_of
-from cluster.sources import Sources, source_of
+from cluster.sources import Sources, is_passing, source_of
 from data import files, records
 from deploy.engines import Engine, device_name, open_model
 from deploy.folders import only_writer
@@ -54,6 +55,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
         raise UserError("--ray needs Ray with Ray Data; pip install -r requirements-cluster.txt")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would warn of what Ray Data does, and rightly so
     sources = Sources(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
@@ -184,5 +186,7 @@ class Worker:
         try:
             source = source_of(name)
         except UserError as problem:
+            if is_passing(problem.__cause__):
+                raise UserError(f"{problem}; the same command goes on from the parts that are finished") from problem
             return Picture(name, problem=str(problem))
         return read_picture(source, source if isinstance(source, Path) else name, self.engine, None)

@@ -131,6 +131,11 @@ def source_of(name: str) -> Path | InMemory:
     return InMemory(content, name)
 
 
+def is_passing(problem: BaseException | None) -> bool:
+    """Whether it is the object store's or the network's, rather than the object's: then no image is called unreadable."""
+    return isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError) and "ACCESS_DENIED" not in str(problem)
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """The pyarrow file system of a URL, and the path in it; one for all URLs of a bucket, which keeps its connections.
 

@@ -20,7 +20,7 @@ pyarrow = pytest.importorskip("pyarrow")
 
 import predict  # noqa: E402
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
-from cluster import scoring  # noqa: E402
+from cluster import scoring, sources  # noqa: E402
 from cluster.connection import Driver  # noqa: E402
 from cluster.shards import shards_of  # noqa: E402
 from cluster.sources import Image as Listed  # noqa: E402
@@ -247,6 +247,18 @@ def test_a_worker_with_another_model_is_refused(worker, photos):
     assert "not the same file on all nodes" in result["sentence"]
     with pytest.raises(UserError, match="not the same file"):
         scoring._require_success(result)
+
+
+@pytest.mark.parametrize("problem, unreadable", [
+    (FileNotFoundError("Path does not exist"), True), (OSError("AWS Error ACCESS_DENIED during HeadObject"), True),
+    (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), False)])
+def test_a_store_that_does_not_answer_is_no_damaged_picture(worker, monkeypatch, problem, unreadable):
+    def no_file_system(url):
+        raise problem
+
+    monkeypatch.setattr(sources, "file_system", no_file_system)
+    result = worker()({"shard": 0, "images": json.dumps([["s3://bucket/a.png", None, None]])})
+    assert (json.loads(result["lines"])["verdict"] == "unreadable" if unreadable else "goes on" in result["sentence"])
 
 
 def test_pictures_that_kill_workers_are_given_up(worker, photos, monkeypatch):
