@@ -133,7 +133,9 @@ def source_of(name: str) -> Path | InMemory:
 
 def is_passing(problem: BaseException | None) -> bool:
     """Whether it is the object store's or the network's, rather than the object's: then no image is called unreadable."""
-    return isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError) and "ACCESS_DENIED" not in str(problem)
+    of_object = isinstance(problem, (FileNotFoundError, PermissionError)) or any(
+        words in str(problem).lower() for words in ("denied", "a directory", "non-file"))
+    return isinstance(problem, OSError) and not of_object
 
 
 def file_system(url: str) -> tuple[Any, str]:
