@@ -159,7 +159,7 @@ class Worker:
         result = {"shard": row["shard"], "lines": b"", "verdicts": "", "engine": "", "sentence": "", "traceback": ""}
         try:
             self.driver.enter()
-            tries = self.driver.folder / f"{row['shard']}.tries"
+            tries = self.driver.folder / f"{self.driver.token}-{row['shard']}.tries"
             if tries.exists() and tries.stat().st_size >= TRIES:
                 return result
             with open(tries, "ab") as handle:
