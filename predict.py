@@ -8,6 +8,9 @@ OUTPUT/predictions.jsonl as soon as it is scored; --save_maps adds a picture of 
 folders are looked at once a second and new or changed files scored, until Ctrl-C; started again, it goes on where it was.
 An unreadable file is reported and skipped; files that are no images are counted and named.
 
+With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
+same lines then go to OUTPUT/parts/, and the same command, started again, goes on where it was (docs/CLUSTER.md).
+
 Exit status: 0 every image is normal, 4 some are anomalous, 3 some could not be read or judged, 2 nothing was done (one
 sentence says why).
 """
@@ -20,36 +23,42 @@ import itertools
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import NoReturn
 
 from data import files
 from data.files import place
-from data.images import SUFFIXES
-from deploy.engines import Engine, device_name, open_model
-from deploy.inspection import ANOMALOUS, UNDECIDED, UNREADABLE, VERDICTS, Verdict, judge, read_picture
+from deploy.engines import device_name, open_model
+from deploy.folders import Found, State, images_in, only_writer, place_or_url
+from deploy.inspection import (
+    ANOMALOUS,
+    UNDECIDED,
+    UNREADABLE,
+    VERDICTS,
+    Picture,
+    Verdict,
+    as_line,
+    read_picture,
+    state_of,
+    verdicts_on,
+)
 from deploy.thresholds import threshold_of
 from errors import UserError, interrupts_wait, run_script
 from models.fusion import BRANCHES
 
-READERS = min(4, os.cpu_count() or 1)
-AHEAD = 2  # batches being decoded while one is scored
 POLL_SECONDS = 1.0
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 NAMED = 5  # files left out that are named
 COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_score" for branch in BRANCHES), "unusual_x", "unusual_y",
            "findings")
-State = tuple[int, int]  # bytes and time of change of a file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE_OR_FOLDER", help="folders are searched with all below")
+    parser.add_argument("images", nargs="+", type=place_or_url, metavar="IMAGE_OR_FOLDER",
+                        help="folders are searched with all below; with --ray lists (.csv, .parquet) and URLs, too")
     parser.add_argument("--model", type=place, required=True, help=".pth, .onnx or .xml written by export_model.py")
     parser.add_argument("--false_positive_rate", type=float,
                         help="share of good images that may be called anomalous; the threshold follows from the validation "
@@ -60,12 +69,23 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
+    cluster = parser.add_argument_group("several workers or machines")
+    cluster.add_argument("--ray", metavar="ADDRESS", help="local, auto or HOST:PORT of a Ray cluster")
+    cluster.add_argument("--column", help="of lists, that holds the images' paths or URLs (default: image)")
+    cluster.add_argument("--format", choices=["jsonl", "parquet"], help="of the parts (default: jsonl)")
+    cluster.add_argument("--shard_size", type=int, metavar="IMAGES", help="in a part (default: 1000, of few images fewer)")
+    cluster.add_argument("--unordered", action="store_true", help="write parts as they are ready, not in their order")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be 1 or more")
+    if args.ray:
+        end(*score_on_cluster(args), args.output / "parts")
+    for option in ("column", "format", "shard_size", "unordered"):
+        if getattr(args, option):
+            raise UserError(f"--{option} is for --ray; leave it, or name a cluster: --ray local")
     if args.watch:
         for folder in args.images:
-            if not folder.is_dir():
+            if not Path(folder).is_dir():
                 raise UserError(f"--watch needs folders, and {folder} is none")
     found = Found(args.images, args.output)
     if not args.watch:
@@ -76,12 +96,16 @@ def main() -> None:
     threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
     print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}")
     top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
+
+    def read(path: Path) -> Picture:
+        return read_picture(path, path, engine, MAP_SIDE if args.save_maps else None)
+
     with (Output(args.output, top, go_on=args.watch) as output,
           interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
         try:
             for verdict in itertools.chain.from_iterable(
-                    predict(paths, engine, threshold, args.batch_size, MAP_SIDE if args.save_maps else None)
+                    verdicts_on(paths, engine, threshold, args.batch_size, read)
                     for paths in itertools.takewhile(lambda _: not interrupted(), rounds)):
                 output.write(verdict)
                 if interrupted():
@@ -90,77 +114,32 @@ def main() -> None:
             if not args.watch:
                 raise UserError(f"interrupted; what is scored so far is in {output.table}, and the same command starts anew "
                                 "and replaces it") from None
-    counts = output.counts
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {output.table}")
-    if found.left_out:
-        named = ", ".join(str(path) for path in found.left_out[:NAMED])
-        print(f"{len(found.left_out)} files were left out because they are no images: {named}"
-              f"{' and others' if len(found.left_out) > NAMED else ''}")
+    end(output.counts, {"they are no images": found.left_out}, output.table)
+
+
+def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """See `cluster.scoring.score`; the model is opened here, too, for the threshold and what is wrong with it."""
+    from cluster import scoring  # here, as nothing else needs it
+
+    for option in ("watch", "save_maps"):
+        if getattr(args, option):
+            raise UserError(f"--{option} does not go with --ray; leave one of them")
+    if args.shard_size is not None and args.shard_size < 1:
+        raise UserError(f"--shard_size is {args.shard_size}; it must be 1 or more")
+    engine = open_model(args.model, "cpu")
+    threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
+    print(f"threshold {threshold:.4g}{f': {words}' if words else ''}")
+    return scoring.score(args, threshold)
+
+
+def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]], table: Path) -> NoReturn:
+    """Say what came of the run, and leave with its exit status."""
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {table}")
+    for reason, names in left_out.items():
+        if names:
+            print(f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:NAMED]))}"
+                  f"{' and others' if len(names) > NAMED else ''}")
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)
-
-
-class Found:
-    """The named files, and all images in the named folders, sorted; what lies in ``output`` is our own.
-
-    Attributes:
-        images: to be scored.
-        left_out: files in the folders that are no images.
-
-    Raises:
-        UserError: a place does not exist.
-    """
-
-    def __init__(self, places: Sequence[Path], output: Path):
-        self.places, self.images, self.left_out = places, [], []
-        for one in places:
-            if not one.exists() and not one.is_symlink():
-                raise UserError(f"there is no {one}; name an image or a folder of images")
-            if one.is_dir():
-                listed, others = images_in(one, output)
-                self.images += list(listed)
-                self.left_out += others
-            else:
-                self.images.append(one)
-
-    def require_images(self) -> None:
-        """Raises UserError where there is no image."""
-        if not self.images:
-            raise UserError(f"no images in {', '.join(map(str, self.places))}; expected files ending in {', '.join(SUFFIXES)}")
-
-
-def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
-    """All images below a folder with their states, sorted by path, and all other files; links are followed, once each."""
-    own = output.resolve()
-    found, others, seen = {}, [], set()
-    for here, below, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link back to where we have been
-            below[:] = []
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith(".") and (Path(here) / name).resolve() != own
-                          and not is_ours(Path(here) / name))
-        for name in sorted(names):
-            path = Path(here) / name
-            if name.startswith(".") or (name in ("predictions.csv", "predictions.jsonl")):
-                continue
-            if not name.lower().endswith(SUFFIXES):
-                others.append(path)
-                continue
-            try:
-                status = path.stat()
-            except OSError:
-                if not path.is_symlink():  # taken away since
-                    continue
-                found[path] = (0, 0)  # a link to nothing, or to itself, is an image that cannot be read
-            else:
-                found[path] = (status.st_size, status.st_mtime_ns)
-    return dict(sorted(found.items())), others
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder holds the drawings of an earlier run."""
-    return folder.name == "maps" and (folder.parent / "predictions.jsonl").exists()
 
 
 def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> Iterator[list[Path]]:
@@ -180,22 +159,6 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
         before = now
         yield ready
         time.sleep(POLL_SECONDS)
-
-
-def predict(paths: Iterable[Path], engine: Engine, threshold: float, batch_size: int,
-            shown_side: int | None) -> Iterator[Verdict]:
-    """Score images in order. A few are decoded ahead by threads, so memory does not depend on how many there are."""
-    paths = iter(paths)
-
-    def read(path: Path):
-        return read_picture(path, path, engine, shown_side)
-
-    with ThreadPoolExecutor(READERS) as readers:
-        decoding = deque(readers.submit(read, path) for path in itertools.islice(paths, AHEAD * batch_size))
-        while decoding:
-            batch = [decoding.popleft().result() for _ in range(min(batch_size, len(decoding)))]
-            decoding.extend(readers.submit(read, path) for path in itertools.islice(paths, batch_size))
-            yield from judge(batch, engine, threshold)
 
 
 class Output:
@@ -221,13 +184,7 @@ class Output:
         self.counts = dict.fromkeys(VERDICTS, 0)
 
     def __enter__(self) -> Output:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".predict.lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as problem:
-            raise UserError(f"another predict.py is writing to {self.folder.resolve()}; give this one an --output of its own"
-                            ) from problem
+        self.lock = only_writer(self.folder).lock
         log = self.table.with_suffix(".jsonl")
         if self.go_on and log.exists():
             self._read_log(log)
@@ -272,12 +229,7 @@ class Output:
         self.rows.writerow([verdict.name, verdict.verdict, *("" if value is None else f"{value:.6g}" for value in (
             verdict.score, verdict.threshold, *(shares.get(branch) for branch in BRANCHES))),
             *(verdict.unusual or ("", "")), "; ".join(verdict.findings)])
-        try:
-            status = verdict.name.stat()
-            state = {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
-        except OSError:
-            state = {"bytes": None, "changed_ns": None}
-        self.lines.write(json.dumps(verdict.as_json() | state, ensure_ascii=False, allow_nan=False) + "\n")
+        self.lines.write(as_line(verdict, state_of(verdict.name)))
         self.csv.flush()
         self.lines.flush()
         self.counts[verdict.verdict] += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -169,6 +170,7 @@ class OnnxEngine(Engine):
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = asked_threads()
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers)
         except Exception as problem:  # onnxruntime's own exceptions share no public base
@@ -267,10 +269,11 @@ def _compile(openvino: ModuleType, model: Any, wanted: str, device: str) -> Any:
     core = openvino.Core()
     if device != "CPU":
         return core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY"})
+    threads = {"INFERENCE_NUM_THREADS": asked_threads()} if asked_threads() else {}
     hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
     if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"})
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"} | threads)
 
 
 def read_openvino(path: Path) -> Any:
@@ -301,6 +304,12 @@ def in_openvino_thread(function: Callable[..., Result], *arguments: Any, **optio
     signals come, a Ctrl-C or SIGTERM after that would end in a segmentation fault.
     """
     return _OPENVINO_THREAD.submit(function, *arguments, **options).result()
+
+
+def asked_threads() -> int:
+    """How many threads OMP_NUM_THREADS asks for, by which PyTorch goes without being told; 0: as many as there are cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def keep_freed_memory() -> None:

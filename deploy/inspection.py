@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import math
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,19 @@ from models.prediction import MAP_SIZE
 
 NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
 VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
+READERS = min(4, os.cpu_count() or 1)
+AHEAD = 2  # batches being decoded while one is scored
+
+
+class InMemory(io.BytesIO):
+    """An image file in memory that is called in sentences by its name."""
+
+    def __init__(self, content: bytes, name: Path | str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return str(self.name)
 
 
 @dataclass(frozen=True)
@@ -27,14 +46,14 @@ class Picture:
     """An image as a model and as people see it, or why there is none.
 
     Attributes:
-        name: the file's, or whatever the image is called.
+        name: the file's, or whatever the image is called; of an object store's, its URL.
         view: (3, size, size) uint8 as the model takes it.
         shown: (H, W, 3) uint8, made smaller, where something is to be drawn.
         size: width and height of the image in pixels.
         problem: why there is no view.
     """
 
-    name: Path
+    name: Path | str
     view: np.ndarray | None = None
     shown: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
@@ -56,7 +75,7 @@ class Verdict:
         problem: why there is no verdict.
     """
 
-    name: Path
+    name: Path | str
     verdict: str
     threshold: float
     score: float | None = None
@@ -99,7 +118,33 @@ class Verdict:
         return text + "".join(f"\n           {one}" for one in self.findings)
 
 
-def read_picture(source: Any, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+def verdicts_on(names: Iterable[Path | str], engine: Engine, threshold: float, batch_size: int,
+            read: Callable[[Path | str], Picture]) -> Iterator[Verdict]:
+    """Score images in order. A few are decoded ahead by threads, so memory does not depend on how many there are."""
+    names = iter(names)
+    with ThreadPoolExecutor(READERS) as readers:
+        decoding = deque(readers.submit(read, name) for name in itertools.islice(names, AHEAD * batch_size))
+        while decoding:
+            batch = [decoding.popleft().result() for _ in range(min(batch_size, len(decoding)))]
+            decoding.extend(readers.submit(read, name) for name in itertools.islice(names, batch_size))
+            yield from judge(batch, engine, threshold)
+
+
+def state_of(path: Path) -> dict[str, int | None]:
+    """What tells whether a file is still the one that was scored: its length and time of change, None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {"bytes": None, "changed_ns": None}
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
+    """A line of predictions.jsonl."""
+    return json.dumps(verdict.as_json() | state, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int | None) -> Picture:
     """Decode an image.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from fastapi import Request
@@ -14,21 +13,10 @@ from starlette.requests import ClientDisconnect
 from data import images
 from deploy.engines import Engine
 from deploy.gate import Refusal
-from deploy.inspection import Picture, read_picture
+from deploy.inspection import InMemory, Picture, read_picture
 from errors import UserError
 
 LONGEST_NAME = 200  # characters of a picture's name
-
-
-class Upload(io.BytesIO):
-    """A picture in memory that is called in sentences by its name."""
-
-    def __init__(self, content: bytes, name: Path):
-        super().__init__(content)
-        self.name = name
-
-    def __str__(self) -> str:
-        return str(self.name)
 
 
 def plain_name(text: str) -> Path:
@@ -69,14 +57,14 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None, 
         Refusal: it has too many pixels, or it is no picture or a damaged one.
     """
     try:
-        with images.opened(Upload(content, name), "picture", "send another one") as image:
+        with images.opened(InMemory(content, name), "picture", "send another one") as image:
             width, height = image.size
     except UserError as problem:
         status = {UnidentifiedImageError: 415, Image.DecompressionBombError: 413}.get(type(problem.__cause__), 422)
         raise Refusal(status, str(problem)) from problem
     if width * height > max_pixels:
         raise Refusal(413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller")
-    picture = read_picture(Upload(content, name), name, engine, shown_side)
+    picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
         raise Refusal(422, picture.problem)
     return picture

@@ -239,27 +239,27 @@ def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkey
     """No more images are decoded than the ones ahead of what is scored."""
     path = write(tmp_path / "a.png", 10)
     alive, most, lock = set(), [0], threading.Lock()
-    real = predict.read_picture
+    real = inspection.read_picture
 
-    def counting(*arguments):
-        picture = real(*arguments)
+    def counting(path):
+        picture = real(path, path, engine, None)
         with lock:
             alive.add(id(picture))
             most[0] = max(most[0], len(alive))
         return picture
 
-    monkeypatch.setattr(predict, "read_picture", counting)
-    monkeypatch.setattr(predict, "judge", lambda pictures, *rest: (
+    monkeypatch.setattr(inspection, "judge", lambda pictures, *rest: (
         [alive.discard(id(picture)) for picture in pictures],
         [inspection.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures])[1])
-    found = list(predict.predict((path for _ in range(200)), engine, 1.0, 4, None))
+    found = list(inspection.verdicts_on((path for _ in range(200)), engine, 1.0, 4, counting))
     assert len(found) == 200
-    assert most[0] <= (predict.AHEAD + 2) * 4
+    assert most[0] <= (inspection.AHEAD + 2) * 4
 
 
 def test_order_and_batches(engine, tmp_path):
     paths = [write(tmp_path / f"{value}.png", value) for value in (5, 3, 9, 1, 7)]
-    found = list(predict.predict(iter(paths), engine, 4.0, 2, None))
+    found = list(inspection.verdicts_on(iter(paths), engine, 4.0, 2,
+                                        lambda path: inspection.read_picture(path, path, engine, None)))
     assert [round(one.score) for one in found] == [5, 3, 9, 1, 7]
     assert engine.batches == [2, 2, 1]
 

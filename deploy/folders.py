@@ -1,0 +1,107 @@
+"""Folders of images to score: what lies in them, and that one run at a time writes its verdicts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from data.files import place
+from data.images import SUFFIXES
+from errors import UserError
+
+State = tuple[int, int]  # bytes and time of change of a file
+
+
+def place_or_url(text: str) -> Path | str:
+    """An argument that names images: a path, or a URL as it is."""
+    return text if is_url(text) else place(text)
+
+
+def is_url(text: Path | str) -> bool:
+    return isinstance(text, str) and "://" in text
+
+
+class Found:
+    """The named files, and all images in the named folders, sorted; what lies in ``output`` is our own.
+
+    Attributes:
+        images: to be scored.
+        left_out: files in the folders that are no images.
+
+    Raises:
+        UserError: a place does not exist, or is a URL.
+    """
+
+    def __init__(self, places: Sequence[Path | str], output: Path):
+        self.places, self.images, self.left_out = places, [], []
+        for one in places:
+            if is_url(one):
+                raise UserError(f"{one} is a URL, and those are read with --ray only: --ray local")
+            if not one.exists() and not one.is_symlink():
+                raise UserError(f"there is no {one}; name an image or a folder of images")
+            if one.is_dir():
+                listed, others = images_in(one, output)
+                self.images += list(listed)
+                self.left_out += others
+            else:
+                self.images.append(one)
+
+    def require_images(self) -> None:
+        """Raises UserError where there is no image."""
+        if not self.images:
+            raise no_images(self.places)
+
+
+def no_images(places: Sequence[Path | str]) -> UserError:
+    return UserError(f"no images in {', '.join(map(str, places))}; expected files ending in {', '.join(SUFFIXES)}")
+
+
+def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
+    """All images below a folder with their states, sorted by path, and all other files; links are followed, once each."""
+    own = output.resolve()
+    found, others, seen = {}, [], set()
+    for here, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back to where we have been
+            below[:] = []
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith(".") and (Path(here) / name).resolve() != own
+                          and not is_ours(Path(here) / name))
+        for name in sorted(names):
+            path = Path(here) / name
+            if name.startswith(".") or (name in ("predictions.csv", "predictions.jsonl")):
+                continue
+            if not name.lower().endswith(SUFFIXES):
+                others.append(path)
+                continue
+            try:
+                status = path.stat()
+            except OSError:
+                if not path.is_symlink():  # taken away since
+                    continue
+                found[path] = (0, 0)  # a link to nothing, or to itself, is an image that cannot be read
+            else:
+                found[path] = (status.st_size, status.st_mtime_ns)
+    return dict(sorted(found.items())), others
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds the drawings of an earlier run."""
+    return folder.name == "maps" and (folder.parent / "predictions.jsonl").exists()
+
+
+def only_writer(folder: Path) -> AcquireReturnProxy:
+    """Hold an output folder, which is made if need be, until the end of a ``with`` block or the release of the ``lock``.
+
+    Raises:
+        UserError: another run writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".predict.lock").acquire(timeout=0)
+    except Timeout as problem:
+        raise UserError(f"another predict.py is writing to {folder.resolve()}; give this one an --output of its own") from problem
