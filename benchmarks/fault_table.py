@@ -230,8 +230,8 @@ CASES = [
          *unrecorded(MEMORY)),
     *(case(1, f"{option} is not finite", f"serve --model {TORCH} --{option} inf", option)
       for option in ("max_megabytes", "max_megapixels", "body_seconds", "batch_wait_ms")),
-    case(1, "a threshold in the model that is NaN", "predict photos", "not finite", known(TORCH, own_threshold=np.nan)),
-    case(1, "validation scores in the model that are NaN", "predict photos", "finite", known(
+    case(1, "a threshold in the model that is NaN", "predict photos", "finite number", known(TORCH, threshold=np.nan)),
+    case(1, "validation scores in the model that are NaN", "predict photos --false_positive_rate 0.3", "finite", known(
         TORCH, validation_scores=[np.nan] * 5)),
     case(9, "pictures larger than any memory", "make_synthetic_loco --image_size 100000000 --dataset_root more", "memory"),
     case(9, "a damaged ONNX model", f"predict photos --model {ONNX}", "cannot", cut(ONNX)),
