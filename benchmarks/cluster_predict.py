@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.processes import resident
 from data import files
 from data.files import place
 from deploy.engines import METADATA_KEY, require_package
@@ -103,8 +104,8 @@ def watched(driver: subprocess.Popen, nodes: Any, parts: Path, count: int, kill:
         done = sum(1 for _ in parts.glob("part-*"))
         if not done or not workers:
             continue
-        memory["driver"].append(resident(driver.pid))
-        memory["largest worker"].append(max(map(resident, workers)))
+        memory["driver"].append(resident(driver.pid) or 0.0)
+        memory["largest worker"].append(max(resident(pid) or 0.0 for pid in workers))
         if kill and not killed and done * PART >= count / 2:
             os.kill(workers[0], signal.SIGKILL)
             killed = True
@@ -122,13 +123,6 @@ def workers_of(nodes: Any) -> list[int]:
         except (OSError, ValueError, IndexError):  # ended since, or no process
             continue
     return found
-
-
-def resident(pid: int) -> float:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        return 0.0
 
 
 def tiny_model(**known: object) -> bytes:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
+from benchmarks.processes import resident
 from data.images import SUFFIXES
 from deploy.engines import Engine, device_name, open_model
 from deploy.inspection import read_picture
@@ -118,7 +119,7 @@ async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[st
                 else:
                     errors[answer.status_code] += 1
                 if number == args.requests // 10:
-                    early = memory_of(args.pid)
+                    early = resident(args.pid)
 
         disturbers = [asyncio.create_task(one(url, client, pictures[0])) for one in (slow, garbage)] if args.disturb else []
         begun = time.perf_counter()
@@ -128,7 +129,7 @@ async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[st
             if task.done():
                 raise RuntimeError("a disturber gave up") from task.exception()
             task.cancel()
-        return statistics.median(alone), latencies, errors, seconds, [early, memory_of(args.pid)]
+        return statistics.median(alone), latencies, errors, seconds, [early, resident(args.pid)]
 
 
 async def slow(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
@@ -151,15 +152,6 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
         if not 400 <= answer.status_code < 500 and answer.status_code != 503:
             raise RuntimeError(f"garbage got a {answer.status_code}: {answer.text}")
         await asyncio.sleep(0.05)
-
-
-def memory_of(pid: int | None) -> float | None:
-    """Resident memory in MB, or None where it is not to be had."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
 def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]]:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.processes import Usage, measured
 from data import files
 from data.files import place
-from errors import UserError, run_script
+from errors import run_script
 from standins.rendered.writer import Settings, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -72,21 +71,14 @@ def multiply(trained: Path, many: Path, number: int) -> None:
     files.write_bytes(many / "ckpt/backbone.json", (trained / "ckpt/backbone.json").read_bytes())
 
 
-def run(script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)) -> tuple[float, ...]:
-    """Seconds, seconds of processor time and peak memory in MB of one script over all categories of ``workspace``/dataset.
+def run(script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)) -> Usage:
+    """What one script takes over all categories of ``workspace``/dataset.
 
     Raises:
         UserError: its exit status is none of those that are accepted.
     """
-    start = time.perf_counter()
     command = [sys.executable, ROOT / script, "--workspace", workspace, "--dataset_root", workspace / "dataset", *options]
-    with open(workspace / f"{script}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)  # of this child alone
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in accepted:
-        raise UserError(f"{script} failed; {log.name} says why")
-    return time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return measured(command, workspace / f"{script}.log", accepted)
 
 
 if __name__ == "__main__":

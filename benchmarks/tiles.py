@@ -9,10 +9,7 @@ in half of the test pictures. Then patch_memory.py sees them as a whole and in t
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +17,12 @@ from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.processes import measured
 from data import files
 from data.files import place
 from data.layouts import GOOD, STRUCTURAL, Dataset
 from data.workspace import Workspace
-from errors import UserError, run_script
+from errors import run_script
 from evaluation.metrics import auroc
 from standins.rendered.writer import Settings, write_dataset
 
@@ -46,17 +44,13 @@ def main() -> None:
     plant(dataset / args.category / "test", args.test)
     rows = []
     for tiles in args.tiles:
-        start = time.perf_counter()
         workspace = Workspace(args.workspace / tiles)
         command = [sys.executable, ROOT / "patch_memory.py", "--workspace", workspace.root, "--dataset_root", dataset, "--preset",
                    "quick", "--backbone", "efficientnet_lite0", "--tiles", tiles, "--overwrite"]
-        if subprocess.run(command).returncode:
-            raise UserError(f"patch_memory.py failed with {tiles} tiles")
+        usage = measured(command)
         scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
-        # The largest of all children so far: tiles in rising order tell what each takes.
-        rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), time.perf_counter() - start,
-                     resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024))
+        rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), usage.seconds, usage.peak_mb))
     print(tabulate(rows, ("tiles", "image AUROC", "seconds", "peak MB"), tablefmt="github", floatfmt=".1f"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.layouts import Category
+from errors import run_script
 from models.backbone import Backbone, fingerprint
 from training.stage import Job, view_of
 
@@ -111,3 +113,11 @@ def make_discs(root: Path, category: str = "discs", train: int = 12, validation:
 def make_dataset(tmp_path):
     """Write a tiny data set into this test's own folder."""
     return lambda **options: make_discs(tmp_path / "data", **options)
+
+
+def exit_status(monkeypatch, main, *argv) -> int:
+    """Run a script's main as from the command line, its name first."""
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    return ended.value.code

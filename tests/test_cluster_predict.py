@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import exit_status
 from PIL import Image
 
 ray = pytest.importorskip("ray")
@@ -25,7 +26,7 @@ from cluster.connection import Driver  # noqa: E402
 from cluster.shards import shards_of  # noqa: E402
 from cluster.sources import Image as Listed  # noqa: E402
 from cluster.sources import Sources  # noqa: E402
-from errors import UserError, run_script  # noqa: E402
+from errors import UserError  # noqa: E402
 
 HISTOGRAM = {"mean": [0.9, 0.1], "std": [0.02, 0.01], "quarter_mean": [[0.9, 0.1]] * 4, "quarter_std": [[0.02, 0.01]] * 4}
 STORE_BYTES = 80 * 2**20
@@ -55,11 +56,8 @@ def model(tmp_path_factory):
 def run(monkeypatch, tmp_path, model):
     """Run predict.py; returns its exit status."""
     def run_it(*args, output="out") -> int:
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--model", str(model), "--threshold", "50",
-                                          "--output", str(tmp_path / output)])
-        with pytest.raises(SystemExit) as ended:
-            run_script(predict.main)
-        return ended.value.code
+        return exit_status(monkeypatch, predict.main, "predict.py", *args, "--model", model, "--threshold", 50,
+                           "--output", tmp_path / output)
     return run_it
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import exit_status
 
 import predict
 from deploy import inspection
 from deploy.engines import Engine
-from errors import UserError, run_script
+from errors import UserError
 from evaluation.deviations import LIMIT, Deviation, deviations
 from models.prediction import Prediction
 
@@ -57,10 +58,7 @@ def engine(monkeypatch):
 def run(monkeypatch, tmp_path):
     """Run predict.py; returns its exit status."""
     def run_it(*args) -> int:
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--model", "x.onnx", "--output", str(tmp_path / "out")])
-        with pytest.raises(SystemExit) as ended:
-            run_script(predict.main)
-        return ended.value.code
+        return exit_status(monkeypatch, predict.main, "predict.py", *args, "--model", "x.onnx", "--output", tmp_path / "out")
     return run_it
 
 
