@@ -75,23 +75,26 @@ def fit(job: Job) -> PatchMemory:
         raise UserError(f"{job.name}: {len(paths)} training images have {side * side * len(paths)} patches, fewer than the "
                         f"{chosen.rows} rows asked for; lower --memory.rows")
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
-    each = -(-max(CANDIDATES, chosen.rows) // len(paths))  # of one image, at most all of them
-    kept, count, total, squares = [], 0, 0.0, 0.0
+    places, channels = side * side, sum(job.backbone.channels[1:])
+    each = min(-(-max(CANDIDATES, chosen.rows) // len(paths)), places)  # of one image
+    candidates = torch.empty(len(paths), each, channels)
+    total, squares = torch.zeros(2, channels, dtype=torch.float64)
+    images = iter(candidates)
     for views in read(job, paths, "read training images"):
         found = in_tiles(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
         for image in found.flatten(2).transpose(1, 2).cpu():  # (places, C)
-            count += len(image)
-            total, squares = total + image.double().sum(0), squares + image.double().square().sum(0)
-            kept.append(image[torch.randperm(len(image), generator=generator)[:each]])
-    mean = total / count
-    std = (squares / count - mean**2).clamp(min=0).sqrt()
+            total += image.double().sum(0)
+            squares += image.double().square().sum(0)
+            next(images).copy_(image[torch.randperm(places, generator=generator)[:each]])
+    mean = total / (len(paths) * places)
+    std = (squares / (len(paths) * places) - mean**2).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6, std, 1)
 
-    memory = PatchMemory(len(mean), chosen.rows, side, chosen.score_share, job.view.tiles)
+    memory = PatchMemory(channels, chosen.rows, side, chosen.score_share, job.view.tiles)
     memory.mean.copy_(mean.view(1, -1, 1, 1))
     memory.std.copy_(std.view(1, -1, 1, 1))
-    candidates = (torch.cat(kept) - mean.float()) / std.float()
-    owners = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(image) for image in kept]))
+    candidates = candidates.flatten(0, 1).sub_(mean.float()).div_(std.float())
+    owners = torch.arange(len(paths)).repeat_interleave(each)
     with tqdm(total=chosen.rows, desc=f"{job.name}: choose patches", unit="patch", leave=False) as bar:
         rows = greedy_k_centre(candidates, chosen.rows, generator, bar.update)
     memory.rows.copy_(candidates[rows])

@@ -9,11 +9,9 @@ in `Engine`, and a line in ``open_model``.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,6 @@ METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadat
 PAPER_BRANCHES = ["patchhist", "LGST"]  # of published files, which do not say
 ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))  # onnxruntime's
 _OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Engine(ABC):
@@ -126,6 +123,7 @@ class TorchEngine(Engine):
     def __init__(self, state: dict, device: str):
         torch = require_package("torch")
         from deploy.folded import FoldedModel
+        from models.device import keep_freed_memory
         from models.fused import from_state, metadata
 
         self.metadata = metadata(state)
@@ -310,18 +308,6 @@ def asked_threads() -> int:
     """How many threads OMP_NUM_THREADS asks for, by which PyTorch goes without being told; 0: as many as there are cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() else 0
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
-
-    By default it gives large blocks back to the system at once, and every layer of every batch pays again for having
-    its pages handed out one by one and zeroed.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _decoded(text: str | None, kind: str) -> dict[str, Any]:

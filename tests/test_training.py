@@ -1,7 +1,11 @@
 """What makes a loop a training: resuming, Ctrl-C, stopping where a loss is no number, kept features, what is read of stage 1."""
 
+import platform
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,3 +204,23 @@ def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, wi
     assert ("2 of 2 trusted images have no background.jpg" in capsys.readouterr().out) != with_background
     expected = data.labels[0] == (2 if with_background else 0)
     assert (data.backgrounds[0] == expected).mean() > 0.95
+
+
+# Memory
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
+def test_on_the_cpu_freed_memory_is_not_handed_out_anew():
+    """Otherwise each layer of each batch pays again for having its pages zeroed."""
+    code = """
+import resource, torch
+from models.device import choose_device
+choose_device("cpu")
+for turn in range(20):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16_000_000)  # 64 MB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=Path(loop.__file__).parents[1], capture_output=True, text=True,
+                           check=True)
+    assert int(found.stdout) < 15_000  # pages; handed out anew they are 150,000
