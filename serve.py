@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="call higher scores anomalous; for one model alone")
     parser.add_argument("--batch_size", type=int, default=default.batch_size, help="pictures scored together at most")
     parser.add_argument("--batch_wait_ms", type=float, default=default.batch_wait_ms,
-                        help="for which an incomplete batch waits for more pictures")
+                        help="for which an incomplete batch waits for pictures on their way")
     parser.add_argument("--queue_length", type=int, default=default.queue_length, help="pictures that may wait for each model")
     parser.add_argument("--max_requests", type=int, default=default.max_requests, help="in work at one time")
     parser.add_argument("--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -20,7 +21,7 @@ class Batcher(Generic[Item, Result]):
     """One thread that hands items of many callers to one function, several at once.
 
     While a batch runs, the next one gathers; what is there when the thread is free is taken at once, up to ``batch_size``, and
-    an incomplete batch waits at most ``wait_seconds`` for more.
+    an incomplete batch waits at most ``wait_seconds`` for items that are on their way.
 
     Args:
         run: items -> as many results, in order; what it raises goes to every caller of the batch.
@@ -35,6 +36,7 @@ class Batcher(Generic[Item, Result]):
         self._queue: queue.Queue[tuple[Item, Future[Result]] | None] = queue.Queue()  # None: no more to come
         self._closing = threading.Lock()
         self._closed = False
+        self._on_their_way = 0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -46,6 +48,15 @@ class Batcher(Generic[Item, Result]):
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """An item will be submitted within this; called in one thread only."""
+        self._on_their_way += 1
+        try:
+            yield
+        finally:
+            self._on_their_way -= 1
 
     def submit(self, item: Item) -> Future[Result]:
         """Raises QueueFull where too many wait, or after `close`."""
@@ -87,7 +98,8 @@ class Batcher(Generic[Item, Result]):
         until = None
         while len(batch) < self._batch_size:
             try:
-                entry = self._queue.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+                patience = None if until is None else max(0.0, until - time.monotonic()) if self._on_their_way else 0
+                entry = self._queue.get(timeout=patience)
             except queue.Empty:
                 break
             if entry is None:

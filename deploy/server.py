@@ -101,11 +101,6 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         begun = time.perf_counter()
         station = _named(stations, model)
         loop = asyncio.get_running_loop()
-        try:
-            content, file_name = await asyncio.wait_for(received_from(request), options.body_seconds)
-        except TimeoutError:
-            raise Refusal(408, f"the picture did not arrive within {options.body_seconds:g} seconds") from None
-        called = plain_name(name or file_name)
         shown_side = OVERLAY_SIDE if overlay and station.engine.has_maps else None
 
         def finish(verdict: Verdict) -> dict[str, Any]:
@@ -118,16 +113,24 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
                            "findings_if_anomalous": findings_if_anomalous(verdict)}
             return answer
 
-        try:
-            picture = await loop.run_in_executor(decoders, decoded, content, called, station.engine, shown_side,
-                                                 options.max_pixels)
-        except Refusal as refusal:
-            await loop.run_in_executor(decoders, finish, Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail))
-            raise
-        try:
-            verdict = await asyncio.wrap_future(station.batcher.submit(picture))
-        except QueueFull:
-            raise busy(f"{options.queue_length} pictures wait for {station.name} already") from None
+        with station.batcher.expecting():
+            try:
+                content, file_name = await asyncio.wait_for(received_from(request), options.body_seconds)
+            except TimeoutError:
+                raise Refusal(408, f"the picture did not arrive within {options.body_seconds:g} seconds") from None
+            called = plain_name(name or file_name)
+            try:
+                picture = await loop.run_in_executor(decoders, decoded, content, called, station.engine, shown_side,
+                                                     options.max_pixels)
+            except Refusal as refusal:
+                unreadable = Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail)
+                await loop.run_in_executor(decoders, finish, unreadable)
+                raise
+            try:
+                future = station.batcher.submit(picture)
+            except QueueFull:
+                raise busy(f"{options.queue_length} pictures wait for {station.name} already") from None
+        verdict = await asyncio.wrap_future(future)
         answer = await loop.run_in_executor(decoders, finish, verdict)
         metrics.latency.labels(station.name).observe(time.perf_counter() - begun)
         return JSONResponse(answer)

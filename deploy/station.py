@@ -24,7 +24,7 @@ class Options:
         threshold: call higher scores anomalous, whatever the model says.
         false_positive_rate: share of good images that may be called anomalous; None: what each model suggests.
         batch_size: pictures scored together at most.
-        batch_wait_ms: for which an incomplete batch waits for more.
+        batch_wait_ms: for which an incomplete batch waits for pictures that are on their way.
         queue_length: pictures that may wait for each model.
         max_requests: in work at one time, their bodies in memory.
         max_body_bytes: of a request.

@@ -6,6 +6,7 @@ paper. Nothing is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,6 +19,7 @@ from models.prediction import MAP_QUANTILES, MAP_SIZE
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
 MARGIN = 32  # pixels of its neighbours that a tile sees
+GROUPS = 32  # of rows, whose minima are taken first in ONNX
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
 
 
@@ -112,7 +114,10 @@ class PatchMemory(nn.Module):
 def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """Patches (B, C, h, w) -> distance of each to the nearest row r, given as weight -2 r and offset |r|^2."""
     # |x - r|^2 = |x|^2 + (|r|^2 - 2 x r): a 1x1 convolution and a minimum, which every runtime is good at.
-    return (F.conv2d(embedded, weight, offset).amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
+    products = F.conv2d(embedded, weight, offset)
+    if torch.onnx.is_in_onnx_export():  # in two steps: onnxruntime takes one image's minimum over all channels on one core
+        products = products.unflatten(1, (math.gcd(len(offset), GROUPS), -1)).amin(2)
+    return (products.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
 
 
 def in_tiles(look: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tensor:

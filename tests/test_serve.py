@@ -356,6 +356,20 @@ def test_the_batcher_finishes_what_waits_and_then_takes_no_more():
     assert not batcher.alive
 
 
+def test_a_batch_waits_only_for_what_is_on_its_way():
+    sizes = []
+    batcher = Batcher(lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append)
+    assert batcher.submit(1).result(5) == 1
+    with batcher.expecting():
+        first = batcher.submit(2)
+        time.sleep(0.2)
+        assert not first.done()
+        batcher.submit(3)
+        assert first.result(5) == 2
+    assert sizes == [1, 2]
+    batcher.close()
+
+
 def test_every_verdict_is_in_the_days_log_before_it_is_answered(station, tmp_path, monkeypatch):
     log = DailyLog(tmp_path / "line.jsonl")
     with pytest.raises(UserError, match="another process"):
