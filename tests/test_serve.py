@@ -356,6 +356,14 @@ def test_the_batcher_finishes_what_waits_and_then_takes_no_more():
     assert not batcher.alive
 
 
+def test_answers_leave_at_once():
+    """uvicorn writes headers, then the body, which else waits 40 ms for the headers to be acknowledged."""
+    with serve.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()[:2]):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_batch_waits_only_for_what_is_on_its_way():
     sizes = []
     batcher = Batcher(lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append)
