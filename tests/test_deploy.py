@@ -266,8 +266,8 @@ def test_raw_input_normalises_inside_and_maps_have_to_be_exported(state, raw, ex
         engine.predict(raw)
 
 
-def test_half_precision_comes_close_and_says_what_ran(raw):
-    state, image = state_of("paper"), raw[:, :, :256, :256]
+def test_half_precision_comes_close_and_says_what_ran():
+    state, image = state_of("paper"), with_edges(SIZES["paper"])
     expected = TorchEngine(state, "cpu").predict(image)
     engine = OnnxEngine(exporters.onnx_model(state, "discs", "fp16", with_map=True, raw_input=False), "cpu")
     assert engine.precision == "fp32 (weights in fp16)"
@@ -312,9 +312,9 @@ def test_a_full_disk_leaves_openvinos_old_files(paths, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_int8_keeps_parts_until_the_scores_agree(runtime, raw, tmp_path):
+def test_int8_keeps_parts_until_the_scores_agree(runtime, tmp_path):
     """It ends at a model whose scores agree, and what it kept is really not quantised."""
-    state, image = state_of("paper"), raw[:, :, :256, :256].repeat(2, axis=0)
+    state, image = state_of("paper"), with_edges(SIZES["paper"]).repeat(2, axis=0)
     image[3:] = 255 - image[3:]
     content = exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=False)
     known = OnnxEngine(content, "cpu").metadata | {"precision": "int8"}
