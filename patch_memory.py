@@ -71,11 +71,12 @@ def fit(job: Job) -> PatchMemory:
         UserError: there are fewer patches than rows asked for.
     """
     chosen, paths, side = job.settings.memory, job.category.train, job.view.size // 8
-    if side * side * len(paths) < chosen.rows:
-        raise UserError(f"{job.name}: {len(paths)} training images have {side * side * len(paths)} patches, fewer than the "
+    places, channels = side * side, sum(job.backbone.channels[1:])
+    count = places * len(paths)
+    if count < chosen.rows:
+        raise UserError(f"{job.name}: {len(paths)} training images have {count} patches, fewer than the "
                         f"{chosen.rows} rows asked for; lower --memory.rows")
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
-    places, channels = side * side, sum(job.backbone.channels[1:])
     each = min(-(-max(CANDIDATES, chosen.rows) // len(paths)), places)  # of one image
     candidates = torch.empty(len(paths), each, channels)
     total, squares = torch.zeros(2, channels, dtype=torch.float64)
@@ -86,8 +87,8 @@ def fit(job: Job) -> PatchMemory:
             total += image.double().sum(0)
             squares += image.double().square().sum(0)
             next(images).copy_(image[torch.randperm(places, generator=generator)[:each]])
-    mean = total / (len(paths) * places)
-    std = (squares / (len(paths) * places) - mean**2).clamp(min=0).sqrt()
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6, std, 1)
 
     memory = PatchMemory(channels, chosen.rows, side, chosen.score_share, job.view.tiles)

@@ -97,8 +97,10 @@ class Batcher(Generic[Item, Result]):
         batch: list[tuple[Item, Future[Result]]] = []
         until = None
         while len(batch) < self._batch_size:
+            patience = until and max(0.0, until - time.monotonic())  # for the first item, as long as it takes
+            if batch and not self._on_their_way:
+                patience = 0
             try:
-                patience = None if until is None else max(0.0, until - time.monotonic()) if self._on_their_way else 0
                 entry = self._queue.get(timeout=patience)
             except queue.Empty:
                 break

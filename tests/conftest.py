@@ -121,3 +121,12 @@ def exit_status(monkeypatch, main, *argv) -> int:
     with pytest.raises(SystemExit) as ended:
         run_script(main)
     return ended.value.code
+
+
+def status_of(main) -> int:
+    """The exit status with which a script ends, 0 where it just returns."""
+    try:
+        run_script(main)
+    except SystemExit as ended:
+        return ended.code
+    return 0

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import status_of
 from PIL import Image
 
 import check_dataset
 import settings
 from data import checks, pictures
 from data.layouts import Category
-from errors import run_script
 
 CASES = Path(__file__).parent / "cases"
 
@@ -27,11 +27,7 @@ def run(monkeypatch, capsys):
     """Run the script in this process: (exit status, what it printed, what it said on stderr)."""
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *map(str, arguments)])
-        status = 0
-        try:
-            run_script(check_dataset.main)
-        except SystemExit as ended:
-            status = ended.code
+        status = status_of(check_dataset.main)
         said = capsys.readouterr()
         return status, said.out, said.err
     return run

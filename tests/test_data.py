@@ -157,7 +157,7 @@ def test_pickles_are_refused(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
     with pytest.raises(UserError, match="whole.pth"):
         files.read_state(tmp_path / "whole.pth")
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))  # NumPy pickles it
     with pytest.raises(UserError, match="objects.npy"):
         files.read_array(tmp_path / "objects.npy")
 

@@ -16,7 +16,7 @@ import torch
 import export_model
 from data import files
 from data.workspace import Workspace
-from deploy import engines, exporters, quantisation
+from deploy import exporters, quantisation
 from deploy.assembly import require_finite
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from deploy.folded import FoldedModel
@@ -312,21 +312,20 @@ def test_a_full_disk_leaves_openvinos_old_files(paths, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_int8_keeps_parts_until_the_scores_agree(runtime, tmp_path):
+def test_int8_keeps_parts_until_the_scores_agree(runtime):
     """It ends at a model whose scores agree, and what it kept is really not quantised."""
     state, image = state_of("paper"), with_edges(SIZES["paper"]).repeat(2, axis=0)
     image[3:] = 255 - image[3:]
     content = exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=False)
     known = OnnxEngine(content, "cpu").metadata | {"precision": "int8"}
     batch, built = as_input(image, known), []
-    (tmp_path / "m.onnx").write_bytes(content)
 
     def build(kept):
         if runtime == "onnxruntime":
             model = exporters.with_metadata(exporters.int8_onnx(content, batch[:3], kept), known)
             engine = OnnxEngine(model, "cpu")
         else:
-            model = exporters.int8_openvino(engines.read_openvino(tmp_path / "m.onnx"), batch[:3], kept)
+            model = exporters.int8_openvino(exporters.openvino_model(content, "fp32"), batch[:3], kept)
             exporters.note_metadata(model, known)
             engine = OpenVinoEngine(model)
         assert engine.precision.startswith("int8")

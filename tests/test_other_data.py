@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_parts
+from conftest import draw_parts, status_of
 from PIL import Image
 from test_end_to_end import ROOT, STAGES, arguments
 
 import predict
 import settings
 from data import layouts
-from errors import UserError, run_script
+from errors import UserError
 from evaluation import localisation
 
 CASES = Path(__file__).parent / "cases"
@@ -29,14 +29,6 @@ def run(stage: str, workspace: Path, dataset: Path, *extra: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{stage}.py", *arguments(stage, workspace, dataset, *FOUR_STEPS.get(stage, ()), *extra)])
         return status_of(lambda: runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__"))
-
-
-def status_of(main) -> int:
-    try:
-        run_script(main)
-    except SystemExit as ended:
-        return ended.code
-    return 0
 
 
 def predicted(model: Path, pictures: Path, output: Path) -> list[dict]:

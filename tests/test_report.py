@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import status_of
 
 from data import files, layouts
 from data.workspace import Workspace
 from deploy import pictures
-from errors import run_script
 from report import figures
 
 
@@ -35,11 +35,7 @@ def run(monkeypatch):
     """Run a script on a workspace in this process; returns its exit status."""
     def run_it(script: str, workspace, dataset, *extra: str) -> int:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--workspace", str(workspace), "--dataset_root", str(dataset), *extra])
-        try:
-            run_script(SCRIPTS[script].main)
-        except SystemExit as ended:
-            return ended.code
-        return 0
+        return status_of(SCRIPTS[script].main)
     return run_it
 
 
