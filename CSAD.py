@@ -8,6 +8,8 @@ validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,9 +76,9 @@ def train_category(job: Job) -> None:
         "state": on_cpu(model), "encoder": on_cpu(job.backbone.encoder),
         "meta": used | {"category": category.name, "ran_on": describe_device(job.device, job.precision)}})
 
-    maps = {"val": model.anomaly_map(found).numpy()}
+    maps = {"val": model.anomaly_map(found).cpu().numpy()}
     for split, paths in layouts.test_splits(category).items():
-        maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).numpy()
+        maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).cpu().numpy()
     write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()}, maps)
     record.finish()
     progress.unlink(missing_ok=True)
@@ -141,14 +143,13 @@ def train_on_features(job: Job, progress: Path, used: dict) -> FeatureLGST:
 
 @torch.no_grad()
 def differences(model: LGST | FeatureLGST, job: Job, paths: Sequence[Path], what: str) -> Differences:
-    """Difference maps of images on disk, two (N, 64, 64) tensors on the CPU."""
-    batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64),) * 2]
+    """Difference maps of images on disk, two (N, 64, 64) tensors on the job's device, as the numbers that normalise them are."""
+    batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64, device=job.device),) * 2]
     read = job.view.read_middle if model.on_features else job.view.read_small
     for first in tqdm(range(0, len(paths), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
         batch = torch.from_numpy(read(paths[first:first + SCORING_BATCH])).to(job.device).float()
         maps = job.backbone.encoder(batch)
-        found = model.differences(maps) if model.on_features else model.differences(batch, maps)
-        batches.append(tuple(part.cpu() for part in found))
+        batches.append(model.differences(maps) if model.on_features else model.differences(batch, maps))
     return Differences(*(torch.cat(maps) for maps in zip(*batches)))
 
 

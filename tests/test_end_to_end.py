@@ -358,6 +358,31 @@ def test_foreign_backbone_weights_and_devices(fails, make_dataset, tmp_path):
     assert "device 'gpu'" in fails("CSAD", tmp_path / "w", dataset, "--device", "gpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "quick"])
+def test_all_stages_run_on_a_gpu_and_their_model_scores_alike_without(preset, run, make_dataset, tmp_path):
+    work, dataset, found = tmp_path / "work", make_dataset(), []
+    fused = ("--branches", "LGST", "memory")  # borders of components move a little, and so do histograms
+    for stage in STAGES:
+        run(stage, work, dataset, "--preset", preset, "--device", "cuda", *fused[:0 if stage in TRAINING else None])
+    for device in ("cuda", "cpu"):
+        run("export_model", work, dataset, "--preset", preset, "--device", device, *fused, "--inference_only")
+        with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
+            found.append([float(row["score"]) for row in csv.DictReader(handle)])
+    assert len(found[0]) == 12
+    np.testing.assert_allclose(*found, rtol=0.05, atol=0.2)  # TF32 may multiply
+
+
+@pytest.mark.parametrize("script", ["pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "report"])
+def test_how_threads_wait_is_decided_before_pytorch_is_loaded(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(tmp_path)}
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")):
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], env=environment | given, capture_output=True,
+                              text=True)
+        assert done.stdout.split() == [expected], done.stderr
+
+
 def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path):
     work, dataset = copy_of_finished
     model = work / "ckpt/pytorch_models/discs.pth"
