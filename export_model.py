@@ -9,6 +9,8 @@ and the largest difference from the torch fp32 model go to anomaly_score/, expor
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import csv
 import io

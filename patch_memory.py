@@ -8,6 +8,8 @@ ckpt/memory_{category}.pth, the scores anomaly_score/{category}_memory_{logi,str
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

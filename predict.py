@@ -17,6 +17,8 @@ sentence says why).
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import csv
 import itertools

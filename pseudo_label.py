@@ -14,6 +14,8 @@ classical (image processing, no download), or auto: the first of them for which 
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import shutil
 from functools import partial

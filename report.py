@@ -8,6 +8,8 @@ Of many categories one table has them all, the lowest first, and the rest of the
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path

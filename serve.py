@@ -11,6 +11,8 @@ every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import math
 import os

@@ -12,6 +12,8 @@ missing ({category}_patchhist_maps.npz). Interrupted, it resumes.
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import math
 from collections.abc import Sequence
 from pathlib import Path

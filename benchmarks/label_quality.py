@@ -7,6 +7,8 @@ one to one (`evaluation.label_matching`). Prints a Markdown table and writes lab
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -9,6 +9,8 @@ turned by PIL one by one, and MeanShift's seeds climbing together instead of one
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import tempfile
 import time

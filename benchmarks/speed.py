@@ -11,6 +11,8 @@ knows) to --workspace.
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import argparse
 import copy
 import platform

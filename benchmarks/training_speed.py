@@ -10,6 +10,8 @@ and the floor: the step's multiply-adds at the rate of this machine's large matr
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import copy
 import itertools
 import platform

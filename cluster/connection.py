@@ -117,7 +117,8 @@ def _require_answer(address: str) -> None:
 def environment(threads: int) -> dict[str, Any]:
     """Of a task or actor: this code, and as many threads as the driver computes with, which decides how sums round."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}}
+    waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    return {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)} | waiting}
 
 
 def node_resources(ray: ModuleType) -> list[dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import os
 import signal
 import sys
