@@ -23,7 +23,7 @@ class Options:
     Attributes:
         threshold: call higher scores anomalous, whatever the model says.
         false_positive_rate: share of good images that may be called anomalous; None: what each model suggests.
-        batch_size: pictures scored together at most.
+        batch_size: pictures scored together at most; smaller than what comes at a time, so that some are decoded meanwhile.
         batch_wait_ms: for which an incomplete batch waits for pictures that are on their way.
         queue_length: pictures that may wait for each model.
         max_requests: in work at one time, their bodies in memory.
@@ -35,7 +35,7 @@ class Options:
 
     threshold: float | None = None
     false_positive_rate: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     batch_wait_ms: float = 5.0
     queue_length: int = 64
     max_requests: int = 64
