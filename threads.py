@@ -1,8 +1,8 @@
 """How a thread of PyTorch's waits for the others. Scripts import this first: OpenMP looks once, when PyTorch is loaded.
 
 By default GNU's OpenMP waits in a loop, some milliseconds long, before it sleeps. Where something else wants the same cores it
-takes them from the very threads that it waits for: two trainings at once on two cores then take five times as long as one, and
-nearly twice as long as one after the other. Waiting shortly costs a run that has the machine for itself nothing.
+takes them from the very threads that it waits for: two trainings at once on two cores then take four times as long as one, twice
+as long as one after the other. Waiting shortly costs a run that has the machine for itself nothing.
 """
 
 import os

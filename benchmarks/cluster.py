@@ -4,7 +4,7 @@
     python -m benchmarks.cluster --overhead
 
 The first trains five rendered categories with two seeds, first one after another, then on a simulated cluster of a head and
-two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains five jobs of about a
+two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains ten jobs of about a
 minute by themselves and with --ray local on one worker; it wants a machine with nothing else to do.
 """
 
@@ -75,7 +75,7 @@ def overhead(folder: Path, steps: int) -> None:
     seconds = {}
     for name, options in {"sequential": (), "ray": ("--ray", "local")}.items():
         before = time.perf_counter()
-        start(folder, name, steps, *options).wait()
+        start(folder, name, steps, "--seeds", "0", "1", *options).wait()
         seconds[name] = time.perf_counter() - before
         print(f"{name}: {seconds[name]:.1f} s", flush=True)
     print(f"overhead of --ray local: {seconds['ray'] / seconds['sequential'] - 1:.1%}; "
