@@ -373,14 +373,15 @@ def test_all_stages_run_on_a_gpu_and_their_model_scores_alike_without(preset, ru
     np.testing.assert_allclose(*found, rtol=0.05, atol=0.2)  # TF32 may multiply
 
 
-@pytest.mark.parametrize("script", ["pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "report"])
-def test_how_threads_wait_is_decided_before_pytorch_is_loaded(script, tmp_path):
+@pytest.mark.parametrize("script, given, expected", [
+    *((script, {}, "1000") for script in ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "report")),
+    ("CSAD", {"GOMP_SPINCOUNT": "5"}, "5"), ("CSAD", {"OMP_WAIT_POLICY": "passive"}, "None")])
+def test_how_threads_wait_is_decided_before_pytorch_is_loaded(script, given, expected, tmp_path):
     (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(tmp_path)}
-    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")):
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], env=environment | given, capture_output=True,
-                              text=True)
-        assert done.stdout.split() == [expected], done.stderr
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], env=environment | given, capture_output=True,
+                          text=True)
+    assert done.stdout.split() == [expected], done.stderr
 
 
 def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path):
