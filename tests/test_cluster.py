@@ -101,8 +101,9 @@ def test_stage_1_gives_the_same_bytes_and_a_failure_does_not_stop_the_others(run
 
 
 def test_ctrl_c_a_killed_driver_and_a_killed_node_change_no_byte(run, nodes, dataset, tmp_path):
-    run("CSAD", tmp_path / "sequential", *TWO)
-    arguments = ("CSAD", tmp_path / "ray", dataset, *TWO, "--ray", nodes.address)
+    longer = (*TWO, "--lgst.steps", "400")  # long enough to be in the middle of when a signal comes
+    run("CSAD", tmp_path / "sequential", *longer)
+    arguments = ("CSAD", tmp_path / "ray", dataset, *longer, "--ray", nodes.address)
 
     driver = start(*arguments)
     wait_until_training(driver, tmp_path / "ray")
