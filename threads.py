@@ -7,6 +7,7 @@ as long as one after the other. Waiting shortly costs a run that has the machine
 
 import os
 
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what decides it; the second, where somebody set it, decides alone
 SPINS = "1000"  # instead of 300,000; what GNU's OpenMP takes itself where it sees more threads of its own than cores
 
 if "OMP_WAIT_POLICY" not in os.environ:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threads import VARIABLES
+
 import os
 import socket
 import subprocess
@@ -117,7 +119,7 @@ def _require_answer(address: str) -> None:
 def environment(threads: int) -> dict[str, Any]:
     """Of a task or actor: this code, and as many threads as the driver computes with, which decides how sums round."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    waiting = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)} | waiting}
 
 
