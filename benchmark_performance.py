@@ -23,6 +23,7 @@ from data.roi import read_roi
 from data.workspace import STAGES, Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
+from evaluation.branch_choice import fused_branches, in_order
 from evaluation.metrics import auroc, average_precision, f1_max, mean_known
 from evaluation.scores import (
     MANY,
@@ -75,11 +76,13 @@ def main() -> None:
 
 def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    fused, rule, roi = chosen.fusion.branches, chosen.fusion.rule, read_roi(category, SIZE, chosen.roi)
+    fused, rule = fused_branches(category.name, workspace, chosen.fusion), chosen.fusion.rule
+    roi = read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
     fused = [branch for branch in branches if branch in fused]
-    sums = {some: fused_by_split(category, scores, some, rule) for some in combinations(branches, fused)}
+    sums = {some: fused_by_split(category, scores, some, rule)
+            for some in combinations(branches, in_order(chosen.fusion.branches), fused)}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
             "measured": digest_scores(category, workspace, branches),
@@ -89,10 +92,11 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
                              if len(some) == 1 or list(some) == fused}}
 
 
-def combinations(branches: list[str], fused: list[str]) -> list[Branches]:
-    """Whose sums are measured: the published three first, then further branches, what is fused, and all."""
+def combinations(branches: list[str], named: list[str], fused: list[str]) -> list[Branches]:
+    """Whose sums are measured: the published three first, further branches, those that the settings name, what is fused, all."""
     paper = tuple(branch for branch in branches if branch in PAPER_BRANCHES)
-    found = [*((branch,) for branch in paper), paper, *((branch,) for branch in branches), tuple(fused), tuple(branches)]
+    found = [*((branch,) for branch in paper), paper, *((branch,) for branch in branches), tuple(named), tuple(fused),
+             tuple(branches)]
     return list(dict.fromkeys(some for some in found if some))
 
 
@@ -167,8 +171,15 @@ def overview(measured: dict[str, dict]) -> list[str]:
                                for kind in ANOMALIES)
         lines.append(f"average {tuple(branches.split('+'))} logical {logical:.3f} structural {structural:.3f} "
                      f"mean {mean_known([logical, structural]):.3f}")
-    if len({tuple(content["fused"]) for content in contents}) == 1:
-        lines.append(f"fused by this preset: {', '.join(contents[0]['fused'])} ({contents[0]['rule']})")
+    by_fused: dict[str, list[str]] = {}
+    for content in contents:
+        by_fused.setdefault(f"{', '.join(content['fused'])} ({content['rule']})", []).append(content["category"])
+    lines += [f"fused: {fused}" + (f" in {', '.join(names)}" if len(by_fused) > 1 else "") for fused, names in by_fused.items()]
+    if len(by_fused) > 1:
+        logical, structural = (mean_known([content["detection"]["+".join(content["fused"])][kind]["auroc"]
+                                           for content in contents]) for kind in ANOMALIES)
+        lines.append(f"average of what is fused logical {logical:.3f} structural {structural:.3f} "
+                     f"mean {mean_known([logical, structural]):.3f}")
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)

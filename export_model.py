@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 from tqdm import tqdm
 
 import settings
@@ -34,13 +33,13 @@ from deploy import exporters, quantisation, thresholds
 from deploy.assembly import fused_state, require_up_to_date
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
-from evaluation import seeds
+from evaluation import branch_choice, export_tables, seeds
 from evaluation.metrics import auroc, mean_known
-from evaluation.scores import MANY
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
 from training.stage import job_name, run_jobs, view_of
+from training.structural_synthesis import plant
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
@@ -90,7 +89,7 @@ def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None
     for seed, place in workspace.of_seeds(args.seeds).items():
         reports = [report for category in categories if (report := results.get(job_name(category, seed)))]
         if reports:
-            write_report(reports, place)
+            export_tables.write(reports, place)
         runs.append({report["category"]: {name: report[name] for name in (
             "auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image")} for report in reports})
     if args.seeds and all(runs):
@@ -133,9 +132,36 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
-    state = fused_state(category, workspace, chosen.fusion, view_of(category, chosen), args.precision)
+    view, fusion = view_of(category, chosen), chosen.fusion
+    if offered := branch_choice.on_offer(category.name, workspace, fusion):
+        everything = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, *offered])})
+        found = aurocs_on_planted_defects(TorchEngine(fused_state(category, workspace, everything, view), device), category,
+                                          chosen, args.seed)
+        branches = branch_choice.helpful(found, fusion)
+        branch_choice.write(category.name, workspace, fusion, found, branches)
+        fusion = fusion.model_copy(update={"branches": branches})
+        print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
+              + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
+    state = fused_state(category, workspace, fusion, view, args.precision)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
+
+
+def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen: settings.Settings, seed: int
+                              ) -> dict[str, float]:
+    """See `branch_choice.aurocs`; of validation images as they are, with a defect each, and with a part too many each."""
+    paths = category.validation[::math.ceil(len(category.validation) / branch_choice.PLANTED)]
+    copies, rng = math.ceil(branch_choice.PLANTED / len(paths)), np.random.default_rng(seed)
+    good, structural, logical = [], [], []
+    for path in tqdm(paths, desc=f"{category.name}: plant defects", unit="image", leave=False):
+        image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
+        found = engine.predict(image)
+        good.append(found.branch_scores)
+        for _ in range(copies):
+            damaged = plant(image[0].transpose(1, 2, 0), found.label_map[0], rng).transpose(2, 0, 1)
+            structural.append(engine.predict(damaged[None]).branch_scores)
+            logical.append(engine.predict(with_a_part_too_many(image[0], found.label_map[0], rng, chosen)[None]).branch_scores)
+    return branch_choice.aurocs(*map(np.concatenate, (good, structural, logical)), engine.branches, chosen.fusion)
 
 
 def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
@@ -208,14 +234,14 @@ def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.
 def choose_int8(build, category: layouts.Category, fp32: Engine, chosen: settings.Settings,
                 seed: int) -> tuple[Any, dict[str, Any]]:
     """Quantise as much as agrees with fp32; returns the model and what its metadata should say."""
-    check = make_check(category, fp32, chosen.segmentor, seed)
+    check = make_check(category, fp32, chosen, seed)
     model, kept, agreement = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
     if not agreement.suffices:
         print(f"{category.name}: int8 changes the scores more than it should ({agreement}); judge it by the table below")
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": agreement._asdict()}
 
 
-def make_check(category: layouts.Category, fp32: Engine, chosen: settings.SegmentorSettings, seed: int) -> quantisation.Check:
+def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int) -> quantisation.Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
     good = images.read_views(category.validation, fp32.size, f"{category.name}: read validation images",
                              fp32.metadata.get("white_level"))
@@ -224,14 +250,21 @@ def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Segmen
     for index, image in enumerate(good):
         found = fp32.predict(image[None])
         scores.append(found.score)
-        factor = fp32.size // images.SIZE
-        label_map = np.kron(found.label_map[0], np.ones((factor, factor), np.uint8))
-        # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
-        anywhere = np.zeros(label_map.shape, dtype=bool)
-        pasted, _ = synthesise(image.transpose(1, 2, 0), label_map, anywhere, rng, chosen.paste_distance, chosen.fill_holes)
-        made[index] = pasted.transpose(2, 0, 1)
+        made[index] = with_a_part_too_many(image, found.label_map[0], rng, chosen)
     scores += [fp32.score(image[None]) for image in made]
     return quantisation.Check(np.concatenate([good, made]), np.concatenate(scores), np.arange(2 * len(good)) < len(good))
+
+
+def with_a_part_too_many(image: np.ndarray, label_map: np.ndarray, rng: np.random.Generator, chosen: settings.Settings
+                         ) -> np.ndarray:
+    """A logical anomaly made from a good image (3, S, S) by logical synthesis, or two; the label map is (256, 256)."""
+    factor = image.shape[-1] // images.SIZE
+    label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
+    # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
+    anywhere = np.zeros(label_map.shape, dtype=bool)
+    pasted, _ = synthesise(image.transpose(1, 2, 0), label_map, anywhere, rng, chosen.segmentor.paste_distance,
+                           chosen.segmentor.fill_holes)
+    return pasted.transpose(2, 0, 1)
 
 
 def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace) -> dict:
@@ -290,53 +323,6 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     with open(reference, newline="", encoding="utf-8") as handle:
         expected = {row["image"]: float(row["score"]) for row in csv.DictReader(handle)}
     return max((abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None)
-
-
-def write_report(reports: list[dict], workspace: Workspace) -> None:
-    """Print this run's table, and keep it together with those of earlier runs."""
-    target, key = workspace.export_report, ("category", "format", "precision")
-    known = files.read_json(target) if target.exists() else []
-    replaced = {tuple(report[name] for name in key) for report in reports}
-    known = sorted([one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
-                   key=lambda one: [one[name] for name in key])
-    files.write_json(target, known)
-    files.write_text(target.with_suffix(".md"), "# Exported models\n\n" + table_of(known))
-    print("\n" + table_of(reports, len(reports) > MANY), end="")
-
-
-def table_of(reports: list[dict], short: bool = False) -> str:
-    """A Markdown table that reads in a terminal, too; of several categories of one format an average, alone if ``short``."""
-    rows = [] if short else list(reports)
-    for kind in sorted({(one["format"], one["precision"]) for one in reports}):
-        same = [one for one in reports if (one["format"], one["precision"]) == kind]
-        if len(same) > 1:
-            numbers = ("auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image", "preprocessing_ms")
-            differences = [one["largest_difference"] for one in same]
-            rows.append({"category": "average", "format": kind[0], "precision": kind[1],
-                         "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
-                         "largest_difference": None if None in differences else max(differences)}
-                        | {name: mean_known(one[name] for one in same) for name in numbers})
-    columns = {"category": "category", "format": "format", "precision": "precision", "ran_in": "ran in",
-               "auroc_logical": "logical", "auroc_structural": "structural", "auroc_mean": "mean", "ms_per_image": "ms/image",
-               "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
-    text = [tabulate([[_cell(name, one[name]) for name in columns] for one in rows], columns.values(), tablefmt="github",
-                     disable_numparse=True)]
-    for one in [] if short else reports:
-        if one["precision"] == "int8":
-            text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map, distances and "
-                        f"score: {', '.join(one['kept_in_higher_precision']) or 'nothing'}")
-    stand_ins = sorted({name for one in reports for name in one["stand_ins"]})
-    if stand_ins:
-        text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    return "\n".join(text) + "\n"
-
-
-def _cell(name: str, value: Any) -> str:
-    if name == "largest_difference":
-        return "not known" if value is None else f"{value:.2g}"
-    if name.startswith("auroc"):
-        return f"{mean_known([value]):.3f}"  # null is NaN
-    return f"{value:.2f}" if name in ("ms_per_image", "preprocessing_ms") else value
 
 
 def _median_ms(seconds: list[float]) -> float:

@@ -45,7 +45,7 @@ def fit_category(job: Job) -> None:
     if to_do == records.TRAIN:
         memory = fit(job)
     else:
-        memory = PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share, job.view.tiles)
+        memory = empty_memory(job)
         files.load_checkpoint(memory, checkpoint)
     memory.to(job.device).eval()
     found = anomaly_maps(memory, job, category.validation, "validation images")
@@ -93,7 +93,7 @@ def fit(job: Job) -> PatchMemory:
     std = (squares / count - mean**2).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6, std, 1)
 
-    memory = PatchMemory(channels, chosen.rows, side, chosen.score_share, job.view.tiles)
+    memory = empty_memory(job)
     memory.mean.copy_(mean.view(1, -1, 1, 1))
     memory.std.copy_(std.view(1, -1, 1, 1))
     candidates = candidates.flatten(0, 1).sub_(mean.float()).div_(std.float())
@@ -113,6 +113,13 @@ def fit(job: Job) -> PatchMemory:
     if distances:  # none where all rows are of the one training image
         memory.fit_usual(distances)
     return memory
+
+
+def empty_memory(job: Job) -> PatchMemory:
+    """A memory as the settings want it, still without numbers."""
+    chosen = job.settings.memory
+    return PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share, job.view.tiles,
+                       chosen.border)
 
 
 def read(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:

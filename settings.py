@@ -124,8 +124,10 @@ class MemorySettings(Section):
     """Stage 3b, beyond the paper (docs/METHOD.md section 6)."""
 
     rows: int = Field(4000, ge=1, description="patches that are remembered")
-    score_share: float = Field(0.005, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the "
+    score_share: float = Field(0.003, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the "
                                "score")
+    border: Literal["zeros", "replicate"] = Field("zeros", description="what the Gaussian over a map finds beyond the picture: "
+                                                  "with zeros its border, where good pictures vary most, counts less")
     tiles: Literal["1x1", "2x2", "3x3", "4x4"] = Field("1x1", description="the memory sees each picture in so many tiles, each "
                                                        "as large as images.size: for small defects; in all stages alike")
 
@@ -134,6 +136,9 @@ class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
     branches: list[Literal["patchhist", "LGST", "memory"]] = Field(["patchhist", "LGST"], min_length=1)
+    offered: list[Literal["patchhist", "LGST", "memory"]] = Field([], description="further "
+        "branches; each is fused, too, where with it defects that are planted in validation images are found better "
+        "(evaluation.branch_choice); none where branches are named and these are not")
     rule: Literal["sum", "softplus"] = Field(
         "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp z), in which what is "
         "all too usual for one branch cannot hide what another one sees")
@@ -172,12 +177,15 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         UserError: a file is no YAML mapping, a key is unknown, or a value is out of range.
     """
     merged: dict[str, Any] = {}
-    for path in (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml"):
-        if path.exists():
-            merged = _merge(merged, _read_yaml(path))
+    paths = (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml")
+    given: dict[str, Any] = {}
     for dotted, value in (overrides or {}).items():
         section, key = dotted.split(".")
-        merged = _merge(merged, {section: {key: value}})
+        given = _merge(given, {section: {key: value}})
+    for layer in (*(_read_yaml(path) for path in paths if path.exists()), given):
+        if "branches" in layer.get("fusion", {}):
+            layer["fusion"].setdefault("offered", [])
+        merged = _merge(merged, layer)
     try:
         return Settings(**merged)
     except ValidationError as problem:

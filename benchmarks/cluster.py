@@ -1,11 +1,12 @@
 """What a Ray cluster does to the stages: the same bytes though nodes die, and how long the same jobs take without it.
 
     python -m benchmarks.cluster --kills 10
-    python -m benchmarks.cluster --overhead
+    python -m benchmarks.cluster --overhead --rounds 2
 
 The first trains five rendered categories with two seeds, first one after another, then on a simulated cluster of a head and
 two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains ten jobs of about a
-minute by themselves and with --ray local on one worker; it wants a machine with nothing else to do.
+minute by themselves and with --ray local on one worker, in turns and each first as often as the other, because a machine drifts
+in speed; it wants one with nothing else to do.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ def main() -> None:
     parser.add_argument("--pause", type=float, nargs=2, default=[5, 25], help="seconds between two kills, drawn from this range")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overhead", action="store_true", help="compare times instead")
+    parser.add_argument("--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)")
     parser.add_argument("--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)")
     args = parser.parse_args()
     # A job of Ray's takes as many CPUs as it has threads: with all of them there is one worker.
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count()) if args.overhead else "1"
     with tempfile.TemporaryDirectory() as folder:
-        overhead(Path(folder), args.steps or 6000) if args.overhead else kills(Path(folder), args)
+        overhead(Path(folder), args.steps or 6000, args.rounds) if args.overhead else kills(Path(folder), args)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> None:
@@ -70,16 +72,19 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
         cluster.shutdown()
 
 
-def overhead(folder: Path, steps: int) -> None:
+def overhead(folder: Path, steps: int, rounds: int) -> None:
     write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
-    seconds = {}
-    for name, options in {"sequential": (), "ray": ("--ray", "local")}.items():
-        before = time.perf_counter()
-        start(folder, name, steps, "--seeds", "0", "1", *options).wait()
-        seconds[name] = time.perf_counter() - before
-        print(f"{name}: {seconds[name]:.1f} s", flush=True)
-    print(f"overhead of --ray local: {seconds['ray'] / seconds['sequential'] - 1:.1%}; "
-          f"{len(different(folder / 'sequential', folder / 'ray'))} files differ")
+    kinds: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds):
+        for kind in list(kinds)[::-1 if number % 2 else 1]:
+            before = time.perf_counter()
+            start(folder, f"{kind}{number}", steps, "--seeds", "0", "1", *kinds[kind]).wait()
+            seconds[kind].append(time.perf_counter() - before)
+            print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
+        print(f"{len(different(folder / f'sequential{number}', folder / f'ray{number}'))} files differ", flush=True)
+    print(f"overhead of --ray local: {sum(seconds['ray']) / sum(seconds['sequential']) - 1:.1%} in all; of each pair "
+          + ", ".join(f"{ray / alone - 1:.1%}" for alone, ray in zip(*seconds.values())))
 
 
 def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:

@@ -158,6 +158,10 @@ class Workspace:
         chosen = {stem for category in categories or () for stem in _with_precisions(category)}
         return [path for path in found if not categories or path.stem in chosen]
 
+    def branch_choice(self, category: str) -> Path:
+        """Which branches stage 4 decided to fuse, and by what (evaluation.branch_choice)."""
+        return self.root / "anomaly_score" / f"{category}_branches.json"
+
     def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:
         """Score of every test image; beside it, with suffix .json, the AUROCs and what made them."""
         return self.root / "anomaly_score" / f"{category}_{_with_precision(runtime, precision)}_scores.csv"

@@ -29,7 +29,7 @@ from models.fused import (
 from models.fusion import EXPORTED_STD_FLOOR, fit_normalisation
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
-from models.patch_memory import PatchMemory
+from models.patch_memory import FORMER_BORDER, PatchMemory
 
 KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows"}  # by which a checkpoint is known
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
@@ -112,8 +112,9 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     if "LGST" in branches:
         lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
-        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), saved["memory"]["meta"]["settings"]["score_share"],
-                             view.tiles)
+        its = saved["memory"]["meta"]["settings"]
+        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), its["score_share"], view.tiles,
+                             its.get("border", FORMER_BORDER))
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
         raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
@@ -145,7 +146,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         "weights": fingerprint(model), "versions": versions()}
         | ({} if detector is None else
            {"classes": detector.classes, "histogram": area_statistics(parameters, detector.classes)})
-        | ({"memory_score_share": memory.score_share} if memory is not None else {}))
+        | ({"memory_score_share": memory.score_share, "memory_border": memory.border} if memory is not None else {}))
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state
 

@@ -21,7 +21,7 @@ from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector
-from models.patch_memory import PatchMemory
+from models.patch_memory import FORMER_BORDER, PatchMemory
 from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import Segmentor
 
@@ -142,7 +142,8 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "local_st.conv_st.weight" in state:
             lgst = empty_lgst(encoder, state)
         if "memory.rows" in state:
-            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known.get("tiles", 1))
+            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known.get("tiles", 1),
+                                 known.get("memory_border", FORMER_BORDER))
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
                            torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
                            known.get("fusion_rule", "sum"), known.get("tiles", 1))

@@ -20,6 +20,7 @@ SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
 MARGIN = 32  # pixels of its neighbours that a tile sees
 GROUPS = 32  # of rows, whose minima are taken first in ONNX
+FORMER_BORDER = "replicate"  # of memories that do not say
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
 
 
@@ -32,6 +33,8 @@ class PatchMemory(nn.Module):
         side: of the maps, an eighth of the image's.
         score_share: of a tile's values, the largest, whose mean is the score: defects are no more patches in more tiles.
         tiles: an image is seen in tiles x tiles of them.
+        border: what the Gaussian over a map finds beyond the image, zeros or replicate. Near the border an encoder sees its own
+            padding, and parts cut off at places that no good image has shown: zeros let that count less.
 
     Attributes:
         mean, std (1, C, 1, 1): of each channel over the training images.
@@ -40,9 +43,9 @@ class PatchMemory(nn.Module):
         q_start, q_end: quantiles of the validation maps.
     """
 
-    def __init__(self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1):
+    def __init__(self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"):
         super().__init__()
-        self.score_share, self.tiles = score_share, tiles
+        self.score_share, self.tiles, self.border = score_share, tiles, border
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
         self.register_buffer("rows", torch.zeros(rows, channels))
@@ -70,7 +73,7 @@ class PatchMemory(nn.Module):
 
     def anomaly_map(self, distances: Tensor) -> Tensor:
         """Distances (B, h, w) of whole images -> anomaly map (B, h, w), not scaled."""
-        return smooth(distances - self.usual, SMOOTHING)
+        return smooth(distances - self.usual, SMOOTHING, self.border)
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
         """The encoder's maps of images in one tile -> anomaly map (B, h, w), not scaled."""
@@ -145,12 +148,12 @@ def patches(maps: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([maps[1], resize(maps[2], maps[1].shape[-2:])], 1)
 
 
-def smooth(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian over (B, h, w), the border's values repeated."""
+def smooth(maps: Tensor, sigma: float, border: str = "replicate") -> Tensor:
+    """Gaussian over (B, h, w), beyond whose border the border's values are repeated (replicate), or nothing is (zeros)."""
     radius = int(4 * sigma + 0.5)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=maps.device) / sigma) ** 2)
     line = line / line.sum()
-    padded = F.pad(maps[:, None], (radius,) * 4, mode="replicate")
+    padded = F.pad(maps[:, None], (radius,) * 4, mode="constant" if border == "zeros" else border)
     return F.conv2d(F.conv2d(padded, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))[:, 0]
 
 

@@ -13,7 +13,6 @@ import onnx
 import pytest
 import torch
 
-import export_model
 from data import files
 from data.workspace import Workspace
 from deploy import exporters, quantisation
@@ -21,6 +20,7 @@ from deploy.assembly import require_finite
 from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from deploy.folded import FoldedModel
 from errors import UserError
+from evaluation import export_tables
 from models.backbone import build_backbone, empty_encoder
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 from models.histogram_evidence import HistogramEvidence, fit_evidence
@@ -172,6 +172,9 @@ def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
     again = published_state(from_state(read))
     assert list(again) == list(everything) and all(torch.equal(again[key], everything[key]) for key in everything)
     assert metadata(read) == metadata(everything)
+    for known, border in ({"memory_border": "zeros"}, "zeros"), ({}, "replicate"):  # models made before the choice say nothing
+        attach_metadata(again, metadata(everything) | known)
+        assert from_state(again).memory.border == border
     lacking = {key: value for key, value in read.items() if key != "memory.usual"}
     with pytest.raises(UserError, match="not a CSAD model.*memory.usual"):
         from_state(lacking)
@@ -452,16 +455,16 @@ def evaluated(category: str, logical: float) -> dict:
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
     workspace = Workspace(tmp_path)
     for category, logical in (("discs", float("nan")), ("rings", 80.0)):  # the second reads what the first wrote
-        export_model.write_report([evaluated(category, logical)], workspace)
+        export_tables.write([evaluated(category, logical)], workspace)
     assert "NaN" not in workspace.export_report.read_text()
     average = next(line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line)
     assert [cell.strip() for cell in average.split("|")[5:8]] == ["80.000", "nan", "80.000"]
 
 
 def test_of_many_categories_the_terminal_has_the_average_and_the_file_all(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export_model, "MANY", 2)
+    monkeypatch.setattr(export_tables, "MANY", 2)
     for again in (70.0, 80.0):  # replaces what was there
-        export_model.write_report([evaluated(f"category_{index}", again) for index in range(3)], Workspace(tmp_path))
+        export_tables.write([evaluated(f"category_{index}", again) for index in range(3)], Workspace(tmp_path))
     said, written = capsys.readouterr().out, (tmp_path / "export_report.md").read_text()
     assert "category_1" not in said and said.count("average") == 2
     assert written.count("category_") == 3 and written.count("80.000") == 8 and "70.000" not in written

@@ -119,6 +119,24 @@ def test_result_file_reads_as_peoples_scripts_expect(finished):
     assert any("stand-ins" in line and "efficientnet_lite0" in line for line in lines)
 
 
+def decided(work: Path) -> list[str]:
+    """The branches that stage 4 decided to fuse."""
+    return json.loads((work / "anomaly_score/discs_branches.json").read_text())["branches"]
+
+
+def test_stages_4_and_5_fuse_the_same_branches(finished):
+    work, _ = finished
+    assert json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())["branches"] == decided(work)
+    metrics = json.loads((work / "anomaly_score/discs_metrics.json").read_text())
+    assert metrics["fused"] == decided(work)
+    lines = (work / "score_combine_result.txt").read_text().splitlines()
+    assert f"fused: {', '.join(decided(work))} (softplus)" in lines
+    exported = json.loads((work / "export_report.json").read_text())[0]
+    measured = metrics["detection"]["+".join(decided(work))]
+    assert [exported[f"auroc_{kind}"] for kind in ("logical", "structural")] == pytest.approx(
+        [measured[kind]["auroc"] for kind in ("logical", "structural")], abs=7)  # of 4 by 4 pairs one may change
+
+
 def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     work, _ = finished
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
@@ -126,7 +144,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     assert rows[0].keys() == {"image", "split", "score"}
     from models.fusion import EXPORTED_STD_FLOOR, apply_z, fit_normalisation, share
     fused = 0
-    for branch in ("patchhist", "memory"):
+    for branch in decided(work):
         logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
         fused = fused + share(apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR)), "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
@@ -397,7 +415,7 @@ def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path
     assert found.keys() == expected.keys()
     for image, row in found.items():
         assert float(row["score"]) == pytest.approx(expected[image], rel=1e-3, abs=1e-2)
-        assert float(row["memory_score"]) + float(row["patchhist_score"]) == pytest.approx(float(row["score"]), abs=1e-2)
+        assert sum(float(row[f"{branch}_score"]) for branch in decided(work)) == pytest.approx(float(row["score"]), abs=1e-2)
     assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
 
     done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset",

@@ -120,17 +120,26 @@ def test_what_is_usual_at_a_place_is_taken_off():
     memory.fit_usual([own[0], own[0]])
     after = memory(maps)
     assert (after < before).all()
-    assert after.mean().item() == pytest.approx(before.mean().item() - memory.usual.mean().item(), rel=1e-3)
+    torch.testing.assert_close(before - after, smooth(memory.usual, 1.0, "zeros"), atol=1e-4, rtol=1e-4)
     memory.fit_usual([torch.zeros(32, 32)])
     torch.testing.assert_close(memory(maps), before)
 
 
+def test_the_same_distance_counts_less_at_the_border():
+    memory = drawn_memory()
+    alike = memory.anomaly_map(torch.ones(1, 32, 32))
+    assert alike[0, 4:-4, 4:-4].amin() > 0.99 > 0.75 > alike[0, 0].amax()
+    memory.border = "replicate"
+    torch.testing.assert_close(memory.anomaly_map(torch.ones(1, 32, 32)), torch.ones(1, 32, 32))
+
+
+@pytest.mark.parametrize("border, scipys", [("replicate", "nearest"), ("zeros", "constant")])
 @pytest.mark.parametrize("sigma", [1.0, 1.5])
-def test_smoothing_is_scipys_gaussian(sigma):
+def test_smoothing_is_scipys_gaussian(sigma, border, scipys):
     from scipy.ndimage import gaussian_filter
     maps = torch.rand(2, 20, 24, generator=seeded())
-    expected = np.stack([gaussian_filter(one.numpy().astype(np.float64), sigma, mode="nearest") for one in maps])
-    np.testing.assert_allclose(smooth(maps, sigma), expected, atol=1e-5)
+    expected = np.stack([gaussian_filter(one.numpy().astype(np.float64), sigma, mode=scipys) for one in maps])
+    np.testing.assert_allclose(smooth(maps, sigma, border), expected, atol=1e-5)
     torch.testing.assert_close(smooth(torch.ones(1, 9, 9), sigma), torch.ones(1, 9, 9))
 
 

@@ -1,0 +1,80 @@
+"""Which branches are fused in a category: those of the settings, and of the offered ones each that finds planted defects better.
+
+Decided by stage 4 on validation images: as they are, with planted defects (training.structural_synthesis), and with parts too
+many (training.logical_synthesis). So no anomalous picture is needed, and no test image decides; stage 5 fuses the same branches.
+Beyond the paper (docs/METHOD.md section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data import files, records
+from data.workspace import STAGES, Workspace
+from evaluation.metrics import auroc
+from settings import FusionSettings
+
+PLANTED = 48  # pictures of each kind of anomaly, at least one of each validation image
+LEAST_GAIN = 1.0  # points of image AUROC on planted defects, mean of both kinds; less may be chance
+
+
+def on_offer(category: str, workspace: Workspace, chosen: FusionSettings) -> list[str]:
+    """The offered branches whose stage was run."""
+    return [branch for branch in chosen.offered if branch not in chosen.branches
+            and workspace.checkpoint(category, branch).exists() and workspace.scores(category, branch, "val").exists()]
+
+
+def aurocs(good: np.ndarray, structural: np.ndarray, logical: np.ndarray, branches: Sequence[str], chosen: FusionSettings
+           ) -> dict[str, float]:
+    """Image AUROC in percent on planted defects, by branches: of the settings' sum, and of this with each other branch.
+
+    Args:
+        good, structural, logical: (n, K), what each of the K branches adds to the score of each image.
+        branches: their names.
+
+    Returns:
+        The means of structural and logical anomalies.
+    """
+    def of(some: list[str]) -> float:
+        columns = [branches.index(branch) for branch in some]
+        sums = [part[:, columns].sum(1) for part in (good, structural, logical)]
+        return (auroc(sums[0], sums[1]) + auroc(sums[0], sums[2])) / 2
+
+    sums = [chosen.branches, *([*chosen.branches, branch] for branch in branches if branch not in chosen.branches)]
+    return {"+".join(in_order(some)): of(some) for some in sums}
+
+
+def helpful(found: dict[str, float], chosen: FusionSettings) -> list[str]:
+    """The branches to fuse, from `aurocs`."""
+    alone = found["+".join(in_order(chosen.branches))]
+    helping = [branch for branch in chosen.offered
+               if found.get("+".join(in_order([*chosen.branches, branch])), -np.inf) >= alone + LEAST_GAIN]
+    return in_order([*chosen.branches, *helping])
+
+
+def in_order(branches: Sequence[str]) -> list[str]:
+    """As all tables list them."""
+    return [branch for branch in STAGES if branch in branches]
+
+
+def write(category: str, workspace: Workspace, chosen: FusionSettings, found: dict[str, float], branches: list[str]) -> None:
+    files.write_json(workspace.branch_choice(category), {
+        "branches": branches, "auroc_on_planted_defects": found, "settings": chosen.model_dump(),
+        "scores": _digests(category, workspace, chosen)})
+
+
+def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) -> list[str]:
+    """What stage 4 decided by the present settings and validation scores; the settings' branches where it has not."""
+    path = workspace.branch_choice(category)
+    if on_offer(category, workspace, chosen) and path.exists():
+        known = files.read_json(path, keys=("branches", "settings", "scores"))
+        if known["settings"] == chosen.model_dump() and known["scores"] == _digests(category, workspace, chosen):
+            return known["branches"]
+    return chosen.branches
+
+
+def _digests(category: str, workspace: Workspace, chosen: FusionSettings) -> dict[str, str]:
+    paths = [workspace.scores(category, branch, "val") for branch in (*chosen.branches, *on_offer(category, workspace, chosen))]
+    return {path.name: records.digest(path) for path in paths if path.exists()}
