@@ -71,7 +71,7 @@ def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) 
     if on_offer(category, workspace, chosen) and path.exists():
         known = files.read_json(path, keys=("branches", "settings", "scores"))
         if known["settings"] == chosen.model_dump() and known["scores"] == _digests(category, workspace, chosen):
-            return known["branches"]
+            return in_order(known["branches"])
     return chosen.branches
 
 
