@@ -151,13 +151,13 @@ def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen
                               ) -> dict[str, float]:
     """See `branch_choice.aurocs`; of validation images as they are, with a defect each, and with a part too many each."""
     paths = category.validation[::math.ceil(len(category.validation) / branch_choice.PLANTED)]
-    copies, rng = math.ceil(branch_choice.PLANTED / len(paths)), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     good, structural, logical = [], [], []
-    for path in tqdm(paths, desc=f"{category.name}: plant defects", unit="image", leave=False):
+    for index, path in enumerate(tqdm(paths, desc=f"{category.name}: plant defects", unit="image", leave=False)):
         image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
         found = engine.predict(image)
         good.append(found.branch_scores)
-        for _ in range(copies):
+        for _ in range(index, branch_choice.PLANTED, len(paths)):
             damaged = plant(image[0].transpose(1, 2, 0), found.label_map[0], rng).transpose(2, 0, 1)
             structural.append(engine.predict(damaged[None]).branch_scores)
             logical.append(engine.predict(with_a_part_too_many(image[0], found.label_map[0], rng, chosen)[None]).branch_scores)

@@ -16,7 +16,7 @@ from data.workspace import STAGES, Workspace
 from evaluation.metrics import auroc
 from settings import FusionSettings
 
-PLANTED = 48  # pictures of each kind of anomaly, at least one of each validation image
+PLANTED = 48  # pictures of each kind of anomaly, spread over as many validation images
 LEAST_GAIN = 1.0  # points of image AUROC on planted defects, mean of both kinds; less may be chance
 
 
