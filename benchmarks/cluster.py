@@ -4,7 +4,7 @@
     python -m benchmarks.cluster --overhead --rounds 2
 
 The first trains five rendered categories with two seeds, first one after another, then on a simulated cluster of a head and
-two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains ten jobs of about a
+two worker nodes, of which a random one is killed again and again, and compares every byte. The second trains jobs of about a
 minute by themselves and with --ray local on one worker, in turns and each first as often as the other, because a machine drifts
 in speed; it wants one with nothing else to do.
 """
@@ -36,13 +36,14 @@ def main() -> None:
     parser.add_argument("--pause", type=float, nargs=2, default=[5, 25], help="seconds between two kills, drawn from this range")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overhead", action="store_true", help="compare times instead")
+    parser.add_argument("--jobs", type=int, default=10, help="with --overhead: in one run, an even number up to 10 (default: 10)")
     parser.add_argument("--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)")
     parser.add_argument("--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)")
     args = parser.parse_args()
     # A job of Ray's takes as many CPUs as it has threads: with all of them there is one worker.
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count()) if args.overhead else "1"
     with tempfile.TemporaryDirectory() as folder:
-        overhead(Path(folder), args.steps or 6000, args.rounds) if args.overhead else kills(Path(folder), args)
+        overhead(Path(folder), args) if args.overhead else kills(Path(folder), args)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> None:
@@ -72,14 +73,15 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
         cluster.shutdown()
 
 
-def overhead(folder: Path, steps: int, rounds: int) -> None:
+def overhead(folder: Path, args: argparse.Namespace) -> None:
     write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
     kinds: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(rounds):
+    categories = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[:args.jobs // 2])
+    for number in range(args.rounds):
         for kind in list(kinds)[::-1 if number % 2 else 1]:
             before = time.perf_counter()
-            start(folder, f"{kind}{number}", steps, "--seeds", "0", "1", *kinds[kind]).wait()
+            start(folder, f"{kind}{number}", args.steps or 6000, *categories, *kinds[kind]).wait()
             seconds[kind].append(time.perf_counter() - before)
             print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
         print(f"{len(different(folder / f'sequential{number}', folder / f'ray{number}'))} files differ", flush=True)
