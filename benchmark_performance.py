@@ -119,13 +119,15 @@ def fused_by_split(category: layouts.Category, scores: Scores, branches: Branche
 def single_defects(category: layouts.Category, sums: dict[Branches, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
-    for kind, split in ANOMALIES.items():
-        names = [category.defect_of(split, path) for path in category.test(split)]
+    named = {kind: [category.defect_of(split, path) for path in category.test(split)] for kind, split in ANOMALIES.items()}
+    of_both_kinds = set(named["logical"]) & set(named["structural"])
+    for kind, names in named.items():
         for name in sorted({name for name in names if name}):
             chosen = np.array([one == name for one in names])
-            entry = found.setdefault(name, {"kind": kind, "images": int(chosen.sum()), "auroc": {}})
-            entry["auroc"] |= {"+".join(branches): auroc(split_scores[layouts.GOOD], split_scores[split][chosen])
-                               for branches, split_scores in sums.items()}
+            found[f"{kind} {name}" if name in of_both_kinds else name] = {
+                "kind": kind, "images": int(chosen.sum()),
+                "auroc": {"+".join(branches): auroc(split_scores[layouts.GOOD], split_scores[ANOMALIES[kind]][chosen])
+                          for branches, split_scores in sums.items()}}
     return found
 
 

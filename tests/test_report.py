@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -199,6 +200,39 @@ def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_sa
     lowest = "the lowest 1 of 3 categories, fused branches, image AUROC in percent\n"
     assert lowest in written and written[written.index(lowest):].splitlines()[2].startswith("discs <b>")
     assert lowest in said and "BETTER:" not in said and "average ('patchhist', 'LGST')" in said
+
+
+def test_where_categories_fuse_different_branches_the_average_is_of_what_each_fuses(many, run):
+    script = SCRIPTS["benchmark_performance"]
+    assert run("benchmark_performance", *many) == 0
+    path = many[0] / "anomaly_score/same_metrics.json"
+    one = json.loads(path.read_text()) | {"fused": ["patchhist"]}
+    path.write_text(json.dumps(one))
+    contents = {path.stem: json.loads(path.read_text()) for path in (many[0] / "anomaly_score").glob("*_metrics.json")}
+    own = [content["detection"]["+".join(content["fused"])]["logical"]["auroc"] for content in contents.values()]
+    said = script.overview(contents)
+    assert any(line.startswith(f"average of what is fused logical {np.mean(own):.3f}") for line in said)
+    assert "fused: patchhist (sum) in same" in said
+    assert run("report", *many) == 0
+    shown = re.search(r"<td>what is fused in each</td><td>([\d.]+)</td>", (many[0] / "report.html").read_text())
+    assert shown[1] == f"{np.mean(own):.1f}"
+
+
+class OneDefectOfBothKinds:
+    """A category in which logical and structural anomalies have the same name."""
+
+    def test(self, split):
+        return [split] * 2
+
+    def defect_of(self, split, path):
+        return "anomaly"
+
+
+def test_a_defect_that_is_logical_and_structural_is_measured_as_each():
+    scores = {"good": np.array([0.0, 1]), "logical_anomalies": np.array([2.0, 3]), "structural_anomalies": np.array([-1.0, -2])}
+    found = SCRIPTS["benchmark_performance"].single_defects(OneDefectOfBothKinds(), {("memory",): scores})
+    assert {name: (one["kind"], one["auroc"]["memory"]) for name, one in found.items()} == {
+        "logical anomaly": ("logical", 100.0), "structural anomaly": ("structural", 0.0)}
 
 
 def test_roc_figure_reaches_both_corners():
