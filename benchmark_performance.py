@@ -80,7 +80,6 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
     roi = read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
-    fused = [branch for branch in branches if branch in fused]
     sums = {some: fused_by_split(category, scores, some, rule)
             for some in combinations(branches, in_order(chosen.fusion.branches), fused)}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
@@ -169,19 +168,13 @@ def overview(measured: dict[str, dict]) -> list[str]:
     contents = list(measured.values())
     lines = ["", f"data set: {contents[0]['dataset']}"]
     for branches in [one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)]:
-        logical, structural = (mean_known([content["detection"][branches][kind]["auroc"] for content in contents])
-                               for kind in ANOMALIES)
-        lines.append(f"average {tuple(branches.split('+'))} logical {logical:.3f} structural {structural:.3f} "
-                     f"mean {mean_known([logical, structural]):.3f}")
+        lines.append(average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents]))
     by_fused: dict[str, list[str]] = {}
     for content in contents:
         by_fused.setdefault(f"{', '.join(content['fused'])} ({content['rule']})", []).append(content["category"])
     lines += [f"fused: {fused}" + (f" in {', '.join(names)}" if len(by_fused) > 1 else "") for fused, names in by_fused.items()]
     if len(by_fused) > 1:
-        logical, structural = (mean_known([content["detection"]["+".join(content["fused"])][kind]["auroc"]
-                                           for content in contents]) for kind in ANOMALIES)
-        lines.append(f"average of what is fused logical {logical:.3f} structural {structural:.3f} "
-                     f"mean {mean_known([logical, structural]):.3f}")
+        lines.append(average("of what is fused", [content["detection"]["+".join(content["fused"])] for content in contents]))
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
@@ -190,6 +183,12 @@ def overview(measured: dict[str, dict]) -> list[str]:
                   *_table([(one["category"], *(found["auroc"] for found in one["detection"]["+".join(one["fused"])].values()),
                             fused_mean(one)) for one in lowest_first(contents)[:MANY]], ("", *ANOMALIES, "mean"))]
     return lines
+
+
+def average(title: str, detections: list[dict[str, dict[str, float]]]) -> str:
+    """A line with the mean image AUROC over categories."""
+    logical, structural = (mean_known([one[kind]["auroc"] for one in detections]) for kind in ANOMALIES)
+    return f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
 
 
 def details(measured: dict[str, dict]) -> list[str]:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, nargs=2, default=[5, 25], help="seconds between two kills, drawn from this range")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overhead", action="store_true", help="compare times instead")
-    parser.add_argument("--jobs", type=int, default=10, help="with --overhead: in one run, an even number up to 10 (default: 10)")
+    parser.add_argument("--jobs", type=int, default=10, choices=range(2, 11, 2), help="with --overhead: in one run (default: 10)")
     parser.add_argument("--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)")
     parser.add_argument("--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)")
     args = parser.parse_args()
@@ -77,11 +77,11 @@ def overhead(folder: Path, args: argparse.Namespace) -> None:
     write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
     kinds: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    categories = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[:args.jobs // 2])
+    chosen = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[:args.jobs // 2])
     for number in range(args.rounds):
         for kind in list(kinds)[::-1 if number % 2 else 1]:
             before = time.perf_counter()
-            start(folder, f"{kind}{number}", args.steps or 6000, *categories, *kinds[kind]).wait()
+            start(folder, f"{kind}{number}", args.steps or 6000, *chosen, *kinds[kind]).wait()
             seconds[kind].append(time.perf_counter() - before)
             print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
         print(f"{len(different(folder / f'sequential{number}', folder / f'ray{number}'))} files differ", flush=True)

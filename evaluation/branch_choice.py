@@ -43,20 +43,23 @@ def aurocs(good: np.ndarray, structural: np.ndarray, logical: np.ndarray, branch
         return (auroc(sums[0], sums[1]) + auroc(sums[0], sums[2])) / 2
 
     sums = [chosen.branches, *([*chosen.branches, branch] for branch in branches if branch not in chosen.branches)]
-    return {"+".join(in_order(some)): of(some) for some in sums}
+    return {_name(some): of(some) for some in sums}
 
 
 def helpful(found: dict[str, float], chosen: FusionSettings) -> list[str]:
     """The branches to fuse, from `aurocs`."""
-    alone = found["+".join(in_order(chosen.branches))]
-    helping = [branch for branch in chosen.offered
-               if found.get("+".join(in_order([*chosen.branches, branch])), -np.inf) >= alone + LEAST_GAIN]
+    enough = found[_name(chosen.branches)] + LEAST_GAIN
+    helping = [branch for branch in chosen.offered if found.get(_name([*chosen.branches, branch]), -np.inf) >= enough]
     return in_order([*chosen.branches, *helping])
 
 
 def in_order(branches: Sequence[str]) -> list[str]:
     """As all tables list them."""
     return [branch for branch in STAGES if branch in branches]
+
+
+def _name(branches: Sequence[str]) -> str:
+    return "+".join(in_order(branches))
 
 
 def write(category: str, workspace: Workspace, chosen: FusionSettings, found: dict[str, float], branches: list[str]) -> None:
@@ -72,9 +75,9 @@ def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) 
         known = files.read_json(path, keys=("branches", "settings", "scores"))
         if known["settings"] == chosen.model_dump() and known["scores"] == _digests(category, workspace, chosen):
             return in_order(known["branches"])
-    return chosen.branches
+    return in_order(chosen.branches)
 
 
 def _digests(category: str, workspace: Workspace, chosen: FusionSettings) -> dict[str, str]:
-    paths = [workspace.scores(category, branch, "val") for branch in (*chosen.branches, *on_offer(category, workspace, chosen))]
+    paths = [workspace.scores(category, branch, "val") for branch in (*chosen.branches, *chosen.offered)]
     return {path.name: records.digest(path) for path in paths if path.exists()}
