@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data import files
 from data.conventions import GOOD, LAYOUTS, LOGICAL, SPLITS, STRUCTURAL, FolderPerDefect, Layout, Loco
-from data.images import SUFFIXES, read_mask
+from data.images import SUFFIXES, displayed_size, read_mask
 from data.listing import Unused, count, entries, unique_names, walk
 from errors import UserError
 
@@ -151,6 +151,11 @@ class Category:
     @cached_property
     def _tests(self) -> dict[str, list[Path]]:
         return self._layout.tests(self.root, self.logical_defects)
+
+    @cached_property
+    def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
+        """See `data.images.displayed_size`; each image is asked once, because a PNG may say how it lies after its pixels."""
+        return cache(displayed_size)
 
     @property
     def defects_config(self) -> Path:

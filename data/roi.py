@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.images import displayed_size, read_mask
+from data.images import read_mask
 from data.layouts import Category
 from errors import UserError
 
@@ -36,7 +36,7 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
         region = _draw(polygons, size * _FINER)
     elif path.exists() or path.is_symlink():
         region = read_mask(path) > 0
-        width, height = displayed_size(category.train[0])
+        width, height = category.displayed_size(category.train[0])
         if region.shape != (height, width):
             raise UserError(f"{path} is {region.shape[1]}x{region.shape[0]}, but the images, like {category.train[0].name}, are "
                             f"{width}x{height}; draw it over one of the images")

@@ -164,7 +164,7 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str,
         for path, small in zip(paths, maps[shown]):
             if _test_folder(category, path) in left_out:
                 continue
-            size = images.displayed_size(path)
+            size = category.displayed_size(path)
             regions = read_regions(category, shown, path, saturations, size) if shown != layouts.GOOD else []
             inspected = None if roi is None else enlarge(roi.astype(np.float32), size) >= 0.5
             sweep.add(enlarge(small, size), regions, inspected)
