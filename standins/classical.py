@@ -95,38 +95,43 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
     Returns:
         (H, W) labels 0..m-1.
     """
-    sizes, colours = _statistics(superpixels, lab)
-    sizes, colours = list(sizes), list(colours)
-    neighbours: list[set[int]] = [set() for _ in sizes]
-    for one, other in _boundaries(superpixels)[0].tolist():
+    found = _statistics(superpixels, lab)
+    count = len(found[0])
+    # With room for what is merged: of n regions, n - 1 at most.
+    sizes, colours = np.zeros(2 * count), np.zeros((2 * count, 3))
+    sizes[:count], colours[:count] = found
+    pairs, _ = _boundaries(superpixels)
+    neighbours: list[set[int]] = [set() for _ in range(count)]
+    for one, other in pairs.tolist():
         neighbours[one].add(other)
         neighbours[other].add(one)
 
-    def difference(one: int, other: int) -> float:
-        harmonic = sizes[one] * sizes[other] / (sizes[one] + sizes[other])
-        apart = colours[one] - colours[other]
-        return float(np.sqrt(apart @ apart * min(1.0, harmonic / FULL_WEIGHT)))
+    def alike_pairs(some: np.ndarray, others: np.ndarray | int) -> list[tuple[float, int, int]]:
+        """(difference, one, other) of those that may be merged."""
+        harmonic = sizes[some] * sizes[others] / (sizes[some] + sizes[others])
+        apart = ((colours[some] - colours[others])**2).sum(1)
+        differences = np.sqrt(apart * np.minimum(1.0, harmonic / FULL_WEIGHT))
+        chosen = differences < alike
+        return list(zip(differences[chosen].tolist(), some[chosen].tolist(), np.broadcast_to(others, some.shape)[chosen].tolist()))
 
-    queue = [(difference(one, other), one, other)
-             for one in range(len(sizes)) for other in neighbours[one] if one < other]
+    queue = alike_pairs(pairs[:, 0], pairs[:, 1])
     heapq.heapify(queue)
-    parent = list(range(len(sizes)))
+    parent = list(range(count))
     while queue:
-        apart, one, other = heapq.heappop(queue)
-        if apart >= alike:
-            break
+        _, one, other = heapq.heappop(queue)
         if parent[one] != one or parent[other] != other:
             continue
         merged = len(parent)
         parent[one] = parent[other] = merged
         parent.append(merged)
-        sizes.append(sizes[one] + sizes[other])
-        colours.append((sizes[one] * colours[one] + sizes[other] * colours[other]) / sizes[merged])
+        sizes[merged] = sizes[one] + sizes[other]
+        colours[merged] = (sizes[one] * colours[one] + sizes[other] * colours[other]) / sizes[merged]
         neighbours.append((neighbours[one] | neighbours[other]) - {one, other})
         for neighbour in neighbours[merged]:
             neighbours[neighbour] -= {one, other}
             neighbours[neighbour].add(merged)
-            heapq.heappush(queue, (difference(neighbour, merged), neighbour, merged))
+        for pair in alike_pairs(np.fromiter(neighbours[merged], int), merged):
+            heapq.heappush(queue, pair)
     for node in range(len(parent) - 1, -1, -1):
         parent[node] = parent[parent[node]]
     return _renumber(np.array(parent)[superpixels])
@@ -249,4 +254,5 @@ def _holes(mask: np.ndarray) -> np.ndarray:
 
 
 def _renumber(labels: np.ndarray) -> np.ndarray:
-    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+    """Labels 0..n-1 in the same order, without gaps."""
+    return (np.cumsum(np.bincount(labels.ravel()) > 0) - 1)[labels]
