@@ -54,7 +54,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, which has neither NaN nor infinity: null stands for them."""
-    write_text(path, json.dumps(_without_nan(content), indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(_without_nan(content), indent=1) + "\n")
 
 
 def _without_nan(content: Any) -> Any:

@@ -90,6 +90,13 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert page.stat().st_size < 20e6
 
 
+def test_branches_stand_in_the_order_of_the_result_file(page):
+    listed = re.findall(r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE)
+    branches = [line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ") for line in listed]
+    assert branches == ["patch histogram", "LGST", "patch histogram + LGST"]
+    assert re.findall(r"<td>((?:patch histogram|LGST)[^<]*)</td>", page.read_text())[:3] == branches
+
+
 def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
     truth = results[1] / "discs <b>/ground_truth/logical_anomalies"
     for image, sizes in (("000", ((128, 128), (64, 32))), ("001", ((128, 128, 3),))):
