@@ -169,6 +169,8 @@ class OnnxEngine(Engine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = asked_threads()
+        # Its threads spin while they wait for work; once it has answered they leave the cores to the process's other models.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers)
         except Exception as problem:  # onnxruntime's own exceptions share no public base
