@@ -108,11 +108,12 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
 
     def alike_pairs(some: np.ndarray, others: np.ndarray | int) -> list[tuple[float, int, int]]:
         """(difference, one, other) of those that may be merged."""
+        others = np.broadcast_to(others, some.shape)
         harmonic = sizes[some] * sizes[others] / (sizes[some] + sizes[others])
         apart = ((colours[some] - colours[others])**2).sum(1)
         differences = np.sqrt(apart * np.minimum(1.0, harmonic / FULL_WEIGHT))
         chosen = differences < alike
-        return list(zip(differences[chosen].tolist(), some[chosen].tolist(), np.broadcast_to(others, some.shape)[chosen].tolist()))
+        return list(zip(*(values[chosen].tolist() for values in (differences, some, others))))
 
     queue = alike_pairs(pairs[:, 0], pairs[:, 1])
     heapq.heapify(queue)
