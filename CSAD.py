@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import files, layouts, records
 from errors import UserError, run_script
@@ -24,6 +23,7 @@ from models.device import autocast, describe_device, memory_format
 from models.lgst import LGST, Differences
 from models.lgst_on_features import FeatureLGST
 from models.lgst_on_features import losses as feature_losses
+from progress import ProgressBar
 from standins.penalty_pictures import PenaltyPictures
 from training.lgst_step import (
     Batches,
@@ -50,17 +50,15 @@ def train_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.lgst
     checkpoint = workspace.lgst(category.name)
     penalties = PenaltyPictures(chosen.penalty_images) if chosen.student == "pixels" else None
-    used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
+    used = {"lgst": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
     record, to_do = begin(job, BRANCHES, used, "LGST is trained")
     if to_do == records.SKIP:
         return
 
     progress = workspace.progress(category.name, "lgst")
-    if job.overwrite:
-        progress.unlink(missing_ok=True)
     if to_do == records.TRAIN:
-        model = (train(job, penalties, progress, used) if penalties else train_on_features(job, progress, used)).eval()
+        model = (train(job, penalties, progress, record) if penalties else train_on_features(job, progress, record)).eval()
     else:
         model = (LGST if penalties else FeatureLGST)(job.backbone.channels, chosen.width, chosen.teacher_channels)
         files.load_checkpoint(model, checkpoint)
@@ -80,11 +78,11 @@ def train_category(job: Job) -> None:
     for split, paths in layouts.test_splits(category).items():
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).cpu().numpy()
     write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()}, maps)
+    progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
     record.finish()
-    progress.unlink(missing_ok=True)
 
 
-def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> LGST:
+def train(job: Job, penalties: PenaltyPictures, progress: Path, record: records.Record) -> LGST:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     chosen, backbone, device = job.settings.lgst, job.backbone, job.device
     train_images = torch.from_numpy(job.view.read_small(job.category.train, f"{job.name}: read training images"))
@@ -94,8 +92,8 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
         model.initialise_for_short_runs()
     model.to(device, memory_format=memory_format(job.precision)).train()
     optimizer = adam(model, chosen, device)
-    loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
-                        model=model, optimizer=optimizer)
+    loop = TrainingLoop(chosen.steps, progress, record.used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
+                        record.superseded() if job.overwrite else None, model=model, optimizer=optimizer)
     batches = Batches(train_images, model, backbone.encoder, device, f"{job.name}: teacher features")
     if loop.done == 0:
         batches.fit_teacher_normalisation()
@@ -113,15 +111,15 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, used: dict) -> L
     return model.to(memory_format=torch.contiguous_format)
 
 
-def train_on_features(job: Job, progress: Path, used: dict) -> FeatureLGST:
+def train_on_features(job: Job, progress: Path, record: records.Record) -> FeatureLGST:
     """The same for short runs: no network but the three small ones runs in a step."""
     chosen, backbone, device = job.settings.lgst, job.backbone, job.device
     torch.manual_seed(job.seed)
     model = FeatureLGST(backbone.channels, chosen.width, chosen.teacher_channels)
     model.to(device, memory_format=memory_format(job.precision)).train()
     optimizer = adam(model, chosen, device)
-    loop = TrainingLoop(chosen.steps, progress, used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
-                        model=model, optimizer=optimizer)
+    loop = TrainingLoop(chosen.steps, progress, record.used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
+                        record.superseded() if job.overwrite else None, model=model, optimizer=optimizer)
     maps = EncodedImages(job.category.train, job.view, backbone.encoder, device, f"{job.name}: encode training images")
     if loop.done == 0:
         maps.fit(model)
@@ -146,7 +144,7 @@ def differences(model: LGST | FeatureLGST, job: Job, paths: Sequence[Path], what
     """Difference maps of images on disk, two (N, 64, 64) tensors on the job's device, as the numbers that normalise them are."""
     batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64, device=job.device),) * 2]
     read = job.view.read_middle if model.on_features else job.view.read_small
-    for first in tqdm(range(0, len(paths), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
+    for first in ProgressBar(range(0, len(paths), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
         batch = torch.from_numpy(read(paths[first:first + SCORING_BATCH])).to(job.device).float()
         maps = job.backbone.encoder(batch)
         batches.append(model.differences(maps) if model.on_features else model.differences(batch, maps))

@@ -8,12 +8,14 @@ saturated per-region overlap) stands on lines of its own. The same numbers per c
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
+import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
 import settings
 from command_line import common_options, select, with_branches, with_seeds
@@ -24,7 +26,7 @@ from data.workspace import STAGES, Workspace
 from errors import UserError, run_script
 from evaluation import localisation, seeds
 from evaluation.branch_choice import fused_branches, in_order
-from evaluation.metrics import auroc, average_precision, f1_max, mean_known
+from evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
 from evaluation.scores import (
     MANY,
     PAPER_BRANCHES,
@@ -32,12 +34,15 @@ from evaluation.scores import (
     by_split,
     digest_scores,
     fused_mean,
+    has_map,
     lowest_first,
     normalised_scores,
     scored_branches,
 )
 from models.fusion import fuse
+from progress import ProgressBar
 
+NO_COMPONENT_MAP = "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
 ANOMALIES = {split.removesuffix("_anomalies"): split for split in (layouts.LOGICAL, layouts.STRUCTURAL)}
 Branches = tuple[str, ...]
@@ -52,7 +57,7 @@ def main() -> None:
         for place in places:
             runs.append({})
             # Copies, which take their lists of files with them when they go.
-            for category in tqdm(map(replace, categories), "measure", len(categories), unit="category", leave=False):
+            for category in ProgressBar(map(replace, categories), "measure", len(categories), unit="category", leave=False):
                 if not category.tested:
                     missing.append(f"{category.name}: nothing to measure, there are no good test images")
                     continue
@@ -76,13 +81,16 @@ def main() -> None:
 
 def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    fused, rule = fused_branches(category.name, workspace, chosen.fusion), chosen.fusion.rule
+    (fused, undecided), rule = fused_branches(category.name, workspace, chosen.fusion), chosen.fusion.rule
+    if undecided:
+        ProgressBar.write(f"{category.name}: {undecided}", file=sys.stderr)
     roi = read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
     sums = {some: fused_by_split(category, scores, some, rule)
             for some in combinations(branches, in_order(chosen.fusion.branches), fused)}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
+            "undecided": undecided,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
             "measured": digest_scores(category, workspace, branches),
             "detection": {"+".join(some): detection(split_scores) for some, split_scores in sums.items()},
@@ -132,13 +140,18 @@ def single_defects(category: layouts.Category, sums: dict[Branches, dict[str, np
 
 def where(category: layouts.Category, workspace: Workspace, branches: Branches, roi: np.ndarray | None) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
-    for branch in branches:
+    drawing = [branch for branch in branches if has_map(category, workspace, branch)]
+    if not drawing:
+        return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
+    for branch in drawing:
         path = workspace.anomaly_maps(category.name, branch)
         if not path.exists():
             why = f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
-    maps = localisation.fused_maps({branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch))
-                                    for branch in branches})
+    by_branch = {branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing}
+    for branch in set(branches) - set(drawing):  # as in the exported model
+        by_branch[branch] = {split: np.zeros_like(values) for split, values in by_branch[drawing[0]].items()}
+    maps = localisation.fused_maps(by_branch)
     found = {}
     for name, split in ANOMALIES.items():
         try:
@@ -147,9 +160,11 @@ def where(category: layouts.Category, workspace: Workspace, branches: Branches, 
             measured = localisation.measure(category, maps, split, roi)
             found[name] = {"spro": {str(limit): area for limit, area in measured.spro.items()},
                            "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max,
-                           "left_out": sorted(localisation.without_masks(category, split))}
+                           "left_out": sorted(localisation.without_masks(category, split)),
+                           "note": NO_COMPONENT_MAP if len(drawing) < len(branches) else ""}
         except UserError as problem:  # image-level figures are worth having without it
-            found[name] = {"missing": str(problem)}
+            # Metrics and report go to other people, whose folders are others.
+            found[name] = {"missing": str(problem).replace(f"{category.root.parent}/", "").replace(f"{workspace.root}/", "")}
     return found
 
 
@@ -175,6 +190,7 @@ def overview(measured: dict[str, dict]) -> list[str]:
     lines += [f"fused: {fused}" + (f" in {', '.join(names)}" if len(by_fused) > 1 else "") for fused, names in by_fused.items()]
     if len(by_fused) > 1:
         lines.append(average("of what is fused", [content["detection"]["+".join(content["fused"])] for content in contents]))
+    lines += [f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]]
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines.append(PUBLISHED)
@@ -187,8 +203,10 @@ def overview(measured: dict[str, dict]) -> list[str]:
 
 def average(title: str, detections: list[dict[str, dict[str, float]]]) -> str:
     """A line with the mean image AUROC over categories."""
-    logical, structural = (mean_known([one[kind]["auroc"] for one in detections]) for kind in ANOMALIES)
-    return f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
+    values = {kind: [one[kind]["auroc"] for one in detections] for kind in ANOMALIES}
+    logical, structural = map(mean_known, values.values())
+    return (f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
+            + counted(values))
 
 
 def details(measured: dict[str, dict]) -> list[str]:
@@ -214,12 +232,20 @@ def details(measured: dict[str, dict]) -> list[str]:
         notes += [f"{name}, {kind}: not measured: {one['missing']}" for kind, one in found.items() if "missing" in one]
         notes += [f"{name}, {kind}: measured without {', '.join(one['left_out'])}, which has no ground-truth masks"
                   for kind, one in found.items() if one.get("left_out")]
-    means = [("average", kind, *np.mean([row[2:] for row in rows if row[1] == kind], axis=0))
+        notes += [f"{name}: {note}" for note in {one["note"]: None for one in found.values() if one.get("note")}]
+    means = [("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
              for kind in ANOMALIES if any(row[1] == kind for row in rows)]
     if means:
-        means.append(("average", "mean", *np.mean([row[2:] for row in means], axis=0)))
+        means.append(("average", "mean", *_mean_columns([row[2:] for row in means])))
+        measured_of = {kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured] for kind in ANOMALIES}
+        if told := counted(measured_of):
+            notes.append(f"averages of the categories that were measured{told}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
+
+
+def _mean_columns(rows: list[tuple[float, ...]]) -> list[float]:
+    return [mean_known(column) for column in zip(*rows)]
 
 
 def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,8 @@ Exit status: 0 nothing to say against it, 4 with warnings, 2 where the stages co
 
 from __future__ import annotations
 
+import threads  # noqa: F401
+
 import io
 import math
 import os

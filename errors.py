@@ -14,12 +14,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from progress import ProgressBar
 
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
 DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
            zipfile.BadZipFile)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
 
 
 class UserError(Exception):
@@ -69,6 +70,7 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: object) -> None:
         nonlocal came
         came = True
+        _note_signal(number)
         restore()
 
     for number in before:
@@ -82,27 +84,53 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
 def run_script(main: Callable[[], None]) -> None:
     """Run a stage script; a mistake ends it with one sentence on stderr and exit status 2.
 
-    Programming errors keep their traceback: they are ours to mend, not the user's.
+    Ctrl-C ends it with status 130 and SIGTERM with 143, as shells number them; what a KeyboardInterrupt says is told. Programming
+    errors keep their traceback: they are ours to mend, not the user's.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
+    _note_signal(signal.SIGINT)
     try:
-        main()
-    except KeyboardInterrupt:
-        _stop("interrupted; everything finished so far is kept, the same command continues from there")
+        with _sigterm_as_interrupt():
+            main()
+    except KeyboardInterrupt as problem:
+        _stop(str(problem) or "interrupted; everything finished so far is kept, the same command continues from there",
+              128 + _last_signal)
     except BrokenPipeError:
         # The reader of our output (head, less) went away. What came after is not done, so this is no success.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # or the interpreter complains once more when it flushes
-        _stop("whoever read the output went away; what is finished is kept, the same command continues from there")
+        _stop("error: whoever read the output went away; what is finished is kept, the same command continues from there")
     except Exception as problem:
         sentence = in_a_sentence(problem)
         if sentence is None:
             raise
-        _stop(sentence)
+        _stop(f"error: {sentence}")
 
 
-def _stop(sentence: str) -> None:
-    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished progress bar would have the sentence on its line
+def _note_signal(number: int) -> None:
+    global _last_signal
+    _last_signal = int(number)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, like Ctrl-C: locks and temporary files are removed, and the user is told what is kept."""
+    def terminate(number: int, frame: object) -> None:
+        _note_signal(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(sentence: str, status: int = 2) -> None:
+    for bar in list(getattr(ProgressBar, "_instances", ())):  # an unfinished progress bar would have the sentence on its line
         bar.close()
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    print(sentence, file=sys.stderr)
+    raise SystemExit(status)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import settings
 from cluster.jobs import Task
@@ -37,6 +36,7 @@ from evaluation import branch_choice, export_tables, seeds
 from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
+from progress import ProgressBar
 from training.logical_synthesis import synthesise
 from training.stage import job_name, run_jobs, view_of
 from training.structural_synthesis import plant
@@ -78,7 +78,8 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     workspace, _, categories, chosen = select(args)
     device = str(choose_device(args.device))
     return {job_name(category, seed): Task(category, seed, partial(
-        export_and_evaluate, category, place, args, chosen[category.name], device))
+        export_and_evaluate, category, place, argparse.Namespace(**vars(args) | ({} if seed is None else {"seed": seed})),
+        chosen[category.name], device))
         for seed, place in workspace.of_seeds(args.seeds).items() for category in categories}
 
 
@@ -133,18 +134,39 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
     view, fusion = view_of(category, chosen), chosen.fusion
-    if offered := branch_choice.on_offer(category.name, workspace, fusion):
-        everything = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, *offered])})
-        found = aurocs_on_planted_defects(TorchEngine(fused_state(category, workspace, everything, view), device), category,
-                                          chosen, args.seed)
-        branches = branch_choice.helpful(found, fusion)
+    if branch_choice.on_offer(category.name, workspace, fusion):
+        everything, found = with_optional_branches(category, workspace, fusion, view), {}
+        if everything.branches != fusion.branches:
+            found = aurocs_on_planted_defects(TorchEngine(fused_state(category, workspace, everything, view), device), category,
+                                              chosen, args.seed)
+        branches = branch_choice.helpful(found, fusion) if found else branch_choice.in_order(fusion.branches)
         branch_choice.write(category.name, workspace, fusion, found, branches)
         fusion = fusion.model_copy(update={"branches": branches})
-        print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
-              + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
+        if found:
+            print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
+                  + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
     state = fused_state(category, workspace, fusion, view, args.precision)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
+
+
+def with_optional_branches(category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
+                           ) -> settings.FusionSettings:
+    """The settings with every optional branch whose files fit to those of the settings' branches; says which do not.
+
+    Raises:
+        UserError: the settings' own branches do not fit together, or cannot be read.
+    """
+    fused_state(category, workspace, fusion, view)
+    for branch in branch_choice.on_offer(category.name, workspace, fusion):
+        more = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, branch])})
+        try:
+            fused_state(category, workspace, more, view)
+        except UserError as problem:
+            print(f"{category.name}: {branch} is left out: {problem}")
+        else:
+            fusion = more
+    return fusion
 
 
 def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen: settings.Settings, seed: int
@@ -153,7 +175,7 @@ def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen
     paths = category.validation[::math.ceil(len(category.validation) / branch_choice.PLANTED)]
     rng = np.random.default_rng(seed)
     good, structural, logical = [], [], []
-    for index, path in enumerate(tqdm(paths, desc=f"{category.name}: plant defects", unit="image", leave=False)):
+    for index, path in enumerate(ProgressBar(paths, desc=f"{category.name}: plant defects", unit="image", leave=False)):
         image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
         found = engine.predict(image)
         good.append(found.branch_scores)
@@ -219,7 +241,7 @@ def judged(known: dict[str, Any], engine: Engine, category: layouts.Category) ->
     """
     paths = category.validation
     scores = [engine.score(images.read_views([path], engine.size, "", known.get("white_level")))
-              for path in tqdm(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
+              for path in ProgressBar(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
     return thresholds.with_validation_scores(known, np.concatenate(scores), category.name)
 
 
@@ -275,7 +297,7 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
     """
     rows, seconds, preparing = [], [], []
     scores: dict[str, list[float]] = {split: [] for split in layouts.SPLITS}
-    for split, path in tqdm(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
+    for split, path in ProgressBar(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
         start = time.perf_counter()
         image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
         between = time.perf_counter()

@@ -1,5 +1,7 @@
 """Render the built-in data set: five categories with logical rules, in MVTec LOCO AD's own layouts."""
 
+import threads  # noqa: F401
+
 import argparse
 import os
 from dataclasses import fields

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
+from progress import ProgressBar
 from training.stage import Job, begin, on_cpu, run_stage, write_scores
 
 BATCH = 4
@@ -36,7 +36,7 @@ def main() -> None:
 def fit_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.memory
     checkpoint = workspace.memory(category.name)
-    used = {"settings": chosen.model_dump(exclude={"tiles"}), "images": job.view.record,
+    used = {"memory": chosen.model_dump(exclude={"tiles"}), "images": job.view.record,
             **records.inputs(category.train, job.seed, job.backbone)}
     record, to_do = begin(job, ["memory"], used, "the patch memory is fitted")
     if to_do == records.SKIP:
@@ -98,7 +98,7 @@ def fit(job: Job) -> PatchMemory:
     memory.std.copy_(std.view(1, -1, 1, 1))
     candidates = candidates.flatten(0, 1).sub_(mean.float()).div_(std.float())
     owners = torch.arange(len(paths)).repeat_interleave(each)
-    with tqdm(total=chosen.rows, desc=f"{job.name}: choose patches", unit="patch", leave=False) as bar:
+    with ProgressBar(total=chosen.rows, desc=f"{job.name}: choose patches", unit="patch", leave=False) as bar:
         rows = greedy_k_centre(candidates, chosen.rows, generator, bar.update)
     memory.rows.copy_(candidates[rows])
     memory.to(job.device)
@@ -125,7 +125,7 @@ def empty_memory(job: Job) -> PatchMemory:
 def read(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:
     """Images on disk as (B, 3, S, S) RGB in 0..255, batch by batch; large ones, seen in tiles, one by one."""
     batch = batch if job.view.tiles == 1 else 1
-    for first in tqdm(range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False):
+    for first in ProgressBar(range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False):
         views = torch.from_numpy(job.view.read(paths[first:first + batch]))
         yield views.to(job.device).float()
 

@@ -114,8 +114,8 @@ def main() -> None:
                     break
         except KeyboardInterrupt:
             if not args.watch:
-                raise UserError(f"interrupted; what is scored so far is in {output.table}, and the same command starts anew "
-                                "and replaces it") from None
+                raise KeyboardInterrupt(f"interrupted; what is scored so far is in {output.table}, and the same command starts "
+                                        "anew and replaces it") from None
     end(output.counts, {"they are no images": found.left_out}, output.table)
 
 
@@ -186,7 +186,7 @@ class Output:
         self.counts = dict.fromkeys(VERDICTS, 0)
 
     def __enter__(self) -> Output:
-        self.lock = only_writer(self.folder).lock
+        self.lock = only_writer(self.folder)
         log = self.table.with_suffix(".jsonl")
         if self.go_on and log.exists():
             self._read_log(log)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import settings
 from cluster.jobs import Task
@@ -33,7 +32,8 @@ from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import Backbone
-from models.device import choose_device
+from models.device import choose_training_device
+from progress import ProgressBar
 from pseudo_labels import checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
@@ -60,10 +60,10 @@ def main() -> None:
 def jobs(args: argparse.Namespace) -> dict[str, Task]:
     """The categories by name; on a Ray cluster every one in parts, as each image's components can be found by themselves."""
     workspace, _, categories, chosen = select(args)
-    device = choose_device(args.device)
+    device = choose_training_device(args.device)
     # Only cnn_image costs time; its network is left out where nobody asked for it.
     with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
-    backbone = agreed_backbone(args, workspace, with_deepest).to(device)
+    backbone = agreed_backbone(args, workspace, device, with_deepest)
     tasks = {}
     for category in categories:
         labelling = Labelling(category, workspace, chosen[category.name], backbone, device, args)
@@ -106,12 +106,15 @@ class Labelling:
         for warning in quick_check(category):
             print(f"{category.name}: {warning}")
         proposer = self.proposer = self.choose_proposer()
-        used = {"settings": self.chosen.model_dump(), "images": self.view.record, "proposer": proposer.name,
+        used = {"pseudo_labels": self.chosen.model_dump(), "images": self.view.record, "proposer": proposer.name,
                 "checkpoints": proposer.checkpoints, **records.inputs(
                     self.paths, self.args.seed, self.backbone,
                     [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
         record = self.record(used)
+        superseded = record.superseded() if overwrite else None
         changes = records.difference(self.used(), records.as_json(used)) if self.begun.exists() else []
+        if overwrite and self.begun.exists() and files.read_json(self.begun)["overwrites"] != superseded:
+            changes.append("begun by another run")
         if changes or not self.begun.exists() or record.path.exists():
             refuse_unknown_files(record, [self.finished.image(folder.name) for folder in self.folders], overwrite)
             if record.begin(overwrite) == records.SKIP:
@@ -123,7 +126,7 @@ class Labelling:
                                 "--overwrite starts over, another --workspace keeps both")
             shutil.rmtree(self.labels.root)
         proposer.load()  # a bad checkpoint leaves everything as it was
-        files.write_json(self.begun, used)
+        files.write_json(self.begun, {"used": used, "overwrites": superseded})
         return True
 
     def choose_proposer(self, **changes: str) -> Proposer:
@@ -131,7 +134,7 @@ class Labelling:
                                self.args.download)
 
     def used(self) -> dict:
-        return files.read_json(self.begun, keys=("settings",))
+        return files.read_json(self.begun, keys=("used", "overwrites"))["used"]
 
     def record(self, used: dict) -> records.Record:
         outputs = [self.finished.image(folder.name) / "filtered_cluster_map.png" for folder in self.folders]
@@ -144,7 +147,7 @@ class Labelling:
         embedding = components.CropEmbedding(self.backbone.deepest, chosen.rotations).to(self.device) if (
             "cnn_image" in chosen.features) else None
         at_once = 1 if self.device.type == "cpu" else IMAGES_AT_ONCE
-        with tqdm(total=len(paths), desc=f"{self.category.name}: find components", unit="image") as bar:
+        with ProgressBar(total=len(paths), desc=f"{self.category.name}: find components", unit="image") as bar:
             # Always the same images together, so that a resumed run repeats the very same numbers.
             for first in range(0, len(paths), at_once):
                 group = slice(first, first + at_once)
@@ -174,7 +177,7 @@ class Labelling:
             raise UserError(f"{name}: clustering the {len(image_of)} components left no label (bandwidth "
                             f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
 
-        for index, folder in enumerate(tqdm(folders, desc=f"{name}: write label maps", unit="image")):
+        for index, folder in enumerate(ProgressBar(folders, desc=f"{name}: write label maps", unit="image")):
             own = image_of == index
             save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
             save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import settings
 from command_line import common_options, select, with_branches, with_seeds
@@ -31,6 +30,7 @@ from evaluation.localisation import read_maps, scaled_maps
 from evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
+from progress import ProgressBar
 from report import figures, page
 
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
@@ -61,7 +61,7 @@ def main() -> None:
             if len(done) > MANY:
                 metrics = {one["category"]: one for one in lowest_first(metrics.values())}
             in_full: dict[str, Any] = dict.fromkeys(list(metrics)[:MANY])
-            for category in tqdm(map(replace, done), "check scores", len(done), unit="category", leave=False):
+            for category in ProgressBar(map(replace, done), "check scores", len(done), unit="category", leave=False):
                 measured = Measured(category, place, chosen[category.name], metrics[category.name])
                 if category.name in in_full:
                     in_full[category.name] = measured
@@ -122,7 +122,7 @@ def write_page(dataset: str, measured: list[Measured], metrics: list[dict[str, A
     summaries = [summary(one, models) for one in measured]
     shown = [tested for one in measured for tested in test_images(one)]
     side, shown, left_out = choose_side(shown)
-    cards = [card(tested, side) for tested in tqdm(shown, desc="draw test images", unit="image")]
+    cards = [card(tested, side) for tested in ProgressBar(shown, desc="draw test images", unit="image")]
     content = page.render(
         dataset=dataset, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
         cards=sorted(cards, key=lambda one: -one["score"]), side=side,
@@ -258,7 +258,19 @@ def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, di
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
     noted |= {stage: workspace.record(category.name, branch) for branch, stage in STAGES.items()}
-    return {stage: records.read_record(path)["used"] for stage, path in noted.items() if path.exists()}
+    return {stage: listed(records.read_record(path)["used"]) for stage, path in noted.items() if path.exists()}
+
+
+def listed(used: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested provenance as one list, "lgst.steps" for example; of absolute paths, which mean nothing elsewhere, the last part."""
+    flat: dict[str, Any] = {}
+    for key, value in used.items():
+        if isinstance(value, dict):
+            flat |= listed(value, f"{prefix}{key}.")
+        else:
+            absolute = isinstance(value, str) and Path(value).is_absolute()
+            flat[f"{prefix}{key}"] = Path(value).name if absolute else value
+    return flat
 
 
 if __name__ == "__main__":

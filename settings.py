@@ -187,13 +187,18 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
             layer["fusion"].setdefault("offered", [])
         merged = _merge(merged, layer)
     try:
-        return Settings(**merged)
+        settings = Settings(**merged)
     except ValidationError as problem:
         first = problem.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2])  # what follows names a branch of a union
         if first["type"] == "extra_forbidden":
             raise UserError(f"there is no setting {name}; settings.py lists them all") from problem
         raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
+    segmentor = settings.segmentor
+    if segmentor.unsupervised_from_epoch >= segmentor.epochs:
+        raise UserError(f"setting segmentor.unsupervised_from_epoch: {segmentor.unsupervised_from_epoch} is after the last epoch "
+                        f"(segmentor.epochs: {segmentor.epochs}, numbered from 0)")
+    return settings
 
 
 def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:

@@ -6,8 +6,8 @@ should hold the usual amount of each component, and leave no doubt). How far the
 image and in its four quarters, lies from those of the training images is the patch-histogram score.
 
 Writes ckpt/segmentor_{category}_256.pth, the label maps of the test images (datasets/masks/{category}/test_seg_output),
-the scores of validation and test images (anomaly_score/{category}_patchhist_*), and maps of where components are too many or
-missing ({category}_patchhist_maps.npz). Interrupted, it resumes.
+the scores of validation and test images (anomaly_score/{category}_patchhist_*), and, with --segmentor.evidence, maps of where
+components are too many or missing ({category}_patchhist_maps.npz). Interrupted, it resumes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ from __future__ import annotations
 import threads  # noqa: F401
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import files, layouts, records
+from data.workspace import Workspace
 from errors import UserError, run_script
 from models.device import describe_device, memory_format
 from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
 from models.segmentor import Segmentor
+from progress import ProgressBar
 from training.loop import TrainingLoop
-from training.pseudo_label_files import read_stage_1, require_own_pseudo_labels, stand_ins_of_stage_1, training_data
+from training.pseudo_label_files import (
+    digest_of_label_maps,
+    read_stage_1,
+    require_own_pseudo_labels,
+    stand_ins_of_stage_1,
+    training_data,
+)
 from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
 from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
 
@@ -46,11 +53,14 @@ def train_category(job: Job) -> None:
     checkpoint, parameter_file = workspace.segmentor(category.name), workspace.patch_histogram_parameters(category.name)
     trusted, classes = read_stage_1(category, workspace)
     labels = workspace.pseudo_labels(category.name)
-    used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
-            "pseudo_labels": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
+    used = {"segmentor": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
+            "component_histogram": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
+            "label_maps": digest_of_label_maps(category, workspace, trusted),
             **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
+    # Without evidence the exported model has no component map either, and what it does not have is not measured.
     record, to_do = begin(job, ["patchhist"], used, "segmentor is trained",
-                          [parameter_file, workspace.evidence_parameters(category.name)])
+                          [parameter_file, *([workspace.evidence_parameters(category.name)] if chosen.evidence else [])],
+                          with_maps=chosen.evidence)
     if to_do == records.SKIP:
         return
 
@@ -59,7 +69,7 @@ def train_category(job: Job) -> None:
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
         data = training_data(category, workspace, train_images, trusted, classes)
-        segmentor = train(job, data, classes, progress, used).eval()
+        segmentor = train(job, data, classes, progress, record).eval()
         state = on_cpu(segmentor)
         if not all(values.isfinite().all() for values in state.values()):
             progress.unlink(missing_ok=True)  # nothing to go on from
@@ -73,28 +83,30 @@ def train_category(job: Job) -> None:
         files.load_checkpoint(segmentor, checkpoint)
         segmentor.to(job.device).eval()
 
-    train_maps = label_maps(segmentor, job, train_images, "segment training images")
-    validation_maps = label_maps(segmentor, job, category.validation, "segment validation images")
+    train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
+    validation_maps = torch.cat([train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")])
     parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
     files.write_arrays(parameter_file, **parameters)
     detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
-    evidence = HistogramEvidence(classes)
-    evidence_parameters = fit_evidence(train_maps, validation_maps, classes)
-    evidence.load_parameters(evidence_parameters)
-    files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
+    evidence = None
+    if chosen.evidence:
+        evidence, evidence_parameters = HistogramEvidence(classes), fit_evidence(train_maps, validation_maps, classes)
+        evidence.load_parameters(evidence_parameters)
+        files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
     scores, drawn = {}, {}
-    scores["val"], drawn["val"] = score(detector, evidence, validation_maps, chosen.evidence)
+    scores["val"], drawn["val"] = score(detector, evidence, validation_maps.split(SCORING_BATCH))
     for split, paths in layouts.test_splits(category).items():
         maps = label_maps(segmentor, job, paths, f"segment test images, {split}")
-        for path, label_map in zip(paths, maps):
-            files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
-        scores[split], drawn[split] = score(detector, evidence, maps, chosen.evidence)
-    write_scores(category, workspace, ["patchhist"], scores, drawn)
+        scores[split], drawn[split] = score(detector, evidence, written(maps, category, workspace, split))
+    if evidence is None:  # those of an earlier run with evidence would be taken for this one's
+        for path in (workspace.evidence_parameters(category.name), workspace.anomaly_maps(category.name, "patchhist")):
+            path.unlink(missing_ok=True)
+    write_scores(category, workspace, ["patchhist"], scores, drawn if evidence else {})
+    progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
     record.finish()
-    progress.unlink(missing_ok=True)
 
 
-def train(job: Job, data: TrainingData, classes: int, progress: Path, used: dict) -> Segmentor:
+def train(job: Job, data: TrainingData, classes: int, progress: Path, record: records.Record) -> Segmentor:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     chosen, backbone, device = job.settings.segmentor, job.backbone, job.device
     torch.manual_seed(job.seed)
@@ -103,10 +115,8 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, used: dict
     optimizer = adam(segmentor, chosen, device)
     steps_per_epoch = math.ceil(len(data.trusted) / chosen.batch_size)
     steps = chosen.epochs * steps_per_epoch
-    if job.overwrite:
-        progress.unlink(missing_ok=True)
-    loop = TrainingLoop(steps, progress, used, f"{job.name}: train segmentor", f"--segmentor.lr (it was {chosen.lr})",
-                        segmentor=segmentor, optimizer=optimizer)
+    loop = TrainingLoop(steps, progress, record.used, f"{job.name}: train segmentor", f"--segmentor.lr (it was {chosen.lr})",
+                        record.superseded() if job.overwrite else None, segmentor=segmentor, optimizer=optimizer)
     batches = Batches(data, backbone.encoder, device, job.precision, f"{job.name}: encode")
 
     def draw(step: int) -> Sample:
@@ -124,22 +134,38 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, used: dict
 
 
 @torch.no_grad()
-def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str) -> Tensor:
-    """Label maps (N, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk."""
-    if not isinstance(pictures, Tensor):
-        pictures = torch.from_numpy(job.view.read_small(pictures, f"{job.name}: {what}"))
-    maps = torch.zeros(len(pictures), *pictures.shape[2:], dtype=torch.uint8)
-    for first in tqdm(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        batch = pictures[first:first + SCORING_BATCH].to(job.device).float()
-        maps[first:first + SCORING_BATCH] = segmentor(job.backbone.encoder(batch)).argmax(1).byte().cpu()
-    return maps
+def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str) -> Iterator[Tensor]:
+    """Label maps (B, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk, batch by batch."""
+    for first in ProgressBar(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
+        batch = pictures[first:first + SCORING_BATCH]
+        if not isinstance(batch, Tensor):
+            batch = torch.from_numpy(job.view.read_small(batch))
+        yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
 
 
-def score(detector: PatchHistogramDetector, evidence: HistogramEvidence, maps: Tensor, with_evidence: bool
+def written(batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str) -> Iterator[Tensor]:
+    """The same label maps of a split's test images, each written on its way."""
+    paths = iter(category.test(split))
+    for maps in batches:
+        for label_map, path in zip(maps, paths):
+            files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
+        yield maps
+
+
+def score(detector: PatchHistogramDetector, evidence: HistogramEvidence | None, batches: Iterable[Tensor]
           ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (N,), those of the evidence among them if so asked, and evidence (N, 64, 64) of label maps (N, 256, 256)."""
-    drawn = torch.cat([torch.zeros(0, 64, 64), *(evidence(few) for few in maps.split(SCORING_BATCH))])
-    return (detector(maps) + (evidence.score(drawn) if with_evidence else 0)).numpy(), drawn.numpy()
+    """Scores (N,), those of the evidence among them if there is one, and evidence (N, 64, 64), else (0, 64, 64).
+
+    Args:
+        batches: label maps (B, 256, 256) uint8; none is kept, so that memory does not grow with their number.
+    """
+    scores, drawn = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 64, 64)]
+    for maps in batches:
+        scores.append(detector(maps))
+        if evidence is not None:
+            drawn.append(evidence(maps))
+            scores[-1] = scores[-1] + evidence.score(drawn[-1])
+    return torch.cat(scores).numpy(), torch.cat(drawn).numpy()
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.many_categories import run
 from data import images
 from data.files import place
 from errors import run_script
+from progress import ProgressBar
 from standins.rendered.writer import Settings, write_dataset
 
 RENDERED = 8
@@ -36,7 +36,7 @@ def main() -> None:
 def write_shifted(rendered: list[Path], folder: Path, count: int) -> None:
     """Pictures of ``folder``/photos, each a rendered one moved round by another distance, which is quicker than rendering it."""
     sources, rng = [images.read_rgb(path) for path in rendered], np.random.default_rng(0)
-    for index in tqdm(range(count), desc="write pictures", unit="image", leave=False):
+    for index in ProgressBar(range(count), desc="write pictures", unit="image", leave=False):
         source = sources[index % len(sources)]
         target, distance = folder / "photos" / "train" / "good" / f"{index:05d}.png", rng.integers(len(source), size=2)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from benchmarks.processes import resident
-from data import files
+from data import files, records
 from data.files import place
 from deploy.engines import METADATA_KEY, require_package
 from errors import UserError, run_script
 from models.prediction import Prediction
+from progress import ProgressBar
 
 SIDE = 64  # pixels of each picture
 STORE_BYTES = 80 * 2**20  # Ray's object store of each node
@@ -87,7 +87,7 @@ def main() -> None:
 def write_pictures(folder: Path, count: int) -> None:
     """Small JPEGs of noise, a thousand in each subfolder, where they are not there already."""
     rng = np.random.default_rng(0)
-    for index in tqdm(range(count), desc="pictures", leave=False):
+    for index in ProgressBar(range(count), desc="pictures", leave=False):
         path = folder / f"{index // 1000:04d}/{index:07d}.jpg"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,8 @@ def tiny_model(**known: object) -> bytes:
     graph = onnx.helper.make_graph(nodes, "tiny", [images], outputs,
                                    [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    metadata = {"with_map": True, "raw_input": True, "validation_scores": list(range(101)), **known}
+    metadata = {"format_version": records.FORMAT_VERSION, "with_map": True, "raw_input": True,
+                "validation_scores": list(range(101)), **known}
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     return model.SerializeToString()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
+
+from data.locks import FileLock
 
 Prepare = Callable[[Path], Any]
 
@@ -133,9 +134,7 @@ def hold(name: str) -> Callable[[], None]:
     """Another run holds a lock."""
     def inside() -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(name)
-        lock.acquire(timeout=0)
-        _held.append(lock)
+        _held.append(FileLock(Path(name)).acquire())
     return inside
 
 

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 from tabulate import tabulate
-from tqdm import tqdm
 
 from benchmarks.processes import Usage, measured
 from data import files
 from data.files import place
 from errors import run_script
+from progress import ProgressBar
 from standins.rendered.writer import Settings, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def multiply(trained: Path, many: Path, number: int) -> None:
     """The trained category under ``number`` names; starts over where there is something already."""
     shutil.rmtree(many, ignore_errors=True)
     found = [path for path in sorted(trained.rglob("*")) if path.is_file() and CATEGORY in str(path.relative_to(trained))]
-    for index in tqdm(range(number), desc="multiply", unit="category", leave=False):
+    for index in ProgressBar(range(number), desc="multiply", unit="category", leave=False):
         for path in found:
             target = many / str(path.relative_to(trained)).replace(CATEGORY, f"category_{index:04d}")
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import files, images
 from data.workspace import Workspace
@@ -39,6 +38,7 @@ from models.fused import FusedModel, attach_metadata, from_state, metadata, publ
 from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor
+from progress import ProgressBar
 
 FORMAT_OF = {"torch": "torch", "onnxruntime": "onnx", "openvino": "openvino"}
 PUBLISHED_GRAPH, OURS = "published", "ours"
@@ -182,7 +182,7 @@ def measure(variants: list[Variant], batches: list[int], turns: int, side: int) 
     rng = np.random.default_rng(1)
     for size in batches:
         batch = rng.integers(0, 256, (size, 3, side, side), dtype=np.uint8)
-        for turn in tqdm(range(turns + 1), desc=f"batch {size}", unit="turn"):
+        for turn in ProgressBar(range(turns + 1), desc=f"batch {size}", unit="turn"):
             for variant in variants:
                 start = time.perf_counter()
                 variant.run(batch)

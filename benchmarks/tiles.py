@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tabulate import tabulate
-from tqdm import tqdm
 
 from benchmarks.processes import measured
 from data import files
@@ -24,6 +23,7 @@ from data.layouts import GOOD, STRUCTURAL, Dataset
 from data.workspace import Workspace
 from errors import run_script
 from evaluation.metrics import auroc
+from progress import ProgressBar
 from standins.rendered.writer import Settings, write_dataset
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
@@ -56,7 +56,7 @@ def main() -> None:
 
 def plant(test: Path, count: int) -> None:
     """Turn the last ``count`` good pictures into structural anomalies."""
-    for path in tqdm(sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False):
+    for path in ProgressBar(sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False):
         target = test / STRUCTURAL / path.name
         target.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng(int(path.stem))

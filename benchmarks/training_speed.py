@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import settings
 from command_line import common_options, overrides
@@ -36,6 +35,7 @@ from models.device import choose_device, choose_precision, memory_format
 from models.lgst import LGST
 from models.lgst import losses as plain_losses
 from models.segmentor import Segmentor
+from progress import ProgressBar
 from standins.penalty_pictures import PenaltyPictures
 from training import lgst_step, segmentor_step
 
@@ -75,7 +75,7 @@ def main() -> None:
         multiply_adds[name] = counter.get_total_flops() / 2
     seconds, processor_seconds = ({name: [] for name in variants} for _ in range(2))
     memory = dict.fromkeys(variants, float("nan"))
-    for _ in tqdm(range(args.timed_steps), desc="time", unit="round"):
+    for _ in ProgressBar(range(args.timed_steps), desc="time", unit="round"):
         for name, step in variants.items():
             before = start_memory(device)
             start, processor_start = time.perf_counter(), time.process_time()

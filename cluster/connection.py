@@ -96,7 +96,7 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
 
 def _clear(folder: Path) -> None:
     for path in folder.glob("*"):
-        if path.suffix != ".lock":  # which a job on a lost node may still hold
+        if ".lock" not in path.suffixes:  # which a job on a lost node may still hold
             path.unlink(missing_ok=True)
     with suppress(OSError):  # there are locks in it, or it is not there
         folder.rmdir()

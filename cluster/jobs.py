@@ -18,16 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-from tqdm import tqdm
-
 from cluster.connection import Driver, connected, environment, most, node_resources
 from data import layouts
+from data.locks import STALE_SECONDS, FileLock, LockHeld
 from data.workspace import Workspace
 from errors import UserError, disk_is_full, in_a_sentence, interrupts_wait
+from progress import ProgressBar
 
 RETRIES = 20  # of a job whose node or worker died
-TAKE_OVER_SECONDS = 120  # for which a job waits until its predecessor, whose driver or node was lost, has ended
+TAKE_OVER_SECONDS = STALE_SECONDS + 60  # for which a job waits until its predecessor, whose driver or node was lost, has ended
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
@@ -142,10 +141,10 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
             driver.enter()
             place = place_of(driver.folder, name)
             try:
-                lock = FileLock(place.with_suffix(".lock")).acquire(timeout=TAKE_OVER_SECONDS)
-            except Timeout as problem:
-                raise UserError("an earlier attempt is still at work on a node that was lost; end it, and run the same command "
-                                "again") from problem
+                lock = FileLock(place.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
+            except LockHeld as problem:
+                raise UserError(f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
+                                "the same command again") from problem
             with lock:
                 tell_progress_in(place.with_suffix(".bar"))
                 return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
@@ -171,13 +170,13 @@ def tell_progress_in(path: Path) -> None:
     """From now on this process's progress bars are lines in a file, which the driver reads, written once a second."""
     last = 0.0
 
-    def display(bar: tqdm, msg: str | None = None, pos: int | None = None) -> None:
+    def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
         nonlocal last
         if time.monotonic() - last > 1:
             last = time.monotonic()
             path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
 
-    tqdm.display = display
+    ProgressBar.display = display
 
 
 class Bars:
@@ -185,8 +184,8 @@ class Bars:
 
     def __init__(self, folder: Path, total: int):
         self.folder = folder
-        self.all = tqdm(total=total, desc="jobs", unit="job")
-        self.lines = [tqdm(bar_format="{desc}", position=index + 1, leave=False) for index in range(
+        self.all = ProgressBar(total=total, desc="jobs", unit="job")
+        self.lines = [ProgressBar(bar_format="{desc}", position=index + 1, leave=False) for index in range(
             min(SHOWN, total) if sys.stderr.isatty() else 0)]
 
     def __enter__(self) -> Bars:
@@ -198,7 +197,7 @@ class Bars:
 
     def finished(self, said: str) -> None:
         if said:
-            tqdm.write(said, end="")
+            ProgressBar.write(said, end="")
         self.all.update()
 
     def show(self, names: Iterable[str]) -> None:

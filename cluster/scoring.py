@@ -19,8 +19,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from cluster.connection import Driver, connected, environment, most, node_resources
 from cluster.shards import Shard, Shards, shards_of
 from cluster.sources import Sources, is_passing, source_of
@@ -29,6 +27,7 @@ from deploy.engines import Engine, device_name, open_model
 from deploy.folders import only_writer
 from deploy.inspection import VERDICTS, Picture, as_line, read_picture, state_of, verdicts_on
 from errors import UserError, in_a_sentence
+from progress import ProgressBar
 
 WORKER_CPUS = 4  # of each engine, where a node has as many
 TRIES = 4  # of a shard whose worker died; a picture that kills one would kill all others, too
@@ -60,7 +59,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
     counts: Counter = Counter(dict.fromkeys(VERDICTS, 0))
-    with only_writer(args.output), tqdm(total=len(sources.images), unit="image", smoothing=0) as bar:
+    with only_writer(args.output), ProgressBar(total=len(sources.images), unit="image", smoothing=0) as bar:
         written = Shards(args.output / "parts", args.format or "jsonl")
         written.keep_only(shards)
         summary = args.output / "summary.json"

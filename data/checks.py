@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 import settings
 from data import files, images, layouts
 from data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from data.roi import read_roi
 from errors import UserError
+from progress import ProgressBar
 
 CONFIDENCE = 0.95
 NAMED = 5  # files named in one message; the others are counted
@@ -59,7 +58,7 @@ def check(category: layouts.Category, chosen: settings.Settings,
     validation = set(findings.attempt(lambda: category.validation) or [])
     todo = [(folder, path, split_of(folder, path in validation)) for folder, paths in listed.items() for path in paths]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(lambda one: examine(one[1], one[2], chosen.images.white_level), todo), total=len(todo),
+        found = list(ProgressBar(pool.map(lambda one: examine(one[1], one[2], chosen.images.white_level), todo), total=len(todo),
                           unit="image", desc=f"{category.name}: read images", leave=False))
         pictures = {folder: [] for folder in listed}
         for (folder, _, _), picture in zip(todo, found):

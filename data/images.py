@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
-from tqdm import tqdm
 
 from errors import UserError
+from progress import ProgressBar
 
 SIZE = 256  # side that every network of the paper sees; file names carry the number
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -70,7 +70,7 @@ class View:
             size: of the means over blocks, for a smaller view; the large ones are then not held together.
         """
         views = np.empty((len(paths), 3, size or self.size, size or self.size), np.uint8)
-        for index, path in enumerate(tqdm(paths, desc=description, unit="image", leave=False, disable=not description)):
+        for index, path in enumerate(ProgressBar(paths, desc=description, unit="image", leave=False, disable=not description)):
             view = np.ascontiguousarray(read_rgb(path, self.size, self.white_level).transpose(2, 0, 1))
             if self.roi is not None:
                 view[:, ~self.roi] = OUTSIDE
@@ -89,8 +89,7 @@ class View:
     def record(self) -> dict[str, object]:
         """What records and models say of it."""
         roi = None if self.roi is None else hashlib.sha256(self.roi.tobytes()).hexdigest()[:16]
-        return {"size": self.size, "white_level": self.white_level, "roi": roi} | (
-            {"tiles": self.tiles} if self.tiles > 1 else {})
+        return {"size": self.size, "white_level": self.white_level, "roi": roi, "tiles": self.tiles}
 
 
 def read_rgb(path: str | Path | BinaryIO, size: int | None = None, white_level: float | None = None) -> np.ndarray:
@@ -324,7 +323,7 @@ def _brightest(channels: np.ndarray) -> np.ndarray:
 def _say_transparent(path: str | Path) -> None:
     if "transparent" not in _said:
         _said.add("transparent")
-        tqdm.write(f"transparent pixels are seen as white ({path} is the first picture that has some)", file=sys.stderr)
+        ProgressBar.write(f"transparent pixels are seen as white ({path} is the first picture that has some)", file=sys.stderr)
 
 
 def _make_palette() -> np.ndarray:

@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from data import files
 from errors import UserError
 
+# Of everything that one run writes and another reads: provenance, checkpoints, progress, and exported models. Raise it with every
+# change after which older files would mean something else, also where only what is computed changes.
+FORMAT_VERSION = 1
 SKIP, SCORE, TRAIN = "skip", "score", "train"
 
 
@@ -69,6 +72,13 @@ class Record:
             self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
         return TRAIN if made is None else SCORE
 
+    def superseded(self) -> str:
+        """Digest of the record that a run with ``--overwrite`` is about to replace; "nothing" if there is none.
+
+        It tells that run's progress from any other's: the record is replaced when the run is complete, and not before.
+        """
+        return digest(self.path) if self.path.exists() else "nothing"
+
     def finish(self) -> None:
         """Write the record; every output has to be there."""
         files.write_json(self.path, {"used": self.used, "scored": self.scored, "outputs": self._digests()})
@@ -101,9 +111,23 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record, with "used", "scored" and "outputs".
 
     Raises:
-        UserError: it is missing, or none.
+        UserError: it is missing, or none, or of another version.
     """
-    return files.read_json(path, keys=("used", "scored", "outputs"))
+    record = files.read_json(path, keys=("used", "scored", "outputs"))
+    require_version(record["used"], str(path), "run its stage again with --overwrite")
+    return record
+
+
+def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
+    """Refuse what another version of this code wrote.
+
+    Raises:
+        UserError: the versions differ.
+    """
+    version = provenance.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{name} was written by another version of this code (format {version}, expected {FORMAT_VERSION}); "
+                        f"{advice}")
 
 
 def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
@@ -114,7 +138,8 @@ def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iter
         stand_ins: what other than the backbone stood in for the real thing.
     """
     own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
-    return {"seed": seed, "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
+    return {"format_version": FORMAT_VERSION, "seed": seed,
+            "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
             "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
 
 
@@ -178,8 +203,12 @@ def digest(path: Path) -> str:
 
 def digest_images(paths: Sequence[Path]) -> str:
     """A digest of an image list by names and contents: changes when an image comes, goes, or is replaced."""
-    listing = "\n".join(f"{path.name} {digest(path)}" for path in paths)
-    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
+    return digest_lines(f"{path.name} {digest(path)}" for path in paths)
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """As `digest`, of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
 
 
 def _name(path: Path) -> str:

@@ -7,8 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from data.locks import FileLock, LockHeld
 from errors import UserError
 
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
@@ -125,11 +124,11 @@ class Workspace:
         """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
         return self.root / "anomaly_score" / f"{category}_{branch}_maps.npz"
 
-    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool) -> list[Path]:
+    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool, with_maps: bool = True) -> list[Path]:
         """All files with a branch's scores, under each of its names, and its maps; without test images, the validation scores."""
         parts = SCORE_PARTS if tested else ("val",)
         return [*(self.scores(category, branch, part) for branch in branches for part in parts),
-                self.anomaly_maps(category, branches[0])]
+                *([self.anomaly_maps(category, branches[0])] if with_maps else [])]
 
     def progress(self, category: str, branch: str) -> Path:
         """An unfinished training of a branch, to resume from."""
@@ -200,16 +199,13 @@ class Workspace:
             UserError: another run holds it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".csad.lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout as problem:
-            raise UserError(f"another run is working in {self.root.resolve()}; wait for it, or give this one "
-                            "another place") from problem
-        try:
+            lock = FileLock(self.root / ".csad.lock").acquire()
+        except LockHeld as problem:
+            raise UserError(f"another run is working in {self.root.resolve()} ({problem.owner}); wait for it, or give this one "
+                            "another --workspace") from problem
+        with lock:
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def lock_with(self, others: Iterable[Workspace]) -> Iterator[None]:

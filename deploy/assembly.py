@@ -29,7 +29,7 @@ from models.fused import (
 from models.fusion import EXPORTED_STD_FLOOR, fit_normalisation
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
-from models.patch_memory import FORMER_BORDER, PatchMemory
+from models.patch_memory import PatchMemory
 
 KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows"}  # by which a checkpoint is known
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
@@ -101,7 +101,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         fitted = workspace.patch_histogram_parameters(name)
         parameters = files.read_arrays(fitted)
         try:
-            by_evidence = saved["patchhist"]["meta"]["settings"].get("evidence", False)
+            by_evidence = saved["patchhist"]["meta"]["segmentor"]["evidence"]
             detector.load_parameters(parameters, trimmed=not by_evidence)
             if by_evidence:
                 evidence = HistogramEvidence(detector.classes)
@@ -112,9 +112,9 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     if "LGST" in branches:
         lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
-        its = saved["memory"]["meta"]["settings"]
+        its = saved["memory"]["meta"]["memory"]
         memory = PatchMemory(*memory_shape(saved["memory"]["state"]), its["score_share"], view.tiles,
-                             its.get("border", FORMER_BORDER))
+                             its["border"])
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
         raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "

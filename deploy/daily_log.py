@@ -11,8 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from data.locks import FileLock, LockHeld
 from errors import UserError
 
 _BLOCK = 1 << 16
@@ -37,11 +36,11 @@ class DailyLog:
         self._file: FileIO | None = None
         self._writing = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout as problem:
-            raise UserError(f"another process is writing to {path}; give this one a --log of its own") from problem
+            self._lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
+        except LockHeld as problem:
+            raise UserError(f"another process is writing to {path} ({problem.owner}); give this one a --log of its "
+                            "own") from problem
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line, "time" first. Raises OSError."""

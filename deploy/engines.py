@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data import files
+from data import files, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
 from errors import UserError
 from models.prediction import Prediction
@@ -315,7 +315,9 @@ def asked_threads() -> int:
 def _decoded(text: str | None, kind: str) -> dict[str, Any]:
     if text is None:
         raise UserError(f"this {kind} model was not exported by export_model.py")
-    return json.loads(text)
+    metadata = json.loads(text)
+    records.require_version(metadata, f"this {kind} model", f"export it again with export_model.py --format {kind.lower()}")
+    return metadata
 
 
 def _first_line(problem: Exception) -> str:

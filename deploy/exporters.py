@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import files
+from data import files, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
 from deploy.engines import METADATA_KEY, in_openvino_thread, read_openvino, require_package
 from deploy.folded import SCORE_ONLY, FoldedModel
@@ -38,8 +38,8 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         raw_input: takes uint8 RGB.
     """
     fused = from_state(state)
-    known = {"category": category, "input_size": fused.size, "branches": fused.branches, "mean": list(IMAGENET_MEAN),
-             "std": list(IMAGENET_STD)} | metadata(state)
+    known = {"format_version": records.FORMAT_VERSION, "category": category, "input_size": fused.size,
+             "branches": fused.branches, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
     content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)
     return half_networks(content) if precision == "fp16" else content

@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
-
 from data.files import place
 from data.images import SUFFIXES
+from data.locks import FileLock, LockHeld
 from errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
@@ -94,14 +93,15 @@ def is_ours(folder: Path) -> bool:
     return folder.name == "maps" and (folder.parent / "predictions.jsonl").exists()
 
 
-def only_writer(folder: Path) -> AcquireReturnProxy:
-    """Hold an output folder, which is made if need be, until the end of a ``with`` block or the release of the ``lock``.
+def only_writer(folder: Path) -> FileLock:
+    """Hold an output folder, which is made if need be, until the end of a ``with`` block or the lock's release.
 
     Raises:
         UserError: another run writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / ".predict.lock").acquire(timeout=0)
-    except Timeout as problem:
-        raise UserError(f"another predict.py is writing to {folder.resolve()}; give this one an --output of its own") from problem
+        return FileLock(folder / ".predict.lock").acquire()
+    except LockHeld as problem:
+        raise UserError(f"another predict.py is writing to {folder.resolve()} ({problem.owner}); give this one an --output of "
+                        "its own") from problem

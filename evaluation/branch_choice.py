@@ -68,14 +68,24 @@ def write(category: str, workspace: Workspace, chosen: FusionSettings, found: di
         "scores": _digests(category, workspace, chosen)})
 
 
-def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) -> list[str]:
-    """What stage 4 decided by the present settings and validation scores; the settings' branches where it has not."""
-    path = workspace.branch_choice(category)
-    if on_offer(category, workspace, chosen) and path.exists():
-        known = files.read_json(path, keys=("branches", "settings", "scores"))
-        if known["settings"] == chosen.model_dump() and known["scores"] == _digests(category, workspace, chosen):
-            return in_order(known["branches"])
-    return in_order(chosen.branches)
+def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) -> tuple[list[str], str]:
+    """What stage 4 decided by the present settings and validation scores, or else the settings' branches.
+
+    Returns:
+        The branches, and a sentence if optional ones are there on which stage 4 has not decided as things are now.
+    """
+    path, available = workspace.branch_choice(category), on_offer(category, workspace, chosen)
+    if not available:
+        return in_order(chosen.branches), ""
+    undecided = "has not decided yet"
+    if path.exists():
+        decision = files.read_json(path, keys=("branches", "settings", "scores"))
+        if decision["settings"] == chosen.model_dump() and decision["scores"] == _digests(category, workspace, chosen):
+            return in_order(decision["branches"]), ""
+        undecided = ("decided with other fusion settings" if decision["settings"] != chosen.model_dump()
+                     else "decided by other validation scores") + " than there are now"
+    return in_order(chosen.branches), (f"export_model.py {undecided} whether {', '.join(available)} is fused, so it is left out "
+                                       "here; run export_model.py again")
 
 
 def _digests(category: str, workspace: Workspace, chosen: FusionSettings) -> dict[str, str]:

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from data import files
 from data.workspace import Workspace
-from evaluation.metrics import mean_known
+from evaluation.metrics import counted, mean_known
 from evaluation.scores import MANY
 
 
@@ -41,6 +41,11 @@ def table_of(reports: list[dict], short: bool = False) -> str:
                "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
     text = [tabulate([[_cell(name, one[name]) for name in columns] for one in rows], columns.values(), tablefmt="github",
                      disable_numparse=True)]
+    for kind in sorted({(one["format"], one["precision"]) for one in reports}):
+        same = [one for one in reports if (one["format"], one["precision"]) == kind]
+        told = counted({name: [one[f"auroc_{name}"] for one in same] for name in ("logical", "structural", "mean")})
+        if told and len(same) > 1:
+            text.append(f"\n{' '.join(kind)}: averages of what was measured{told}")
     for one in [] if short else reports:
         if one["precision"] == "int8":
             text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map, distances and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -29,8 +29,19 @@ def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
 
 def mean_known(values: Iterable[float | None]) -> float:
     """Mean of what is a number; NaN where nothing is."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = _known(values)
     return sum(known) / len(known) if known else float("nan")
+
+
+def counted(what: Mapping[str, Iterable[float | None]]) -> str:
+    """How many values their means are of, where some were not measured: " (structural of 4 of 5)"; else nothing."""
+    told = [f"{name} of {len(_known(values))} of {len(values)}" for name, values in
+            ((name, list(values)) for name, values in what.items()) if len(_known(values)) < len(values)]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and not math.isnan(value)]
 
 
 def _percent(metric, good: np.ndarray, anomalous: np.ndarray) -> float:

@@ -83,6 +83,12 @@ def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(measured, key=lambda metrics: (np.isnan(mean := fused_mean(metrics)), mean))
 
 
+def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bool:
+    """Whether a branch of the exported model says where: the patch histogram does with ``segmentor.evidence`` alone."""
+    record = workspace.record(category.name, branch)
+    return branch != "patchhist" or not record.exists() or records.read_record(record)["used"]["segmentor"]["evidence"]
+
+
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:
     """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
     paths = [workspace.scores(category.name, branch, part) for branch in branches for part in SCORE_PARTS]

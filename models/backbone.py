@@ -141,8 +141,6 @@ def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: 
             print(f"backbone: {PACKAGED}, since no weights of {PUBLISHED} are at hand; to get those, put torchvision's "
                   f"IMAGENET1K_V2 state dict into {folder / PUBLISHED}.pth")
         return backbone
-    if name == "embedded":
-        raise UserError(f"the backbone 'embedded' is gone; --backbone {PACKAGED} takes its place, with real ImageNet weights")
     taps, deepest = _taps(name)
     state = _read_weights(name, weights, folder)
     encoder = _encoder(name, taps, REDUCTIONS, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -31,6 +32,20 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto") from problem
     if device.type == "cpu":
         keep_freed_memory()
+    return device
+
+
+def choose_training_device(name: str) -> torch.device:
+    """As `choose_device`, for what is kept: on CUDA, PyTorch is told to take deterministic kernels where it has them.
+
+    For the few operations that have none it warns, and results may differ in the last digits.
+    """
+    # Before anything is computed: cuBLAS looks once, when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     return device
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data import records
 from data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
 from errors import UserError
 from models.backbone import PUBLISHED, Encoder, empty_encoder
@@ -21,7 +22,7 @@ from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector
-from models.patch_memory import FORMER_BORDER, PatchMemory
+from models.patch_memory import PatchMemory
 from models.prediction import MAP_SIZE, Prediction
 from models.segmentor import Segmentor
 
@@ -130,10 +131,12 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
     and a file without metadata is a published one.
 
     Raises:
-        UserError: a key is missing, unknown, or has another shape than its neighbours imply.
+        UserError: a key is missing, unknown, or has another shape than its neighbours imply, or another version of this code
+            wrote the metadata.
     """
+    if known := metadata(state):
+        records.require_version(known, "this model", "export it again with export_model.py --format torch")
     try:
-        known = metadata(state)
         encoder = empty_encoder(known.get("backbone", PUBLISHED))
         segmentor = detector = lgst = memory = evidence = None
         if "segmentor.fc2.conv3.weight" in state:
@@ -142,8 +145,8 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "local_st.conv_st.weight" in state:
             lgst = empty_lgst(encoder, state)
         if "memory.rows" in state:
-            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known.get("tiles", 1),
-                                 known.get("memory_border", FORMER_BORDER))
+            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known["tiles"],
+                                 known["memory_border"])
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
                            torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
                            known.get("fusion_rule", "sum"), known.get("tiles", 1))
@@ -192,11 +195,11 @@ def metadata(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def attach_metadata(state: Mapping[str, Tensor], content: dict[str, Any]) -> None:
-    """Keep plain values with a state dict.
+    """Keep plain values with a state dict, and the format version that they are of.
 
     They go beside the version numbers that PyTorch itself keeps in ``_metadata``: saved and loaded with the file,
     while the keys stay the published ones.
     """
     if not hasattr(state, "_metadata"):
         state._metadata = OrderedDict()
-    state._metadata[METADATA_KEY] = content
+    state._metadata[METADATA_KEY] = content | {"format_version": records.FORMAT_VERSION}

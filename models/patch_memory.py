@@ -20,7 +20,6 @@ SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
 MARGIN = 32  # pixels of its neighbours that a tile sees
 GROUPS = 32  # of rows, whose minima are taken first in ONNX
-FORMER_BORDER = "replicate"  # of memories that do not say
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
 
 

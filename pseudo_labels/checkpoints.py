@@ -10,9 +10,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from errors import UserError
+from progress import ProgressBar
 
 CHUNK = 1 << 20  # bytes
 PATIENCE = 30  # seconds without an answer
@@ -176,7 +175,7 @@ def _transfer(url: str, part: Path) -> None:
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
         with (open(part, "ab" if have else "wb") as handle,
-              tqdm(total=total, initial=have, desc=f"download {part.stem}", unit="B", unit_scale=True) as bar):
+              ProgressBar(total=total, initial=have, desc=f"download {part.stem}", unit="B", unit_scale=True) as bar):
             while chunk := answer.read(CHUNK):
                 handle.write(chunk)
                 bar.update(len(chunk))

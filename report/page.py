@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from evaluation.metrics import counted, mean_known
+
 HERE = Path(__file__).parent
 # Nothing is fetched: browsers are told to refuse it, too.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -25,8 +27,10 @@ def render(**content: Any) -> str:
     shared = [key for key in detections[0] if all(key in one for one in detections)]
     fused = ["+".join(metrics["fused"]) for metrics in content["metrics"]]
     own_sums = [one[key] for one, key in zip(detections, fused)] if len(set(fused)) > 1 else None  # where categories differ
+    averaged = counted({kind: [one[key][kind]["auroc"] for one, key in zip(detections, fused)]
+                        for kind in ("logical", "structural")})
     return environment.get_template("page.html").render(
-        content | {"shared": shared, "own_sums": own_sums, "detections": detections,
+        content | {"averaged": averaged, "shared": shared, "own_sums": own_sums, "detections": detections,
                    "policy": POLICY, "published": PUBLISHED_AVERAGE,
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
@@ -39,5 +43,5 @@ def percent(value: float | None) -> str:
 
 def mean(values) -> float | None:
     """Of what was measured; None where nothing was."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    average = mean_known(values)
+    return None if math.isnan(average) else average

@@ -71,16 +71,22 @@ def workspace(tmp_path):
 
 def test_what_was_decided_holds_for_these_scores_and_settings_only(workspace):
     def decided(chosen=OFFERING):
-        return branch_choice.fused_branches("discs", workspace, chosen)
+        return branch_choice.fused_branches("discs", workspace, chosen)[0]
+
+    def said(chosen=OFFERING):
+        return branch_choice.fused_branches("discs", workspace, chosen)[1]
 
     everything = ["patchhist", "LGST", "memory"]
-    assert decided() == ["patchhist", "memory"]  # nothing is decided yet
+    assert decided() == ["patchhist", "memory"] and "has not decided yet whether LGST is fused" in said()
     branch_choice.write("discs", workspace, OFFERING, {}, everything)
-    assert decided() == everything
+    assert decided() == everything and not said()
+    assert "other fusion settings" in said(OFFERING.model_copy(update={"rule": "sum"}))
+    assert not said(FusionSettings(branches=["memory"]))  # nothing is optional
     assert decided(OFFERING.model_copy(update={"rule": "sum"})) == ["patchhist", "memory"]
     assert decided(FusionSettings(branches=["memory"])) == ["memory"]
     files.write_array(workspace.scores("discs", "LGST", "val"), np.arange(4.0) + 1)
     assert decided() == ["patchhist", "memory"]
+    assert "other validation scores" in said() and "run export_model.py again" in said()
 
 
 def test_a_branch_whose_stage_was_not_run_is_not_on_offer(workspace):

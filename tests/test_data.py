@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import settings
 from command_line import common_options, overrides, training_options, with_branches
 from data import files, records
 from data.workspace import Workspace
-from errors import UserError, run_script
+from errors import UserError, interrupts_wait, run_script
 
 # Settings
 
@@ -33,6 +35,13 @@ def test_layers_override_in_order():
 def test_bad_value_is_named(name, value):
     with pytest.raises(UserError, match=name):
         settings.load("screw_bag", overrides={name: value})
+
+
+@pytest.mark.parametrize("first", [3, 9])
+def test_unsupervised_losses_join_before_the_end(first):
+    with pytest.raises(UserError, match=f"segmentor.unsupervised_from_epoch: {first} is after the last epoch .*epochs: 3"):
+        settings.load("none", overrides={"segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": first})
+    assert settings.load("none", overrides={"segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 2})
 
 
 def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
@@ -132,7 +141,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("problem", "words"), [
-    (UserError("no such thing"), "no such thing"), (KeyboardInterrupt(), "interrupted"),
+    (UserError("no such thing"), "no such thing"),
     (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
     (MemoryError("Unable to allocate 9 PiB"), "memory ran out"),
     (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
@@ -151,6 +160,31 @@ def test_a_mistake_is_one_sentence_and_status_2(problem, words, capsys):
     assert ended.value.code == 2
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_interrupted_says_so_and_ends_as_shells_expect(number, status, deferred, capsys):
+    def main():
+        with interrupts_wait() if deferred else nullcontext() as interrupted:
+            signal.raise_signal(number)
+            assert deferred and interrupted()
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == status and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err.startswith("interrupted; everything finished so far is kept")
+
+
+def test_an_interruption_may_say_what_is_kept(capsys):
+    def main():
+        raise KeyboardInterrupt("interrupted; half is written")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; half is written\n"
 
 
 def test_pickles_are_refused(tmp_path):
@@ -215,8 +249,8 @@ def made(tmp_path):
     outputs = [tmp_path / "made.pth", tmp_path / "made.npy"]
 
     def record(scored="1", **used):
-        return records.Record(tmp_path / "made.json", {"seed": 0, "names": ("a", "b")} | used, outputs, {"validation": scored},
-                              outputs[0])
+        given = {"format_version": records.FORMAT_VERSION, "seed": 0, "names": ("a", "b")} | used
+        return records.Record(tmp_path / "made.json", given, outputs, {"validation": scored}, outputs[0])
 
     def write(record):
         files.write_state(outputs[0], {"state": {}, "meta": record.used | {"more": 1}})
@@ -257,7 +291,9 @@ def test_outputs_of_others_are_used_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    ({"state": {}, "meta": {"seed": 1, "names": ("a", "b")}}, "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
+    ({"state": {}, "meta": {"format_version": records.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
+     "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
+    ({"state": {}, "meta": {"seed": 0, "names": ("a", "b")}}, f"made.pth .*format_version: None -> {records.FORMAT_VERSION}"),
     ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
     (torch.zeros(1), "made.pth does not say what it was made from"),
 ])
@@ -265,6 +301,16 @@ def test_a_checkpoint_without_a_record_has_to_fit(made, content, said):
     files.write_state(made.outputs[0], content)
     with pytest.raises(UserError, match=said):
         made().begin(False)
+
+
+def test_a_record_of_another_version_is_refused_and_overwritten(made, monkeypatch):
+    made.write(made())
+    monkeypatch.setattr(records, "FORMAT_VERSION", records.FORMAT_VERSION + 1)
+    with pytest.raises(UserError, match="made.json was written by another version .*--overwrite"):
+        made().begin(False)
+    with pytest.raises(UserError, match="another version"):
+        records.require_current(made().path, {}, [], "stage.py")
+    assert made().begin(True) == records.TRAIN
 
 
 def test_digests_are_of_contents(tmp_path):

@@ -73,7 +73,8 @@ def state_of(kind: str) -> dict:
     attach_metadata(content, {
         "category": "discs", "backbone": "efficientnet_lite0", "stand_ins": ["backbone efficientnet_lite0"],
         "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] + ["memory"] * (kind != "paper"),
-        "memory_score_share": 0.005, "tiles": 1 + (kind == "tiles"), "fusion_rule": "sum" if kind == "paper" else "softplus"})
+        "memory_score_share": 0.005, "memory_border": "zeros", "tiles": 1 + (kind == "tiles"),
+        "fusion_rule": "sum" if kind == "paper" else "softplus"})
     return content
 
 
@@ -172,8 +173,8 @@ def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
     again = published_state(from_state(read))
     assert list(again) == list(everything) and all(torch.equal(again[key], everything[key]) for key in everything)
     assert metadata(read) == metadata(everything)
-    for known, border in ({"memory_border": "zeros"}, "zeros"), ({}, "replicate"):  # models made before the choice say nothing
-        attach_metadata(again, metadata(everything) | known)
+    for border in ("zeros", "replicate"):
+        attach_metadata(again, metadata(everything) | {"memory_border": border})
         assert from_state(again).memory.border == border
     lacking = {key: value for key, value in read.items() if key != "memory.usual"}
     with pytest.raises(UserError, match="not a CSAD model.*memory.usual"):

@@ -49,13 +49,14 @@ def run(monkeypatch):
 
 @pytest.fixture
 def fails(run, capsys):
-    """Run a stage that must end with status 2 and one sentence; returns the sentence."""
-    def run_wrong(stage: str, workspace: Path, dataset: Path, *extra: str) -> str:
+    """Run a stage that must end with status 2 and one sentence, or as interrupted; returns the sentence."""
+    def run_wrong(stage: str, workspace: Path, dataset: Path, *extra: str, interrupted: bool = False) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             run(stage, workspace, dataset, *extra)
-        assert ended.value.code == 2
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == (130 if interrupted else 2)
+        begins = "interrupted; " if interrupted else "error: "
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(begins)]
         assert len(said) == 1
         return said[0]
     return run_wrong
@@ -179,14 +180,19 @@ def test_same_seed_same_files(finished, run, tmp_path):
     assert not different
 
 
+@pytest.mark.parametrize("option", [(), ("--overwrite",)])
 @pytest.mark.parametrize(("stage", "owner", "called", "times"), [
     ("pseudo_label", files, "write_image", 30), ("train_segmentor", TrainingLoop, "report", 2),
     ("CSAD", TrainingLoop, "report", 3)])
-def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, times, finished, run, fails, monkeypatch, tmp_path):
-    """Ctrl-C in the middle of the work; then the same command again."""
+def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, times, option, finished, run, fails, monkeypatch,
+                                                      tmp_path):
+    """Ctrl-C in the middle of the work; then the same command again, which goes on, also with --overwrite."""
     work, dataset = finished
-    for earlier in STAGES[:STAGES.index(stage)]:
-        run(earlier, tmp_path / "work", dataset)
+    if option:
+        shutil.copytree(work, tmp_path / "work")
+    else:
+        for earlier in STAGES[:STAGES.index(stage)]:
+            run(earlier, tmp_path / "work", dataset)
     real, calls = getattr(owner, called), itertools.count(1)
 
     def interrupting(*arguments, **options):
@@ -195,9 +201,13 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, time
         return real(*arguments, **options)
 
     monkeypatch.setattr(owner, called, interrupting)
-    assert "interrupted" in fails(stage, tmp_path / "work", dataset)
-    monkeypatch.setattr(owner, called, real)
-    run(stage, tmp_path / "work", dataset)
+    fails(stage, tmp_path / "work", dataset, *option, interrupted=True)
+    calls = itertools.count(1)
+    monkeypatch.setattr(owner, called, lambda *arguments, **options: (next(calls), real(*arguments, **options))[1])
+    run(stage, tmp_path / "work", dataset, *option)
+    rest, calls = next(calls), itertools.count(1)
+    run(stage, tmp_path / "work", dataset, "--overwrite")  # complete by now, so from the start
+    assert rest < next(calls)
     expected, found = contents(work), contents(tmp_path / "work")
     assert [name for name in found if expected[name] != found[name]] == []
 

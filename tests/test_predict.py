@@ -372,8 +372,9 @@ def test_a_second_process_is_refused_and_harms_nothing(engine, run, photos, tmp_
     assert run(photos) == 4
     before = (tmp_path / "out/predictions.csv").read_bytes()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]):\n print(flush=True); "
-         "sys.stdin.read()", str(tmp_path / "out/.predict.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [sys.executable, "-c", "import sys; from pathlib import Path; from data.locks import FileLock\n"
+         "with FileLock(Path(sys.argv[1])).acquire():\n print(flush=True); sys.stdin.read()",
+         str(tmp_path / "out/.predict.lock")], cwd=Path(predict.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
         assert run(photos) == 2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import status_of
 
-from data import files, layouts
+from data import files, layouts, records
 from data.workspace import Workspace
 from deploy import pictures
 from report import figures
@@ -61,7 +61,9 @@ def results(make_dataset, tmp_path):
     files.write_array(made.histogram, np.full((12, 2), 0.1))
     for path in category.train:
         files.write_image(made.image(category.key(path)) / "filtered_cluster_map.png", np.ones((256, 256), np.uint8))
-    noted = {"used": {"settings": {"lr": 0.123}, "seed": 7, "stand_ins": ["backbone tiny"]}, "scored": None, "outputs": {}}
+    used = {"format_version": records.FORMAT_VERSION, "segmentor": {"lr": 0.123, "evidence": True}, "seed": 7,
+            "lgst": {"penalty_images": "/home/me/pictures"}, "stand_ins": ["backbone tiny"]}
+    noted = {"used": used, "scored": None, "outputs": {}}
     files.write_json(workspace.lgst(name).with_suffix(".json"), noted)
     files.write_json(workspace.segmentor(name).with_suffix(".json"), noted)
     return workspace.root, dataset

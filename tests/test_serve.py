@@ -30,6 +30,7 @@ pytest.importorskip("prometheus_client")
 
 import predict  # noqa: E402
 import serve  # noqa: E402
+from data import records  # noqa: E402
 from data.images import SIZE  # noqa: E402
 from deploy import daily_log  # noqa: E402
 from deploy.batching import Batcher, QueueFull  # noqa: E402
@@ -117,7 +118,8 @@ def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
         "mean", [make.make_tensor_value_info("images", kinds.UINT8, ["B", 3, SIZE, SIZE])],
         [make.make_tensor_value_info("score", kinds.FLOAT, ["B"])], [make.make_tensor("axes", kinds.INT64, [3], [1, 2, 3])])
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
-    known = {"raw_input": True, "with_map": False, "validation_scores": [float(value) for value in range(1, 101)]}
+    known = {"format_version": records.FORMAT_VERSION, "raw_input": True, "with_map": False,
+             "validation_scores": [float(value) for value in range(1, 101)]}
     make.set_model_props(model, {METADATA_KEY: json.dumps(known)})
     onnx.save(model, tmp_path / "mean.onnx")
     rng = np.random.default_rng(3)

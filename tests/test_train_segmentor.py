@@ -12,7 +12,7 @@ from conftest import TinyEncoder, draw_parts, job_for, tiny_backbone
 
 import settings
 import train_segmentor
-from data import files, layouts
+from data import files, layouts, records
 from data.workspace import Workspace
 from errors import UserError
 from models.patch_histogram import PARAMETER_NAMES
@@ -22,6 +22,7 @@ from training import segmentor_step as steps
 
 CATEGORY, PARTS = "discs", 4
 CPU = torch.device("cpu")
+PROVENANCE = {"format_version": records.FORMAT_VERSION, "stand_ins": []}
 TINY = {"segmentor.width": 16, "segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 1, "segmentor.batch_size": 2}
 
 
@@ -71,8 +72,8 @@ def outputs(workspace):
 def test_everything_of_the_contract_is_written(prepared, backbone):
     category, make = prepared
     workspace = make("work")
-    files.write_json(workspace.pseudo_labels(CATEGORY).record, {"used": {"stand_ins": ["proposer tiny", "backbone tiny"]},
-                                                              "scored": None, "outputs": {}})
+    noted = PROVENANCE | {"stand_ins": ["proposer tiny", "backbone tiny"]}
+    files.write_json(workspace.pseudo_labels(CATEGORY).record, {"used": noted, "scored": None, "outputs": {}})
     train(category, workspace, backbone, epochs=12, unsupervised_from_epoch=8, lr=0.01)
 
     saved = files.read_state(workspace.segmentor(CATEGORY))
@@ -151,12 +152,12 @@ def test_a_run_interrupted_after_training_only_scores(prepared, backbone, monkey
 def test_changed_validation_and_test_images_are_scored_without_training(prepared, backbone, monkeypatch):
     category, make = prepared
     workspace = make("work")
-    train(category, workspace, backbone, epochs=1)
+    train(category, workspace, backbone, epochs=1, unsupervised_from_epoch=0)
     before = outputs(workspace)
     monkeypatch.setattr(train_segmentor, "train", None)
     shutil.copy(category.validation[0], category.validation[0].with_name("new.png"))
     category.test("logical_anomalies")[0].unlink()
-    train(category, workspace, backbone, epochs=1)
+    train(category, workspace, backbone, epochs=1, unsupervised_from_epoch=0)
     after = outputs(workspace)
     scores = {part: len(files.read_array(workspace.scores(CATEGORY, "patchhist", part))) for part in ("logi", "struc", "val")}
     assert scores == {"logi": 7, "struc": 8, "val": 7}
@@ -169,7 +170,7 @@ def test_diverged_training_says_so_and_leaves_nothing_behind(prepared, backbone,
     workspace = make("work")
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     with pytest.raises(UserError, match="diverged.* lower --segmentor.lr"):
-        train(category, workspace, backbone, lr=1e30, epochs=1)
+        train(category, workspace, backbone, lr=1e30, epochs=1, unsupervised_from_epoch=0)
     assert outputs(workspace) == {}
 
 
@@ -189,7 +190,7 @@ def test_finished_work_is_skipped_and_changed_settings_are_noticed(prepared, bac
     before = outputs(workspace)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         train(category, workspace, backbone, seed=1)
-    with pytest.raises(UserError, match="settings.lr"):
+    with pytest.raises(UserError, match="segmentor.lr"):
         train(category, workspace, backbone, lr=0.5)
     assert outputs(workspace) == before
     train(category, workspace, backbone, seed=1, overwrite=True)
@@ -268,12 +269,12 @@ def damage_no_index(workspace, category):
 
 def damage_origin(workspace, category):
     files.write_json(workspace.pseudo_labels(CATEGORY).record,
-                     {"used": {"train_images": "others", "stand_ins": []}, "scored": None, "outputs": {}})
+                     {"used": PROVENANCE | {"train_images": "others"}, "scored": None, "outputs": {}})
 
 
 def damage_map_of_another_origin(workspace, category):
     files.write_json(workspace.pseudo_labels(CATEGORY).record,
-                     {"used": {"stand_ins": []}, "scored": None, "outputs": {"002/filtered_cluster_map.png": "another"}})
+                     {"used": PROVENANCE, "scored": None, "outputs": {"002/filtered_cluster_map.png": "another"}})
 
 
 @pytest.mark.parametrize("damage, sentence", [

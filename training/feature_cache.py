@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.device import CACHE_BYTES
+from progress import ProgressBar
 
 BATCH = 8
 
@@ -49,5 +49,5 @@ class FeatureCache:
         return zip(*(maps.split(BATCH) for maps in self._kept)) if self._kept is not None else self._computed()
 
     def _computed(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in tqdm(self.indices.split(BATCH), desc=self.description, leave=False):
+        for batch in ProgressBar(self.indices.split(BATCH), desc=self.description, leave=False):
             yield self.compute(self.images[batch])

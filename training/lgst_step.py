@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 
 from data.images import View
 from models.backbone import Encoder, resize
 from models.device import CACHE_BYTES, autocast, memory_format, send
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST, averaged, moments
+from progress import ProgressBar
 from settings import LgstSettings
 from training.feature_cache import FeatureCache
 
@@ -98,7 +98,7 @@ class EncodedImages:
         self.paths, self.view, self.encoder, self.device = paths, view, encoder, device
         self.kept: list[tuple[Tensor, ...]] | None = None
         if len(paths) * sum(one.nbytes for one in self._encode([0])) <= CACHE_BYTES:
-            self.kept = [self._encode([index]) for index in tqdm(range(len(paths)), desc=description, leave=False)]
+            self.kept = [self._encode([index]) for index in ProgressBar(range(len(paths)), desc=description, leave=False)]
 
     def fit(self, model: FeatureLGST) -> None:
         """Set the teacher's projection and the means and stds of what student and autoencoder see."""

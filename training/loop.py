@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data import files, records
 from errors import UserError, interrupts_wait
+from progress import ProgressBar
 
 SAVE_EVERY_SECONDS = 60
 LOOK_EVERY_STEPS = 10  # at the losses, which makes a GPU wait
@@ -38,16 +38,20 @@ class TrainingLoop:
         used: everything that decides the result; a progress file made with something else is refused.
         description: of the progress bar, beginning with the category.
         lower: what to lower where training diverges, for example "--lgst.lr".
+        overwrites: of a run with ``--overwrite``, which result it replaces (`records.Record.superseded`): it goes on from its own
+            progress, and starts over from any other.
         parts: networks and optimizers, whose states are saved and restored.
 
     Attributes:
         done: steps that are finished.
 
     Raises:
-        UserError: the progress file is damaged, or was made with other settings or data.
+        UserError: the progress file is damaged, or was made with other settings or data, and nothing says to start over.
     """
 
-    def __init__(self, steps: int, progress_file: Path, used: dict[str, Any], description: str, lower: str, **parts: Any):
+    def __init__(self, steps: int, progress_file: Path, used: dict[str, Any], description: str, lower: str,
+                 overwrites: str | None = None, **parts: Any):
+        self.overwrites = overwrites
         self.steps, self.progress_file, self.used, self.parts = steps, progress_file, used, parts
         self.description, self.lower = description, lower
         self.done = 0
@@ -56,18 +60,27 @@ class TrainingLoop:
             self._resume()
 
     def _resume(self) -> None:
-        saved = files.read_state(self.progress_file)
-        changes = records.difference(saved.get("used", {}) if isinstance(saved, dict) else {}, self.used)
-        if changes:
-            raise UserError(f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
-                            "--overwrite starts over, another --workspace keeps both")
+        try:
+            saved = files.read_state(self.progress_file)
+            changes = records.difference(saved.get("used", {}) if isinstance(saved, dict) else {}, self.used)
+            if changes:
+                raise UserError(f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
+                                "--overwrite starts over, another --workspace keeps both")
+            other = self.overwrites is not None and saved["overwrites"] != self.overwrites
+        except UserError:
+            if self.overwrites is None:
+                raise
+            other = True
+        if other:
+            self.progress_file.unlink()
+            return
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.done = saved["done"]
 
     def _save(self) -> None:
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        files.write_state(self.progress_file, {"used": self.used, "done": self.done} | states)
+        files.write_state(self.progress_file, {"used": self.used, "overwrites": self.overwrites, "done": self.done} | states)
 
     def samples(self, draw: Callable[[int], Sample]) -> Iterator[tuple[int, Sample]]:
         """Yield (step, ``draw(step)``) for every step that is left.
@@ -81,7 +94,7 @@ class TrainingLoop:
         """
         last_saved = time.monotonic()
         with (interrupts_wait() as interrupted, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
-              tqdm(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar):
+              ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar):
             waiting = prefetch.submit(draw, self.done) if self.done < self.steps else None
             for step in range(self.done, self.steps):
                 sample = waiting.result()
@@ -92,7 +105,9 @@ class TrainingLoop:
                 bar.update()
                 if self.done % LOOK_EVERY_STEPS == 0 or self.done == self.steps:
                     bar.set_postfix(self._look())
-                if interrupted() or time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                # The end, too, where the finished training can be told from the one that it replaces by its progress alone.
+                complete = self.done == self.steps and self.overwrites is not None
+                if interrupted() or complete or time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
                     self._look()
                     self._save()
                     last_saved = time.monotonic()

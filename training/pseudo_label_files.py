@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from data import files, images, layouts, records
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError
+from progress import ProgressBar
 from training.segmentor_step import TrainingData
 
 MADE_BY = "pseudo_label.py"
@@ -48,6 +50,20 @@ def require_own_pseudo_labels(category: layouts.Category, labels: PseudoLabels, 
     records.require_current(labels.record, {"train_images": train_images}, [path for path in maps if path.exists()], MADE_BY)
 
 
+def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trusted: np.ndarray) -> str:
+    """A digest of the contents that `training_data` reads of the trusted images: label maps and backgrounds, whoever made them.
+
+    Raises:
+        UserError: a label map is missing.
+    """
+    listing = []
+    for index in trusted:
+        label_map, background = _label_map_and_background(category, workspace, index)
+        listing.append(f"{category.key(category.train[index])} {records.digest(label_map)} "
+                       f"{records.digest(background) if background.exists() else None}")
+    return records.digest_lines(listing)
+
+
 def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> list[str]:
     """What stage 1 used instead of the real thing; pseudo-labels made by others bring no record and count as real."""
     record = workspace.pseudo_labels(category.name).record
@@ -67,15 +83,13 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
     labels = np.zeros((len(train_images), side, side), np.uint8)
     backgrounds = np.zeros(labels.shape, bool)
     without_background = 0
-    for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
-        folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
-        path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
+    for index in ProgressBar(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
+        path, background = _label_map_and_background(category, workspace, index)
         label_map = images.read_mask(path)
         if label_map.max() >= classes:
             raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
                             f"{classes - 1} components; run {MADE_BY} --overwrite")
         labels[index] = _to_side(label_map, side)
-        background = folder / "background.jpg"
         without_background += not background.exists()
         backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 127 if background.exists()
                               else labels[index] == 0)
@@ -84,6 +98,11 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
               "pseudo-label leaves out is taken as background")
     unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
     return TrainingData(train_images, labels, backgrounds, trusted, unlabelled if len(unlabelled) else trusted)
+
+
+def _label_map_and_background(category: layouts.Category, workspace: Workspace, index: int) -> tuple[Path, Path]:
+    folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
+    return files.require(folder / "filtered_cluster_map.png", MADE_BY), folder / "background.jpg"
 
 
 def _to_side(picture: np.ndarray, side: int) -> np.ndarray:

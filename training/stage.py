@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cluster.jobs
 import settings
@@ -24,7 +23,8 @@ from data.roi import read_roi
 from data.workspace import STAGES, Workspace
 from errors import UserError, disk_is_full
 from models.backbone import Backbone, build_backbone
-from models.device import choose_device, choose_precision
+from models.device import choose_precision, choose_training_device
+from progress import ProgressBar
 
 LARGEST_VIEW = 4096
 
@@ -35,7 +35,7 @@ class Job:
 
     Attributes:
         workspace: of this seed.
-        backbone: on the device.
+        backbone: on the device; None where jobs are only named.
         precision: fp32 or bf16, of training.
     """
 
@@ -62,9 +62,9 @@ def run_stage(story: str, train_category: Callable[[Job], None]) -> None:
 def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespace) -> dict[str, Task]:
     """A training stage's jobs by name."""
     workspace, _, categories, chosen = select(args)
-    device = choose_device(args.device)
+    device = choose_training_device(args.device)
     precision = choose_precision(args.precision, device)
-    backbone = agreed_backbone(args, workspace).to(device)
+    backbone = agreed_backbone(args, workspace, device)
     tasks = {}
     for seed, place in workspace.of_seeds(args.seeds).items():
         for category in categories:
@@ -92,24 +92,28 @@ def view_of(category: layouts.Category, chosen: settings.Settings) -> images.Vie
     return images.View(size, chosen.images.white_level, read_roi(category, size, chosen.roi), tiles)
 
 
-def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest: bool = False) -> Backbone:
-    """The backbone that the command line names; for ``auto``, the one that the first stage took, whatever is at hand by now.
+def agreed_backbone(args: argparse.Namespace, workspace: Workspace, device: torch.device, with_deepest: bool = False
+                    ) -> Backbone | None:
+    """The backbone that the command line names, on the device; for ``auto``, the one that the first stage took, whatever is at
+    hand by now. None with ``--dry_run``: jobs are only named, and nothing is downloaded for that.
 
     Raises:
         UserError: it cannot be had.
     """
+    if args.dry_run:
+        return None
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
         name = files.read_json(workspace.backbone, keys=("name",))["name"]
     backbone = build_backbone(name, weights, workspace.downloads, with_deepest)
     agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
-    if not getattr(args, "dry_run", False) and (not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed):
+    if not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed:
         files.write_json(workspace.backbone, agreed)
-    return backbone
+    return backbone.to(device)
 
 
-def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, outputs: Sequence[Path] = ()
-          ) -> tuple[records.Record, str]:
+def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, outputs: Sequence[Path] = (),
+          with_maps: bool = True) -> tuple[records.Record, str]:
     """The record of a branch, and what there is to do; called before any training, which a missing split should not cost.
 
     Args:
@@ -117,6 +121,7 @@ def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, ou
         used: everything that decides the training, `records.inputs` among it.
         what: is done where nothing is left to do, for example "LGST is trained".
         outputs: files besides checkpoint, scores and maps.
+        with_maps: the branch has anomaly maps.
 
     Raises:
         UserError: see `records.Record.begin` and `require_same_inputs`.
@@ -125,7 +130,7 @@ def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, ou
     checkpoint, test = workspace.checkpoint(category.name, branch), layouts.test_splits(category)
     record = records.Record(
         workspace.record(category.name, branch), used,
-        [checkpoint, *outputs, *workspace.branch_outputs(category.name, branches, bool(test))],
+        [checkpoint, *outputs, *workspace.branch_outputs(category.name, branches, bool(test), with_maps)],
         records.scored_images(category.validation, test), checkpoint)
     to_do = record.begin(job.overwrite)
     if to_do == records.SKIP:
@@ -167,7 +172,7 @@ def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def write_scores(category: layouts.Category, workspace: Workspace, branches: Sequence[str], scores: dict[str, np.ndarray],
                  maps: dict[str, np.ndarray]) -> None:
-    """Write a branch's score files and its maps.
+    """Write a branch's score files and, if there are any, its maps.
 
     Args:
         branches: the branch's name, and aliases under which the same scores are written.
@@ -183,7 +188,8 @@ def write_scores(category: layouts.Category, workspace: Workspace, branches: Seq
     for branch in branches:
         for part, values in parts.items():
             files.write_array(workspace.scores(category.name, branch, part), values.astype(np.float64))
-    files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
+    if maps:
+        files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
 
 
 def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None) -> None:
@@ -219,5 +225,5 @@ def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str,
             if disk_is_full(problem) or len(tasks) == 1:
                 raise
             failures[name] = cluster.jobs.reason(problem)
-            tqdm.write(f"{cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
+            ProgressBar.write(f"{cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
     return results, failures

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from data.files import read_json, write_image, write_json
 from data.layouts import GOOD, LOGICAL, STRUCTURAL
 from data.workspace import Workspace
 from errors import UserError
+from progress import ProgressBar
 from standins.rendered import CATEGORIES
 from standins.rendered.kit import Category, Defect, render
 
@@ -178,7 +178,7 @@ def _write_dataset(root: Path, names: list[str], settings: Settings, workers: in
         for index in range(count)
     ]
     missing = [task for task in tasks if not task.image_path.exists()]
-    for _ in tqdm(
+    for _ in ProgressBar(
         _run(missing, workers), total=len(tasks), initial=len(tasks) - len(missing), unit="image", desc=str(root)
     ):
         pass
