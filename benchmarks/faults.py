@@ -56,6 +56,8 @@ BEFORE = {"predict": ["--output", "new", "--model", MODEL], "serve": ["--port", 
 WORK = ("make_synthetic_loco", "pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model",
         "export_model --format onnx --with_map", "export_model --format openvino --with_map", "benchmark_performance", "report",
         f"predict data/{CATEGORY}/test --output out --save_maps")
+# Stages that are also killed while they replace what is finished.
+OVERWRITING = ("pseudo_label", "train_segmentor", "CSAD", "patch_memory")
 LONGEST = 40.0  # seconds that any of these may take
 TIMINGS = re.compile(rb'"(ms_per_image|preprocessing_ms)": [0-9.]+|\d+\.\d\d +\||[ -]+')  # in reports of exports
 LEFT_OVER = (".csad.lock", ".predict.lock")
@@ -173,13 +175,15 @@ def kills(place: Path, count: int, rng: random.Random) -> int:
     """Kill runs of all kinds of work in turn and run them again; returns the number of failures."""
     labs = finish(place / "finished")
     lasting = json.loads((place / "finished/seconds.json").read_text())
+    work = [(command, labs[index], labs[index + 1], lasting[index]) for index, command in enumerate(WORK)]
+    work += [(f"{command} --overwrite", after, after, seconds) for command, _, after, seconds in work if command in OVERWRITING]
     failures, killed = 0, Counter()
     for number in range(count):
-        index = number % len(WORK)
-        command, lab, expected = WORK[index], place / f"kill_{number:03d}", contents(labs[index + 1])
+        command, ready, after, seconds = work[number % len(work)]
+        lab, expected = place / f"kill_{number:03d}", contents(after)
         by = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        after_seconds = rng.uniform(0, lasting[index])
-        copy(labs[index], lab)
+        after_seconds = rng.uniform(0, seconds)
+        copy(ready, lab)
         first = run(command, lab, kill=(by, after_seconds))
         killed["ended before it" if first.status in (0, 4) else by.name] += 1
         again = run(command, lab)
@@ -225,7 +229,7 @@ def contents(lab: Path) -> dict[str, bytes]:
         name = str(path.relative_to(lab))
         if path.is_symlink():
             found[name] = os.fsencode(os.readlink(path))
-        elif path.is_file() and path.name not in LEFT_OVER and path.parent != lab:
+        elif path.is_file() and not path.name.startswith(LEFT_OVER) and path.parent != lab:
             content = path.read_bytes()
             found[name] = TIMINGS.sub(b"", content) if name.endswith((".json", ".md")) else content
     return found

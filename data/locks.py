@@ -70,6 +70,7 @@ class FileLock:
                 raise LockHeld(_describe(owner))
             else:
                 time.sleep(POLL_SECONDS)
+        self._clear()
         self._released.clear()
         threading.Thread(target=self._beat, name=f"heartbeat of {self.path.name}", daemon=True).start()
         return self
@@ -130,6 +131,13 @@ class FileLock:
                 with suppress(OSError):
                     os.link(aside, self.path)
         aside.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Remove what processes that were killed while they asked for the lock have left beside it."""
+        for path in self.path.parent.glob(f"{self.path.name}.*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):

@@ -56,7 +56,7 @@ def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str
     width = max(len(name) for numbers in found.values() for name in numbers)
     lines = [f"mean and standard deviation over seeds {', '.join(map(str, seeds))}", ""]
     for category, numbers in found.items():
-        lines += [f"{category:24}{name:{width}}{mean:12.3f} ± {std:.3f}{note and f" ({note})"}"
+        lines += [f"{category:24}{name:{width}}{mean:12.3f} ± {std:.3f}" + (f" ({note})" if note else "")
                   for name, (mean, std, note) in numbers.items()]
     return lines
 

@@ -138,9 +138,9 @@ def test_networks_that_will_not_do_get_a_sentence(name, said, tmp_path):
 
 def test_auto_says_what_it_takes_and_later_stages_follow(tmp_path, no_network, capsys):
     workspace = Workspace(tmp_path)
-    asked = Namespace(backbone="auto", backbone_weights=None)
-    assert agreed_backbone(asked, workspace).name == PACKAGED
+    asked, device = Namespace(backbone="auto", backbone_weights=None, dry_run=False), torch.device("cpu")
+    assert agreed_backbone(asked, workspace, device).name == PACKAGED
     assert "efficientnet_lite0, since no weights of wide_resnet50_2 are at hand" in capsys.readouterr().out
     torch.save(timm.create_model(NAME).state_dict(), tmp_path / "ckpt/resnet18.pth")
-    assert agreed_backbone(Namespace(backbone=NAME, backbone_weights=None), workspace).name == NAME
-    assert agreed_backbone(asked, workspace).name == NAME
+    assert agreed_backbone(Namespace(backbone=NAME, backbone_weights=None, dry_run=False), workspace, device).name == NAME
+    assert agreed_backbone(asked, workspace, device).name == NAME

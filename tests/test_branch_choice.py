@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import export_model
 import settings
+from command_line import common_options, with_branches, with_cluster, with_seeds
 from data import files
 from data.workspace import Workspace
 from evaluation import branch_choice
@@ -93,6 +95,13 @@ def test_a_branch_whose_stage_was_not_run_is_not_on_offer(workspace):
     assert branch_choice.on_offer("discs", workspace, OFFERING) == ["LGST"]
     workspace.checkpoint("discs", "LGST").unlink()
     assert branch_choice.on_offer("discs", workspace, OFFERING) == []
+
+
+def test_with_seeds_each_decides_with_its_own(make_dataset, tmp_path):
+    options = with_cluster(with_branches(with_seeds(common_options("")))).parse_args(
+        ["--dataset_root", str(make_dataset(train=1)), "--workspace", str(tmp_path), "--device", "cpu", "--seeds", "3", "5"])
+    seeds = {name: task.do.args[2].seed for name, task in export_model.jobs(options).items()}
+    assert seeds == {"discs, seed 3": 3, "discs, seed 5": 5}
 
 
 def test_who_names_branches_gets_these():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import files
+from data import files, records
 from errors import run_script
 from training.loop import TrainingLoop
 
@@ -302,6 +302,27 @@ def test_exports_know_what_they_were_made_of(copy_of_finished, run, fails, capsy
     assert "int8" in fails("export_model", work, dataset, "--precision", "int8")
 
 
+def test_an_optional_branch_whose_files_do_not_fit_is_left_out(copy_of_finished, run, capsys):
+    work, dataset = copy_of_finished
+    checkpoint = work / "ckpt/best_discs.pth"
+    saved = files.read_state(checkpoint)
+    saved["meta"]["backbone_fingerprint"] = "another"
+    files.write_state(checkpoint, saved)
+    record = work / "ckpt/best_discs.json"
+    noted = files.read_json(record)
+    noted["outputs"]["ckpt/best_discs.pth"] = records.digest(checkpoint)
+    files.write_json(record, noted)
+    run("export_model", work, dataset)
+    assert "discs: LGST is left out: discs: train_segmentor.py and CSAD.py were run on different backbones" in (
+        capsys.readouterr().out)
+    run("benchmark_performance", work, dataset)
+    assert "fused: patchhist, memory (softplus)" in (work / "score_combine_result.txt").read_text()
+    assert "decided" not in (work / "score_combine_result.txt").read_text()
+    (work / "anomaly_score/discs_branches.json").unlink()
+    run("benchmark_performance", work, dataset)
+    assert "discs: export_model.py has not decided yet whether LGST is fused" in (work / "score_combine_result.txt").read_text()
+
+
 def test_scores_of_other_images_are_not_measured(copy_of_finished, fails, tmp_path):
     work, dataset = copy_of_finished
     shutil.copytree(dataset, tmp_path / "data")
@@ -399,6 +420,26 @@ def test_all_stages_run_on_a_gpu_and_their_model_scores_alike_without(preset, ru
             found.append([float(row["score"]) for row in csv.DictReader(handle)])
     assert len(found[0]) == 12
     np.testing.assert_allclose(*found, rtol=0.05, atol=0.2)  # TF32 may multiply
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_seed_gives_the_same_files(run, make_dataset, tmp_path):
+    dataset = make_dataset()
+    for name in ("first", "second"):
+        for stage in TRAINING:
+            run(stage, tmp_path / name, dataset, "--device", "cuda")
+    before, after = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert [name for name in before if before[name] != after.get(name)] == []
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text()))
+def test_outside_of_the_environment_a_sentence_says_what_to_do(script):
+    done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    sentence, activate, install = done.stderr.splitlines()
+    assert re.fullmatch(r"error: the package '\w+' is not installed for .*; activate an environment .*:", sentence)
+    assert "bin/activate" in activate and "pip install -r " in install
+    assert install.endswith("requirements-predict.txt" if script in ("predict.py", "serve.py") else "requirements.txt")
 
 
 @pytest.mark.parametrize("script, given, expected", [

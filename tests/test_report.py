@@ -17,6 +17,7 @@ from conftest import status_of
 from data import files, layouts, records
 from data.workspace import Workspace
 from deploy import pictures
+from evaluation import seeds
 from report import figures
 
 
@@ -90,6 +91,7 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert "@import" not in text and "url(" not in text
     assert page.stat().st_size < 20e6
+    assert "lgst.penalty_images" in text and "/home/me" not in text and str(page.parent) not in text
 
 
 def test_branches_stand_in_the_order_of_the_result_file(page):
@@ -225,6 +227,42 @@ def test_where_categories_fuse_different_branches_the_average_is_of_what_each_fu
     assert run("report", *many) == 0
     shown = re.search(r"<td>what is fused in each</td><td>([\d.]+)</td>", (many[0] / "report.html").read_text())
     assert shown[1] == f"{np.mean(own):.1f}"
+
+
+def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
+    script, workspace = SCRIPTS["benchmark_performance"], Workspace(results[0])
+    category = layouts.Dataset(results[1]).select(None)[0]
+    record = workspace.segmentor(category.name).with_suffix(".json")
+    noted = files.read_json(record)
+    noted["used"]["segmentor"]["evidence"] = False
+    files.write_json(record, noted)
+    workspace.anomaly_maps(category.name, "patchhist").unlink(missing_ok=True)
+    alone = script.where(category, workspace, ("patchhist",), None)
+    assert all("the exported model has none" in one["missing"] for one in alone.values())
+
+    def measure(category, maps, split, roi):
+        lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split] / 0.1
+        np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
+        return script.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
+    monkeypatch.setattr(script.localisation, "measure", measure)
+    both = script.where(category, workspace, ("patchhist", "LGST"), None)
+    assert both["logical"]["pixel_auroc"] == 60 and "has no map" in both["logical"]["note"]
+
+
+def test_averages_are_of_what_was_measured_and_say_so():
+    def detection(logical, structural):
+        return {"logical": {"auroc": logical}, "structural": {"auroc": structural}}
+    average = SCRIPTS["benchmark_performance"].average
+    assert average("x", [detection(80.0, float("nan")), detection(90.0, 70.0)]) == (
+        "average x logical 85.000 structural 70.000 mean 77.500 (structural of 1 of 2)")
+    assert average("x", [detection(80.0, 60.0), detection(90.0, 70.0)]).endswith("mean 75.000")
+    runs = [{"a": {"logical": 80.0, "structural": nan}, "b": {"logical": 90.0, "structural": 70.0 + seed}}
+            for seed, nan in enumerate([float("nan")] * 2)]
+    found = seeds.over_seeds(runs)
+    assert found["average"]["structural"] == (70.5, pytest.approx(0.5**0.5), "1 of 2 categories")
+    assert found["average"]["logical"] == (85, 0, "")
+    assert any("70.500" in line and line.endswith("(1 of 2 categories)") for line in seeds.table(found, [0, 1]))
+    assert found["a"]["structural"].note == "0 of 2 seeds"
 
 
 class OneDefectOfBothKinds:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import subprocess
 import sys
 
 import cv2
@@ -136,6 +137,100 @@ def test_an_interrupted_run_ends_in_the_same_bytes(prepared, backbone, monkeypat
     assert saved["done"] == (step if how is press_control_c else step - 1)
     train(category, broken, backbone)
     assert outputs(broken) == outputs(whole)
+
+
+@pytest.mark.parametrize("how", [press_control_c, pull_the_plug])
+def test_an_overwriting_run_goes_on_from_its_own_progress_alone(prepared, backbone, monkeypatch, how):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone)
+    before, taken = outputs(workspace), []
+    real = train_segmentor.step_losses
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
+
+    def run(broken_at=None):
+        """The steps that an overwriting run takes."""
+        taken.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(train_segmentor, "step_losses", lambda *given: (taken.append(1), real(*given))[1])
+            if broken_at:
+                Stop(patch, broken_at, how)
+                with pytest.raises((KeyboardInterrupt, SystemError)):
+                    train(category, workspace, backbone, overwrite=True)
+            else:
+                train(category, workspace, backbone, overwrite=True)
+        return len(taken)
+
+    steps = run()
+    assert outputs(workspace) == before
+    run(broken_at=4)
+    assert run() == steps - (4 if how is press_control_c else 3)
+    assert outputs(workspace) == before and run() == steps  # what is complete is begun anew
+
+    run(broken_at=4)
+    record = workspace.record(CATEGORY, "patchhist")
+    record.write_text(record.read_text() + "\n")  # another result than the one that the broken run was to replace
+    assert run() == steps and outputs(workspace) == before
+
+
+def test_an_overwriting_run_discards_the_progress_of_others(prepared, backbone, monkeypatch):
+    category, make = prepared
+    workspace, taken, real = make("work"), [], train_segmentor.step_losses
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Stop(patch, 3, press_control_c)
+        train(category, workspace, backbone)
+    progress = workspace.progress(CATEGORY, "segmentor")
+    for content in (progress.read_bytes(), b"damaged"):
+        progress.write_bytes(content)
+        taken.clear()
+        monkeypatch.setattr(train_segmentor, "step_losses", lambda *given: (taken.append(1), real(*given))[1])
+        train(category, workspace, backbone, overwrite=True)
+        assert len(taken) == 9
+
+
+@pytest.mark.parametrize("name", ["filtered_cluster_map.png", "background.jpg"])
+def test_replaced_label_maps_and_backgrounds_are_noticed_whoever_made_them(prepared, backbone, name):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone)
+    folder = workspace.pseudo_labels(CATEGORY).image("002")
+    labels = cv2.imread(str(folder / "filtered_cluster_map.png"), cv2.IMREAD_UNCHANGED)
+    files.write_image(folder / name, np.roll(labels, 1, 0))
+    with pytest.raises(UserError, match="label_maps: .*--overwrite"):
+        train(category, workspace, backbone)
+    files.write_image(workspace.pseudo_labels(CATEGORY).image("001") / "filtered_cluster_map.png", labels)  # not a trusted one
+    train(category, workspace, backbone, overwrite=True)
+
+
+def test_without_evidence_there_is_no_component_map(prepared, backbone):
+    category, make = prepared
+    workspace = make("work")
+    train(category, workspace, backbone)
+    drawn = [workspace.evidence_parameters(CATEGORY), workspace.anomaly_maps(CATEGORY, "patchhist")]
+    assert all(path.exists() for path in drawn)
+    train(category, workspace, backbone, evidence=False, overwrite=True)
+    assert not any(path.exists() for path in drawn) and len(outputs(workspace)) > 10
+    with pytest.raises(UserError, match="evidence: False -> True"):
+        train(category, workspace, backbone)
+
+
+def test_memory_for_scores_does_not_grow_with_the_number_of_label_maps():
+    code = """
+import resource, sys, numpy as np, torch
+from models.histogram_evidence import HistogramEvidence
+from models.patch_histogram import PatchHistogramDetector
+from train_segmentor import SCORING_BATCH, score
+maps = torch.randint(0, 5, (SCORING_BATCH, 256, 256), dtype=torch.uint8)
+def peak(batches):
+    scores, drawn = score(PatchHistogramDetector(5, False).double(), HistogramEvidence(5), (maps for _ in range(batches)))
+    assert len(scores) == len(drawn) == batches * SCORING_BATCH
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+print(peak(4), peak(int(sys.argv[1]) // SCORING_BATCH))
+"""
+    done = subprocess.run([sys.executable, "-c", code, "400"], cwd=train_segmentor.__file__.rpartition("/")[0],
+                          capture_output=True, text=True, check=True)
+    few, many = map(float, done.stdout.split())
+    assert many - few < 50  # MB; the maps that are drawn take 6.6, all one-hot label maps at once 500
 
 
 def test_a_run_interrupted_after_training_only_scores(prepared, backbone, monkeypatch):

@@ -1,6 +1,7 @@
 """What makes a loop a training: resuming, Ctrl-C, stopping where a loss is no number, kept features, what is read of stage 1."""
 
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from conftest import TinyEncoder
 from torch import nn
 
+import progress
 from data import files, images, layouts
 from data.workspace import Workspace
 from errors import UserError
@@ -139,6 +141,20 @@ def test_a_mistake_while_drawing_comes_through(tmp_path):
             assert sample == step
             seen.append(step)
     assert seen == [0, 1, 2]
+
+
+# Progress
+
+def test_in_a_log_file_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
+    assert list(progress.ProgressBar(range(1000), desc="quick")) == list(range(1000))
+    assert capsys.readouterr().err == ""  # done before there was something to say
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    with progress.ProgressBar(total=4, desc="cup: train", unit="step") as bar:
+        for _ in range(4):
+            bar.update()
+            bar.refresh()
+    said = capsys.readouterr().err
+    assert "\r" not in said and re.search(r"^cup: train: +50% 2/4 \[.*step.*\]$", said, re.MULTILINE)
 
 
 # Kept features
