@@ -26,7 +26,7 @@ class Checkpoint:
         file: its name under ckpt/.
         url: where it is published.
         megabytes: its size.
-        sha256: of the whole file, where it is published.
+        sha256: of the whole file, where it is published; or the first digits of that, which some files bear in their name.
     """
 
     file: str
@@ -128,16 +128,22 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as problem:
         raise UserError(f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
                         f"same command continues, or get the file elsewhere and put it into {path.parent}") from problem
-    digest = hashlib.sha256()
-    with open(part, "rb") as handle:
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
-    if checkpoint.sha256 not in (None, digest.hexdigest()):
+    found = sha256(part)
+    if not found.startswith(checkpoint.sha256 or ""):
         part.unlink()
-        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {digest.hexdigest()} where {checkpoint.sha256} was "
+        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {found} where {checkpoint.sha256} was "
                         "expected; it was thrown away, try again or get the file elsewhere")
     os.replace(part, path)
     return path
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def digest(path: Path) -> str:
