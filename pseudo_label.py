@@ -33,7 +33,7 @@ from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import Backbone
-from models.device import choose_device
+from models.device import choose_device, forbid_tf32
 from pseudo_labels import checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
@@ -61,6 +61,7 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     """The categories by name; on a Ray cluster every one in parts, as each image's components can be found by themselves."""
     workspace, _, categories, chosen = select(args)
     device = choose_device(args.device)
+    forbid_tf32()
     # Only cnn_image costs time; its network is left out where nobody asked for it.
     with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
     backbone = agreed_backbone(args, workspace, with_deepest).to(device)

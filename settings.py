@@ -60,6 +60,8 @@ class PseudoLabelSettings(Section):
                              "side in most images, get labels of their own (published: no)")
     one_histogram_cluster: bool = Field(False, description="trust images of the largest histogram cluster only")
     sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field("vit_h", description="size of SAM-HQ")
+    sam_precision: Literal["fp32", "fp16"] = Field("fp32", description="of SAM-HQ's image encoder; fp16 on CUDA alone, "
+                                                   "where it is faster (published: fp32)")
     grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field("swint_ogc", description="size of Grounding DINO")
     text_prompt: str | None = Field(None, description="names of the parts, each with a dot after it; none: SAM-HQ alone")
     background_prompt: str | None = Field(None, description="of these names, those that are no part")
