@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threads  # noqa: F401
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cluster.jobs import Task
+from command_line import select, training_options
 from data import files, layouts, records
 from errors import UserError, run_script
 from models.device import autocast, describe_device, memory_format
 from models.lgst import LGST, Differences
 from models.lgst_on_features import FeatureLGST
 from models.lgst_on_features import losses as feature_losses
+from pseudo_labels.checkpoints import obtain
+from standins import penalty_pictures
 from standins.penalty_pictures import PenaltyPictures
 from training.lgst_step import (
     Batches,
@@ -36,20 +41,34 @@ from training.lgst_step import (
     warm_cosine,
 )
 from training.loop import TrainingLoop
-from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
 
 SCORING_BATCH = 8
 BRANCHES = ("LGST", "CSAD")  # the second is the published README's name for the same scores
 
 
 def main() -> None:
-    run_stage(__doc__, train_category)
+    parser = training_options(__doc__)
+    own = parser.add_argument_group("options of this stage")
+    own.add_argument("--download", action="store_true",
+                     help=f"fetch the penalty pictures, {penalty_pictures.ARCHIVE.file}, into WORKSPACE/ckpt if they are missing")
+    run_jobs(parser.parse_args(), jobs)
+
+
+def jobs(args: argparse.Namespace) -> dict[str, Task]:
+    """The categories and seeds by name; what is to be downloaded is there before any of them begins."""
+    if args.download and not args.dry_run:
+        workspace, _, _, chosen = select(args)
+        sources = (penalty_pictures.AUTO, penalty_pictures.TINY_IMAGENET)
+        if any(one.lgst.student == "pixels" and one.lgst.penalty_images in sources for one in chosen.values()):
+            obtain(penalty_pictures.ARCHIVE, workspace.downloads, download=True)
+    return training_jobs(train_category, args)
 
 
 def train_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.lgst
     checkpoint = workspace.lgst(category.name)
-    penalties = PenaltyPictures(chosen.penalty_images) if chosen.student == "pixels" else None
+    penalties = PenaltyPictures(chosen.penalty_images, workspace.downloads) if chosen.student == "pixels" else None
     used = {"settings": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
     record, to_do = begin(job, BRANCHES, used, "LGST is trained")

@@ -129,16 +129,22 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as problem:
         raise UserError(f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
                         f"same command continues, or get the file elsewhere and put it into {path.parent}") from problem
-    digest = hashlib.sha256()
-    with open(part, "rb") as handle:
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
-    if checkpoint.sha256 not in (None, digest.hexdigest()):
+    digest = sha256(part)
+    if checkpoint.sha256 not in (None, digest):
         part.unlink()
-        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {digest.hexdigest()} where {checkpoint.sha256} was "
-                        "expected; it was thrown away, try again or get the file elsewhere")
+        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {digest} where {checkpoint.sha256} was expected; it was "
+                        "thrown away, try again or get the file elsewhere")
     os.replace(part, path)
     return path
+
+
+def sha256(path: Path) -> str:
+    """Of a file's whole content, in hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def digest(path: Path) -> str:
