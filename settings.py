@@ -90,6 +90,9 @@ class SegmentorSettings(Section):
     weight_dice: float = Field(1.0, ge=0)
     weight_histogram: float = Field(10.0, ge=0)
     weight_entropy: float = Field(1.0, ge=0)
+    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
+                                                        "with the best AUROC on the test images, looked at every two epochs, as "
+                                                        "published; what these score is no estimate of performance")
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
     fill_holes: bool = Field(False, description="logical synthesis: fill the holes of pasted components")
@@ -104,7 +107,11 @@ class LgstSettings(Section):
 
     student: Literal["pixels", "features"] = Field("pixels", description="what the student sees: the image (the paper), or the "
                                                    "encoder's first map of the larger view, for short runs; then only width, "
-                                                   "teacher_channels, steps, batch_size, lr, weight_decay and global_every count")
+                                                   "teacher_channels, steps, batch_size, lr, weight_decay, global_every and "
+                                                   "checkpoint count")
+    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
+                                                        "with the best AUROC on the test images, looked at every 1,000 steps, as "
+                                                        "published; what these score is no estimate of performance")
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
     steps: int = Field(60000, ge=1)
