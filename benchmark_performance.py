@@ -32,11 +32,13 @@ from evaluation.scores import (
     PAPER_BRANCHES,
     Scores,
     by_split,
+    chosen_on_test,
     digest_scores,
     fused_mean,
     has_map,
     lowest_first,
     normalised_scores,
+    said_of_choice,
     scored_branches,
 )
 from models.fusion import fuse
@@ -74,6 +76,7 @@ def main() -> None:
             target, lines = workspace.over_seeds(target.stem), seeds.table(seeds.over_seeds(runs), args.seeds)
             if stand_ins := used_by_any(runs):
                 lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+            lines += said_of_choice(branch for run in runs for content in run.values() for branch in content["chosen_on_test"])
             files.write_text(target, "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {target}")
@@ -92,6 +95,7 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
             "undecided": undecided,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
+            "chosen_on_test": chosen_on_test(category.name, workspace, branches),
             "measured": digest_scores(category, workspace, branches),
             "detection": {"+".join(some): detection(split_scores) for some, split_scores in sums.items()},
             "defects": single_defects(category, sums),
@@ -193,6 +197,7 @@ def overview(measured: dict[str, dict]) -> list[str]:
     lines += [f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]]
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
     lines.append(PUBLISHED)
     if len(contents) > MANY:
         lines += ["", f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",

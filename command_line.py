@@ -69,8 +69,9 @@ def common_options(story: str) -> argparse.ArgumentParser:
 def training_options(story: str) -> argparse.ArgumentParser:
     """The options of the stages that train networks."""
     parser = common_options(story)
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-                        help="of training: bf16 convolutions where the hardware is made for them (auto), or plain fp32")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"],
+                        help="of training: bf16 convolutions where the hardware is made for them (auto, the default of all "
+                             "presets but paper), or plain fp32 without TF32 (the default of paper)")
     return with_cluster(with_seeds(parser))
 
 

@@ -320,7 +320,7 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
               "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
               "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
               "images": len(rows), "dataset": category.root.resolve().parent.name, "device": engine.device,
-              "stand_ins": engine.metadata.get("stand_ins", [])}
+              "stand_ins": engine.metadata.get("stand_ins", []), "chosen_on_test": engine.metadata.get("chosen_on_test", [])}
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

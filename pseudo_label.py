@@ -33,7 +33,7 @@ from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
 from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone, fingerprint
-from models.device import choose_training_device
+from models.device import choose_training_device, forbid_tf32
 from progress import ProgressBar
 from pseudo_labels import beyond_clustering, checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
@@ -63,6 +63,7 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     """The categories by name; on a Ray cluster every one in parts, as each image's components can be found by themselves."""
     workspace, _, categories, chosen = select(args)
     device = choose_training_device(args.device)
+    forbid_tf32()
     # Only cnn_image costs time; its network is left out where nobody asked for it.
     with_deepest = any("cnn_image" in one.pseudo_labels.features for one in chosen.values())
     backbone = agreed_backbone(args, workspace, device, with_deepest)

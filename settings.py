@@ -60,6 +60,8 @@ class PseudoLabelSettings(Section):
                              "side in most images, get labels of their own (published: no)")
     one_histogram_cluster: bool = Field(False, description="trust images of the largest histogram cluster only")
     sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field("vit_h", description="size of SAM-HQ")
+    sam_precision: Literal["fp32", "fp16"] = Field("fp32", description="of SAM-HQ's image encoder; fp16 on CUDA alone, "
+                                                   "where it is faster (published: fp32)")
     grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field("swint_ogc", description="size of Grounding DINO")
     text_prompt: str | None = Field(None, description="names of the parts, each with a dot after it; none: SAM-HQ alone")
     background_prompt: str | None = Field(None, description="of these names, those that are no part")
@@ -88,6 +90,9 @@ class SegmentorSettings(Section):
     weight_dice: float = Field(1.0, ge=0)
     weight_histogram: float = Field(10.0, ge=0)
     weight_entropy: float = Field(1.0, ge=0)
+    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
+                                                        "with the best AUROC on the test images, looked at every two epochs, as "
+                                                        "published; what these score is no estimate of performance")
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
     fill_holes: bool = Field(False, description="logical synthesis: fill the holes of pasted components")
@@ -102,7 +107,11 @@ class LgstSettings(Section):
 
     student: Literal["pixels", "features"] = Field("pixels", description="what the student sees: the image (the paper), or the "
                                                    "encoder's first map of the larger view, for short runs; then only width, "
-                                                   "teacher_channels, steps, batch_size, lr, weight_decay and global_every count")
+                                                   "teacher_channels, steps, batch_size, lr, weight_decay, global_every and "
+                                                   "checkpoint count")
+    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
+                                                        "with the best AUROC on the test images, looked at every 1,000 steps, as "
+                                                        "published; what these score is no estimate of performance")
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
     steps: int = Field(60000, ge=1)
@@ -111,8 +120,9 @@ class LgstSettings(Section):
     weight_decay: float = Field(1e-4, ge=0)
     hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
     he_initialisation: bool = Field(False, description="He's initial weights instead of PyTorch's: for short runs")
-    penalty_images: str = Field("bundled", description="folder of ImageNet-like pictures, or 'bundled': crops of photographs "
-                                "that scikit-image and scikit-learn bring along")
+    penalty_images: str = Field("auto", description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
+                                "crops of photographs that scikit-image and scikit-learn bring along; auto takes the first "
+                                "where its archive is in ckpt/, else the last")
     penalty_every: int = Field(1, ge=1, description="steps from one penalty image to the next")
     global_every: int = Field(1, ge=1, description="steps from one that trains the autoencoder and the student's global head "
                               "to the next; the others train the local head alone")

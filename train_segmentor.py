@@ -16,12 +16,14 @@ import threads  # noqa: F401
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from command_line import training_options
 from data import files, layouts, records
 from data.workspace import Workspace
 from errors import UserError, run_script
@@ -30,6 +32,8 @@ from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 from progress import ProgressBar
+from settings import SegmentorSettings
+from training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
 from training.loop import TrainingLoop
 from training.pseudo_label_files import (
     digest_of_label_maps,
@@ -39,13 +43,14 @@ from training.pseudo_label_files import (
     training_data,
 )
 from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
-from training.stage import Job, adam, begin, on_cpu, run_stage, write_scores
+from training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
 
 SCORING_BATCH = 8
+EVALUATED_EVERY = 2  # epochs, where the test images choose the weights
 
 
 def main() -> None:
-    run_stage(__doc__, train_category)
+    run_jobs(with_checkpoint(training_options(__doc__), "segmentor").parse_args(), partial(training_jobs, train_category))
 
 
 def train_category(job: Job) -> None:
@@ -54,6 +59,7 @@ def train_category(job: Job) -> None:
     trusted, classes = read_stage_1(category, workspace)
     labels = workspace.pseudo_labels(category.name)
     used = {"segmentor": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
+            **selection(job, chosen.checkpoint),
             "component_histogram": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
             "label_maps": digest_of_label_maps(category, workspace, trusted),
             **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
@@ -69,7 +75,10 @@ def train_category(job: Job) -> None:
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
         data = training_data(category, workspace, train_images, trusted, classes)
-        segmentor = train(job, data, classes, progress, record).eval()
+        best = best_on_test(job, train_images, trusted, classes) if chosen.checkpoint == BEST_ON_TEST else None
+        segmentor = train(job, data, classes, progress, record, best).eval()
+        if best is not None:
+            best.restore(segmentor, category.name)
         state = on_cpu(segmentor)
         if not all(values.isfinite().all() for values in state.values()):
             progress.unlink(missing_ok=True)  # nothing to go on from
@@ -77,7 +86,7 @@ def train_category(job: Job) -> None:
                             f"lower --segmentor.lr (it was {chosen.lr})")
         files.write_state(checkpoint, {"state": state, "meta": used | {
             "category": category.name, "classes": classes, "width": chosen.width,
-            "ran_on": describe_device(job.device, job.precision)}})
+            "ran_on": describe_device(job.device, job.precision)} | (best.noted() if best else {})})
     else:
         segmentor = Segmentor(job.backbone.channels, chosen.width, classes)
         files.load_checkpoint(segmentor, checkpoint)
@@ -106,21 +115,50 @@ def train_category(job: Job) -> None:
     record.finish()
 
 
-def train(job: Job, data: TrainingData, classes: int, progress: Path, record: records.Record) -> Segmentor:
+def best_on_test(job: Job, train_images: Tensor, trusted: np.ndarray, classes: int) -> BestOnTest[Segmentor]:
+    """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
+    chosen = job.settings.segmentor
+    pictures = {name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()}
+
+    def measure(segmentor: Segmentor) -> float:
+        train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
+        maps = {name: torch.cat([*label_maps(segmentor, job, images, f"evaluate {name}")])
+                for name, images in pictures.items()}
+        validation_maps = maps.pop("val")
+        parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
+        detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
+        evidence = None
+        if chosen.evidence:
+            evidence = HistogramEvidence(classes)
+            evidence.load_parameters(fit_evidence(train_maps, validation_maps, classes))
+        return mean_auroc({split: score(detector, evidence, label_map.split(SCORING_BATCH))[0]
+                           for split, label_map in maps.items()})
+
+    each = steps_per_epoch(trusted, chosen)
+    return BestOnTest(EVALUATED_EVERY * each, chosen.epochs * each, measure)
+
+
+def steps_per_epoch(trusted: np.ndarray, chosen: SegmentorSettings) -> int:
+    return math.ceil(len(trusted) / chosen.batch_size)
+
+
+def train(job: Job, data: TrainingData, classes: int, progress: Path, record: records.Record,
+          best: BestOnTest | None = None) -> Segmentor:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     chosen, backbone, device = job.settings.segmentor, job.backbone, job.device
     torch.manual_seed(job.seed)
     segmentor = Segmentor(backbone.channels, chosen.width, classes).train()
     segmentor.to(device, memory_format=memory_format(job.precision))
     optimizer = adam(segmentor, chosen, device)
-    steps_per_epoch = math.ceil(len(data.trusted) / chosen.batch_size)
-    steps = chosen.epochs * steps_per_epoch
+    each = steps_per_epoch(data.trusted, chosen)
+    steps = chosen.epochs * each
     loop = TrainingLoop(steps, progress, record.used, f"{job.name}: train segmentor", f"--segmentor.lr (it was {chosen.lr})",
-                        record.superseded() if job.overwrite else None, segmentor=segmentor, optimizer=optimizer)
+                        record.superseded() if job.overwrite else None, segmentor=segmentor, optimizer=optimizer,
+                        **({"best": best} if best else {}))
     batches = Batches(data, backbone.encoder, device, job.precision, f"{job.name}: encode")
 
     def draw(step: int) -> Sample:
-        unsupervised = step // steps_per_epoch >= chosen.unsupervised_from_epoch
+        unsupervised = step // each >= chosen.unsupervised_from_epoch
         return draw_sample(data, chosen, step, unsupervised, job.name, job.seed)
 
     for step, sample in loop.samples(draw):
@@ -130,6 +168,8 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, record: re
         sum(losses.values()).backward()
         optimizer.step()
         loop.report(losses)
+        if best is not None:
+            best.after(step + 1, segmentor)
     return segmentor.to(memory_format=torch.contiguous_format)
 
 

@@ -142,6 +142,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
         "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],
         "stand_ins": sorted({stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}),
+        "chosen_on_test": [branch for branch, one in saved.items() if "selection" in one["meta"]],
         "training": {branch: one["meta"] for branch, one in saved.items()}, "made_of": made_of,
         "weights": fingerprint(model), "versions": versions()}
         | ({} if detector is None else

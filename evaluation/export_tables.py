@@ -9,7 +9,7 @@ from tabulate import tabulate
 from data import files
 from data.workspace import Workspace
 from evaluation.metrics import counted, mean_known
-from evaluation.scores import MANY
+from evaluation.scores import MANY, said_of_choice
 
 
 def write(reports: list[dict], workspace: Workspace) -> None:
@@ -53,6 +53,7 @@ def table_of(reports: list[dict], short: bool = False) -> str:
     stand_ins = sorted({name for one in reports for name in one["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+    text += [f"\n{line}" for line in said_of_choice(branch for one in reports for branch in one.get("chosen_on_test", []))]
     return "\n".join(text) + "\n"
 
 

@@ -89,6 +89,18 @@ def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bo
     return branch != "patchhist" or not record.exists() or records.read_record(record)["used"]["segmentor"]["evidence"]
 
 
+def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
+    """Those of the branches whose weights were chosen on test images (training.best_on_test), by the records beside them."""
+    paths = {branch: workspace.record(category, branch) for branch in branches}
+    return [branch for branch, path in paths.items() if path.exists() and "selection" in records.read_record(path)["used"]]
+
+
+def said_of_choice(branches: Iterable[str]) -> list[str]:
+    """The line that tables carry where weights were chosen on test images; none where none were."""
+    names = ", ".join(dict.fromkeys(branches))
+    return [f"weights of {names}: chosen on test images, as published; not an estimate of performance"] if names else []
+
+
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:
     """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
     paths = [workspace.scores(category.name, branch, part) for branch in branches for part in SCORE_PARTS]

@@ -64,7 +64,8 @@ def keep_freed_memory() -> None:
 def choose_precision(name: str, device: torch.device) -> str:
     """Turn ``--precision`` into bf16 or fp32: auto takes bf16 where the device multiplies it faster than fp32.
 
-    Weights, losses and optimizer stay fp32 either way; bf16 is what convolutions multiply in during training.
+    Weights, losses and optimizer stay fp32 either way; bf16 is what convolutions multiply in during training. Where it is
+    fp32, products on CUDA are plain fp32 from now on (`forbid_tf32`).
 
     Raises:
         UserError: bf16 on a GPU that has none.
@@ -79,7 +80,18 @@ def choose_precision(name: str, device: torch.device) -> str:
                        for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     else:
         has_bf16 = False
-    return ("bf16" if has_bf16 else "fp32") if name == "auto" else name
+    precision = ("bf16" if has_bf16 else "fp32") if name == "auto" else name
+    if precision == "fp32":
+        forbid_tf32()
+    return precision
+
+
+def forbid_tf32() -> None:
+    """Let fp32 products on CUDA keep all 24 bits of their factors; for this process, from now on.
+
+    By default PyTorch lets cuDNN round the factors of convolutions to 11 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

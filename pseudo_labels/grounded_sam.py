@@ -46,15 +46,16 @@ class SamProposer:
 
     def __init__(self, chosen: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False):
         self.chosen, self.sam, self.device = chosen, sam, device
-        self.name = "sam" if chosen.sam == PUBLISHED_SAM else f"sam {chosen.sam}"
+        self.half = in_half_precision(chosen, device)
+        self.name = ("sam" if chosen.sam == PUBLISHED_SAM else f"sam {chosen.sam}") + " fp16" * self.half
         self.is_stand_in = is_stand_in or chosen.sam != PUBLISHED_SAM
         self.checkpoints = {sam.name: checkpoints.digest(sam)}
 
     def load(self) -> None:
-        load_sam(self.chosen.sam, self.sam, self.device)
+        load_sam(self.chosen.sam, self.sam, self.device, self.half)
 
     def propose(self, image: np.ndarray) -> Proposals:
-        sam = load_sam(self.chosen.sam, self.sam, self.device)
+        sam = load_sam(self.chosen.sam, self.sam, self.device, self.half)
         sam.look_at(image)
         return Proposals(masks=sam.everything(self.chosen), background=sam.background())
 
@@ -76,9 +77,10 @@ class GroundedSamProposer:
     def __init__(self, chosen: PseudoLabelSettings, sam: Path, grounding_dino: Path, text_encoder: Path,
                  device: torch.device):
         self.chosen, self.sam, self.grounding_dino = chosen, sam, grounding_dino
-        self.text_encoder, self.device = text_encoder, device
+        self.text_encoder, self.device, self.half = text_encoder, device, in_half_precision(chosen, device)
         self.is_stand_in = (chosen.sam, chosen.grounding_dino) != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
-        self.name = f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
+        self.name = (f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
+                     ) + " fp16" * self.half
         self.checkpoints = {path.name: checkpoints.digest(path) for path in (sam, grounding_dino)}
 
     def load(self) -> None:
@@ -97,8 +99,13 @@ class GroundedSamProposer:
                          grounding_background=instances[is_background].union())
 
     def _networks(self) -> tuple[SamHQ, GroundingDino]:
-        return (load_sam(self.chosen.sam, self.sam, self.device),
+        return (load_sam(self.chosen.sam, self.sam, self.device, self.half),
                 load_grounding_dino(self.chosen.grounding_dino, self.grounding_dino, self.text_encoder, self.device))
+
+
+def in_half_precision(chosen: PseudoLabelSettings, device: torch.device) -> bool:
+    """Whether SAM-HQ's image encoder runs in fp16: only where the settings ask for it, and on CUDA alone."""
+    return chosen.sam_precision == "fp16" and device.type == "cuda"
 
 
 def names_background(phrase: str, background_prompt: str | None) -> bool:
@@ -113,16 +120,17 @@ def names_background(phrase: str, background_prompt: str | None) -> bool:
 
 
 class SamHQ:
-    """SAM-HQ with its image encoder in half precision on CUDA; one image at a time, set by ``look_at``.
+    """SAM-HQ, one image at a time, set by ``look_at``.
 
     Args:
         sam: the package's network, in eval mode and on its device.
+        half: its image encoder multiplies in fp16.
     """
 
-    def __init__(self, sam: nn.Module):
+    def __init__(self, sam: nn.Module, half: bool = False):
         with quietly():
             from segment_anything_hq import SamPredictor
-        sam.image_encoder = _ImageEncoder(sam.image_encoder)
+        sam.image_encoder = _ImageEncoder(sam.image_encoder, half)
         self.predictor = SamPredictor(sam)
         self.image = np.zeros((1, 1, 3), np.uint8)
 
@@ -169,19 +177,19 @@ class SamHQ:
 
 
 class _ImageEncoder(nn.Module):
-    """SAM's image encoder in half precision on CUDA, which remembers its last image.
+    """SAM's image encoder, which remembers its last image.
 
     The background's points, the boxes and the automatic masks all begin with the whole image.
     """
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: nn.Module, half: bool):
         super().__init__()
-        self.encoder, self.img_size = encoder, encoder.img_size
+        self.encoder, self.img_size, self.half = encoder, encoder.img_size, half
         self.last: tuple[Tensor, tuple[Tensor, list[Tensor]]] | None = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.last is None or not torch.equal(self.last[0], image):
-            with torch.autocast(image.device.type, torch.float16, enabled=image.device.type == "cuda"):
+            with torch.autocast(image.device.type, torch.float16, enabled=self.half):
                 features, early = self.encoder(image)
             self.last = image, (features.float(), [one.float() for one in early])
         return self.last[1]
@@ -239,8 +247,8 @@ def to_pixels(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 @functools.cache
-def load_sam(size: str, path: Path, device: torch.device) -> SamHQ:
-    """SAM-HQ from its checkpoint; read once, however many categories there are.
+def load_sam(size: str, path: Path, device: torch.device, half: bool = False) -> SamHQ:
+    """SAM-HQ from its checkpoint, its image encoder in fp16 if ``half``; read once, however many categories there are.
 
     Raises:
         UserError: the file is damaged or holds another network.
@@ -249,7 +257,7 @@ def load_sam(size: str, path: Path, device: torch.device) -> SamHQ:
     _fill(network, _read(path), f"{path} does not hold the weights of SAM-HQ {size}; put the published {path.name} there, or "
                                 "name another size with --pseudo_labels.sam")
     # Eval mode once more, now that the weights are in: TinyViT derives tables from them when it is entered.
-    return SamHQ(network.to(device).eval())
+    return SamHQ(network.to(device).eval(), half)
 
 
 @functools.cache

@@ -310,3 +310,29 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path):
         wanted = settings.load("discs", "paper", {f"pseudo_labels.{key}": value for key, value in changes.items()})
         with pytest.raises(UserError, match=sentence):
             pseudo_label.choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
+
+
+@pytest.mark.parametrize("asked, device, half", [("fp32", "cuda", False), ("fp16", "cuda", True), ("fp16", "cpu", False)])
+def test_the_image_encoder_is_in_fp16_on_cuda_and_only_where_asked(weights, asked, device, half):
+    settings_, folder = chosen(sam_precision=asked), weights
+    sam_file = folder / "sam_hq_vit_tiny.pth"
+    proposers = (grounded_sam.SamProposer(settings_, sam_file, torch.device(device)),
+                 grounded_sam.GroundedSamProposer(settings_, sam_file, folder / "groundingdino_swint_ogc.pth",
+                                                  folder / "bert-base-uncased", torch.device(device)))
+    assert settings.PseudoLabelSettings().sam_precision == "fp32"
+    for proposer in proposers:
+        assert proposer.half == half and proposer.name.endswith(" fp16") == half  # the name goes into records and info.txt
+
+
+def test_the_image_encoder_multiplies_in_what_was_asked_for():
+    class Encoder(torch.nn.Linear):
+        img_size = 4
+
+        def forward(self, image):
+            seen.append(super().forward(image).dtype)
+            return image, []
+
+    for half, dtype in ((False, torch.float32), (True, torch.float16)):
+        seen = []
+        grounded_sam._ImageEncoder(Encoder(4, 4), half)(torch.ones(1, 4))
+        assert seen == [dtype]

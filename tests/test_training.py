@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyEncoder
+from conftest import TinyEncoder, tiny_backbone
 from torch import nn
 
 import progress
+from command_line import training_options
 from data import files, images, layouts
 from data.workspace import Workspace
 from errors import UserError
+from models.device import choose_precision, describe_device
 from models.lgst_on_features import FeatureLGST
-from training import feature_cache, lgst_step, loop
+from training import feature_cache, lgst_step, loop, stage
 from training.feature_cache import FeatureCache
 from training.loop import TrainingLoop
 from training.pseudo_label_files import read_stage_1, training_data
@@ -257,3 +259,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     found = subprocess.run([sys.executable, "-c", code], cwd=Path(loop.__file__).parents[1], capture_output=True, text=True,
                            check=True)
     assert int(found.stdout) < 15_000  # pages; handed out anew they are 150,000
+
+
+@pytest.mark.parametrize("options, precision", [
+    ((), "fp32"), (("--preset", "quick"), "bf16"), (("--precision", "auto"), "bf16"),
+    (("--preset", "quick", "--precision", "fp32"), "fp32")])
+def test_the_paper_preset_trains_in_plain_fp32_unless_asked_otherwise(make_dataset, tmp_path, monkeypatch, options, precision):
+    monkeypatch.setattr(stage, "agreed_backbone", lambda *_: tiny_backbone())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    args = training_options("story").parse_args(["--workspace", str(tmp_path), "--dataset_root", str(make_dataset(train=2)),
+                                                 "--device", "cpu", *options])
+    jobs = []
+    for task in stage.training_jobs(jobs.append, args).values():
+        task.do()
+    assert [job.precision for job in jobs] == [precision]
+    assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+
+
+def test_what_ran_on_a_gpu_is_what_is_noted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    cuda = torch.device("cuda")
+    assert describe_device(cuda, "bf16") == {"device": "GPU", "precision": "bf16, TF32 allowed"}
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    assert describe_device(cuda, "fp32") == {"device": "GPU", "precision": "fp32"}

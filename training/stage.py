@@ -63,7 +63,7 @@ def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespac
     """A training stage's jobs by name."""
     workspace, _, categories, chosen = select(args)
     device = choose_training_device(args.device)
-    precision = choose_precision(args.precision, device)
+    precision = choose_precision(args.precision or ("fp32" if args.preset == settings.PAPER else "auto"), device)
     backbone = agreed_backbone(args, workspace, device)
     tasks = {}
     for seed, place in workspace.of_seeds(args.seeds).items():
