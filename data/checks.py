@@ -214,10 +214,15 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
     elif category.layout == layouts.Loco.name and len(without) < len(masks):
         findings.warnings.append(f"there are masks, but no {category.defects_config} that says what their values mean")
 
+    lossy: list[Path] = []
+
     def complaint(one: tuple[Path, Path]) -> str | None:
         image, path = one
         try:
             mask = images.read_mask(path)
+            if images.is_lossy(path):
+                lossy.append(path)
+            value = layouts.pixel_value(path, mask, values or ())
         except UserError as problem:
             return str(problem)
         size = sizes.get(image)
@@ -225,12 +230,16 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
             return f"{path} is {mask.shape[1]}x{mask.shape[0]}, but its image {size[0]}x{size[1]}"
         if not mask.any():
             return f"{path} is empty: it marks no region"
-        if values is not None and int(mask.max()) not in values:
-            return f"{path} has value {mask.max()}, which is not in {category.defects_config}"
+        if values is not None and value not in values:
+            return f"{path} has value {value}, which is not in {category.defects_config}"
         return None
 
     pairs = [(image, path) for image, found in masks.items() for path in found or []]
     findings.errors += [said for said in pool.map(complaint, pairs) if said]
+    if lossy:
+        findings.warnings.append("masks in a lossy format, in which only what is brighter than half of the "
+                                 "brightest pixel counts as defect; store masks as PNG: "
+                                 + names(category.root, sorted(lossy)))
 
 
 def pixel_values(category: layouts.Category) -> set[int]:

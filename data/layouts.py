@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
+
 from data import files
 from data.conventions import GOOD, LAYOUTS, LOGICAL, SPLITS, STRUCTURAL, FolderPerDefect, Layout, Loco
-from data.images import SUFFIXES, displayed_size, read_mask
+from data.images import SUFFIXES, displayed_size, is_lossy, read_mask
 from data.listing import Unused, count, entries, unique_names, walk
 from errors import UserError
 
@@ -186,7 +188,7 @@ class Category:
         if named is not None:
             return named
         if self._defect_names:
-            values = [int(read_mask(path).max()) for path in self.region_masks(split, image)]
+            values = [pixel_value(path, read_mask(path), self._defect_names) for path in self.region_masks(split, image)]
             if values and all(value in self._defect_names for value in values):
                 return " + ".join(sorted({self._defect_names[value] for value in values}))
         found = self._rendered_defects.get(split, {}).get(image.stem)
@@ -341,6 +343,24 @@ class Dataset:
 def test_splits(category: Category) -> dict[str, list[Path]]:
     """The test images by split; empty where there are no good ones, because then nothing can be measured."""
     return {split: category.test(split) for split in SPLITS} if category.tested else {}
+
+
+def pixel_value(path: Path, mask: np.ndarray, defined: Collection[int]) -> int:
+    """The pixel_value of a mask, (H, W) uint8 as read, in defects_config.json; 0 where the mask is empty.
+
+    Args:
+        defined: the pixel_values in defects_config.json.
+
+    Raises:
+        UserError: a lossy format has not kept the value, and several are defined.
+    """
+    value = int(mask.max())
+    if not value or not is_lossy(path):
+        return value
+    if len(set(defined)) > 1:
+        raise UserError(f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json has several "
+                        "pixel_values; store the mask as a PNG")
+    return next(iter(defined), value)
 
 
 def _folder_is_category(path: Path) -> bool:

@@ -105,6 +105,12 @@ def paint(path: Path, value: int, size=(256, 256)) -> None:
     Image.new("L", size, value).save(path)
 
 
+def lossy_mask(root: Path) -> None:
+    folder = root / "ground_truth/structural_anomalies/003"
+    picture(folder / "000.png").point(lambda value: 255 * (value > 0)).save(folder / "000.jpg")
+    (folder / "000.png").unlink()
+
+
 FAULTS = {  # what breaks the data set, the status, words that have to be said
     "truncated": (lambda r: truncate(r / "train/good/007.png"), 2, ["train/good/007.png cannot be read"]),
     "empty file": (lambda r: (r / "test/good/001.png").write_bytes(b""), 2, ["test/good/001.png cannot be read"]),
@@ -144,6 +150,7 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
                   ["is 64x64, but its image 256x256"]),
     "mask empty": (lambda r: paint(r / "ground_truth/structural_anomalies/000/000.png", 0), 2, ["000/000.png is empty"]),
     "mask value": (lambda r: paint(r / "ground_truth/structural_anomalies/001/000.png", 7), 2, ["has value 7, which is not in"]),
+    "mask lossy": (lambda r: lossy_mask(r), 4, ["masks in a lossy format", "ground_truth/structural_anomalies/003/000.jpg"]),
     "mask damaged": (lambda r: (r / "ground_truth/structural_anomalies/002/000.png").write_bytes(b"x"), 2,
                      ["structural_anomalies/002/000.png cannot be read"]),
     "config": (lambda r: (r / "defects_config.json").write_text("{"), 2, ["defects_config.json cannot be read"]),
