@@ -13,7 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import settings
-from data import files, images, layouts
+from data import conventions, files, images, layouts, listing
+from data.listing import count
 from data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from data.roi import read_roi
 from errors import UserError
@@ -21,6 +22,8 @@ from errors import UserError
 CONFIDENCE = 0.95
 NAMED = 5  # files named in one message; the others are counted
 ASPECT_TOLERANCE = 0.02
+MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 30, 10  # with fewer, what a model says of new good images is chance
+VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be promised on average
 
 
 @dataclass
@@ -56,6 +59,9 @@ def check(category: layouts.Category, chosen: settings.Settings,
     findings.lines.append(str(line or f"{category.name}: the stages cannot run on it"))
     listed = findings.attempt(lambda: category.listed) or {}
     about_unused(category, findings)
+    about_names(category, listed, findings)
+    about_defect_folders(category, findings)
+    about_number_of_images(category, findings)
     validation = set(findings.attempt(lambda: category.validation) or [])
     todo = [(folder, path, split_of(folder, path in validation)) for folder, paths in listed.items() for path in paths]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
@@ -77,13 +83,14 @@ def check(category: layouts.Category, chosen: settings.Settings,
 
 
 def quick_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, files that differ in kind, copies byte for byte.
+    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, copies byte for byte.
 
     Raises:
         UserError: the stages could not run on the category.
     """
     findings = Findings()
     about_unused(category, findings)
+    about_number_of_images(category, findings)
     validation = set(category.validation)
     looked = [look(path, split_of(folder, path in validation)) for folder, paths in category.listed.items() for path in paths]
     findings.warnings += [picture.problem for picture in looked if picture.problem]
@@ -127,8 +134,51 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
     for path, why in unused:
         reasons[why].append(path)
     for why, paths in reasons.items():
-        litter = why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths)
+        litter = why == listing.CLUTTER or (
+            why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths))
         (findings.notes if litter else findings.warnings).append(f"not used: {names(category.root, paths)}: {why}")
+
+
+def about_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
+    """Images for whose names the files made from them are called by a shortened one."""
+    paths = [path for paths in listed.values() for path in paths]
+    keys = findings.attempt(lambda: {path: category.key(path) for path in paths}) or {}
+    long = [path for path in paths if path in keys and not path.stem.endswith(keys[path][-13:])
+            and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4]  # a character that is cut off has up to 4 bytes
+    if long:
+        findings.notes.append("long names, of which files made from the images bear the beginning and a hash, like "
+                              f"{keys[long[0]]}: {names(category.root, long)}")
+
+
+def about_defect_folders(category: layouts.Category, findings: Findings) -> None:
+    """Which defects count as logical and which as structural, where the layout does not say it."""
+    by_split = findings.attempt(lambda: category.defect_folders) or {}
+    logical, structural = (by_split.get(split, []) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
+    if not logical and not structural:
+        return
+    example = ", ".join(logical or structural[:1])
+    findings.notes.append(f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; as structural: "
+                          f"{', '.join(structural) or 'none'}; a line like 'logical: [{example}]' in "
+                          f"configs/categories/{category.name}.yaml changes it")
+    good = [name for name in (*logical, *structural) if name.lower() in conventions.GOOD_NAMES]
+    if good:
+        findings.warnings.append(f"test/{good[0]} sounds like good images but counts as a defect; rename it to "
+                                 f"test/{layouts.GOOD}")
+
+
+def about_number_of_images(category: layouts.Category, findings: Findings) -> None:
+    """Too few training images to learn from, or validation images to set a threshold by, and what to expect then."""
+    training, validation = (len(findings.attempt(lambda split=split: getattr(category, split)) or [])
+                            for split in ("train", "validation"))
+    if 0 < training < MIN_TRAINING_IMAGES:
+        aside = f" (and {validation} set aside for validation)" if category.validation_is_held_out else ""
+        findings.warnings.append(f"only {count(training, 'training image')}{aside}: expect that many new good images, maybe "
+                                 "most of them, are called anomalous, because what is normal in them was never seen; "
+                                 f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better")
+    if 0 < validation < MIN_VALIDATION_IMAGES:
+        findings.warnings.append(f"only {count(validation, 'validation image')}, which set the threshold: expect that at "
+                                 f"least 1 in {validation + 1} new good images is called anomalous, and by chance far more; "
+                                 f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %")
 
 
 def about_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:

@@ -106,10 +106,19 @@ def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] = 
         UserError: the file is missing, no JSON, or lacks a key; ends with the advice.
     """
     with _named_mistakes(path, advice):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
         if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
             raise ValueError(f"it does not hold {', '.join(keys)}")
         return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's reader would drop all but the last of equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return content
 
 
 def read_array(path: str | Path) -> np.ndarray:

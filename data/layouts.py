@@ -16,9 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from data import files
-from data.conventions import GOOD, LAYOUTS, LOGICAL, SPLITS, STRUCTURAL, FolderPerDefect, Layout, Loco
+from data.conventions import (
+    BAD_NAMES,
+    GOOD,
+    LAYOUTS,
+    LOGICAL,
+    SPLITS,
+    STRUCTURAL,
+    FolderPerDefect,
+    Layout,
+    Loco,
+    advice_on_other_layout,
+)
 from data.images import SUFFIXES, displayed_size, is_lossy, read_mask
-from data.listing import Unused, count, entries, unique_names, walk
+from data.listing import CLUTTER, Unused, count, entries, reason_to_skip, unique_names, walk
 from errors import UserError
 
 __all__ = ["GOOD", "LOGICAL", "SPLITS", "STRUCTURAL", "Category", "Dataset", "Loco", "test_splits"]
@@ -27,8 +38,6 @@ VALIDATION_SHARE = 0.15  # of the training images, where a data set has no valid
 FEWEST_TRAINING_IMAGES = 5  # to set some aside from
 FEWEST_WITH_VALIDATION = 4  # where there are validation images of their own
 _MANY, _OF_MANY = 40, 10  # from so many training images on, at least so many are set aside
-_NOT_GOOD = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "ng", "nok", "ko",
-                       "not_good", LOGICAL, STRUCTURAL})
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Category:
     def _train_and_validation(self) -> tuple[list[Path], list[Path]]:
         folder = self._training_folder
         images = self._some_images(folder)
-        bad = sorted({part for path in images for part in path.relative_to(folder).parts[:-1] if part.lower() in _NOT_GOOD})
+        bad = sorted({part for path in images for part in path.relative_to(folder).parts[:-1] if part.lower() in BAD_NAMES})
         if bad:
             raise UserError(f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
                             f"{self.root / 'train' / self._layout.good}")
@@ -153,6 +162,12 @@ class Category:
     @cached_property
     def _tests(self) -> dict[str, list[Path]]:
         return self._layout.tests(self.root, self.logical_defects)
+
+    @property
+    def defect_folders(self) -> dict[str, list[str]]:
+        """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
+        return {split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)} if isinstance(
+            self._layout, FolderPerDefect) else {}
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
@@ -276,8 +291,8 @@ class Category:
         found = [entry for folder in used for entry in self._walk(folder)[1]]
         parts = ["train", "validation", *(["test"] if tests else [])]
         for path in entries(self.root) if training != self.root else []:
-            if path.name.startswith("."):
-                found.append((path, "hidden"))
+            if reason := reason_to_skip(path.name):
+                found.append((path, reason))
             elif path.is_dir() and path.name not in (*parts, "ground_truth"):
                 images = count(len(self._walk(path)[0]), "image")
                 found.append((path, f"a folder that the layout '{self.layout}' does not have, with {images}"))
@@ -286,7 +301,9 @@ class Category:
         for part in (self.root / name for name in parts):
             only = " and ".join(sorted(folder.name for folder in used if folder.parent == part))
             for path in entries(part) if part not in used else []:
-                if path not in used:
+                if reason := reason_to_skip(path.name):
+                    found.append((path, reason))
+                elif path not in used:
                     images = f"; it holds {count(len(self._walk(path)[0]), 'image')}" if path.is_dir() else ""
                     found.append((path, f"of {part.name}/ only {only or 'nothing'} is used{images}"))
         masks = {mask for split in (LOGICAL, STRUCTURAL) for folder in tests.get(split, []) for image in self._walk(folder)[0]
@@ -316,11 +333,13 @@ class Dataset:
             raise UserError(f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
                             "--dataset_root, or render the built-in one with make_synthetic_loco.py")
         found = {path.name: path for path in entries(self.root)
-                 if not path.name.startswith(".") and _folder_is_category(path)}
+                 if not reason_to_skip(path.name) and _folder_is_category(path)}
         if not found and self._is_one_category:
             found = {Category(self.root).name: self.root}
         if not found:
-            raise UserError(f"no category in {self.root}: expected folders like {self.root}/screw_bag/train/good")
+            advice = next(filter(None, map(advice_on_other_layout, [self.root, *entries(self.root)])), None)
+            raise UserError(f"no category in {self.root}: "
+                            + (advice or f"expected folders like {self.root}/screw_bag/train/good"))
         for name in names or []:
             if name not in found:
                 raise UserError(f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(found))}")
@@ -332,8 +351,9 @@ class Dataset:
         """Folders that are no category, and hidden ones."""
         if self._is_one_category:
             return []
-        return [(path, "a folder without train/, so no category") for path in entries(self.root)
-                if path.is_dir() and not _folder_is_category(path)]
+        return [(path, advice_on_other_layout(path) or "a folder without train/, so no category")
+                for path in entries(self.root)
+                if path.is_dir() and not _folder_is_category(path) and reason_to_skip(path.name) != CLUTTER]
 
     @property
     def _is_one_category(self) -> bool:
