@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 
 from errors import DAMAGED, UserError
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # as spreadsheets begin one (OWASP), also full-width
 MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
 
 
@@ -63,6 +65,16 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def to_csv_text(text: str) -> str:
+    """A text as a cell of a CSV file, which spreadsheets then take for no formula: with ' before what begins like one."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_csv_text(cell: str) -> str:
+    """What `to_csv_text` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
