@@ -212,13 +212,13 @@ def is_put_off(verdict: Verdict, scored: dict[str, State], attempts: Counter[str
         attempts: how often unreadable files were read, by name; kept up to date.
     """
     name, state = str(verdict.name), state_of(verdict.name)
-    unsettled = (state["bytes"], state["changed_ns"]) != scored.get(name)
-    attempts[name] += verdict.verdict == UNREADABLE and not unsettled
-    if unsettled or 0 < attempts[name] < READ_ATTEMPTS and verdict.verdict == UNREADABLE:
-        scored.pop(name, None)
-        return True
-    del attempts[name]
-    return False
+    if (state["bytes"], state["changed_ns"]) == scored.get(name):
+        if verdict.verdict != UNREADABLE or attempts[name] == READ_ATTEMPTS - 1:
+            attempts.pop(name, None)
+            return False
+        attempts[name] += 1
+    scored.pop(name, None)
+    return True
 
 
 class Output:

@@ -23,6 +23,7 @@ CONFIDENCE = 0.95
 NAMED = 5  # files named in one message; the others are counted
 ASPECT_TOLERANCE = 0.02
 MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 30, 10  # with fewer, what a model says of new good images is chance
+MAX_CATEGORY_NAME = 200  # bytes, of at most 255 in a file's name
 VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be promised on average
 
 
@@ -140,7 +141,10 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
 
 
 def about_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
-    """Images for whose names the files made from them are called by a shortened one."""
+    """Names too long for the files that are made from an image, which bear a shortened one, or from a category."""
+    if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
+        findings.errors.append(f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} bytes, "
+                               "too long for the files that bear it; rename it")
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.attempt(lambda: {path: category.key(path) for path in paths}) or {}
     long = [path for path in paths if path in keys and not path.stem.endswith(keys[path][-13:])
@@ -293,8 +297,15 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
 
 
 def pixel_values(category: layouts.Category) -> set[int]:
+    saturations: dict[int, tuple[object, object]] = {}
     try:
-        return {int(entry["pixel_value"]) for entry in files.read_json(category.defects_config, files.MEND)}
+        for entry in files.read_json(category.defects_config, files.MEND):
+            value = int(entry["pixel_value"])
+            saturation = entry.get("saturation_threshold"), entry.get("relative_saturation")
+            if saturations.setdefault(value, saturation) != saturation:
+                raise UserError(f"{category.defects_config}: pixel_value {value} stands there twice with different "
+                                "saturations; keep one of them")
+        return set(saturations)
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{category.defects_config} should be a list of entries with pixel_value and defect_name") from problem
 

@@ -329,6 +329,8 @@ class Dataset:
         Raises:
             UserError: no data set at this place, or it has no such category.
         """
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root} is a file; name the folder of the data set with --dataset_root")
         if not self.root.is_dir():
             raise UserError(f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
                             "--dataset_root, or render the built-in one with make_synthetic_loco.py")

@@ -50,6 +50,7 @@ class Found:
                 self.left_out += others
             else:
                 self.images.append(one)
+        self.images = list(dict.fromkeys(self.images))  # a file named beside its folder is scored once
 
     def require_images(self) -> None:
         """Raises UserError where there is no image."""

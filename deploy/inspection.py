@@ -110,12 +110,18 @@ class Verdict:
                 "problem": self.problem or None}
 
     def __str__(self) -> str:
+        name = printable(str(self.name))
         if self.score is None or self.verdict == UNDECIDED:
-            return f"{self.verdict:10} {self.name}\n           {self.problem}"
+            return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
         sum_of = " + ".join(f"{BRANCHES[branch]} {part:.2f}" for branch, part in (self.contributions or {}).items())
         score = f"{self.score:.2f} = {sum_of}" if sum_of else f"{self.score:.2f}"
-        text = f"{self.verdict:10} {self.name}  score {score}, threshold {self.threshold:.2f}"
+        text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
+
+
+def printable(text: str) -> str:
+    """A text as one line without a terminal's commands; names of files may hold both."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def verdicts_on(names: Iterable[Path | str], engine: Engine, threshold: float, batch_size: int,

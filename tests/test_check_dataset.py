@@ -161,6 +161,10 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
                      ["structural_anomalies/002/000.png cannot be read"]),
     "config": (lambda r: (r / "defects_config.json").write_text("{"), 2, ["defects_config.json cannot be read"]),
     "config type": (lambda r: (r / "defects_config.json").write_text('["a"]'), 2, ["should be a list of entries"]),
+    "config twice": (lambda r: (r / "defects_config.json").write_text(json.dumps(
+        [{"pixel_value": 9, "saturation_threshold": share} for share in (1, 2)])), 2, ["pixel_value 9 stands there twice"]),
+    "config key twice": (lambda r: (r / "defects_config.json").write_text('[{"pixel_value": 9, "pixel_value": 8}]'), 2,
+                         ["the key 'pixel_value' stands there twice"]),
     "roi": (lambda r: paint(r / "roi.png", 255, (64, 64)), 2, ["roi.png is 64x64"]),
     "twins": (lambda r: shutil.copy(r / "test/logical_anomalies/003.png", r / "test/logical_anomalies/003.bmp"), 2,
               ["two images in", "called '003'"]),
@@ -179,7 +183,8 @@ def test_every_fault_is_named(broken, run, fault):
 
 
 def test_many_faults_at_once_are_all_named(broken, run):
-    alone = {"mixed layouts", "empty folder", "config", "config type", "twins", "bad training"}  # others are not looked at then
+    alone = {"mixed layouts", "empty folder", "config", "config type", "config twice", "config key twice", "twins",
+             "bad training"}  # others are not looked at then
     chosen = [fault for fault in FAULTS if fault not in alone]
     assert len(chosen) >= 20
     for fault in chosen:
@@ -290,6 +295,16 @@ def test_long_names_are_noted(broken, run):
     status, said, _ = run("--dataset_root", broken.parent)
     note, = [line for line in said.splitlines() if "long names" in line]
     assert status == 0 and [name in note for name in names] == [True, True, False]
+
+
+def test_names_that_cannot_be_used(tmp_path, run):
+    name = "c" * 230
+    for index in range(5):
+        paint(tmp_path / name / f"train/{index}.png", 40 * index)
+    status, said, _ = run("--dataset_root", tmp_path)
+    assert status == 2 and "has a name of more than 200 bytes" in said
+    status, _, complaint = run("--dataset_root", tmp_path / name / "train/0.png")
+    assert status == 2 and "0.png is a file" in complaint
 
 
 def test_a_test_folder_that_sounds_good_is_no_defect(tmp_path, run):

@@ -621,3 +621,17 @@ def test_watch_remembers_a_bounded_number_of_files(tmp_path, monkeypatch):
         path.unlink()
         assert next(rounds) == []
     assert [Path(name).stem for name in scored] == ["4", "5", "6", "7"]
+
+
+def test_a_name_is_one_line_without_a_terminals_commands(engine, run, photos, tmp_path, capsys):
+    name = "a\nnormal     b.png\x1b[2J.png"
+    write(photos / "a.png", 10).rename(photos / name)
+    assert run(photos) == 4
+    said = capsys.readouterr().out
+    assert r"a\nnormal     b.png\x1b[2J.png" in said and "\x1b" not in said
+    assert rows(tmp_path)[0]["image"] == str(photos / name)
+
+
+def test_a_file_named_beside_its_folder_is_scored_once(engine, run, photos, tmp_path):
+    assert run(photos / "b/a.png", photos) == 4
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows(tmp_path)] == ["b/a.png", "a.png", "b/c.jpg"]
