@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from command_line import common_options, select
 from data import files
 from data.checks import Findings, check
+from data.listing import LONGEST_KEY, short_name
 from data.pictures import THUMBNAIL, Picture
 from errors import UserError, run_script
 
@@ -51,7 +52,8 @@ def main() -> None:
         warnings, errors = warnings + len(findings.warnings), errors + len(findings.errors)
         if args.output:
             for folder, shown in pictures.items():
-                write_contact_sheet(args.output / f"{category.name}_{folder.replace(os.sep, '_')}.png", shown)
+                name = short_name(f"{category.name}_{folder.replace(os.sep, '_')}", LONGEST_KEY)
+                write_contact_sheet(args.output / f"{name}.png", shown)
     print(f"categories: {len(categories)}, errors: {errors}, warnings: {warnings}"
           + (f"; contact sheets in {args.output}" if args.output else ""))
     if errors:

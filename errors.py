@@ -43,7 +43,7 @@ def in_a_sentence(problem: Exception) -> str | None:
                 "take a smaller batch or smaller pictures")
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (f"no permission to write or read {problem.filename or 'a file'}; "
-                "change its permissions or choose another --workspace")
+                "change its permissions or name another file or folder")
     if isinstance(problem, OSError) and problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
                                                                   errno.ELOOP):
         return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"

@@ -325,7 +325,7 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("image", "split", "score"))
-    writer.writerows(rows)
+    writer.writerows((files.to_csv_text(image), split, score) for image, split, score in rows)
     files.write_text(target, table.getvalue())
     files.write_json(target.with_suffix(".json"), report | {"model": engine.metadata})
     return report
@@ -343,7 +343,7 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     if evaluated.get("weights") != engine.metadata.get("weights"):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     with open(reference, newline="", encoding="utf-8") as handle:
-        expected = {row["image"]: float(row["score"]) for row in csv.DictReader(handle)}
+        expected = {files.from_csv_text(row["image"]): float(row["score"]) for row in csv.DictReader(handle)}
     return max((abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None)
 
 

@@ -2,10 +2,11 @@
 
     python predict.py photos/ extra.png --model ckpt/onnx_models/screw_bag.onnx
 
-Every image gets a score, a verdict against the threshold, each branch's share of the score, the spot that looks most
+Every image gets a score, a verdict against the threshold, each branch's contribution to the score, the spot that looks most
 unusual, and the components of which there is too much or too little. One line per image goes to OUTPUT/predictions.csv and
 OUTPUT/predictions.jsonl as soon as it is scored; --save_maps adds a picture of each to OUTPUT/maps/. With --watch the
 folders are looked at once a second and new or changed files scored, until Ctrl-C; started again, it goes on where it was.
+A folder that goes away for a while, like an unmounted share, is said and waited for, and nothing is scored twice.
 An unreadable file is reported and skipped; files that are no images are counted and named.
 
 With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
@@ -24,7 +25,9 @@ import csv
 import itertools
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,8 +35,9 @@ from typing import NoReturn
 
 from data import files
 from data.files import place
+from data.listing import short_name
 from deploy.engines import device_name, open_model
-from deploy.folders import Found, State, images_in, only_writer, place_or_url
+from deploy.folders import NO_STATE, Found, State, identity, images_in, only_writer, place_or_url
 from deploy.inspection import (
     ANOMALOUS,
     UNDECIDED,
@@ -51,9 +55,13 @@ from errors import UserError, interrupts_wait, run_script
 from models.fusion import BRANCHES
 
 POLL_SECONDS = 1.0
+READ_ATTEMPTS = 3  # of --watch, one a poll, before a file is called unreadable: it may still be copied
+EMPTY_SECONDS = 60  # after which --watch takes an empty file for finished
+REMEMBERED = 200_000  # files that --watch remembers beside as many as were there at a time (some 70 MB)
+LONGEST_DRAWING = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 NAMED = 5  # files left out that are named
-COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_score" for branch in BRANCHES), "unusual_x", "unusual_y",
+COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_contribution" for branch in BRANCHES), "unusual_x", "unusual_y",
            "findings")
 
 
@@ -105,11 +113,13 @@ def main() -> None:
     with (Output(args.output, top, go_on=args.watch) as output,
           interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
+        attempts: Counter[str] = Counter()
         try:
             for verdict in itertools.chain.from_iterable(
                     verdicts_on(paths, engine, threshold, args.batch_size, read)
                     for paths in itertools.takewhile(lambda _: not interrupted(), rounds)):
-                output.write(verdict)
+                if not (args.watch and is_put_off(verdict, output.scored, attempts)):
+                    output.write(verdict)
                 if interrupted():
                     break
         except KeyboardInterrupt:
@@ -147,20 +157,68 @@ def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]],
 def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> Iterator[list[Path]]:
     """Once per poll the files that are new or changed, and finished: neither empty nor different from one poll ago.
 
+    What goes away is remembered, as it may come back; what is amiss with the folders is said once on stderr.
+
     Args:
-        scored: what an earlier run scored, by name.
+        scored: what was scored, by name, the latest last; kept up to date. What is taken out is given out again.
     """
     before: dict[Path, State] = {}
+    were = {folder: identity(folder) for folder in folders}
+    limit = len(scored) + REMEMBERED
     while True:
+        for folder in folders:
+            were[folder] = _say_changes(folder, were[folder])
         now = dict(itertools.chain.from_iterable(images_in(folder, output)[0].items() for folder in folders))
-        ready = [path for path, state in now.items()
-                 if state[0] and before.get(path) == state and scored.get(str(path)) != state]
-        # Only what is still there is remembered, so memory follows the folder's size.
-        scored = {str(path): now[path] for path in now if str(path) in scored and path not in ready
-                  and scored[str(path)] == now[path]} | {str(path): now[path] for path in ready}
+        for path in now.keys() - before.keys():
+            if now[path] == NO_STATE and path not in folders and path.is_dir():
+                print(f"{path} cannot be listed; what lies in it is not judged", file=sys.stderr)
+        settled = [(path, state) for path, state in now.items() if before.get(path) == state and _is_finished(state)]
+        ready = [path for path, state in settled if scored.get(str(path)) != state]
+        for path in now:
+            if str(path) in scored:
+                scored[str(path)] = scored.pop(str(path))  # to the end
+        scored |= {str(path): now[path] for path in ready}
+        limit = max(limit, len(now) + REMEMBERED)
+        for name in list(itertools.islice(scored, max(0, len(scored) - limit))):
+            del scored[name]  # gone for longest
         before = now
         yield ready
         time.sleep(POLL_SECONDS)
+
+
+def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The folder's `identity`; said on stderr where it is not what it was ``before``."""
+    now = identity(folder)
+    if now is None and before is not None:
+        print(f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered", file=sys.stderr)
+    elif before is None and now is not None:
+        print(f"{folder} is there again", file=sys.stderr)
+    elif now != before:
+        print(f"{folder} is another folder than before (was a share mounted or unmounted?); what was scored is remembered",
+              file=sys.stderr)
+    return now
+
+
+def _is_finished(state: State) -> bool:
+    """Whether a file that has settled is to be judged; an empty one only after a while, with a sentence."""
+    return state[0] > 0 or state != NO_STATE and time.time_ns() - state[1] > EMPTY_SECONDS * 10**9
+
+
+def is_put_off(verdict: Verdict, scored: dict[str, State], attempts: Counter[str]) -> bool:
+    """Whether a verdict of --watch does not count: the file has changed or gone since it was listed, or may yet become readable.
+
+    Args:
+        scored: see `watch`; the file is taken out, so that it is given out again.
+        attempts: how often unreadable files were read, by name; kept up to date.
+    """
+    name, state = str(verdict.name), state_of(verdict.name)
+    if (state["bytes"], state["changed_ns"]) == scored.get(name):
+        if verdict.verdict != UNREADABLE or attempts[name] == READ_ATTEMPTS - 1:
+            attempts.pop(name, None)
+            return False
+        attempts[name] += 1
+    scored.pop(name, None)
+    return True
 
 
 class Output:
@@ -226,11 +284,13 @@ class Output:
             if name.parts[0] == os.pardir:
                 raise UserError(f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
                                 f"{self.folder}/maps; run the same command again")
-            files.write_image(self.folder / "maps" / name.with_name(f"{name.name}.map.png"), verdict.drawing)
-        shares = verdict.branch_scores or {}
-        self.rows.writerow([verdict.name, verdict.verdict, *("" if value is None else f"{value:.6g}" for value in (
-            verdict.score, verdict.threshold, *(shares.get(branch) for branch in BRANCHES))),
-            *(verdict.unusual or ("", "")), "; ".join(verdict.findings)])
+            drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
+            files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+        contributions = verdict.contributions or {}
+        self.rows.writerow([files.to_csv_text(str(verdict.name)), verdict.verdict, *(
+            "" if value is None else f"{value:.6g}" for value in (
+                verdict.score, verdict.threshold, *(contributions.get(branch) for branch in BRANCHES))),
+            *(verdict.unusual or ("", "")), files.to_csv_text("; ".join(verdict.findings))])
         self.lines.write(as_line(verdict, state_of(verdict.name)))
         self.csv.flush()
         self.lines.flush()

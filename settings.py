@@ -184,7 +184,7 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         overrides: dotted names and values from the command line, e.g. {"lgst.steps": 100}.
 
     Raises:
-        UserError: a file is no YAML mapping, a key is unknown, or a value is out of range.
+        UserError: a file is no YAML mapping, a key is unknown or stands there twice, or a value is out of range.
     """
     merged: dict[str, Any] = {}
     paths = (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml")
@@ -217,9 +217,22 @@ def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """YAML whose numbers mean what they look like: version 1.1 takes 010 for 8, 1:30 for 90, and yes for true."""
+    """YAML whose numbers mean what they look like: version 1.1 takes 010 for 8, 1:30 for 90, and yes for true.
+
+    A key that stands twice in a mapping is an error; PyYAML drops the first one.
+    """
 
     yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name, line = self.construct_object(key), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"the key {key.value} stands there twice, in lines {lines[name]} and {line}; "
+                                     "keep one of them")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 for _tag, _pattern, _first in (

@@ -94,14 +94,14 @@ def as_parquet(lines: bytes) -> bytes:
     component = {"component": whole, "place": text, "area": number, "normal_area": number, "deviation": number,
                  "above_all": text, "words": text}
     schema = pyarrow.schema({
-        "image": text, "verdict": text, "score": number, "threshold": number, "branch_scores": pyarrow.map_(text, number),
+        "image": text, "verdict": text, "score": number, "threshold": number, "contributions": pyarrow.map_(text, number),
         "alarm": text, "unusual": pyarrow.list_(whole), "findings": pyarrow.list_(text),
         "components": pyarrow.list_(pyarrow.struct(component)), "problem": text, "bytes": whole, "changed_ns": whole})
     rows = [json.loads(line) for line in lines.splitlines()]
     for row in rows:
         row["image"], row["problem"] = as_text(row["image"]), row["problem"] and as_text(row["problem"])
         row["findings"] = [as_text(one) for one in row["findings"]]
-        row["branch_scores"] = row["branch_scores"] and list(row["branch_scores"].items())
+        row["contributions"] = row["contributions"] and list(row["contributions"].items())
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer)
     return buffer.getvalue()

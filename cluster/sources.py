@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from data.files import from_csv_text
 from data.images import SUFFIXES
 from deploy.folders import images_in, is_url, no_images
 from deploy.inspection import InMemory, state_of
@@ -187,7 +188,7 @@ def _csv(place: Path | str, column: str) -> Iterator[str]:
         rows = csv.DictReader(handle)
         _require_column(column, rows.fieldnames or [], place)
         for row in rows:
-            yield row[column] or ""
+            yield from_csv_text(row[column] or "")
 
 
 def _parquet(place: Path | str, column: str) -> Iterator[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import settings
-from data import files, images, layouts
+from data import conventions, files, images, layouts, listing
+from data.listing import count
 from data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from data.roi import read_roi
 from errors import UserError
@@ -20,6 +21,9 @@ from progress import ProgressBar
 CONFIDENCE = 0.95
 NAMED = 5  # files named in one message; the others are counted
 ASPECT_TOLERANCE = 0.02
+MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 30, 10  # with fewer, what a model says of new good images is chance
+MAX_CATEGORY_NAME = 200  # bytes, of at most 255 in a file's name
+VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be promised on average
 
 
 @dataclass
@@ -55,6 +59,9 @@ def check(category: layouts.Category, chosen: settings.Settings,
     findings.lines.append(str(line or f"{category.name}: the stages cannot run on it"))
     listed = findings.attempt(lambda: category.listed) or {}
     about_unused(category, findings)
+    about_names(category, listed, findings)
+    about_defect_folders(category, findings)
+    about_number_of_images(category, findings)
     validation = set(findings.attempt(lambda: category.validation) or [])
     todo = [(folder, path, split_of(folder, path in validation)) for folder, paths in listed.items() for path in paths]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
@@ -76,13 +83,14 @@ def check(category: layouts.Category, chosen: settings.Settings,
 
 
 def quick_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, files that differ in kind, copies byte for byte.
+    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, copies byte for byte.
 
     Raises:
         UserError: the stages could not run on the category.
     """
     findings = Findings()
     about_unused(category, findings)
+    about_number_of_images(category, findings)
     validation = set(category.validation)
     looked = [look(path, split_of(folder, path in validation)) for folder, paths in category.listed.items() for path in paths]
     findings.warnings += [picture.problem for picture in looked if picture.problem]
@@ -126,8 +134,54 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
     for path, why in unused:
         reasons[why].append(path)
     for why, paths in reasons.items():
-        litter = why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths)
+        litter = why == listing.CLUTTER or (
+            why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths))
         (findings.notes if litter else findings.warnings).append(f"not used: {names(category.root, paths)}: {why}")
+
+
+def about_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
+    """Names too long for the files that are made from an image, which bear a shortened one, or from a category."""
+    if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
+        findings.errors.append(f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} bytes, "
+                               "too long for the files that bear it; rename it")
+    paths = [path for paths in listed.values() for path in paths]
+    keys = findings.attempt(lambda: {path: category.key(path) for path in paths}) or {}
+    long = [path for path in paths if path in keys and not path.stem.endswith(keys[path][-13:])
+            and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4]  # a character that is cut off has up to 4 bytes
+    if long:
+        findings.notes.append("long names, of which files made from the images bear the beginning and a hash, like "
+                              f"{keys[long[0]]}: {names(category.root, long)}")
+
+
+def about_defect_folders(category: layouts.Category, findings: Findings) -> None:
+    """Which defects count as logical and which as structural, where the layout does not say it."""
+    by_split = findings.attempt(lambda: category.defect_folders) or {}
+    logical, structural = (by_split.get(split, []) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
+    if not logical and not structural:
+        return
+    example = ", ".join(logical or structural[:1])
+    findings.notes.append(f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; as structural: "
+                          f"{', '.join(structural) or 'none'}; a line like 'logical: [{example}]' in "
+                          f"configs/categories/{category.name}.yaml changes it")
+    good = [name for name in (*logical, *structural) if name.lower() in conventions.GOOD_NAMES]
+    if good:
+        findings.warnings.append(f"test/{good[0]} sounds like good images but counts as a defect; rename it to "
+                                 f"test/{layouts.GOOD}")
+
+
+def about_number_of_images(category: layouts.Category, findings: Findings) -> None:
+    """Too few training images to learn from, or validation images to set a threshold by, and what to expect then."""
+    training, validation = (len(findings.attempt(lambda split=split: getattr(category, split)) or [])
+                            for split in ("train", "validation"))
+    if 0 < training < MIN_TRAINING_IMAGES:
+        aside = f" (and {validation} set aside for validation)" if category.validation_is_held_out else ""
+        findings.warnings.append(f"only {count(training, 'training image')}{aside}: expect that many new good images, maybe "
+                                 "most of them, are called anomalous, because what is normal in them was never seen; "
+                                 f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better")
+    if 0 < validation < MIN_VALIDATION_IMAGES:
+        findings.warnings.append(f"only {count(validation, 'validation image')}, which set the threshold: expect that at "
+                                 f"least 1 in {validation + 1} new good images is called anomalous, and by chance far more; "
+                                 f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %")
 
 
 def about_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:
@@ -213,10 +267,15 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
     elif category.layout == layouts.Loco.name and len(without) < len(masks):
         findings.warnings.append(f"there are masks, but no {category.defects_config} that says what their values mean")
 
+    lossy: list[Path] = []
+
     def complaint(one: tuple[Path, Path]) -> str | None:
         image, path = one
         try:
             mask = images.read_mask(path)
+            if images.is_lossy(path):
+                lossy.append(path)
+            value = layouts.pixel_value(path, mask, values or ())
         except UserError as problem:
             return str(problem)
         size = sizes.get(image)
@@ -224,17 +283,28 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
             return f"{path} is {mask.shape[1]}x{mask.shape[0]}, but its image {size[0]}x{size[1]}"
         if not mask.any():
             return f"{path} is empty: it marks no region"
-        if values is not None and int(mask.max()) not in values:
-            return f"{path} has value {mask.max()}, which is not in {category.defects_config}"
+        if values is not None and value not in values:
+            return f"{path} has value {value}, which is not in {category.defects_config}"
         return None
 
     pairs = [(image, path) for image, found in masks.items() for path in found or []]
     findings.errors += [said for said in pool.map(complaint, pairs) if said]
+    if lossy:
+        findings.warnings.append("masks in a lossy format, in which only what is brighter than half of the "
+                                 "brightest pixel counts as defect; store masks as PNG: "
+                                 + names(category.root, sorted(lossy)))
 
 
 def pixel_values(category: layouts.Category) -> set[int]:
+    saturations: dict[int, tuple[object, object]] = {}
     try:
-        return {int(entry["pixel_value"]) for entry in files.read_json(category.defects_config, files.MEND)}
+        for entry in files.read_json(category.defects_config, files.MEND):
+            value = int(entry["pixel_value"])
+            saturation = entry.get("saturation_threshold"), entry.get("relative_saturation")
+            if saturations.setdefault(value, saturation) != saturation:
+                raise UserError(f"{category.defects_config}: pixel_value {value} stands there twice with different "
+                                "saturations; keep one of them")
+        return set(saturations)
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{category.defects_config} should be a list of entries with pixel_value and defect_name") from problem
 

@@ -23,6 +23,11 @@ from errors import UserError
 GOOD, LOGICAL, STRUCTURAL = "good", "logical_anomalies", "structural_anomalies"
 SPLITS = (GOOD, LOGICAL, STRUCTURAL)
 
+# What people call folders of good and of other images, in lower case.
+GOOD_NAMES = frozenset({"good", "ok", "normal", "pass", "io"})
+BAD_NAMES = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal", "fail",
+                       "ng", "nok", "ko", "nio", "not_good", LOGICAL, STRUCTURAL})
+
 
 class Layout(Protocol):
     """Where one convention puts things. ``root`` is a category's folder."""
@@ -112,6 +117,27 @@ class Plain:
 
     def defect(self, root: Path, image: Path) -> str | None:
         return None
+
+
+def advice_on_other_layout(root: Path) -> str | None:
+    """What to move where in a folder without train/ that has a layout of others, or folders of good and bad images."""
+    folders = subfolders(root)
+    if (root / "Data" / "Images" / "Normal").is_dir():
+        return (f"{root} has VisA's layout; move the training images of Data/Images/Normal to train/good and the others to "
+                "test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and Data/Masks/Anomaly to "
+                "ground_truth/anomaly")
+    good = [name for name in folders if name.lower() in GOOD_NAMES]
+    bad = [name for name in folders if name.lower() in BAD_NAMES]
+    if not good:
+        return None
+    to_train = f"move the good images for training from {good[0]} to train/good and some others to test/good"
+    if {"OK", "NG"} <= set(folders) and any(subfolders(root / "NG" / defect) for defect in subfolders(root / "NG")):
+        return (f"{root} has Real-IAD's layout; {to_train} (its JSON files say which), each NG/DEFECT to test/DEFECT, "
+                "and the masks in it (*.png) to ground_truth/DEFECT")
+    if bad:
+        return (f"{root} has the folders {', '.join([*good, *bad])}, and no train; {to_train}, "
+                + " and ".join(f"{name} to test/{name}" for name in bad))
+    return f"{root} has the folder {good[0]}, and no train; {to_train}"
 
 
 def _marked(folder: Path) -> bool:

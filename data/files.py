@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 
 from errors import DAMAGED, UserError
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # as spreadsheets begin one (OWASP), also full-width
 MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
 
 
@@ -65,6 +67,16 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def to_csv_text(text: str) -> str:
+    """A text as a cell of a CSV file, which spreadsheets then take for no formula: with ' before what begins like one."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_csv_text(cell: str) -> str:
+    """What `to_csv_text` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
     buffer = io.BytesIO()
@@ -106,10 +118,19 @@ def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] = 
         UserError: the file is missing, no JSON, or lacks a key; ends with the advice.
     """
     with _named_mistakes(path, advice):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
         if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
             raise ValueError(f"it does not hold {', '.join(keys)}")
         return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's reader would drop all but the last of equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return content
 
 
 def read_array(path: str | Path) -> np.ndarray:

@@ -43,6 +43,14 @@ SUFFIXES = tuple(suffix for name in _READ for suffix in _FORMATS[name])  # lower
 _OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in ("RGB", "RGBA", "RGBX")
                 for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
 _LARGEST_OF_12_BITS = 4095
+PACKED = ("BGR;15", "BGR;16", "RGB;15", "RGB;16")  # raw modes with all channels of a pixel in 16 bits; read as 8 bits each
+
+# Formats that need not keep the values they are given, and compressions within TIFF that do not.
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
+_LOSSY_BLACK = 16  # of 255: what such a format makes of black is darker
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _PLANES, _SUBFILE, _OLD_SUBFILE = 262, 258, 339, 284, 254, 255  # TIFF's tags
 
 _said: set[str] = set()
 
@@ -156,26 +164,44 @@ def read_mask(path: str | Path) -> np.ndarray:
     """Read a label map or mask as (H, W) uint8, the right way up: 8-bit values as stored, of deeper ones those over 255 as 255.
 
     No pixel that is not zero is lost: of colours the brightest channel counts, of one bit the value is 255. A palette's indices
-    are the values where its index 0 is black, as in label maps; otherwise its colours count.
+    are the values where its index 0 is black, as in label maps; otherwise its colours count. Lossy formats keep no values, and
+    leave traces around what was drawn: what is brighter than half of the brightest pixel, and than 16, becomes 255, the rest 0.
 
     Raises:
         UserError: the file is missing or unreadable.
     """
     with opened(path, "mask", "delete it and make it again") as image:
+        lossy = _is_lossy(image, path)
         deep = _deep_pixels(image, path)
         if deep is not None:
             values, _ = deep
-            values = values[..., None] if values.ndim == 2 else values
-            return _brightest(np.clip(np.ceil(np.abs(values)), 0, 255).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P":
-            image = image.convert("RGBA") if any(image.getpalette()[:3]) else image
-        elif image.mode == "1":
-            image = image.convert("L")
-        elif image.mode != "L":
-            image = image.convert("RGBA")
-        values = np.array(image)
-    return values if values.ndim == 2 else _brightest(values)
+            if _white_is_zero(image):
+                if image.mode == "F":
+                    raise UserError(f"mask {path} says that 0 is white, and not which value is black; store it as a PNG")
+                values = 2 ** _bits(image) - 1 - values.astype(np.int64)
+        else:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "P":
+                image = image.convert("RGBA") if any(image.getpalette()[:3]) else image
+            elif image.mode == "1":
+                image = image.convert("L")
+            elif image.mode != "L":
+                image = image.convert("RGBA")
+            values = np.array(image)
+        values = values if values.ndim == 2 else _brightest(values)
+    if lossy:
+        return np.where(values > max(values.max() / 2, _LOSSY_BLACK), 255, 0).astype(np.uint8)
+    return np.clip(np.ceil(values), 0, 255).astype(np.uint8)
+
+
+def is_lossy(path: str | Path) -> bool:
+    """Whether an image's format may have changed the values that it was given.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    with opened(path) as image:
+        return _is_lossy(image, path)
 
 
 def displayed_size(path: str | Path) -> tuple[int, int]:
@@ -207,6 +233,8 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
         formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
         with Image.open(path, formats=[*formats, "DIB"]) as image:
             frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format == "TIFF":
+                frames = _seek_picture(image)
             if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
                 raise UserError(f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own")
             yield image
@@ -221,6 +249,17 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
         reason = "it is in no format that is read here" if isinstance(problem, UnidentifiedImageError) else (
             " ".join(str(problem).split()) or type(problem).__name__)
         raise UserError(f"{what} {path} cannot be read ({reason}); {advice}") from problem
+
+
+def _seek_picture(image: Image.Image) -> int:
+    """Go to a TIFF's only page that is no smaller copy of another one; how many such pages there are."""
+    pictures = []
+    for page in range(image.n_frames):
+        image.seek(page)
+        reduced = image.tag_v2.get(_SUBFILE, 0) & 1 or image.tag_v2.get(_OLD_SUBFILE) == 2
+        pictures += [] if reduced else [page]
+    image.seek(pictures[0] if len(pictures) == 1 else 0)
+    return len(pictures) or image.n_frames
 
 
 def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float | None = None) -> np.ndarray:
@@ -239,7 +278,8 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
         held = f"values from {colours.min():g} to {colours.max():g}"
         raise UserError(f"image {path} holds {held} and nothing in it says which value is white; set --images.white_level for "
                         "the whole data set (1 for 0..1, 1023 for 10 bits, 4095 for 12, 65535 for all 16)")
-    eight_bit = np.floor(np.clip(colours / white, 0, 1) * 255 + 0.5)
+    brightness = np.clip(colours / white, 0, 1)
+    eight_bit = np.floor((1 - brightness if _white_is_zero(image) else brightness) * 255 + 0.5)
     key = image.info.get("transparency")  # one value or colour that is transparent
     if key is not None and clear is None:
         clear = 65535 * np.atleast_3d(colours != np.asarray(key)).any(2, keepdims=True)
@@ -269,36 +309,81 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
     Returns:
         (H, W) or (H, W, 3 or 4) and white, None where nothing declares it; None for images of 8 bits.
     """
-    arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
-    raw_mode = arguments[0] if isinstance(arguments, (tuple, list)) else arguments
+    arguments, raw_mode = image.tile[0].args if image.tile else None, raw_mode_of(image)
     tags = getattr(image, "tag_v2", {})  # a TIFF's
-    bits = max(tags.get(258, (8,)))
+    bits = _bits(image)
+    if image.format == "TIFF" and _PHOTOMETRIC not in tags:  # Pillow takes 0 for white then, others for black
+        raise UserError(f"image {path} does not say whether its value 0 is black or white; store it as a PNG")
     if image.format == "PPM" and isinstance(arguments, tuple) and image.tile[0].codec_name.startswith("ppm"):
         return _rescaled_by_pillow(image, path, arguments[-1])
     if image.mode == "F" or image.mode.startswith("I"):
-        unsigned = bits == 32 and tags.get(339, (1,))[0] == 1
+        unsigned = bits == 32 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
         values = _upright(image)
         values = values.view(np.uint32) if unsigned and image.mode == "I" else values
         if image.mode == "F" and not np.isfinite(values).all():
             raise UserError(f"image {path} holds values that are not finite; replace it or leave it out")
-        if values.min() < 0:
-            raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0")
+        _require_no_negative(values, path)
         if image.mode != "I" and image.mode != "F":
             return values, 2.0 ** (bits if tags else 16) - 1
         return values, 65535.0 if image.mode == "I" and image.format in ("PNG", "PPM") else None
+    if 2 in tags.get(_SAMPLE_FORMAT, ()):  # signed, which Pillow takes no notice of in 8 bits
+        values = _upright(image).view(np.int8)
+        _require_no_negative(values, path)
+        return values, None
     if raw_mode == "LA;16B":  # grey with alpha: read as four channels of 8 bits, it is its own bytes
         grey_high, grey_low, clear_high, clear_low = np.moveaxis(_reread(image, "RGBA").astype(np.uint16), 2, 0)
         grey = grey_high << 8 | grey_low
         return np.stack([grey, grey, grey, clear_high << 8 | clear_low], 2), 65535.0
-    planes = tags.get(284) == 2  # libtiff then hands out 8 bits, whatever the raw mode
+    planes = tags.get(_PLANES) == 2  # libtiff then hands out 8 bits, whatever the raw mode
     if raw_mode in _OTHER_BYTES and not planes:
         low = _reread(image, _OTHER_BYTES[raw_mode])
         with opened(path) as again:
             return _upright(again).astype(np.uint16) << 8 | low, 65535.0
-    if bits > 8 or ";16" in str(raw_mode):
+    if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
         raise UserError(f"image {path} stores {bits} bits a channel in a way that is not read here; "
                         "store it as a PNG")
     return None
+
+
+def raw_mode_of(image: Image.Image) -> str:
+    """How Pillow calls the layout of an image's stored bytes; empty where it does not say, or where the pixels are read."""
+    arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
+    return str(arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments or "")
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a channel as a TIFF's header says them; 8 for all other formats."""
+    return max(getattr(image, "tag_v2", {}).get(_BITS, (8,)))
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether the values of a TIFF fall with brightness; Pillow inverts those of up to 8 bits, and no deeper ones."""
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+
+def _is_lossy(image: Image.Image, path: str | Path) -> bool:
+    if image.format == "TIFF":
+        return image.info.get("compression") in _LOSSY_TIFF
+    if image.format == "WEBP":
+        return not _holds_lossless_webp(Path(path))
+    return image.format in _LOSSY
+
+
+def _holds_lossless_webp(path: Path) -> bool:
+    """Pillow does not tell; the file is a RIFF of chunks, and the one with the pixels is called VP8L or "VP8 "."""
+    with open(path, "rb") as handle:
+        handle.seek(12)
+        while len(head := handle.read(8)) == 8:
+            if head[:4] in (b"VP8L", b"VP8 "):
+                return head[:4] == b"VP8L"
+            length = int.from_bytes(head[4:], "little")
+            handle.seek(length + length % 2, 1)
+    return False
+
+
+def _require_no_negative(values: np.ndarray, path: str | Path | BinaryIO) -> None:
+    if values.min() < 0:
+        raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0")
 
 
 def _rescaled_by_pillow(image: Image.Image, path: str | Path, largest: int) -> tuple[np.ndarray, float | None] | None:
@@ -323,9 +408,9 @@ def _upright(image: Image.Image) -> np.ndarray:
 
 
 def _brightest(channels: np.ndarray) -> np.ndarray:
-    """(H, W, C) uint8 -> (H, W): the brightest colour channel, 0 where a fourth channel says transparent."""
+    """(H, W, C) -> (H, W) of the same type: the brightest colour channel, 0 where a fourth channel says transparent."""
     brightest = channels[..., :3].max(2)
-    return np.where(channels[..., 3] > 0, brightest, 0).astype(np.uint8) if channels.shape[2] == 4 else brightest
+    return np.where(channels[..., 3] > 0, brightest, 0).astype(brightest.dtype) if channels.shape[2] == 4 else brightest
 
 
 def _say_transparent(path: str | Path) -> None:

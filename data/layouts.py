@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
+
 from data import files
-from data.conventions import GOOD, LAYOUTS, LOGICAL, SPLITS, STRUCTURAL, FolderPerDefect, Layout, Loco
-from data.images import SUFFIXES, displayed_size, read_mask
-from data.listing import Unused, count, entries, unique_names, walk
+from data.conventions import (
+    BAD_NAMES,
+    GOOD,
+    LAYOUTS,
+    LOGICAL,
+    SPLITS,
+    STRUCTURAL,
+    FolderPerDefect,
+    Layout,
+    Loco,
+    advice_on_other_layout,
+)
+from data.images import SUFFIXES, displayed_size, is_lossy, read_mask
+from data.listing import CLUTTER, Unused, count, entries, reason_to_skip, unique_names, walk
 from errors import UserError
 
 __all__ = ["GOOD", "LOGICAL", "SPLITS", "STRUCTURAL", "Category", "Dataset", "Loco", "test_splits"]
@@ -25,8 +38,6 @@ VALIDATION_SHARE = 0.15  # of the training images, where a data set has no valid
 FEWEST_TRAINING_IMAGES = 5  # to set some aside from
 FEWEST_WITH_VALIDATION = 4  # where there are validation images of their own
 _MANY, _OF_MANY = 40, 10  # from so many training images on, at least so many are set aside
-_NOT_GOOD = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "ng", "nok", "ko",
-                       "not_good", LOGICAL, STRUCTURAL})
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Category:
     def _train_and_validation(self) -> tuple[list[Path], list[Path]]:
         folder = self._training_folder
         images = self._some_images(folder)
-        bad = sorted({part for path in images for part in path.relative_to(folder).parts[:-1] if part.lower() in _NOT_GOOD})
+        bad = sorted({part for path in images for part in path.relative_to(folder).parts[:-1] if part.lower() in BAD_NAMES})
         if bad:
             raise UserError(f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
                             f"{self.root / 'train' / self._layout.good}")
@@ -152,6 +163,12 @@ class Category:
     def _tests(self) -> dict[str, list[Path]]:
         return self._layout.tests(self.root, self.logical_defects)
 
+    @property
+    def defect_folders(self) -> dict[str, list[str]]:
+        """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
+        return {split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)} if isinstance(
+            self._layout, FolderPerDefect) else {}
+
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
         """See `data.images.displayed_size`; each image is asked once, because a PNG may say how it lies after its pixels."""
@@ -186,7 +203,7 @@ class Category:
         if named is not None:
             return named
         if self._defect_names:
-            values = [int(read_mask(path).max()) for path in self.region_masks(split, image)]
+            values = [pixel_value(path, read_mask(path), self._defect_names) for path in self.region_masks(split, image)]
             if values and all(value in self._defect_names for value in values):
                 return " + ".join(sorted({self._defect_names[value] for value in values}))
         found = self._rendered_defects.get(split, {}).get(image.stem)
@@ -274,8 +291,8 @@ class Category:
         found = [entry for folder in used for entry in self._walk(folder)[1]]
         parts = ["train", "validation", *(["test"] if tests else [])]
         for path in entries(self.root) if training != self.root else []:
-            if path.name.startswith("."):
-                found.append((path, "hidden"))
+            if reason := reason_to_skip(path.name):
+                found.append((path, reason))
             elif path.is_dir() and path.name not in (*parts, "ground_truth"):
                 images = count(len(self._walk(path)[0]), "image")
                 found.append((path, f"a folder that the layout '{self.layout}' does not have, with {images}"))
@@ -284,7 +301,9 @@ class Category:
         for part in (self.root / name for name in parts):
             only = " and ".join(sorted(folder.name for folder in used if folder.parent == part))
             for path in entries(part) if part not in used else []:
-                if path not in used:
+                if reason := reason_to_skip(path.name):
+                    found.append((path, reason))
+                elif path not in used:
                     images = f"; it holds {count(len(self._walk(path)[0]), 'image')}" if path.is_dir() else ""
                     found.append((path, f"of {part.name}/ only {only or 'nothing'} is used{images}"))
         masks = {mask for split in (LOGICAL, STRUCTURAL) for folder in tests.get(split, []) for image in self._walk(folder)[0]
@@ -310,15 +329,19 @@ class Dataset:
         Raises:
             UserError: no data set at this place, or it has no such category.
         """
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root} is a file; name the folder of the data set with --dataset_root")
         if not self.root.is_dir():
             raise UserError(f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
                             "--dataset_root, or render the built-in one with make_synthetic_loco.py")
         found = {path.name: path for path in entries(self.root)
-                 if not path.name.startswith(".") and _folder_is_category(path)}
+                 if not reason_to_skip(path.name) and _folder_is_category(path)}
         if not found and self._is_one_category:
             found = {Category(self.root).name: self.root}
         if not found:
-            raise UserError(f"no category in {self.root}: expected folders like {self.root}/screw_bag/train/good")
+            advice = next(filter(None, map(advice_on_other_layout, [self.root, *entries(self.root)])), None)
+            raise UserError(f"no category in {self.root}: "
+                            + (advice or f"expected folders like {self.root}/screw_bag/train/good"))
         for name in names or []:
             if name not in found:
                 raise UserError(f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(found))}")
@@ -330,8 +353,9 @@ class Dataset:
         """Folders that are no category, and hidden ones."""
         if self._is_one_category:
             return []
-        return [(path, "a folder without train/, so no category") for path in entries(self.root)
-                if path.is_dir() and not _folder_is_category(path)]
+        return [(path, advice_on_other_layout(path) or "a folder without train/, so no category")
+                for path in entries(self.root)
+                if path.is_dir() and not _folder_is_category(path) and reason_to_skip(path.name) != CLUTTER]
 
     @property
     def _is_one_category(self) -> bool:
@@ -341,6 +365,24 @@ class Dataset:
 def test_splits(category: Category) -> dict[str, list[Path]]:
     """The test images by split; empty where there are no good ones, because then nothing can be measured."""
     return {split: category.test(split) for split in SPLITS} if category.tested else {}
+
+
+def pixel_value(path: Path, mask: np.ndarray, defined: Collection[int]) -> int:
+    """The pixel_value of a mask, (H, W) uint8 as read, in defects_config.json; 0 where the mask is empty.
+
+    Args:
+        defined: the pixel_values in defects_config.json.
+
+    Raises:
+        UserError: a lossy format has not kept the value, and several are defined.
+    """
+    value = int(mask.max())
+    if not value or not is_lossy(path):
+        return value
+    if len(set(defined)) > 1:
+        raise UserError(f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json has several "
+                        "pixel_values; store the mask as a PNG")
+    return next(iter(defined), value)
 
 
 def _folder_is_category(path: Path) -> bool:

@@ -10,13 +10,31 @@ from pathlib import Path
 
 from data.images import SUFFIXES
 
+LONGEST_KEY = 220  # bytes: file systems take 255, of which what is made from an image adds up to 30
+CLUTTER = "made by the operating system"
+_CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin",
+                      "system volume information", "lost+found"})
 RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
 
 Unused = list[tuple[Path, str]]  # what is left out, and why
 
 
+def short_name(name: str, longest: int) -> str:
+    """A file name as it is, or, where it has more than ``longest`` bytes, its beginning and a hash of all of it."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= longest:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[:longest - 13].decode(errors='ignore')}-{digest}"
+
+
+def reason_to_skip(name: str) -> str | None:
+    """Why a file or folder is no part of a data set, as far as its name alone tells."""
+    return "hidden" if name.startswith(".") else CLUTTER if name.lower() in _CLUTTER else None
+
+
 def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
-    """Names for the images of one list, unique and independent of their order."""
+    """Names for the images of one list, unique, independent of their order and of at most `LONGEST_KEY` bytes."""
     places = {path: path.relative_to(base).parts for path in images}
     short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in places.items()}
     whole = {path: "_".join(parts) for path, parts in places.items()}
@@ -28,7 +46,7 @@ def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
     for path in others:
         digest = hashlib.sha256("/".join(places[path]).encode(errors="surrogateescape")).hexdigest()[:8]
         keys[path] = whole[path] if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS else f"{whole[path]}-{digest}"
-    return keys
+    return {path: short_name(key, LONGEST_KEY) for path, key in keys.items()}
 
 
 def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
@@ -45,8 +63,8 @@ def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
             path, link = Path(entry.path), entry.is_symlink()
             is_folder = path.is_dir() if link else entry.is_dir()
             suffix = path.suffix.lower()
-            if entry.name.startswith("."):
-                unused.append((path, "hidden"))
+            if reason := reason_to_skip(entry.name):
+                unused.append((path, reason))
             elif is_folder and flat:
                 unused.append((path, "a folder beside the images"))
             elif is_folder:
@@ -74,12 +92,12 @@ def entries(folder: Path) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in entries(folder) if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in entries(folder) if path.is_dir() and not reason_to_skip(path.name))
 
 
 def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in entries(folder)
-                  if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+                  if path.suffix.lower() in SUFFIXES and not reason_to_skip(path.name) and path.is_file())
 
 
 def count(number: int, thing: str) -> str:

@@ -70,8 +70,9 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
 
 def header(image: Image.Image) -> dict:
     """What `Picture` notes of an image whose pixels are not read yet."""
-    tile = str(image.tile[0].args) if image.tile else ""
-    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if ";16" in image.mode + tile else 8)
+    raw_mode = images.raw_mode_of(image)
+    deep = ";16" in image.mode + raw_mode and raw_mode not in images.PACKED
+    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
     # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
     asked = image.format != "PNG" or "exif" in image.info
     orientation = image.getexif().get(images.ORIENTATION_TAG, 1) if asked else 1

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from data.files import place
 from data.images import SUFFIXES
+from data.listing import reason_to_skip
 from data.locks import FileLock, LockHeld
 from errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
+NO_STATE: State = (0, 0)  # of what is there, but cannot be looked at: links to nothing, folders that cannot be listed
 
 
 def place_or_url(text: str) -> Path | str:
@@ -47,6 +49,7 @@ class Found:
                 self.left_out += others
             else:
                 self.images.append(one)
+        self.images = list(dict.fromkeys(self.images))  # a file named beside its folder is scored once
 
     def require_images(self) -> None:
         """Raises UserError where there is no image."""
@@ -59,33 +62,51 @@ def no_images(places: Sequence[Path | str]) -> UserError:
 
 
 def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
-    """All images below a folder with their states, sorted by path, and all other files; links are followed, once each."""
+    """All images below a folder with their states, sorted by path, and all other files; links are followed, once each.
+
+    What cannot be looked at is listed, too, with `NO_STATE`, so that nobody takes it for judged: folders as well.
+    """
     own = output.resolve()
     found, others, seen = {}, [], set()
-    for here, below, names in os.walk(folder, followlinks=True):
+
+    def note(problem: OSError) -> None:
+        if not isinstance(problem, FileNotFoundError):  # taken away since
+            found[Path(problem.filename)] = NO_STATE
+
+    for here, below, names in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:  # a link back to where we have been
             below[:] = []
             continue
         seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith(".") and (Path(here) / name).resolve() != own
+        below[:] = sorted(name for name in below if not reason_to_skip(name) and (Path(here) / name).resolve() != own
                           and not is_ours(Path(here) / name))
         for name in sorted(names):
             path = Path(here) / name
-            if name.startswith(".") or (name in ("predictions.csv", "predictions.jsonl")):
+            if reason_to_skip(name) or name in ("predictions.csv", "predictions.jsonl"):
                 continue
             if not name.lower().endswith(SUFFIXES):
                 others.append(path)
                 continue
             try:
                 status = path.stat()
-            except OSError:
-                if not path.is_symlink():  # taken away since
+            except OSError as problem:
+                if isinstance(problem, FileNotFoundError) and not path.is_symlink():  # taken away since
                     continue
-                found[path] = (0, 0)  # a link to nothing, or to itself, is an image that cannot be read
+                found[path] = NO_STATE
             else:
                 found[path] = (status.st_size, status.st_mtime_ns)
     return dict(sorted(found.items())), others
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one at the same path, like a share from its mount point; None: it cannot be listed."""
+    try:
+        with os.scandir(folder):
+            status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def is_ours(folder: Path) -> bool:

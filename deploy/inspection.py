@@ -66,9 +66,9 @@ class Verdict:
 
     Attributes:
         verdict: one of `VERDICTS`.
-        score: higher = more anomalous; the sum of branch_scores.
-        branch_scores: each branch's normalised share, by its name.
-        alarm: the branch with the largest share, where the image is anomalous.
+        score: higher = more anomalous; the sum of contributions.
+        contributions: what each branch adds to the score, by its name.
+        alarm: the branch that adds most, where the image is anomalous.
         unusual: x and y, in the image's own pixels, of the maximum of that branch's map.
         components: unusual amounts of components, the most unusual first.
         drawing: (H, W, 3) uint8: image, components, anomaly map.
@@ -79,7 +79,7 @@ class Verdict:
     verdict: str
     threshold: float
     score: float | None = None
-    branch_scores: dict[str, float] | None = None
+    contributions: dict[str, float] | None = None
     alarm: str | None = None
     unusual: tuple[int, int] | None = None
     components: Sequence[Deviation] = ()
@@ -104,18 +104,24 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Plain values, without numbers that JSON does not know."""
         return {"image": str(self.name), "verdict": self.verdict, "score": _finite(self.score), "threshold": self.threshold,
-                "branch_scores": self.branch_scores and {name: _finite(one) for name, one in self.branch_scores.items()},
+                "contributions": self.contributions and {name: _finite(one) for name, one in self.contributions.items()},
                 "alarm": self.alarm, "unusual": self.unusual, "findings": self.findings,
                 "components": [one._asdict() | {"words": one.words} for one in self.components],
                 "problem": self.problem or None}
 
     def __str__(self) -> str:
+        name = printable(str(self.name))
         if self.score is None or self.verdict == UNDECIDED:
-            return f"{self.verdict:10} {self.name}\n           {self.problem}"
-        shares = " + ".join(f"{BRANCHES[branch]} {share:.2f}" for branch, share in (self.branch_scores or {}).items())
-        score = f"{self.score:.2f} = {shares}" if shares else f"{self.score:.2f}"
-        text = f"{self.verdict:10} {self.name}  score {score}, threshold {self.threshold:.2f}"
+            return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
+        sum_of = " + ".join(f"{BRANCHES[branch]} {part:.2f}" for branch, part in (self.contributions or {}).items())
+        score = f"{self.score:.2f} = {sum_of}" if sum_of else f"{self.score:.2f}"
+        text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
+
+
+def printable(text: str) -> str:
+    """A text as one line without a terminal's commands; names of files may hold both."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def verdicts_on(names: Iterable[Path | str], engine: Engine, threshold: float, batch_size: int,
@@ -151,6 +157,8 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
         source: a path or an open binary file.
         shown_side: longer side of what is drawn, or None.
     """
+    if isinstance(source, Path) and source.is_dir():
+        return Picture(name, problem=f"folder {name} cannot be listed, so what lies in it is not judged")
     try:
         image = images.read_rgb(source, white_level=engine.metadata.get("white_level"))
     except UserError as problem:
@@ -178,12 +186,12 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
     verdicts = []
     for index, picture in enumerate(pictures):
         score = float(found.score[index])
-        shares = {branch: float(share) for branch, share in zip(engine.branches, found.branch_scores[index])}
+        contributions = dict(zip(engine.branches, map(float, found.branch_scores[index])))
         if not (math.isfinite(score) and np.isfinite(found.anomaly_map[index]).all()):
             verdicts.append(_undecided(picture, score, threshold))
             continue
         verdict = ANOMALOUS if score > threshold else NORMAL
-        alarm = max(shares, key=shares.get)
+        alarm = max(contributions, key=contributions.get)
         shown_map = found.branch_maps[index, engine.branches.index(alarm)]
         if not shown_map.any():
             shown_map = found.anomaly_map[index]
@@ -192,8 +200,8 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
         drawing = None if picture.shown is None else side_by_side(
             picture.shown, label_overlay(picture.shown, found.label_map[index]),
             heat_overlay(picture.shown, found.anomaly_map[index]))
-        verdicts.append(Verdict(picture.name, verdict, threshold, score, shares, alarm if verdict == ANOMALOUS else None, unusual,
-                                deviations(found.label_map[index], histogram) if histogram else (), drawing))
+        verdicts.append(Verdict(picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None,
+                                unusual, deviations(found.label_map[index], histogram) if histogram else (), drawing))
     return verdicts
 
 

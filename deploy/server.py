@@ -147,9 +147,9 @@ def png_uri(picture: np.ndarray) -> str:
 
 def findings_if_anomalous(verdict: Verdict) -> list[str]:
     """What is to be said should a person choose a threshold under this score."""
-    if not verdict.branch_scores or verdict.problem:
+    if not verdict.contributions or verdict.problem:
         return verdict.findings
-    return replace(verdict, verdict=ANOMALOUS, alarm=max(verdict.branch_scores, key=verdict.branch_scores.get)).findings
+    return replace(verdict, verdict=ANOMALOUS, alarm=max(verdict.contributions, key=verdict.contributions.get)).findings
 
 
 def _named(stations: dict[str, Station], name: str | None) -> Station:

@@ -7,6 +7,7 @@ grow with the number of images, and each region adds its pixels' shares to a sec
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from sklearn.metrics import auc
+from tqdm import tqdm
 
 from data import files, images, layouts
 from errors import UserError
@@ -23,6 +25,8 @@ from models.prediction import MAP_QUANTILES, MAP_SIZE
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
 _BINS = 1 << (32 - _DROPPED_BITS)
+
+_said_lossy: set[Path] = set()  # categories whose lossy masks were named
 
 
 class Region(NamedTuple):
@@ -200,12 +204,15 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     if not path.exists():
         raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
     try:
-        found = {int(entry["pixel_value"]): (float(entry["saturation_threshold"]), bool(entry["relative_saturation"]))
-                 for entry in files.read_json(path, files.MEND)}
+        entries = [(int(entry["pixel_value"]), (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])))
+                   for entry in files.read_json(path, files.MEND)]
     except (TypeError, KeyError, ValueError) as problem:
         raise UserError(f"{path} should be a list of entries with pixel_value, saturation_threshold and "
                         "relative_saturation") from problem
-    for value, (threshold, _) in found.items():
+    found = dict(entries)
+    for value, (threshold, relative) in entries:
+        if found[value] != (threshold, relative):
+            raise UserError(f"{path}: pixel_value {value} stands there twice with different saturations; keep one of them")
         if not threshold > 0:
             raise UserError(f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0")
     return found
@@ -218,7 +225,8 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
     Without saturations, one mask holds all regions: its connected parts, each of which has to be found whole.
 
     Raises:
-        UserError: there is no mask, a mask is empty, of another size, or names no defect of defects_config.json.
+        UserError: there is no mask, a mask is empty, of another size, or names no defect of defects_config.json;
+            or its format is lossy and several defects are defined.
     """
     paths = category.region_masks(kind, image)
     if not paths:
@@ -226,15 +234,17 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
     regions = []
     for path in paths:
         values = images.read_mask(path)
+        if images.is_lossy(path):
+            _say_lossy(category, path)
         if values.shape != size[::-1]:
             raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}")
-        value = int(values.max())
         if saturations is None:
-            if not value:
+            if not values.any():
                 raise UserError(f"{path} is empty: it marks no region")
             count, parts = cv2.connectedComponents((values > 0).astype(np.uint8))
             regions += [Region(parts == part, float((parts == part).sum())) for part in range(1, count)]
             continue
+        value = layouts.pixel_value(path, values, saturations)
         if value not in saturations:
             raise UserError(f"{path} " + (f"has value {value}, which is not in {category.defects_config}" if value
                                           else "is empty: it marks no region"))
@@ -243,6 +253,13 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
         area = int(mask.sum())
         regions.append(Region(mask, min(threshold * area if relative else threshold, area)))
     return regions
+
+
+def _say_lossy(category: layouts.Category, mask: Path) -> None:
+    if category.root not in _said_lossy:
+        _said_lossy.add(category.root)
+        tqdm.write(f"{category.name}: masks in a lossy format ({mask} is the first): what is brighter than half "
+                   "of the brightest pixel counts as defect; masks stored as PNG are exact", file=sys.stderr)
 
 
 def _bins(values: np.ndarray) -> np.ndarray:

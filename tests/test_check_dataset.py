@@ -34,8 +34,10 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def broken(make_dataset):
-    """A sound data set to break: the category's folder, with masks for all anomalies."""
+def broken(make_dataset, monkeypatch):
+    """A sound data set to break: the category's folder, with masks for all anomalies; few images, which are not minded."""
+    monkeypatch.setattr(checks, "MIN_TRAINING_IMAGES", 5)
+    monkeypatch.setattr(checks, "MIN_VALIDATION_IMAGES", 2)
     root = make_dataset(size=256) / "discs"
     (root / "defects_config.json").write_text(json.dumps([{"pixel_value": 9, "defect_name": "odd", "saturation_threshold": 1,
                                                            "relative_saturation": True}]))
@@ -64,7 +66,11 @@ def test_a_sound_data_set(broken, run):
 
 def test_mvtec_ad_of_the_issue(run):
     status, said, _ = run("--dataset_root", CASES / "mini_mvtec_ad")
-    assert status == 0 and "cup (MVTec AD)" in said and "set aside from 5" in said
+    assert status == 4 and "cup (MVTec AD)" in said and "set aside from 5" in said
+    assert "only 4 training images (and 1 set aside for validation): expect that many new good images" in said
+    assert "expect that at least 1 in 2 new good images is called anomalous" in said and "warnings: 2" in said
+    assert ("count as logical anomalies: none; as structural: crack, missing_pin; a line like 'logical: [crack]' in "
+            "configs/categories/cup.yaml changes it") in said
     status, said, complaint = run("--dataset_root", CASES / "mini_train3")
     assert status == 2 and "at least 5 are needed" in said
     assert complaint.splitlines()[-1].startswith("error: the stages cannot run")
@@ -103,6 +109,12 @@ def link(path: Path, target: Path) -> None:
 def paint(path: Path, value: int, size=(256, 256)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, value).save(path)
+
+
+def lossy_mask(root: Path) -> None:
+    folder = root / "ground_truth/structural_anomalies/003"
+    picture(folder / "000.png").point(lambda value: 255 * (value > 0)).save(folder / "000.jpg")
+    (folder / "000.png").unlink()
 
 
 FAULTS = {  # what breaks the data set, the status, words that have to be said
@@ -144,10 +156,15 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
                   ["is 64x64, but its image 256x256"]),
     "mask empty": (lambda r: paint(r / "ground_truth/structural_anomalies/000/000.png", 0), 2, ["000/000.png is empty"]),
     "mask value": (lambda r: paint(r / "ground_truth/structural_anomalies/001/000.png", 7), 2, ["has value 7, which is not in"]),
+    "mask lossy": (lambda r: lossy_mask(r), 4, ["masks in a lossy format", "ground_truth/structural_anomalies/003/000.jpg"]),
     "mask damaged": (lambda r: (r / "ground_truth/structural_anomalies/002/000.png").write_bytes(b"x"), 2,
                      ["structural_anomalies/002/000.png cannot be read"]),
     "config": (lambda r: (r / "defects_config.json").write_text("{"), 2, ["defects_config.json cannot be read"]),
     "config type": (lambda r: (r / "defects_config.json").write_text('["a"]'), 2, ["should be a list of entries"]),
+    "config twice": (lambda r: (r / "defects_config.json").write_text(json.dumps(
+        [{"pixel_value": 9, "saturation_threshold": share} for share in (1, 2)])), 2, ["pixel_value 9 stands there twice"]),
+    "config key twice": (lambda r: (r / "defects_config.json").write_text('[{"pixel_value": 9, "pixel_value": 8}]'), 2,
+                         ["the key 'pixel_value' stands there twice"]),
     "roi": (lambda r: paint(r / "roi.png", 255, (64, 64)), 2, ["roi.png is 64x64"]),
     "twins": (lambda r: shutil.copy(r / "test/logical_anomalies/003.png", r / "test/logical_anomalies/003.bmp"), 2,
               ["two images in", "called '003'"]),
@@ -166,7 +183,8 @@ def test_every_fault_is_named(broken, run, fault):
 
 
 def test_many_faults_at_once_are_all_named(broken, run):
-    alone = {"mixed layouts", "empty folder", "config", "config type", "twins", "bad training"}  # others are not looked at then
+    alone = {"mixed layouts", "empty folder", "config", "config type", "config twice", "config key twice", "twins",
+             "bad training"}  # others are not looked at then
     chosen = [fault for fault in FAULTS if fault not in alone]
     assert len(chosen) >= 20
     for fault in chosen:
@@ -233,9 +251,82 @@ def test_a_categorys_file_and_single_settings_count(run, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
     cases = "--dataset_root", CASES / "mini_mvtec_ad", "--categories", "cup"
     status, said, _ = run(*cases)
-    assert status == 0 and "1 crack, 1 missing_pin" not in said and "1 missing_pin (logical), 1 crack" in said
+    assert status == 4 and "1 crack, 1 missing_pin" not in said and "1 missing_pin (logical), 1 crack" in said
+    assert "logical anomalies: missing_pin; as structural: crack; a line like 'logical: [missing_pin]'" in said
     (tmp_path / "categories" / "cup.yaml").write_text("roi: [[[0, 0], [1, 1]]]\n")
     assert "needs at least three points" in run(*cases)[1]
     (tmp_path / "categories" / "cup.yaml").write_text("logical: [dent]\n")
     status, _, complaint = run(*cases)
     assert status == 2 and "no defect 'dent'" in complaint
+
+
+@pytest.mark.parametrize(("training", "validation", "words"), [
+    (29, 10, ["only 29 training images: expect"]), (30, 9, ["only 9 validation images, which set the threshold"]),
+    (30, 10, [])])
+def test_few_images_are_warned_of(tmp_path, training, validation, words):
+    root = tmp_path / "cup"
+    for folder, number in (("train", training), ("validation", validation)):
+        for index in range(number):
+            paint(root / folder / f"{index}.png", index, (8, 8))
+    findings = checks.Findings()
+    checks.about_number_of_images(Category(root), findings)
+    assert len(findings.warnings) == len(words)
+    assert all(word in said for word, said in zip(words, findings.warnings))
+    assert [said for said in checks.quick_check(Category(root)) if "only" in said] == findings.warnings
+
+
+def test_what_an_operating_system_leaves_is_only_noted(broken, run):
+    for name in ("Thumbs.db", "train/Thumbs.db", "train/good/Thumbs.db", "train/good/desktop.ini", "test/desktop.ini",
+                 "ground_truth/logical_anomalies/Thumbs.db", "../Thumbs.db"):
+        (broken / name).write_bytes(b"x")
+    paint(broken / "train/good/@eaDir/000.png/SYNOPHOTO_THUMB_M.png", 99)  # a Synology's thumbnails
+    paint(broken / "test/@eaDir/000.png", 99)
+    paint(broken.parent / "__MACOSX/discs/train/good/000.png", 99)
+    status, said, _ = run("--dataset_root", broken.parent)
+    assert status == 0 and "warning:" not in said, said
+    assert "note: not used: " in said and "Thumbs.db" in said and "made by the operating system" in said
+    assert "12 training images" in said
+
+
+def test_long_names_are_noted(broken, run):
+    names = ["y" * 245 + ".png", "€" * 80 + ".png", "n" * 220 + ".png"]
+    for index, name in enumerate(names):
+        shutil.move(broken / f"train/good/00{index}.png", broken / "train/good" / name)
+    status, said, _ = run("--dataset_root", broken.parent)
+    note, = [line for line in said.splitlines() if "long names" in line]
+    assert status == 0 and [name in note for name in names] == [True, True, False]
+
+
+def test_names_that_cannot_be_used(tmp_path, run):
+    name = "c" * 230
+    for index in range(5):
+        paint(tmp_path / name / f"train/{index}.png", 40 * index)
+    status, said, _ = run("--dataset_root", tmp_path)
+    assert status == 2 and "has a name of more than 200 bytes" in said
+    status, _, complaint = run("--dataset_root", tmp_path / name / "train/0.png")
+    assert status == 2 and "0.png is a file" in complaint
+
+
+def test_a_test_folder_that_sounds_good_is_no_defect(tmp_path, run):
+    for name in ("train/good/a.png", "test/good/a.png", "test/OK/a.png", "test/bent/a.png"):
+        paint(tmp_path / "cup" / name, 99)
+    _, said, _ = run("--dataset_root", tmp_path)
+    assert "warning: test/OK sounds like good images but counts as a defect" in said
+
+
+@pytest.mark.parametrize(("folders", "words"), [
+    (["Data/Images/Normal", "Data/Images/Anomaly", "Data/Masks/Anomaly"], ["VisA", "train/good", "ground_truth/anomaly"]),
+    (["OK/S0001", "NG/BX/S0002"], ["Real-IAD", "from OK to train/good", "each NG/DEFECT to test/DEFECT", "ground_truth/DEFECT"]),
+    (["good", "bad"], ["the folders good, bad", "from good to train/good", "bad to test/bad"]),
+    (["Normal", "NG", "Defect"], ["the folders Normal, Defect, NG", "Defect to test/Defect and NG to test/NG"]),
+    (["ok"], ["the folder ok", "from ok to train/good"])])
+def test_other_layouts_are_named_with_what_to_do(tmp_path, run, folders, words):
+    for folder in folders:
+        paint(tmp_path / "data/cup" / folder / "000.png", 99)
+    for root in (tmp_path / "data", tmp_path / "data/cup"):
+        status, _, complaint = run("--dataset_root", root)
+        assert status == 2 and all(word in complaint for word in words), complaint
+    for index in range(5):
+        paint(tmp_path / "data/plate/train" / f"{index}.png", 50 * index)
+    status, said, _ = run("--dataset_root", tmp_path / "data")
+    assert status == 4 and all(word in said for word in words), said

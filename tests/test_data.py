@@ -56,6 +56,23 @@ def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
         settings.load("cup")
 
 
+@pytest.mark.parametrize("text, key", [
+    ("lgst:\n  steps: 20\nlgst:\n  lr: 0.0001\n", "lgst"), ("lgst:\n  steps: 20\n  lr: 0.1\n  steps: 20\n", "steps"),
+    ("lgst: {steps: 2, steps: 3}", "steps"), ('"lgst": {steps: 2}\nlgst: {lr: 1.0}', "lgst"), ("roi: []\nroi: [[]]\n", "roi")])
+def test_a_key_that_stands_there_twice_is_refused(tmp_path, monkeypatch, text, key):
+    (tmp_path / "categories").mkdir()
+    (tmp_path / "categories" / "cup.yaml").write_text(text)
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    with pytest.raises(UserError, match=f"cup.yaml .*the key {key} stands there twice, in lines"):
+        settings.load("cup")
+
+
+def test_a_json_key_that_stands_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('[{"pixel_value": 1, "pixel_value": 2}]')
+    with pytest.raises(UserError, match="the key 'pixel_value' stands there twice"):
+        files.read_json(tmp_path / "a.json")
+
+
 def test_every_setting_is_an_option():
     args = common_options("story").parse_args(["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"])
     chosen = settings.load("none", "paper", overrides(args))

@@ -466,7 +466,8 @@ def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path
     assert found.keys() == expected.keys()
     for image, row in found.items():
         assert float(row["score"]) == pytest.approx(expected[image], rel=1e-3, abs=1e-2)
-        assert sum(float(row[f"{branch}_score"]) for branch in decided(work)) == pytest.approx(float(row["score"]), abs=1e-2)
+        contributions = [float(row[f"{branch}_contribution"]) for branch in decided(work)]
+        assert sum(contributions) == pytest.approx(float(row["score"]), abs=1e-2)
     assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
 
     done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset",

@@ -324,3 +324,124 @@ def test_views_are_the_images_in_order(tmp_path):
     views = images.read_views([tmp_path / "20.png", tmp_path / "10.png"], 32, "read")
     assert views.shape == (2, 3, 32, 32) and views.dtype == np.uint8
     assert views[0].mean() == 20 and views[1].mean() == 10
+
+
+# TIFF's photometric interpretations, sample formats and pages; packed 16-bit pixels
+
+RAMP = np.linspace(0, 65535, 54).astype(np.uint16).reshape(6, 9)
+
+
+def test_white_at_zero_is_the_same_picture_in_8_and_16_bits():
+    expected = images.read_rgb(CASES / "black_is_zero_16.tif").astype(int)
+    for name in ("white_is_zero_16.tif", "white_is_zero_8.tif"):
+        assert np.abs(images.read_rgb(CASES / name) - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}])
+def test_white_at_zero_in_every_depth_that_is_read(tmp_path, options):
+    expected = eight_bits(RAMP)
+    tifffile.imwrite(tmp_path / "a.tif", 65535 - RAMP, photometric="miniswhite", **options)
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif")[..., 0], expected)
+    tifffile.imwrite(tmp_path / "a.tif", 4095 - (RAMP >> 4), photometric="miniswhite", **options)
+    with pytest.raises(UserError, match="--images.white_level"):
+        images.read_rgb(tmp_path / "a.tif")
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif", white_level=4095)[..., 0], eight_bits(RAMP >> 4, 4095))
+    tifffile.imwrite(tmp_path / "a.tif", 255 - expected, photometric="miniswhite", **options)
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif")[..., 0], expected)
+    tifffile.imwrite(tmp_path / "a.tif", 1 - RAMP.astype(np.float32) / 65535, photometric="miniswhite", **options)
+    read = images.read_rgb(tmp_path / "a.tif", white_level=1)[..., 0].astype(int)
+    assert np.abs(read - expected).max() <= 1
+    with pytest.raises(UserError, match="0 is white"):
+        images.read_mask(tmp_path / "a.tif")
+
+
+def test_a_mask_with_white_at_zero(tmp_path):
+    inside = np.zeros((4, 6), bool)
+    inside[1:3, 2] = True
+    for dtype in (np.uint8, np.uint16):
+        tifffile.imwrite(tmp_path / "a.tif", np.where(inside, 0, np.iinfo(dtype).max).astype(dtype), photometric="miniswhite")
+        np.testing.assert_array_equal(images.read_mask(tmp_path / "a.tif"), np.where(inside, 255, 0))
+
+
+def test_a_tiff_that_does_not_say_what_0_means(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", RAMP, metadata=None)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    tag = content.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    content[tag:tag + 2] = (263).to_bytes(2, "little")  # another tag in the place of PhotometricInterpretation
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UserError, match="black or white"):
+        images.read_rgb(tmp_path / "a.tif")
+
+
+def test_signed_8_bits_are_read_as_signed_16_bits_are(tmp_path):
+    with pytest.raises(UserError, match="holds values below 0"):
+        images.read_rgb(CASES / "signed8.tif")
+    tifffile.imwrite(tmp_path / "a.tif", (RAMP >> 9).astype(np.int8))
+    with pytest.raises(UserError, match="a.tif holds values from 0 to 127 .*--images.white_level"):
+        images.read_rgb(tmp_path / "a.tif")
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif", white_level=127)[..., 0], eight_bits(RAMP >> 9, 127))
+
+
+def test_packed_16_bit_pixels():
+    read = images.read_rgb(CASES / "rgb16-565.bmp")
+    with Image.open(CASES / "rgb16-565.bmp") as picture:
+        np.testing.assert_array_equal(read, np.asarray(picture.convert("RGB")))
+    assert read.shape == (64, 127, 3) and np.ptp(read) == 255
+
+
+def write_pages(path: Path, *pages: tuple[np.ndarray, int]) -> None:
+    """Pages, each with its NewSubfileType: 1 is a smaller copy."""
+    with tifffile.TiffWriter(path) as tiff:
+        for pixels, subfile_type in pages:
+            tiff.write(pixels, photometric="rgb", subfiletype=subfile_type, metadata=None, contiguous=False)
+
+
+def test_smaller_copies_in_a_tiff_are_passed_over(tmp_path):
+    small = PIXELS[::3, ::3].copy()
+    for pages in ([(PIXELS, 0), (small, 1)], [(small, 1), (PIXELS, 0)], [(PIXELS, 0), (PIXELS[::2, ::2].copy(), 1), (small, 1)]):
+        write_pages(tmp_path / "a.tif", *pages)
+        np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif"), PIXELS)
+        assert images.displayed_size(tmp_path / "a.tif") == (9, 6)
+    write_pages(tmp_path / "a.tif", (DEEP[::3, ::3].copy(), 1), (DEEP, 0))
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif"), eight_bits(DEEP))
+    for pages in ([(PIXELS, 0), (PIXELS, 0)], [(PIXELS, 0), (small, 1), (PIXELS, 0)], [(PIXELS, 1), (small, 1)]):
+        write_pages(tmp_path / "a.tif", *pages)
+        with pytest.raises(UserError, match="2 pages"):
+            images.read_rgb(tmp_path / "a.tif")
+
+
+# Lossy masks
+
+def test_the_jpeg_mask_of_the_issue():
+    mask = images.read_mask(CASES / "002_mask.jpg")
+    np.testing.assert_array_equal(mask > 0, images.read_mask(CASES / "002_mask.png") > 0)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("a.jpg", {"quality": 75}), ("a.jpg", {"quality": 95}), ("a.webp", {"quality": 60}), ("a.tif", {"compression": "jpeg"}),
+    ("a.jp2", {"irreversible": True, "quality_layers": [6]}), ("a.avif", {"quality": 5})])
+@pytest.mark.parametrize("value", [255, 120])
+def test_traces_of_lossy_compression_are_no_defect(tmp_path, name, options, value):
+    if Path(name).suffix not in images.SUFFIXES:
+        pytest.skip("Pillow was built without it")
+    labels = np.zeros((64, 64), np.uint8)
+    cv2.circle(labels, (30, 25), 13, value, -1)
+    Image.fromarray(labels).save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as picture:
+        assert (np.asarray(picture.convert("L")) > 0).sum() > (labels > 0).sum(), "no traces to be seen"
+    assert images.is_lossy(tmp_path / name)
+    mask = images.read_mask(tmp_path / name)
+    assert set(np.unique(mask)) == {0, 255}
+    assert (mask.astype(bool) != labels.astype(bool)).sum() <= 12
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / name, **options)
+    assert not images.read_mask(tmp_path / name).any()
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.png", {}), ("a.bmp", {}), ("a.tif", {"compression": "tiff_lzw"}),
+                                               ("a.webp", {"lossless": True}),
+                                               ("a.webp", {"lossless": True, "icc_profile": b"a profile" * 11})])
+def test_lossless_masks_keep_their_values(tmp_path, name, options):
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(labels).save(tmp_path / name, **options)
+    assert not images.is_lossy(tmp_path / name)
+    np.testing.assert_array_equal(images.read_mask(tmp_path / name), labels)

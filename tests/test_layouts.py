@@ -18,6 +18,7 @@ from PIL import Image
 from data import files, images, layouts, listing
 from data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
 from data.roi import read_roi
+from data.workspace import Workspace
 from errors import UserError
 
 CASES = Path(__file__).parent / "cases"
@@ -205,6 +206,21 @@ def test_too_few_to_set_aside(tmp_path, count):
 
 
 # Keys
+
+def test_keys_of_long_names_fit_any_file_system(tmp_path):
+    """Long file names, many long folders, letters of several bytes: what stage 2 writes has names of at most 255 bytes."""
+    odd = os.fsdecode(b"\xff" * 240)
+    names = ["y" * 249, "y" * 248 + "z", "ä" * 120 + "a", "ä" * 120 + "b", "n" * 220, odd, odd + "a",
+             *(f"{'d' * 200}/{'e' * 200}/{index}" for index in range(2))]
+    paths = [tmp_path / f"{name}.png" for name in names]
+    keys = listing.unique_names(paths, tmp_path)
+    assert len(set(keys.values())) == len(paths) and keys[paths[4]] == "n" * 220
+    assert keys == listing.unique_names(paths[::-1], tmp_path)
+    for key in keys.values():
+        written = Workspace(tmp_path).segmentation_output("cup", STRUCTURAL, key)
+        files.write_bytes(written, b"x")
+        assert written.read_bytes() == b"x"
+
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(st.sets(st.lists(st.sampled_from(["a", "b", "info", "a_b", "a.jpg", "é"]), min_size=1, max_size=3).map(tuple), min_size=1),

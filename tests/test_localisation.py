@@ -231,3 +231,29 @@ def test_image_metrics_by_hand():
     for metric in (metrics.auroc, metrics.average_precision, metrics.f1_max):
         assert np.isnan(metric(good, np.zeros(0)))
         assert np.isnan(metric(np.zeros(0), anomalous))
+
+
+def test_pixel_values_that_stand_there_twice(category):
+    write_config(category.root, [(255, 50, False), (254, 1, True), (255, 51, False)])
+    with pytest.raises(UserError, match="pixel_value 255 stands there twice"):
+        read_saturations(category)
+    write_config(category.root, [(255, 50, False), (254, 1, True), (255, 50, False)])
+    assert read_saturations(category) == {255: (50.0, False), 254: (1.0, True)}
+
+
+def test_lossy_masks_are_measured_by_what_was_drawn_and_named_once(category, capsys):
+    """JPEG instead of PNG: the same regions; of several pixel_values none can be told."""
+    maps = {kind: np.random.default_rng(0).random((1, 30, 40)).astype(np.float32) for kind in (layouts.GOOD, layouts.LOGICAL)}
+    folder = category.root / "ground_truth/logical_anomalies/000"
+    (folder / "001.png").unlink()
+    expected = measure(category, maps, layouts.LOGICAL)
+    assert "lossy" not in capsys.readouterr().err
+    mask = cv2.imread(str(folder / "000.png"), cv2.IMREAD_GRAYSCALE)
+    (folder / "000.png").unlink()
+    cv2.imwrite(str(folder / "000.jpg"), mask, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    with pytest.raises(UserError, match=r"000.jpg is stored in a lossy format.*several pixel_values"):
+        measure(layouts.Category(category.root), maps, layouts.LOGICAL)
+    write_config(category.root, [(255, 50, False)])
+    for _ in range(2):
+        assert measure(layouts.Category(category.root), maps, layouts.LOGICAL) == expected
+    assert capsys.readouterr().err.count("lossy format") == 1

@@ -213,7 +213,7 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
 def test_finished_work_is_skipped_and_other_settings_are_noticed(category, tmp_path, capsys, monkeypatch):
     workspace = fit(category, tmp_path)
     before = contents(workspace)
-    with pytest.raises(UserError, match="settings.rows: 30 -> 31"):
+    with pytest.raises(UserError, match="rows: 30 -> 31"):
         fit(category, tmp_path, rows=31)
     with pytest.raises(UserError, match="seed: 0 -> 1"):
         fit(category, tmp_path, seed=1)

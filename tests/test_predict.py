@@ -17,6 +17,7 @@ import pytest
 from conftest import exit_status
 
 import predict
+from data import files
 from deploy import inspection
 from deploy.engines import Engine
 from errors import UserError
@@ -96,7 +97,7 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     assert (found[1]["unusual_x"], found[1]["unusual_y"]) == ("40", "15")  # of 80x60 pixels
     detailed = lines(tmp_path)
     assert [one["verdict"] for one in detailed] == [row["verdict"] for row in found]
-    assert sum(detailed[1]["branch_scores"].values()) == pytest.approx(detailed[1]["score"])
+    assert sum(detailed[1]["contributions"].values()) == pytest.approx(detailed[1]["score"])
     assert detailed[1]["alarm"] == "LGST"
     assert "component 1 is missing" in found[1]["findings"]
     said = capsys.readouterr().out
@@ -208,7 +209,7 @@ def test_a_picture_outside_of_the_output_is_refused(tmp_path):
 def test_model_without_maps_gives_scores_only(engine, run, photos, tmp_path, capsys):
     engine.metadata["with_map"] = False
     assert run(photos) == 4
-    assert rows(tmp_path)[1]["LGST_score"] == rows(tmp_path)[1]["findings"] == ""
+    assert rows(tmp_path)[1]["LGST_contribution"] == rows(tmp_path)[1]["findings"] == ""
     assert run(photos, "--save_maps") == 2
     assert "--with_map" in capsys.readouterr().err
 
@@ -438,3 +439,200 @@ def test_words_of_a_part_in_the_wrong_quarter():
     assert {one.words for one in deviations(moved, histogram)} == {
         "component 1 is missing from the top-left quarter",
         "component 1 in the top-right quarter, where there is normally none"}
+
+
+# Names
+
+@pytest.mark.parametrize("name", ["y" * 245 + ".png", "ä" * 120 + ".png", "y" * 238 + ".png"])
+def test_a_long_name_ends_no_run(engine, run, photos, tmp_path, name):
+    write(photos / "b/c.jpg", 50).rename(photos / "b" / name)
+    (photos / "b" / name).with_name(name[:-5] + "z.png").write_bytes((photos / "a.png").read_bytes())  # as long, and alike
+    assert run(photos, "--save_maps") == 4
+    assert sum(Path(row["image"]).name == name for row in rows(tmp_path)) == 1 and len(rows(tmp_path)) == 4
+    drawings = [path.name for path in (tmp_path / "out/maps/b").iterdir()]
+    assert len(drawings) == 3 and all(drawing.endswith(".map.png") for drawing in drawings)
+    assert (f"{name}.map.png" in drawings) == (len(name.encode()) <= 242)
+
+
+def test_names_are_no_formulas_in_the_table(engine, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "'=1.png", "plain.png", "'quoted'.png", "\t=1.png"]
+    for name in names:
+        write(tmp_path / name, 10)
+    assert run(*(f"./{name}" for name in names)) == 0
+    cells = [row["image"] for row in rows(tmp_path)]
+    assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
+    assert [files.from_csv_text(cell) for cell in cells] == names
+    assert [one["image"] for one in lines(tmp_path)] == names
+    assert cells[5:7] == names[5:7]
+
+
+def test_branches_contributions_are_called_so(engine, run, photos, tmp_path):
+    """The files *_LGST_*_score.npy hold raw scores: that name is theirs."""
+    assert run(photos) == 4
+    assert not [column for column in rows(tmp_path)[0] if column.endswith("_score")]
+    for row, line in zip(rows(tmp_path), lines(tmp_path)):
+        assert float(row["LGST_contribution"]) == pytest.approx(line["contributions"]["LGST"], rel=1e-4)
+        assert sum(line["contributions"].values()) == pytest.approx(line["score"])
+
+
+def test_a_permission_that_lacks_names_no_option_of_others(engine, run, photos, capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "out")
+    monkeypatch.setattr(predict, "only_writer", refuse)
+    assert run(photos) == 2
+    said = capsys.readouterr().err
+    assert "no permission to write or read out" in said and "--workspace" not in said
+
+
+# Folders that cannot be listed, or go away
+
+def broken_listing(monkeypatch, folder: Path, number: int) -> None:
+    real = os.scandir
+
+    def scandir(path="."):
+        if Path(path) == folder:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(engine, run, photos, tmp_path, monkeypatch):
+    (photos / "b/a.png").unlink()
+    broken_listing(monkeypatch, photos / "b", 5)
+    assert run(photos) == 3
+    assert [row["verdict"] for row in rows(tmp_path)] == ["normal", "unreadable"]
+    assert "b cannot be listed, so what lies in it is not judged" in rows(tmp_path)[1]["findings"]
+
+
+def poll(monkeypatch, *events) -> None:
+    """Let something happen after each poll of --watch, then press Ctrl-C."""
+    events = list(events)
+
+    def sleep(_):
+        if not events:
+            raise KeyboardInterrupt
+        event = events.pop(0)
+        if event:
+            event()
+    monkeypatch.setattr(predict.time, "sleep", sleep)
+
+
+@pytest.mark.parametrize("empty_mount_point", [False, True])
+@pytest.mark.parametrize("part", ["", "b"])
+def test_a_folder_that_goes_away_for_a_while(engine, run, photos, tmp_path, capsys, monkeypatch, part, empty_mount_point):
+    folder, away = photos / part, tmp_path / "away"
+
+    def go():
+        folder.rename(away)
+        if empty_mount_point:
+            folder.mkdir()
+
+    def come():
+        if empty_mount_point:
+            folder.rmdir()
+        away.rename(folder)
+        write(folder / "new.png", 30)
+
+    poll(monkeypatch, None, None, go, None, None, None, come, None, None, None)
+    assert run(photos, "--watch") == 4
+    names = [Path(row["image"]).name for row in rows(tmp_path)]
+    assert sorted(names) == ["a.png", "a.png", "c.jpg", "new.png"]
+    said = capsys.readouterr().err
+    if not part and empty_mount_point:
+        assert said.count("another folder") == 2
+    elif not part:
+        assert said.count("gone or cannot be listed") == said.count("is there again") == 1
+
+
+def test_what_goes_away_while_it_is_read_is_scored_later(engine, run, photos, tmp_path, monkeypatch):
+    away, real = tmp_path / "away", inspection.read_picture
+    broken = []
+
+    def read(path, *rest):
+        if not broken:
+            broken.append(photos.rename(away))
+        return real(path, *rest)
+
+    monkeypatch.setattr(predict, "read_picture", read)
+    poll(monkeypatch, None, None, lambda: away.rename(photos), None, None)
+    assert run(photos, "--watch") == 4
+    assert [row["verdict"] for row in rows(tmp_path)] == ["normal", "anomalous", "normal"]
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_judged_yet(engine, run, photos, tmp_path, monkeypatch):
+    real, reads = inspection.read_picture, []
+
+    def read(path, *rest):
+        picture = real(path, *rest)
+        if path.name == "c.jpg" and not reads:
+            reads.append(path)
+            write(path, 210)
+        return picture
+
+    monkeypatch.setattr(predict, "read_picture", read)
+    poll(monkeypatch, None, None, None, None)
+    assert run(photos, "--watch") == 4
+    assert [(Path(row["image"]).name, row["verdict"]) for row in rows(tmp_path)] == [
+        ("a.png", "normal"), ("a.png", "anomalous"), ("c.jpg", "anomalous")]
+
+
+def test_an_unreadable_file_is_tried_again_a_few_times(engine, run, tmp_path, monkeypatch):
+    whole = write(tmp_path / "a.png", 10).read_bytes()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "damaged.png").write_bytes(whole[:60])
+    (folder / "stalled.png").write_bytes(whole[:60])  # its copying goes on after a pause
+    real, reads = inspection.read_picture, []
+
+    def read(path, *rest):
+        reads.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(predict, "read_picture", read)
+    poll(monkeypatch, None, None, lambda: (folder / "stalled.png").write_bytes(whole), *[None] * 8)
+    assert run(folder, "--watch") == 3
+    assert {Path(row["image"]).name: row["verdict"] for row in rows(tmp_path)} == {
+        "damaged.png": "unreadable", "stalled.png": "normal"}
+    assert len(rows(tmp_path)) == 2 and reads.count("damaged.png") == predict.READ_ATTEMPTS
+    poll(monkeypatch, *[None] * 8)
+    assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2  # nor by the next run
+
+
+def test_an_empty_file_is_named_after_a_while(engine, run, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "empty.png").touch()
+    poll(monkeypatch, *[None] * 5)
+    assert run(folder, "--watch") == 0 and rows(tmp_path) == []
+    os.utime(folder / "empty.png", (1000, 1000))
+    poll(monkeypatch, *[None] * 6)
+    assert run(folder, "--watch") == 3
+    assert [row["verdict"] for row in rows(tmp_path)] == ["unreadable"]
+
+
+def test_watch_remembers_a_bounded_number_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "REMEMBERED", 3)
+    monkeypatch.setattr(predict.time, "sleep", lambda _: None)
+    folder, scored = tmp_path / "in", {}
+    rounds = predict.watch([folder], tmp_path / "out", scored)
+    for index in range(8):
+        path = write(folder / f"{index}.png", index)
+        assert [next(rounds) for _ in range(3)] == [[], [path], []]
+        path.unlink()
+        assert next(rounds) == []
+    assert [Path(name).stem for name in scored] == ["4", "5", "6", "7"]
+
+
+def test_a_name_is_one_line_without_a_terminals_commands(engine, run, photos, tmp_path, capsys):
+    name = "a\nnormal     b.png\x1b[2J.png"
+    write(photos / "a.png", 10).rename(photos / name)
+    assert run(photos) == 4
+    said = capsys.readouterr().out
+    assert r"a\nnormal     b.png\x1b[2J.png" in said and "\x1b" not in said
+    assert rows(tmp_path)[0]["image"] == str(photos / name)
+
+
+def test_a_file_named_beside_its_folder_is_scored_once(engine, run, photos, tmp_path):
+    assert run(photos / "b/a.png", photos) == 4
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows(tmp_path)] == ["b/a.png", "a.png", "b/c.jpg"]

@@ -132,7 +132,7 @@ def test_overwriting_harms_nothing_before_the_new_is_complete(label, category, t
 
 def test_changed_settings_are_noticed(label, tmp_path):
     label(tmp_path)
-    with pytest.raises(UserError, match="settings.rotations: 12 -> 3"):
+    with pytest.raises(UserError, match="rotations: 12 -> 3"):
         label(tmp_path, rotations=3)
     with pytest.raises(UserError, match="seed"):
         label(tmp_path, seed=1)

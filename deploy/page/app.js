@@ -224,8 +224,8 @@ function asCsv() {
   const branches = [...new Set([...models.values()].flatMap((one) => one.branches))];
   const quoted = (value) => /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
   const rows = exported().map((one) => [one.time, one.model, one.image, one.verdict, one.score, one.threshold,
-    ...branches.map((branch) => one.branch_scores?.[branch]), ...(one.unusual ?? [null, null]), one.findings.join("; ")]);
-  const columns = ["time", "model", "image", "verdict", "score", "threshold", ...branches.map((branch) => `${branch}_score`), "unusual_x", "unusual_y", "findings"];
+    ...branches.map((branch) => one.contributions?.[branch]), ...(one.unusual ?? [null, null]), one.findings.join("; ")]);
+  const columns = ["time", "model", "image", "verdict", "score", "threshold", ...branches.map((branch) => `${branch}_contribution`), "unusual_x", "unusual_y", "findings"];
   return [columns, ...rows].map((cells) => cells.map((cell) => quoted(String(cell ?? ""))).join(",") + "\n").join("");
 }
 
