@@ -58,7 +58,7 @@ def train_category(job: Job) -> None:
     train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
-        data = training_data(category, workspace, train_images, trusted, classes)
+        data = training_data(category, workspace, train_images, trusted, classes, chosen.fill_holes)
         segmentor = train(job, data, classes, progress, used).eval()
         state = on_cpu(segmentor)
         if not all(values.isfinite().all() for values in state.values()):

@@ -10,7 +10,9 @@ from tqdm import tqdm
 from data import files, images, layouts, records
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError
+from training.logical_synthesis import label_parts
 from training.segmentor_step import TrainingData
+from training.targets import fill_class_holes
 
 MADE_BY = "pseudo_label.py"
 
@@ -55,18 +57,22 @@ def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> li
 
 
 def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,
-                  classes: int) -> TrainingData:
+                  classes: int, fill_holes: bool) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
-    Where background.jpg was left out, what has no label counts as background, and that is said.
+    Where background.jpg was left out, what has no label counts as background; where refined_masks.png was,
+    logical synthesis pastes connected parts of labels. Both are said.
+
+    Args:
+        fill_holes: fill the holes of each class, before resizing.
 
     Raises:
         UserError: a label map is missing, unreadable, or has a label that is no class.
     """
     side = train_images.shape[-1]
     labels = np.zeros((len(train_images), side, side), np.uint8)
-    backgrounds = np.zeros(labels.shape, bool)
-    without_background = 0
+    instances, backgrounds = np.zeros(labels.shape, np.uint16), np.zeros(labels.shape, bool)
+    without_background = without_instances = 0
     for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
         folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
         path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
@@ -74,16 +80,25 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
         if label_map.max() >= classes:
             raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
                             f"{classes - 1} components; run {MADE_BY} --overwrite")
-        labels[index] = _to_side(label_map, side)
+        labels[index] = _to_side(fill_class_holes(label_map) if fill_holes else label_map, side)
+        refined = folder / "refined_masks.png"
+        without_instances += not refined.exists()
+        instances[index] = (_to_side(images.read_mask(refined), side) if refined.exists()
+                            else label_parts(labels[index]))
         background = folder / "background.jpg"
         without_background += not background.exists()
-        backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 127 if background.exists()
+        # As published, the JPEG's halo counts, too.
+        backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 0 if background.exists()
                               else labels[index] == 0)
     if without_background:
         print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
               "pseudo-label leaves out is taken as background")
+    if without_instances:
+        print(f"{category.name}: {without_instances} of {len(trusted)} trusted images have no refined_masks.png; "
+              "logical synthesis pastes connected parts of their pseudo-labels")
     unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
-    return TrainingData(train_images, labels, backgrounds, trusted, unlabelled if len(unlabelled) else trusted)
+    return TrainingData(train_images, labels, instances, backgrounds, trusted,
+                        unlabelled if len(unlabelled) else trusted)
 
 
 def _to_side(picture: np.ndarray, side: int) -> np.ndarray:
