@@ -93,6 +93,8 @@ class SegmentorSettings(Section):
     weight_entropy: float = Field(1.0, ge=0)
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
+    paste_trials: int = Field(500, ge=1, description="logical synthesis: rotations and positions that are tried "
+                              "for a component")
     fill_holes: bool = Field(False, description="fill the holes of each label in the pseudo-label maps")
     histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
                                    "covariance (published: 0, where a fraction that never varies is not looked at)")

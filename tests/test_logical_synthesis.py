@@ -136,6 +136,16 @@ def test_less_than_the_limit_lies_on_background(picture, limit):
     assert max(shares) < limit and max(shares) > limit - 0.15
 
 
+def test_a_component_is_tried_as_often_as_asked_for(picture):
+    """Where one position in 50 or so would do, ten trials find it seldom, and 500 nearly always."""
+    background = np.ones((SIDE, SIDE), bool)
+    background[60:80, 60:80] = False
+    mask = lsa.label_parts(picture[1]) == 1
+    placed = {trials: sum(lsa.find_placement(mask, background, np.random.default_rng(seed), 0.2, 0.7, trials) is not None
+                          for seed in range(30)) for trials in (1, 10, 500)}
+    assert placed[1] <= 3 and placed[1] < placed[10] < placed[500] and placed[500] >= 25
+
+
 def test_without_room_nothing_is_pasted_and_that_is_said(picture):
     image, labels = picture
     everywhere = np.ones((SIDE, SIDE), bool)
@@ -185,8 +195,8 @@ def test_the_statistics_are_the_published_ones(run, category, targets, distance,
     noise = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
     placements = []
 
-    def watched(mask, background, rng, distance, most_background, original=lsa.find_placement):
-        placement = original(mask, background, rng, distance, most_background)
+    def watched(mask, background, *rest, original=lsa.find_placement):
+        placement = original(mask, background, *rest)
         moved = np.hypot(*(new_centre(mask, placement) - centre(mask))) / 256
         placements.append((moved, background[placement.window][placement.mask].mean()))
         return placement

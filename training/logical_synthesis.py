@@ -16,7 +16,7 @@ BORDER = 0.1  # of the side: a pasted component's centre keeps this far from the
 LEAST_LABELLED = 0.9  # of a component to be pasted
 MOST_UNLABELLED = 100  # pixels of a component to be pasted
 SMALLEST_PART = 50  # pixels; smaller crumbs of a label are no components
-TRIALS = 500  # rotations and positions that are tried for a component
+TRIALS = 500  # rotations and positions that are tried for a component, as published
 CANDIDATES = 2000  # random positions that those of the trials are drawn from
 
 
@@ -49,7 +49,7 @@ class Placement(NamedTuple):
 
 
 def synthesise(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, background: np.ndarray,
-               rng: np.random.Generator, distance: float) -> Synthesis:
+               rng: np.random.Generator, distance: float, trials: int = TRIALS) -> Synthesis:
     """Paste one or two of an image's own components elsewhere in it.
 
     Components are tried in random order until one has been pasted; then one more is tried. One that finds no
@@ -62,13 +62,14 @@ def synthesise(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, bac
             `label_parts`.
         background: (H, W) bool, where components would hang in the air.
         distance: least move of a component's centre, in image sides.
+        trials: rotations and positions that are tried for a component.
 
     Returns:
         New image and label map, and how many components were pasted; the arguments are not changed.
     """
     pasted_image, pasted_labels, pasted = image.copy(), labels.copy(), 0
     for instance in rng.permutation(labelled_instances(instances, labels)):
-        placement = find_placement(instances == instance, background, rng, distance, MOST_BACKGROUND[pasted])
+        placement = find_placement(instances == instance, background, rng, distance, MOST_BACKGROUND[pasted], trials)
         if placement is not None:
             pasted_image[placement.window][placement.mask] = _moved(image, placement, cv2.INTER_LINEAR)
             pasted_labels[placement.window][placement.mask] = _moved(labels, placement, cv2.INTER_NEAREST)
@@ -111,7 +112,7 @@ def label_parts(labels: np.ndarray) -> np.ndarray:
 
 
 def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Generator, distance: float,
-                   most_background: float) -> Placement | None:
+                   most_background: float, trials: int = TRIALS) -> Placement | None:
     """Draw rotations and positions until not too much of a component lies on background; far ones are likelier.
 
     Args:
@@ -119,6 +120,7 @@ def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Gene
         background: (H, W) bool.
         distance: least move of the component's centre, in image sides.
         most_background: less than this share of what is pasted may lie on background.
+        trials: how many are drawn at most.
 
     Returns:
         The first placement that will do; None when no position is that far away, or all trials failed.
@@ -132,8 +134,8 @@ def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Gene
     if not weights.any():
         return None
     reach = np.hypot(width, height) / 2 + 1
-    trials = rng.choice(positions, TRIALS, p=weights / weights.sum())
-    for position, angle in zip(trials, rng.integers(360, size=TRIALS).tolist()):
+    drawn = rng.choice(positions, trials, p=weights / weights.sum())
+    for position, angle in zip(drawn, rng.integers(360, size=trials).tolist()):
         left, top = np.maximum(position - reach, 0).astype(int).tolist()
         right, bottom = np.minimum(position + reach + 1, sides).astype(int).tolist()
         movement = cv2.getRotationMatrix2D(centre.tolist(), angle, 1.0)

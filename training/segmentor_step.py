@@ -74,7 +74,8 @@ def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsu
     images, labels, movements, light = [], [], [], []
     for index in _shuffled(data.trusted, step, settings.batch_size, key):
         image, label, _ = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
-                                     data.instances[index], data.backgrounds[index], rng, settings.paste_distance)
+                                     data.instances[index], data.backgrounds[index], rng,
+                                     settings.paste_distance, settings.paste_trials)
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
         movements.append(_draw_movement(rng))
