@@ -37,7 +37,7 @@ from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from progress import ProgressBar
-from training.logical_synthesis import synthesise
+from training.logical_synthesis import label_parts, synthesise
 from training.stage import job_name, run_jobs, view_of
 from training.structural_synthesis import plant
 
@@ -284,9 +284,9 @@ def with_a_part_too_many(image: np.ndarray, label_map: np.ndarray, rng: np.rando
     label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
     # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
     anywhere = np.zeros(label_map.shape, dtype=bool)
-    pasted, _ = synthesise(image.transpose(1, 2, 0), label_map, anywhere, rng, chosen.segmentor.paste_distance,
-                           chosen.segmentor.fill_holes)
-    return pasted.transpose(2, 0, 1)
+    synthesis = synthesise(image.transpose(1, 2, 0), label_map, label_parts(label_map), anywhere, rng,
+                           chosen.segmentor.paste_distance)
+    return synthesis.image.transpose(2, 0, 1)
 
 
 def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace) -> dict:

@@ -85,6 +85,9 @@ class SegmentorSettings(Section):
     lr: float = Field(0.01, gt=0)
     final_lr_share: Share = Field(1.0, description="of lr, reached along a cosine (the paper: 1, constant)")
     weight_decay: float = Field(1e-5, ge=0)
+    joint_pass: bool = Field(False, description="trusted and unlabelled images pass the segmentor in one "
+                             "batch, once the unsupervised losses join (published: one after the other, from the "
+                             "first epoch)")
     weight_ce: float = Field(0.5, ge=0)
     weight_focal: float = Field(10.0, ge=0)
     weight_dice: float = Field(1.0, ge=0)
@@ -95,7 +98,9 @@ class SegmentorSettings(Section):
                                                         "published; what these score is no estimate of performance")
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
-    fill_holes: bool = Field(False, description="logical synthesis: fill the holes of pasted components")
+    paste_trials: int = Field(500, ge=1, description="logical synthesis: rotations and positions that are tried "
+                              "for a component")
+    fill_holes: bool = Field(False, description="fill the holes of each label in the pseudo-label maps")
     histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
                                    "covariance (published: 0, where a fraction that never varies is not looked at)")
     evidence: bool = Field(False, description="the patch histogram also scores finer grids, and the exported model says where "

@@ -74,7 +74,7 @@ def train_category(job: Job) -> None:
     train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
-        data = training_data(category, workspace, train_images, trusted, classes)
+        data = training_data(category, workspace, train_images, trusted, classes, chosen.fill_holes)
         best = best_on_test(job, train_images, trusted, classes) if chosen.checkpoint == BEST_ON_TEST else None
         segmentor = train(job, data, classes, progress, record, best).eval()
         if best is not None:

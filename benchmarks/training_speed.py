@@ -138,7 +138,8 @@ def segmentor_variants(chosen: settings.SegmentorSettings, encoder: Encoder, pre
     pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
     labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
     indices = np.arange(IMAGES)
-    data = segmentor_step.TrainingData(pictures, labels, np.zeros(labels.shape, bool), indices[::2], indices[1::2])
+    data = segmentor_step.TrainingData(pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool),
+                                       indices[::2], indices[1::2])
     first = Segmentor(encoder.channels, chosen.width, CLASSES).train()
 
     def variant(precision: str, plain: bool = False) -> Step:

@@ -153,12 +153,14 @@ def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, compared: Tensor,
 
     Args:
         logits, target: of the trusted images.
-        unlabelled: logits of the unlabelled images; (0, C, H, W) before the unsupervised losses join.
-        compared: label maps of random trusted images, as many as unlabelled ones.
+        unlabelled: logits of the unlabelled images.
+        compared: label maps of random trusted images, as many as unlabelled ones; (0, H, W) before the
+            unsupervised losses join.
         weights: the segmentor's settings.
 
     Returns:
-        ce, focal and dice of the trusted images; where there are unlabelled ones, their histogram, and the entropy of both.
+        ce, focal and dice of the trusted images; once the unsupervised losses join, the histogram of the
+        unlabelled ones, and the entropy of both.
     """
     probabilities = logits.softmax(1)
     parts = {
@@ -166,7 +168,7 @@ def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, compared: Tensor,
         "focal": weights.weight_focal * focal_loss(probabilities, target),
         "dice": weights.weight_dice * balanced_dice_loss(probabilities, target),
     }
-    if len(unlabelled):
+    if len(compared):
         free = unlabelled.softmax(1)
         parts["histogram"] = weights.weight_histogram * histogram_loss(free, compared)
         parts["entropy"] = weights.weight_entropy * (entropy_loss(probabilities) + entropy_loss(free))

@@ -311,9 +311,30 @@ def test_label_maps_of_another_size_are_resized_without_inventing_labels(prepare
         workspace = make(f"work{side}", side=side)
         trusted, classes = pseudo_label_files.read_stage_1(category, workspace)
         pictures = torch.zeros(12, 3, 256, 256)
-        data[side] = pseudo_label_files.training_data(category, workspace, pictures, trusted, classes)
-    assert set(np.unique(data[128].labels)) == set(range(PARTS + 1))
-    assert (data[128].labels != data[256].labels).mean() < 0.01
+        data[side] = pseudo_label_files.training_data(category, workspace, pictures, trusted, classes, False)
+    assert set(np.unique(data[512].labels)) == set(range(PARTS + 1))
+    assert (data[512].labels != data[256].labels).mean() < 0.01
+
+
+def test_training_reads_what_stage_1_says_of_the_trusted_images(prepared, capsys):
+    """Holes of classes are filled before resizing, sources are refined masks, background is any non-zero pixel."""
+    category, make = prepared
+    workspace = make("work", trusted=[0, 1], side=512)
+    first = workspace.pseudo_labels(CATEGORY).image(category.key(category.train[0]))
+    labels = np.zeros((512, 512), np.uint8)
+    labels[100:200, 100:200], labels[149:151, 149:151] = 2, 0  # a hole that resizing leaves one pixel of
+    files.write_image(first / "filtered_cluster_map.png", labels)
+    refined = np.where(np.indices(labels.shape)[1] < 150, 3, 200).astype(np.uint8) * (labels > 0)
+    files.write_image(first / "refined_masks.png", refined)
+    files.write_image(first / "background.jpg", np.where(labels == 0, 255, 0).astype(np.uint8))
+    pictures = torch.zeros(12, 3, 256, 256)
+    plain, data = (pseudo_label_files.training_data(category, workspace, pictures, np.array([0, 1]), PARTS + 1, fill)
+                   for fill in (False, True))
+    assert (plain.labels[0] == 2).sum() == 50 * 50 - 1 and (data.labels[0] == 2).sum() == 50 * 50
+    assert np.unique(data.instances[0]).tolist() == [0, 3, 200]
+    assert 0 < (data.backgrounds[0] & (data.labels[0] > 0)).sum() < 200  # the halo of the JPEG
+    assert "1 of 2 trusted images have no refined_masks.png" in capsys.readouterr().out
+    assert data.instances[1].max() == PARTS == len(np.unique(data.instances[1])) - 1
 
 
 @pytest.mark.parametrize("missing", ["test", "test/good"])
@@ -408,7 +429,7 @@ def training_data():
     rng = np.random.default_rng(0)
     images, labels = zip(*(draw_parts(rng, PARTS, 256) for _ in range(8)))
     labels = np.stack(labels)
-    return steps.TrainingData(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels, labels > 9,
+    return steps.TrainingData(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels, labels, labels > 9,
                               np.arange(0, 8, 2), np.arange(1, 8, 2))
 
 
@@ -436,41 +457,50 @@ def test_the_paper_keeps_its_learning_rate():
     assert {steps.learning_rate(chosen, step, 10) for step in range(10)} == {chosen.lr}
 
 
-def test_unlabelled_images_wait_for_their_epoch(training_data):
-    chosen = settings.load(CATEGORY, "quick", TINY).segmentor
+@pytest.mark.parametrize("joint_pass", [True, False])
+def test_the_unsupervised_losses_wait_for_their_epoch(training_data, joint_pass):
+    chosen = settings.load(CATEGORY, "quick", TINY | {"segmentor.joint_pass": joint_pass}).segmentor
     backbone, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1)
     batches = steps.Batches(training_data, backbone, CPU, "fp32", "encode")
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, False, CATEGORY, 0))
-    assert len(batch.unlabelled[0]) == 0 and batch.compared.shape == (0, 256, 256)
+    assert len(batch.unlabelled[0]) == (0 if joint_pass else 2) and batch.compared.shape == (0, 256, 256)
     assert steps.step_losses(segmentor, backbone, batch, chosen, "fp32").keys() == {"ce", "focal", "dice"}
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, True, CATEGORY, 0))
     assert "histogram" in steps.step_losses(segmentor, backbone, batch, chosen, "fp32")
 
 
+@pytest.mark.parametrize("joint_pass, unsupervised", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_step_is_the_plain_losses_of_one_pass(training_data, kept, monkeypatch):
-    """Whatever is kept: encode trusted and unlabelled images together, and take models.segmentor's losses."""
+def test_a_step_is_the_plain_losses(training_data, kept, joint_pass, unsupervised, monkeypatch):
+    """Whatever is kept: encode all images, let trusted and unlabelled ones pass the segmentor one after the other
+    (or together, in one batch), and take models.segmentor's losses; batch norm's statistics see both."""
     if not kept:
         monkeypatch.setattr(feature_cache, "CACHE_BYTES", 0)
-    chosen = settings.load(CATEGORY, "paper", TINY).segmentor
+    chosen = settings.load(CATEGORY, "paper", TINY | {"segmentor.joint_pass": joint_pass}).segmentor
     torch.manual_seed(0)
     encoder, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1).train()
     plain = copy.deepcopy(segmentor)
     batches = steps.Batches(training_data, encoder, CPU, "fp32", "encode")
     assert (batches.features._kept is not None) == kept
-    sample = steps.draw_sample(training_data, chosen, 0, True, CATEGORY, 0)
+    sample = steps.draw_sample(training_data, chosen, 0, unsupervised, CATEGORY, 0)
     batch = batches.batch(sample)
     found = steps.step_losses(segmentor, encoder, batch, chosen, "fp32")
-    logits = plain(encoder(torch.cat([batch.images, training_data.images[sample.unlabelled].float()])))
-    count = len(batch.images)
-    expected = train_segmentor_losses(logits[:count], batch.labels, logits[count:], batch.compared, chosen)
+    count, unlabelled = len(batch.images), training_data.images[sample.unlabelled].float()
+    if joint_pass:
+        logits, free = plain(encoder(torch.cat([batch.images, unlabelled]))).split(count)
+    else:
+        logits, free = plain(encoder(batch.images)), plain(encoder(unlabelled))
+    expected = train_segmentor_losses(logits, batch.labels, free, batch.compared, chosen)
     assert found.keys() == expected.keys()
+    assert len(found) == (5 if unsupervised else 3)
     for name in expected:
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), name
     for parts in (found, expected):
         sum(parts.values()).backward()
     for (name, ours), theirs in zip(segmentor.named_parameters(), plain.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, ours), theirs in zip(segmentor.named_buffers(), plain.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_bf16_resumes_exactly_and_is_remembered(prepared, backbone, monkeypatch):
@@ -489,7 +519,7 @@ def test_bf16_resumes_exactly_and_is_remembered(prepared, backbone, monkeypatch)
 def test_every_trusted_image_is_seen_before_any_is_seen_twice(training_data, monkeypatch):
     chosen = settings.load(CATEGORY, "quick", TINY).segmentor
     seen = []
-    monkeypatch.setattr(steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels))
+    monkeypatch.setattr(steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels, 0))
     for step in range(2):
         steps.draw_sample(training_data, chosen, step, False, CATEGORY, 0)
     found = [next(index for index in range(8) if (training_data.labels[index] == one).all()) for one in seen]
@@ -504,7 +534,7 @@ def test_augmentation_is_small_and_keeps_labels(training_data):
         sample = steps.draw_sample(training_data, chosen, step, False, CATEGORY, 0)
         new_image, new_labels = steps.augment(image, labels, sample.movements[:1], sample.light[:1])
         assert 0 <= new_image.min() and new_image.max() <= 255 and new_labels.dtype == torch.int64
-        assert set(new_labels.unique().tolist()) == set(labels.unique().tolist())
+        assert set(new_labels.unique().tolist()) <= {0, *labels.unique().tolist()}
         assert (new_labels != labels).float().mean() < 0.1
         assert abs(new_image.mean() - image.float().mean()) < 0.12 * 255
         changed += bool((new_image - image).abs().max() > 1)
@@ -518,7 +548,7 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
     angle, scale, shift = 8.0, 1.05, np.array([0.05, -0.03])
     matrix = cv2.getRotationMatrix2D((31.5, 31.5), angle, scale)
     matrix[:, 2] += shift * 63
-    expected = cv2.warpAffine(picture, matrix, (64, 64), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    expected = cv2.warpAffine(picture, matrix, (64, 64), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
     class Drawn:
         """Gives out the wanted values in the order in which they are drawn."""
@@ -531,5 +561,7 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
             return next(self.values)
     movement = torch.from_numpy(steps._draw_movement(Drawn()))[None]
     images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
-    found, _ = steps.augment(images, images[:, 0], movement, torch.tensor([[1.0, 0.0]]))
+    found, labels = steps.augment(images, torch.full((1, 64, 64), 7), movement, torch.tensor([[1.0, 0.0]]))
     assert (found[0].permute(1, 2, 0).numpy() - expected).__abs__().mean() < 1
+    outside = cv2.warpAffine(np.full((64, 64), 7, np.uint8), matrix, (64, 64), flags=cv2.INTER_NEAREST) == 0
+    assert (labels[0].numpy()[outside] == 0).mean() > 0.9 and (labels[0].numpy()[~outside] == 7).mean() > 0.99

@@ -1,120 +1,155 @@
-"""Logical synthesis, LSA: training images whose components are out of order (paper section 3.2, docs/METHOD.md section 2).
+"""Logical synthesis, LSA: training images whose components are out of order (paper section 3.2).
 
-One or two of an image's own components are copied, rotated, and pasted elsewhere in it together with their labels. The
-segmentor so learns components by their looks and not by their places.
+One or two of an image's own components are copied, rotated, and pasted elsewhere in it together with their
+labels (docs/METHOD.md section 2). The segmentor so learns components by their looks and not by their positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-MOST_PASTES = 2
+MOST_BACKGROUND = (0.5, 0.9)  # of the first and the second paste, less than this share may lie on background
 BORDER = 0.1  # of the side: a pasted component's centre keeps this far from the border
-MOST_BACKGROUND = 0.5  # a component more than this share of which would lie on background is not placed there
-SMALLEST_COMPONENT = 50  # pixels; smaller crumbs are not worth pasting
-PLACEMENT_TRIALS = 10
+LEAST_LABELLED = 0.9  # of a component to be pasted
+MOST_UNLABELLED = 100  # pixels of a component to be pasted
+SMALLEST_PART = 50  # pixels; smaller crumbs of a label are no components
+TRIALS = 500  # rotations and positions that are tried for a component, as published
+CANDIDATES = 2000  # random positions that those of the trials are drawn from
 
 
-@dataclass(frozen=True)
-class Component:
-    """One connected part of a label map.
+class Synthesis(NamedTuple):
+    """An image with components too many.
 
     Attributes:
-        mask: (H, W) bool, holes filled where asked for.
-        labels: (H, W) uint8, what the mask's pixels are labelled when pasted.
-        centre: (x, y) of its bounding box, in pixels.
-    """
-
-    mask: np.ndarray
-    labels: np.ndarray
-    centre: tuple[float, float]
-
-
-def find_components(labels: np.ndarray, fill_holes: bool) -> list[Component]:
-    """The 4-connected parts of every label but 0 with more than 50 pixels, in label order.
-
-    Args:
+        image: (H, W, 3) uint8.
         labels: (H, W) uint8.
-        fill_holes: a component takes what lies in its holes along: other components with their labels, background
-            as part of itself.
+        pasted: how many components, 0 to 2.
     """
-    found = []
-    for label in np.unique(labels[labels > 0]):
-        count, parts, boxes, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=4)
-        for part in range(1, count):
-            x, y, width, height, area = boxes[part]
-            if area <= SMALLEST_COMPONENT:
-                continue
-            mask, own = parts == part, labels
-            if fill_holes:
-                mask = _filled(mask)
-                own = np.where(mask & (labels == 0), label, labels)
-            found.append(Component(mask, own, (x + (width - 1) / 2, y + (height - 1) / 2)))
-    return found
+
+    image: np.ndarray
+    labels: np.ndarray
+    pasted: int
 
 
-def synthesise(image: np.ndarray, labels: np.ndarray, background: np.ndarray, rng: np.random.Generator,
-               distance: float, fill_holes: bool) -> tuple[np.ndarray, np.ndarray]:
+class Placement(NamedTuple):
+    """Where a component goes.
+
+    Attributes:
+        movement: (2, 3) affine matrix from the picture to the window.
+        window: rows and columns of the picture that the component lies within.
+        mask: (h, w) bool, the component in the window.
+    """
+
+    movement: np.ndarray
+    window: tuple[slice, slice]
+    mask: np.ndarray
+
+
+def synthesise(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, background: np.ndarray,
+               rng: np.random.Generator, distance: float, trials: int = TRIALS) -> Synthesis:
     """Paste one or two of an image's own components elsewhere in it.
 
-    A component for which no place is found in ten trials is left out, so the result may equal the input.
+    Components are tried in random order until one has been pasted; then one more is tried. One that finds no
+    position is left out, so nothing may have been pasted.
 
     Args:
         image: (H, W, 3) uint8.
-        labels: (H, W) uint8.
+        labels: (H, W) uint8, 0 for no label.
+        instances: (H, W) integers, the components to paste from, 0 for none: stage 1's refined masks, or
+            `label_parts`.
         background: (H, W) bool, where components would hang in the air.
         distance: least move of a component's centre, in image sides.
-        fill_holes: see `find_components`.
+        trials: rotations and positions that are tried for a component.
 
     Returns:
-        New image and label map; the arguments are not changed.
+        New image and label map, and how many components were pasted; the arguments are not changed.
     """
-    image, pasted_labels = image.copy(), labels.copy()
-    components = find_components(labels, fill_holes)
-    if not components:
-        return image, pasted_labels
-    source = image.copy()
-    for _ in range(rng.integers(1, MOST_PASTES + 1)):
-        component = components[rng.integers(len(components))]
-        movement = find_place(component, background, rng, distance)
-        if movement is None:
-            continue
-        mask = warp(component.mask.astype(np.uint8), movement, cv2.INTER_NEAREST) > 0
-        image[mask] = warp(source, movement, cv2.INTER_LINEAR)[mask]
-        pasted_labels[mask] = warp(component.labels, movement, cv2.INTER_NEAREST)[mask]
-    return image, pasted_labels
+    pasted_image, pasted_labels, pasted = image.copy(), labels.copy(), 0
+    for instance in rng.permutation(labelled_instances(instances, labels)):
+        placement = find_placement(instances == instance, background, rng, distance, MOST_BACKGROUND[pasted], trials)
+        if placement is not None:
+            pasted_image[placement.window][placement.mask] = _moved(image, placement, cv2.INTER_LINEAR)
+            pasted_labels[placement.window][placement.mask] = _moved(labels, placement, cv2.INTER_NEAREST)
+            pasted += 1
+        elif pasted:
+            break
+        if pasted == len(MOST_BACKGROUND):
+            break
+    return Synthesis(pasted_image, pasted_labels, pasted)
 
 
-def find_place(component: Component, background: np.ndarray, rng: np.random.Generator,
-               distance: float) -> np.ndarray | None:
-    """Draw rotations and places until one is far enough from the original and not mostly on background.
+def labelled_instances(instances: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The instances (H, W) that lie in labels, ascending; 10 % of one, and 100 pixels, may have no label."""
+    sizes = np.bincount(instances.ravel())
+    labelled = np.bincount(instances[labels > 0], minlength=len(sizes))
+    wanted = (labelled >= LEAST_LABELLED * sizes) & (sizes - labelled <= MOST_UNLABELLED) & (sizes > 0)
+    wanted[0] = False
+    return np.flatnonzero(wanted)
+
+
+def label_parts(labels: np.ndarray) -> np.ndarray:
+    """The 4-connected parts of over 50 pixels of every label but 0, in label order.
+
+    Args:
+        labels: (H, W) uint8.
 
     Returns:
-        The (2, 3) affine matrix of the movement, or None when all trials failed.
+        (H, W) int32, numbered from 1; 0 for none.
     """
-    height, width = component.mask.shape
-    for _ in range(PLACEMENT_TRIALS):
-        angle = rng.uniform(0, 360)
-        x, y = rng.uniform(BORDER, 1 - BORDER, 2) * (width, height)
-        moved = np.hypot((x - component.centre[0]) / width, (y - component.centre[1]) / height)
-        if moved < distance:
-            continue
-        movement = cv2.getRotationMatrix2D(component.centre, angle, 1.0)
-        movement[:, 2] += (x - component.centre[0], y - component.centre[1])
-        mask = warp(component.mask.astype(np.uint8), movement, cv2.INTER_NEAREST) > 0
-        if mask.any() and background[mask].mean() <= MOST_BACKGROUND:
-            return movement
+    instances = np.zeros(labels.shape, np.int32)
+    number = 0
+    for label in np.unique(labels[labels > 0]):
+        own = (labels == label).astype(np.uint8)
+        _, parts, stats, _ = cv2.connectedComponentsWithStats(own, connectivity=4)
+        large = stats[:, cv2.CC_STAT_AREA] > SMALLEST_PART
+        large[0] = False
+        instances += np.where(large, number + np.cumsum(large), 0)[parts].astype(np.int32)
+        number += int(large.sum())
+    return instances
+
+
+def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Generator, distance: float,
+                   most_background: float, trials: int = TRIALS) -> Placement | None:
+    """Draw rotations and positions until not too much of a component lies on background; far ones are likelier.
+
+    Args:
+        mask: (H, W) bool, the component.
+        background: (H, W) bool.
+        distance: least move of the component's centre, in image sides.
+        most_background: less than this share of what is pasted may lie on background.
+        trials: how many are drawn at most.
+
+    Returns:
+        The first placement that will do; None when no position is that far away, or all trials failed.
+    """
+    mask, sides = mask.view(np.uint8), np.array(mask.shape[::-1])
+    x, y, width, height = cv2.boundingRect(mask)
+    centre = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
+    positions = rng.uniform(BORDER, 1 - BORDER, (CANDIDATES, 2)) * sides
+    moves = np.hypot(*((positions - centre) / sides).T)
+    weights = np.where(moves >= distance, moves ** 2, 0)
+    if not weights.any():
+        return None
+    reach = np.hypot(width, height) / 2 + 1
+    drawn = rng.choice(positions, trials, p=weights / weights.sum())
+    for position, angle in zip(drawn, rng.integers(360, size=trials).tolist()):
+        left, top = np.maximum(position - reach, 0).astype(int).tolist()
+        right, bottom = np.minimum(position + reach + 1, sides).astype(int).tolist()
+        movement = cv2.getRotationMatrix2D(centre.tolist(), angle, 1.0)
+        movement[:, 2] += position - centre - (left, top)
+        window = slice(top, bottom), slice(left, right)
+        size = right - left, bottom - top
+        moved = cv2.warpAffine(mask, movement, size, flags=cv2.INTER_NEAREST).view(bool)
+        area = np.count_nonzero(moved)
+        if area and np.count_nonzero(moved & background[window]) < most_background * area:
+            return Placement(movement, window, moved)
     return None
 
 
-def warp(picture: np.ndarray, movement: np.ndarray, interpolation: int) -> np.ndarray:
-    """Move a picture within its frame; what comes in from outside is 0. Labels need cv2.INTER_NEAREST."""
-    return cv2.warpAffine(picture, movement, picture.shape[1::-1], flags=interpolation)
-
-
-def _filled(mask: np.ndarray) -> np.ndarray:
-    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, cv2.FILLED) > 0
+def _moved(picture: np.ndarray, placement: Placement, interpolation: int) -> np.ndarray:
+    """What a picture (H, W[, 3]) pastes into a placement's mask. Labels need cv2.INTER_NEAREST."""
+    size = placement.mask.shape[::-1]
+    return cv2.warpAffine(picture, placement.movement, size, flags=interpolation)[placement.mask]

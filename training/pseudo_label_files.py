@@ -12,7 +12,9 @@ from data import files, images, layouts, records
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError
 from progress import ProgressBar
+from training.logical_synthesis import label_parts
 from training.segmentor_step import TrainingData
+from training.targets import fill_class_holes
 
 MADE_BY = "pseudo_label.py"
 SQUEEZED = (images.SIZE, images.SIZE)  # size of maps by a proposer that does not see native pictures
@@ -52,16 +54,16 @@ def require_own_pseudo_labels(category: layouts.Category, labels: PseudoLabels, 
 
 
 def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trusted: np.ndarray) -> str:
-    """A digest of the contents that `training_data` reads of the trusted images: label maps and backgrounds, whoever made them.
+    """A digest of the contents that `training_data` reads of the trusted images: label maps, refined masks and backgrounds,
+    whoever made them.
 
     Raises:
         UserError: a label map is missing.
     """
     listing = []
     for index in trusted:
-        label_map, background = _label_map_and_background(category, workspace, index)
-        listing.append(f"{category.key(category.train[index])} {records.digest(label_map)} "
-                       f"{records.digest(background) if background.exists() else None}")
+        digests = [records.digest(path) if path.exists() else None for path in _maps_of(category, workspace, index)]
+        listing.append(" ".join(map(str, (category.key(category.train[index]), *digests))))
     return records.digest_lines(listing)
 
 
@@ -72,23 +74,27 @@ def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> li
 
 
 def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,
-                  classes: int) -> TrainingData:
+                  classes: int, fill_holes: bool) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
     A map has the native size of its image, or 256x256; the maps of one category are all of the one kind or the other.
-    Where background.jpg was left out, what has no label counts as background, and that is said.
+    Where background.jpg was left out, what has no label counts as background; where refined_masks.png was,
+    logical synthesis pastes connected parts of labels. Both are said.
+
+    Args:
+        fill_holes: fill the holes of each class, before resizing.
 
     Raises:
         UserError: a label map is missing, unreadable, of another size, or has a label that is no class.
     """
     side = train_images.shape[-1]
     labels = np.zeros((len(train_images), side, side), np.uint8)
-    backgrounds = np.zeros(labels.shape, bool)
-    without_background = 0
+    instances, backgrounds = np.zeros(labels.shape, np.uint16), np.zeros(labels.shape, bool)
+    without_background = without_instances = 0
     squeezed: Path | None = None
     native: Path | None = None
     for index in ProgressBar(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
-        path, background = _label_map_and_background(category, workspace, index)
+        path, refined, background = _maps_of(category, workspace, index)
         label_map = images.read_mask(path)
         if label_map.max() >= classes:
             raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
@@ -100,23 +106,34 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
         if native and squeezed:
             raise UserError(f"pseudo-labels of mixed sizes: {native} has the size of its image, but {squeezed} is "
                             f"{SQUEEZED[1]}x{SQUEEZED[0]}; run {MADE_BY} --overwrite")
-        labels[index] = to_side(label_map, side)
+        labels[index] = to_side(fill_class_holes(label_map) if fill_holes else label_map, side)
+        without_instances += not refined.exists()
+        instances[index] = label_parts(labels[index])
+        if refined.exists():
+            masks = images.read_mask(refined)
+            require_size(refined, masks, label_map.shape)
+            instances[index] = to_side(masks, side)
         without_background += not background.exists()
         backgrounds[index] = labels[index] == 0
         if background.exists():
             values = images.read_rgb(background)[..., 0]
             require_size(background, values, label_map.shape)
-            backgrounds[index] = to_side(values, side) > 127
+            backgrounds[index] = to_side(values, side) > 0  # as published, the JPEG's halo counts, too
     if without_background:
         print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
               "pseudo-label leaves out is taken as background")
+    if without_instances:
+        print(f"{category.name}: {without_instances} of {len(trusted)} trusted images have no refined_masks.png; "
+              "logical synthesis pastes connected parts of their pseudo-labels")
     unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
-    return TrainingData(train_images, labels, backgrounds, trusted, unlabelled if len(unlabelled) else trusted)
+    return TrainingData(train_images, labels, instances, backgrounds, trusted,
+                        unlabelled if len(unlabelled) else trusted)
 
 
-def _label_map_and_background(category: layouts.Category, workspace: Workspace, index: int) -> tuple[Path, Path]:
+def _maps_of(category: layouts.Category, workspace: Workspace, index: int) -> tuple[Path, Path, Path]:
+    """What stage 1 says of a training image: label map, refined masks, background; the last two may be missing."""
     folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
-    return files.require(folder / "filtered_cluster_map.png", MADE_BY), folder / "background.jpg"
+    return files.require(folder / "filtered_cluster_map.png", MADE_BY), folder / "refined_masks.png", folder / "background.jpg"
 
 
 def require_size(path: Path, values: np.ndarray, *sizes: tuple[int, int]) -> None:

@@ -31,14 +31,16 @@ class TrainingData:
 
     Attributes:
         images: (N, 3, 256, 256) uint8 RGB.
-        labels: (N, 256, 256) uint8 pseudo-labels; only those of trusted images are looked at.
-        backgrounds: (N, 256, 256) bool, where logical synthesis pastes nothing.
+        labels: (N, 256, 256) uint8 pseudo-labels; of these three, only those of trusted images are looked at.
+        instances: (N, 256, 256) uint16, the components that logical synthesis pastes from; 0 for none.
+        backgrounds: (N, 256, 256) bool, where logical synthesis pastes little.
         trusted: indices of the images whose labels are trusted.
         unlabelled: indices of the images for the unsupervised losses.
     """
 
     images: Tensor
     labels: np.ndarray
+    instances: np.ndarray
     backgrounds: np.ndarray
     trusted: np.ndarray
     unlabelled: np.ndarray
@@ -51,8 +53,8 @@ class Sample(NamedTuple):
     labels: Tensor  # (B, 256, 256) uint8, theirs
     movements: Tensor  # (B, 2, 3) float32, see `augment`
     light: Tensor  # (B, 2) float32, see `augment`
-    unlabelled: Tensor  # (B,) int64 indices of images for the unsupervised losses, or (0,) before these join
-    compared: Tensor  # (B,) int64 indices of the trusted images that their histograms are compared with
+    unlabelled: Tensor  # (B,) int64 indices; (0,) for a joint pass before the unsupervised losses join
+    compared: Tensor  # (B,) int64 indices of trusted images, for the histogram loss; (0,) before it joins
 
 
 class Batch(NamedTuple):
@@ -60,8 +62,8 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, 3, 256, 256) trusted, with logical synthesis and augmentation
     labels: Tensor  # (B, 256, 256) theirs
-    unlabelled: tuple[Tensor, ...]  # the encoder's maps at 1/4 and 1/16 of the unlabelled images; of none before they join
-    compared: Tensor  # (B, 256, 256) label maps of random trusted images
+    unlabelled: tuple[Tensor, ...]  # the encoder's maps at 1/4 and 1/16 of the unlabelled images
+    compared: Tensor  # (B, 256, 256) label maps of random trusted images; (0, ...) before their loss joins
 
 
 def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str,
@@ -71,15 +73,16 @@ def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsu
     rng = np.random.default_rng([*key, step])
     images, labels, movements, light = [], [], [], []
     for index in _shuffled(data.trusted, step, settings.batch_size, key):
-        image, label = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
-                                  data.backgrounds[index], rng, settings.paste_distance, settings.fill_holes)
+        image, label, _ = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
+                                     data.instances[index], data.backgrounds[index], rng,
+                                     settings.paste_distance, settings.paste_trials)
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
         movements.append(_draw_movement(rng))
         light.append(_draw_light(rng))
-    count = settings.batch_size if unsupervised else 0
+    count = settings.batch_size if unsupervised or not settings.joint_pass else 0
     unlabelled = rng.choice(data.unlabelled, count, replace=len(data.unlabelled) < count)
-    compared = rng.choice(data.trusted, count)
+    compared = rng.choice(data.trusted, count if unsupervised else 0)
     return Sample(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(movements)),
                   torch.tensor(light), torch.from_numpy(unlabelled).long(), torch.from_numpy(compared).long())
 
@@ -109,14 +112,16 @@ def augment(images: Tensor, labels: Tensor, movements: Tensor, light: Tensor) ->
         images: (B, 3, H, W) uint8.
         labels: (B, H, W) uint8, warped by nearest neighbour.
         movements: (B, 2, 3), from where in the old picture each place of the new one comes; both axes run from -1 to 1.
+            What comes in from outside is 0, in images and labels.
         light: (B, 2), gain and then offset of the values 0..255.
 
     Returns:
         Images, float in 0..255, and labels, int64.
     """
     grid = F.affine_grid(movements, list(images.shape), align_corners=True)
-    warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=True)
-    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=True)
+    warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros",
+                          align_corners=True)
     gain, offset = light.view(-1, 2, 1, 1, 1).unbind(1)
     return (warped * gain + offset).clamp(0, 255), moved[:, 0].round().long()
 
@@ -131,18 +136,31 @@ def encode(encoder: Encoder, images: Tensor, precision: str) -> tuple[Tensor, Te
 
 def step_losses(segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: SegmentorSettings,
                 precision: str) -> dict[str, Tensor]:
-    """`models.segmentor.losses` of one batch: one pass for trusted and unlabelled images, so that batch norm sees what it will
-    see in use.
+    """`models.segmentor.losses` of one batch.
+
+    Trusted and unlabelled images pass the segmentor one after the other: batch norm normalises each by itself,
+    and its running statistics see both, also before the unsupervised losses join. With ``joint_pass`` they pass
+    it together, once these losses join.
 
     Args:
         precision: fp32 or bf16, what convolutions multiply in; losses are taken in float32.
     """
-    count = len(batch.images)
-    shallow, deep = (torch.cat(maps) for maps in zip(encode(encoder, batch.images, precision), batch.unlabelled))
-    with autocast(batch.images.device, precision):
+    trusted, count = encode(encoder, batch.images, precision), len(batch.images)
+    if settings.joint_pass:
+        both = tuple(torch.cat(maps) for maps in zip(trusted, batch.unlabelled))
+        logits = _logits(segmentor, both, precision)
+        return losses(logits[:count], batch.labels, logits[count:], batch.compared, settings)
+    logits = _logits(segmentor, trusted, precision)
+    with torch.set_grad_enabled(len(batch.compared) > 0):  # else only batch norm's running statistics change
+        unlabelled = _logits(segmentor, batch.unlabelled, precision)
+    return losses(logits, batch.labels, unlabelled, batch.compared, settings)
+
+
+def _logits(segmentor: Segmentor, maps: tuple[Tensor, ...], precision: str) -> Tensor:
+    shallow, deep = maps
+    with autocast(shallow.device, precision):
         logits = segmentor((shallow, None, deep))
-    logits = logits.float()
-    return losses(logits[:count], batch.labels, logits[count:], batch.compared, settings)
+    return logits.float()
 
 
 def learning_rate(settings: SegmentorSettings, step: int, steps: int) -> float:
