@@ -29,8 +29,13 @@ class Options:
         max_requests: in work at one time, their bodies in memory.
         max_body_bytes: of a request.
         max_pixels: of a picture.
-        body_seconds: in which a request has to arrive.
+        body_seconds: in which a request's body has to arrive, and its answer has to be taken.
         token: that requests must bear, or None.
+        max_connections: open at one time; fewer where the process may open too few files.
+        header_seconds: in which a request's headers have to arrive.
+        allowed_hosts: names beside the loopback ones that requests may call the station by, lower case, and whose pages may use
+            it; None: any name.
+        any_address: requests may also call it by any IP address, which, other than a name, nobody else can point here.
     """
 
     threshold: float | None = None
@@ -43,6 +48,10 @@ class Options:
     max_pixels: int = 50_000_000
     body_seconds: float = 30.0
     token: str | None = None
+    max_connections: int = 256
+    header_seconds: float = 10.0
+    allowed_hosts: frozenset[str] | None = None
+    any_address: bool = False
 
 
 class Station:
