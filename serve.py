@@ -5,9 +5,9 @@
 
 The page at / takes pictures that are dropped, pasted, chosen or taken by a camera. Models are called by their file names
 without suffix: /score?model=screw_bag. /models says what there is, /health and /metrics (Prometheus) how it is going,
-/openapi.json how it is called. Only this machine can connect unless --host says otherwise; then set a token. Pages of
-other sites are refused, and so are other names than this machine's (--allowed_hosts for more). --log keeps every
-verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status 0.
+/openapi.json how it is called. Only this machine can connect unless --host says otherwise; then set a token. Web pages
+of other sites are refused, as are host names that are not this machine's (--allowed_hosts adds some). --log keeps
+every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status 0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME",
-                        help="under which browsers may reach it, behind a proxy for example; without, the loopback names, and if "
-                             "--host is another address, any IP address and this machine's own name")
+                        help="other host names to answer under, such as a proxy's; loopback names always work, and with "
+                             "a --host that others reach, any IP address and this machine's name")
     parser.add_argument("--token", help=f"that requests must bear (or the variable {TOKEN_VARIABLE}, which others cannot see)")
     parser.add_argument("--log", type=Path, metavar="NAME.jsonl", help="keep every verdict in NAME-YYYY-MM-DD.jsonl")
     parser.add_argument("--false_positive_rate", type=float,
@@ -67,11 +67,11 @@ def main() -> None:
     parser.add_argument("--header_seconds", type=float, default=default.header_seconds,
                         help="in which a request's headers have to arrive")
     parser.add_argument("--body_seconds", type=float, default=default.body_seconds,
-                        help="in which a request's body has to arrive, and its answer has to be taken")
+                        help="in which a request's body has to arrive, and its answer has to be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
     args = parser.parse_args()
-    for name in ("batch_size", "queue_length", "max_requests", "max_connections", "max_megabytes", "max_megapixels",
-                 "header_seconds", "body_seconds"):
+    for name in ("batch_size", "queue_length", "max_requests", "max_connections", "max_megabytes",
+                 "max_megapixels", "header_seconds", "body_seconds"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be a number above 0")
     if not 0 <= args.port <= 65535:
@@ -83,7 +83,7 @@ def main() -> None:
     allowed_hosts = [host_and_port(name) for name in args.allowed_hosts]
     for name, host in zip(args.allowed_hosts, allowed_hosts):
         if host is None or host[1]:
-            raise UserError(f"--allowed_hosts names {name}; it must be a name alone, without http:// and port")
+            raise UserError(f"--allowed_hosts names {name}; it must be a host name without http:// and port")
     options = Options(args.threshold, args.false_positive_rate, args.batch_size, args.batch_wait_ms, args.queue_length,
                       args.max_requests, int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.body_seconds,
                       token_of(args.token), args.max_connections, args.header_seconds)

@@ -44,7 +44,7 @@ _OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in
                 for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
 _LARGEST_OF_12_BITS = 4095
 
-MAX_DECODED_BYTES = 2**30  # of a picture that is read at all: a small file may hold any number of equal pixels
+MAX_DECODED_BYTES = 2**30  # a small file may hold any number of equal pixels
 _BLOCK_PIXELS = 1 << 20
 
 _said: set[str] = set()
@@ -191,7 +191,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def decoded_bytes(image: Image.Image) -> int:
-    """Bytes of an `opened` image once decoded: pixels x channels x bytes of a channel, and at least 3 a pixel, as RGB."""
+    """Bytes of an `opened` image once decoded: pixels x channels x bytes per channel, at least 3 per pixel."""
     raw_mode, bits = _storage(image)
     deep = bits > 8 or ";16" in raw_mode or image.mode.startswith("I;16")
     channels = 4 if deep and image.mode == "LA" else len(image.getbands())  # see _deep_pixels
@@ -262,8 +262,8 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
     if white is None or (white_level is None and white == 65535 and colours.max() <= _LARGEST_OF_12_BITS):
         held = f"values from {colours.min():g} to {colours.max():g}"
         raise UnknownWhiteLevel(f"image {path} holds {held} and nothing in it says which value is white",
-                                "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, 4095 for 12, "
-                                "65535 for all 16)")
+                                "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, "
+                                "4095 for 12, 65535 for all 16)")
     key = image.info.get("transparency")  # one value or colour that is transparent
     result = np.empty((*values.shape[:2], 3), np.uint8)
     for rows in _row_blocks(*values.shape[:2]):
@@ -273,7 +273,8 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
             opacity = np.atleast_3d(colours[rows] != np.asarray(key)).any(2, keepdims=True)
         if opacity is not None and opacity.min() < 1:
             _say_transparent(path)
-            eight_bit = np.floor(eight_bit * opacity + np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity) + 0.5)
+            background = np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity)
+            eight_bit = np.floor(eight_bit * opacity + background + 0.5)
         result[rows] = eight_bit
     return result
 
@@ -296,7 +297,7 @@ def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
 
 
 def _row_blocks(height: int, width: int) -> Iterator[slice]:
-    """Rows of a picture, as many together as hold about `_BLOCK_PIXELS`: what is converted at a time takes little memory."""
+    """Blocks of rows of about `_BLOCK_PIXELS` each, so that conversions take little memory at a time."""
     rows = max(1, _BLOCK_PIXELS // width)
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
@@ -341,7 +342,7 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
 
 
 def _storage(image: Image.Image) -> tuple[str, int]:
-    """The raw mode of an opened image, "" if its decoder knows none, and the bits of a TIFF's channel, else 8."""
+    """An opened image's raw mode, "" if its decoder has none, and bits per channel as a TIFF declares them, else 8."""
     arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
     raw_mode = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
     return raw_mode if isinstance(raw_mode, str) else "", max(getattr(image, "tag_v2", {}).get(258, (8,)))

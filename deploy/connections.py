@@ -1,7 +1,8 @@
-"""Connections that end: time limits on what arrives and what is taken, fewer connections than files, a quiet log.
+"""HTTP connections with time limits, fewer of them than files may be open, and a log that cannot fill the disk.
 
-uvicorn limits the time between two requests of a connection alone. Here a request's headers and body have to arrive, and its
-answer has to be taken, in time; and a new connection closes the one that has been silent longest where there are too many.
+uvicorn only limits the time between two requests of a connection. Here the headers and the body of a request have to
+arrive in time, and the client has to read its answer in time. If there are too many connections, a new one closes the
+one that has been silent longest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deploy.station import Options
 from errors import UserError
 
-ACCEPTED_TOGETHER = 16  # connections accepted in one turn of the event loop; a few turns pass before they are counted
-OWN_FILES = 32 + 6 * ACCEPTED_TOGETHER  # open files beside counted connections and uploads: libraries, log, those just accepted
+ACCEPTED_TOGETHER = 16  # connections per turn of the event loop; a few turns pass before they are counted
+OWN_FILES = 32 + 6 * ACCEPTED_TOGETHER  # libraries, log, and connections that are not counted yet
 BODY_GRACE_SECONDS = 5.0  # after the app's own limit, so that the sender gets its answer first
 LOG_SECONDS = 60.0  # between two lines of the same kind
 logger = logging.getLogger("uvicorn.error")
@@ -36,8 +37,8 @@ def make_server(app: ASGIApp, options: Options) -> uvicorn.Server:
     """
     protocol = partial(TimedProtocol, options=options, max_connections=connection_limit(options))
     # A client that is still sending is waited for as long as it may take, and its verdict as long again.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, http=protocol, ws="none",
-                            lifespan="on", proxy_headers=False, backlog=ACCEPTED_TOGETHER,
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, http=protocol,
+                            ws="none", lifespan="on", proxy_headers=False, backlog=ACCEPTED_TOGETHER,
                             timeout_graceful_shutdown=int(2 * options.body_seconds) + 1)
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(_once_per_minute)
@@ -59,7 +60,8 @@ def connection_limit(options: Options) -> int:
         return options.max_connections
     room = files - OWN_FILES
     if room < 2:
-        raise UserError(f"this process may open {files} files, which is too few to serve; allow more (ulimit -n 1024)")
+        raise UserError(f"this process may open only {files} files, too few for a station; "
+                        "allow more (ulimit -n 1024)")
     return min(options.max_connections, max(room - options.max_requests, room // 2))
 
 
@@ -128,7 +130,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _time_arrival(self) -> None:
-        """Start the timer of what has to arrive now, where another one runs."""
+        """Restart the timer if something else has to arrive now."""
         state = self.conn.their_state
         between_requests = state is h11.IDLE and self.timeout_keep_alive_task is not None
         if state is self._timed_state or between_requests:
@@ -142,20 +144,23 @@ class TimedProtocol(H11Protocol):
 
     def _arrival_timeout(self) -> None:
         awaits_body = self._timed_state is h11.SEND_BODY
-        if not awaits_body and not self.conn.trailing_data[0]:  # nothing was sent: browsers connect in advance
+        if not awaits_body and not self.conn.trailing_data[0]:
+            # Nothing was sent, as by browsers that connect in advance.
             self.transport.close()
             return
         logger.warning("connections were closed whose requests did not arrive in time")
         if awaits_body:
             self.abort()
         else:
-            self._refuse("408 Request Timeout", f"the headers did not arrive within {self._options.header_seconds:g} seconds")
+            self._refuse("408 Request Timeout",
+                         f"the headers did not arrive within {self._options.header_seconds:g} seconds")
 
     def _make_room(self) -> None:
         others = [other for other in self.connections if not other.aborted]
         if len(others) <= self._max_connections:
             return
-        logger.warning("more than %d connections at a time: those that are silent longest are closed", self._max_connections)
+        logger.warning("more than %d connections: those that have been silent longest are closed",
+                       self._max_connections)
         silent = [other for other in others if other is not self and not other.answers]
         if silent:
             min(silent, key=lambda other: other.silent_since).abort()
@@ -165,9 +170,9 @@ class TimedProtocol(H11Protocol):
     def _refuse(self, status: str, sentence: str) -> None:
         """Answer without the app, and close."""
         body = json.dumps({"error": sentence}).encode()
-        retry = "Retry-After: 1\r\n" if status.startswith("503") else ""
-        self.transport.write(f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
-                             "Connection: close\r\n\r\n".encode() + body)
+        lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(body)}",
+                 "Connection: close", *(["Retry-After: 1"] if status.startswith("503") else []), "", ""]
+        self.transport.write("\r\n".join(lines).encode() + body)
         self.transport.close()
 
     def _stop_arrival_timer(self) -> None:
@@ -182,14 +187,15 @@ class TimedProtocol(H11Protocol):
 
 
 class OncePerMinute(logging.Filter):
-    """Lets one record of a kind pass per `LOG_SECONDS`, with the number of those held back before it.
+    """Passes one record of a kind per `LOG_SECONDS`, with the number of those held back before it.
 
-    The traceback of an OSError, such as too many open files, becomes one line; those of programming errors stay.
+    The traceback of an OSError (too many open files, ...) becomes one line; those of programming errors stay.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._passed: dict[tuple[object, ...], tuple[float, int]] = {}  # kind -> when one passed, how many did not since
+        # kind -> time of the last record that passed, number held back since
+        self._passed: dict[tuple[object, ...], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         problem = record.exc_info[1] if record.exc_info else None

@@ -45,7 +45,7 @@ def answer_of(problem: HTTPException) -> JSONResponse:
 
 
 def host_and_port(text: str) -> tuple[str, str] | None:
-    """The lower-case name or address in a Host header, without brackets, and its port or ""; None if it is malformed."""
+    """A Host header's name or address, lower case and without brackets, and port or ""; None if malformed."""
     match = _HOST.fullmatch(text)
     return (match[1].strip("[]").rstrip(".").lower(), match[2] or "") if match else None
 
@@ -57,8 +57,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI middleware: host, origin, token, number of requests and size of bodies, before any of it is read; headers of every
-    answer. HEAD is GET, of whose answer the server sends the headers alone."""
+    """ASGI middleware: host, origin, token, number of requests and size of bodies, before any body is read; headers
+    of every answer. HEAD is handled as GET; the server sends only the headers of its answer."""
 
     def __init__(self, app: ASGIApp, options: Options, metrics: Metrics):
         self.app, self.options, self.metrics = app, options, metrics
@@ -113,23 +113,23 @@ class Gate:
         return None
 
     def _foreign(self, headers: dict[bytes, bytes]) -> Refusal | None:
-        """Refuse what a browser sends for a page of another site: under a name that its owner points here (DNS rebinding), or
-        from another origin. Programs other than browsers may leave both headers out."""
+        """Refuse what a browser sends for a page of another site: under a host name that its owner points to this
+        machine (DNS rebinding), or from another origin. Programs other than browsers may omit both headers."""
         if b"host" not in headers:
             return None
         host = host_and_port(headers[b"host"].decode("latin-1"))
         if host is None or not self._is_allowed(host[0]):
-            return Refusal(403, "this station does not answer under this name; whoever runs it can start it with "
-                                "--allowed_hosts NAME")
+            return Refusal(403, "this station does not answer under this name; "
+                                "whoever runs it can allow it with --allowed_hosts NAME")
         if b"origin" not in headers:
             return None
         origin = _ORIGIN.fullmatch(headers[b"origin"].decode("latin-1"))
         sender = host_and_port(origin[2]) if origin else None
-        default_port = {"http": "80", "https": "443"}[origin[1].lower()] if origin else ""
-        same = sender is not None and (sender[0], sender[1] or default_port) == (host[0], host[1] or default_port)
-        # A proxy may have replaced Host by an address of its own.
-        if same or (sender is not None and sender[0] in (self.options.allowed_hosts or ())):
-            return None
+        if origin and sender:
+            default = {"http": "80", "https": "443"}[origin[1].lower()]
+            same = (sender[0], sender[1] or default) == (host[0], host[1] or default)
+            if same or sender[0] in (self.options.allowed_hosts or ()):  # a proxy may have replaced Host
+                return None
         return Refusal(403, "pages of other sites may not use this station")
 
     def _is_allowed(self, host: str) -> bool:

@@ -124,8 +124,8 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
             called = plain_name(name or file_name)
             try:
                 size = await loop.run_in_executor(decoders, decoded_bytes, content, called, options.max_pixels)
-                executor, decode = (large_decoder, decoded_alone) if size > LARGE_BYTES else (decoders, decoded)
-                picture = await loop.run_in_executor(executor, decode, content, called, station.engine, shown_side)
+                pool, decode = (large_decoder, decoded_alone) if size > LARGE_BYTES else (decoders, decoded)
+                picture = await loop.run_in_executor(pool, decode, content, called, station.engine, shown_side)
             except Refusal as refusal:
                 unreadable = Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail)
                 await loop.run_in_executor(decoders, finish, unreadable)
@@ -186,6 +186,7 @@ _SCORE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "predict.py's line about it; undecided where the model failed"},
     400: _ERROR | {"description": "The request cannot be understood"},
     401: _ERROR | {"description": "The token is missing or wrong"},
+    403: _ERROR | {"description": "Asked under a foreign host name, or by a page of another site"},
     404: _ERROR | {"description": "There is no such model"},
     408: _ERROR | {"description": "The picture did not arrive in time"},
     413: _ERROR | {"description": "Too many bytes or pixels"},

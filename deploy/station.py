@@ -29,13 +29,13 @@ class Options:
         max_requests: in work at one time, their bodies in memory.
         max_body_bytes: of a request.
         max_pixels: of a picture.
-        body_seconds: in which a request's body has to arrive, and its answer has to be taken.
+        body_seconds: in which a request's body has to arrive, and its answer has to be read.
         token: that requests must bear, or None.
         max_connections: open at one time; fewer where the process may open too few files.
         header_seconds: in which a request's headers have to arrive.
-        allowed_hosts: names beside the loopback ones that requests may call the station by, lower case, and whose pages may use
-            it; None: any name.
-        any_address: requests may also call it by any IP address, which, other than a name, nobody else can point here.
+        allowed_hosts: lower-case host names, beside the loopback ones, under which the station answers and whose
+            pages may use it; None: any.
+        any_address: it also answers under any IP address: unlike a name, nobody can point one here (DNS rebinding).
     """
 
     threshold: float | None = None

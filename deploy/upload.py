@@ -53,13 +53,13 @@ async def received_from(request: Request) -> tuple[bytes, str]:
 
 
 def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
-    """Bytes that a picture takes when decoded, by its header alone.
+    """Bytes of a picture once decoded, from its header.
 
     Args:
-        max_pixels: it may have; and it may take as many bytes as so many pixels of 8-bit RGBA.
+        max_pixels: limit; the limit on bytes is that of as many pixels in 8-bit RGBA.
 
     Raises:
-        Refusal: it is larger, or it is no picture or its header is damaged.
+        Refusal: the picture is larger, is in no format that is read, or has a damaged header.
     """
     try:
         with images.opened(InMemory(content, name), "picture", "send another one") as image:
@@ -71,8 +71,8 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
     if width * height > max_pixels:
         raise Refusal(413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller")
     if size > 4 * max_pixels:
-        raise Refusal(413, f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, more than "
-                           f"{4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits a channel")
+        raise Refusal(413, f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
+                           f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel")
     return size
 
 
@@ -80,7 +80,7 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) 
     """Decode a picture.
 
     Raises:
-        Refusal: it is damaged, or means what the model does not know.
+        Refusal: it is damaged, or neither it nor the model says which value is white.
     """
     picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
@@ -89,7 +89,7 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) 
 
 
 def decoded_alone(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
-    """`decoded` for large pictures, after which the memory goes back to the system: glibc would keep it for this thread."""
+    """`decoded`, then give freed memory back to the system, which glibc else keeps: for large pictures."""
     try:
         return decoded(content, name, engine, shown_side)
     finally:

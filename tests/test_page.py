@@ -195,6 +195,7 @@ ANSWERS = {
     "cut.png": [None] * 99,  # the connection fails
     "proxy.png": [{"status": 502, "body": "<html>Bad gateway</html>"}],
     "half.png": [{"status": 200, "body": '{"image": "half'}],
+    "login.png": [{"status": 200, "json": {"login": "required"}}],
     "slow.png": [{"status": 408, "json": {"error": "the picture did not arrive"}}],
     "failed.png": [{"status": 500, "json": {"error": "something is wrong"}}],
 }
@@ -210,8 +211,8 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
         asked.append((name, time.monotonic()))
         if not answers.get(name):
             return route.continue_()
-        found = answers[name].pop(0)
-        return route.abort() if found is None else route.fulfill(**found)
+        reply = answers[name].pop(0)
+        return route.abort() if reply is None else route.fulfill(**reply)
 
     shown.route("**/score?*", answer)
     names = [*ANSWERS, "empty.png", "good.png"]
@@ -222,20 +223,21 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
         [cell.inner_text() for cell in row.locator("td").all()] for row in shown.locator("#list tr").all())}
     assert {name for name, (word, _) in rows.items() if word == "normal"} == {"busy.png", "good.png"}
     reasons = {name: reason for name, (word, reason) in rows.items() if word == "not inspected"}
-    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502", "half.png": "connection",
+    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502", "half.png": "understood", "login.png": "understood",
              "slow.png": "did not arrive", "failed.png": "something is wrong", "empty.png": "0 bytes"}
     assert reasons.keys() == words.keys() and all(word in reasons[name] for name, word in words.items())
     tries = [moment for name, moment in asked if name == "busy.png"]
     assert len(tries) == 3 and min(b - a for a, b in zip(tries, tries[1:])) >= 0.2
     assert sum(name == "always.png" for name, _ in asked) == 4
     counts = [line.inner_text() for line in shown.locator("#counts .pill").all()]
-    assert "2 normal" in counts and "7 not inspected" in counts
+    assert "2 normal" in counts and "8 not inspected" in counts
     # The message is still there after later pictures, and goes with the list.
     drop(shown, 50, "later.png")
-    api.expect(shown.locator("#missed")).to_contain_text("7 of 10 pictures not inspected, the last one empty.png")
+    api.expect(shown.locator("#missed")).to_contain_text("8 of 11 pictures not inspected, the last one empty.png")
     with shown.expect_download() as csv_file:
         shown.locator("#csv").click()
-    assert [row["verdict"] for row in csv.DictReader(io.StringIO(csv_file.value.path().read_text()))].count("not inspected") == 7
+    rows = csv.DictReader(io.StringIO(csv_file.value.path().read_text()))
+    assert [row["verdict"] for row in rows].count("not inspected") == 8
     shown.locator("#list button", has_text="cut.png").click()
     assert verdict(shown) == "Not inspected" and "connection" in shown.locator("#findings").inner_text()
     shown.locator("#clear").click()

@@ -48,7 +48,6 @@ async function start() {
   }
   at("model").replaceChildren(...[...models.keys()].map((name) => new Option(name, name)));
   at("model-row").hidden = models.size < 2;
-  at("model-column").classList.toggle("wide", models.size < 2);
   choose(models.has(model?.name) ? model.name : [...models.keys()][0]);
   say("");
   work(); // what came before the models were known, or the token
@@ -57,6 +56,7 @@ async function start() {
 function choose(name) {
   model = models.get(name);
   at("model").value = name;
+  at("threshold").disabled = false;
   const parts = [models.size < 2 && model.name, model.runtime, model.precision, `${model.input_size} × ${model.input_size} pixels`];
   at("about").textContent = parts.filter(Boolean).join(" · ") + (model.has_maps ? "" : " · scores only: exported without maps");
   if (shown && shown.model !== name) shown = null;
@@ -106,7 +106,10 @@ async function answerOn(file, name, asked) {
   for (let tries = 1; ; tries++) {
     try {
       const answer = await ask(`score?${where}`, { method: "POST", body, headers: { "Content-Type": "application/octet-stream" } });
-      if (answer.ok) return { entry: await answer.json() };
+      if (answer.ok) {
+        const entry = await answer.json().catch(() => null);
+        return entry?.verdict in WORDS ? { entry } : missed("the station's answer cannot be understood");
+      }
       if (answer.status === 401) return null;
       const reason = await reasonOf(answer);
       if ([413, 415, 422].includes(answer.status)) return { verdict: "unreadable", reason };
@@ -258,7 +261,7 @@ function row(entry) {
   const cells = [pill(verdict, verdict), again, entry.model, entry.score === null ? "–" : round(entry.score), round(thresholds.get(entry.model)), findingsOf(entry).join("; ")];
   line.append(...cells.map((content, index) => {
     const cell = made("td");
-    cell.className = ["", "", models.size > 1 ? "" : "wide", "number", "number wide", "wide"][index];
+    cell.className = ["", "", "wide", "number", "number wide", "wide"][index];
     cell.append(content);
     return cell;
   }));
