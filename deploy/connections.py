@@ -103,7 +103,7 @@ class TimedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._surplus and len(self.connections) > self._max_connections:
             # Not before: closed with its request unread, the connection would be reset, and the answer lost.
-            self._refuse("503 Service Unavailable", "too many connections; try again in a second")
+            self._refuse()
             return
         self._surplus = False
         super().data_received(data)
@@ -143,17 +143,10 @@ class TimedProtocol(H11Protocol):
             self._arrival_timer = self.loop.call_later(seconds, self._arrival_timeout)
 
     def _arrival_timeout(self) -> None:
-        awaits_body = self._timed_state is h11.SEND_BODY
-        if not awaits_body and not self.conn.trailing_data[0]:
-            # Nothing was sent, as by browsers that connect in advance.
-            self.transport.close()
-            return
-        logger.warning("connections were closed whose requests did not arrive in time")
-        if awaits_body:
-            self.abort()
-        else:
-            self._refuse("408 Request Timeout",
-                         f"the headers did not arrive within {self._options.header_seconds:g} seconds")
+        # Browsers connect in advance and send nothing, which is nothing to log.
+        if self._timed_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+            logger.warning("connections were closed whose requests did not arrive in time")
+        self.abort()
 
     def _make_room(self) -> None:
         others = [other for other in self.connections if not other.aborted]
@@ -167,12 +160,12 @@ class TimedProtocol(H11Protocol):
         else:
             self._surplus = True
 
-    def _refuse(self, status: str, sentence: str) -> None:
-        """Answer without the app, and close."""
-        body = json.dumps({"error": sentence}).encode()
-        lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(body)}",
-                 "Connection: close", *(["Retry-After: 1"] if status.startswith("503") else []), "", ""]
-        self.transport.write("\r\n".join(lines).encode() + body)
+    def _refuse(self) -> None:
+        """Answer with 503, without the app, and close."""
+        body = json.dumps({"error": "too many connections; try again in a second"})
+        lines = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Content-Length: {len(body)}",
+                 "Retry-After: 1", "Connection: close", "", body]
+        self.transport.write("\r\n".join(lines).encode())
         self.transport.close()
 
     def _stop_arrival_timer(self) -> None:

@@ -128,7 +128,8 @@ def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
 
 def test_the_list_counts_and_can_be_downloaded(opened):
     shown = opened()
-    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png"), (50, "=1+1.png"), (50, "-2.png")):
+    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png"), (50, "=1+1.png"),
+                        (50, "-2.png")):
         drop(shown, value, name)
         if name == "black.png":
             assert verdict(shown) == "Undecided" and "not finite" in shown.locator("#findings").inner_text()
@@ -223,8 +224,9 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
         [cell.inner_text() for cell in row.locator("td").all()] for row in shown.locator("#list tr").all())}
     assert {name for name, (word, _) in rows.items() if word == "normal"} == {"busy.png", "good.png"}
     reasons = {name: reason for name, (word, reason) in rows.items() if word == "not inspected"}
-    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502", "half.png": "understood", "login.png": "understood",
-             "slow.png": "did not arrive", "failed.png": "something is wrong", "empty.png": "0 bytes"}
+    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502",
+             "half.png": "understood", "login.png": "understood", "slow.png": "did not arrive",
+             "failed.png": "something is wrong", "empty.png": "0 bytes"}
     assert reasons.keys() == words.keys() and all(word in reasons[name] for name, word in words.items())
     tries = [moment for name, moment in asked if name == "busy.png"]
     assert len(tries) == 3 and min(b - a for a, b in zip(tries, tries[1:])) >= 0.2
@@ -233,7 +235,8 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
     assert "2 normal" in counts and "8 not inspected" in counts
     # The message is still there after later pictures, and goes with the list.
     drop(shown, 50, "later.png")
-    api.expect(shown.locator("#missed")).to_contain_text("8 of 11 pictures not inspected, the last one empty.png")
+    api.expect(shown.locator("#missed")).to_contain_text(
+        "8 of 11 pictures not inspected, the last one empty.png")
     with shown.expect_download() as csv_file:
         shown.locator("#csv").click()
     rows = csv.DictReader(io.StringIO(csv_file.value.path().read_text()))

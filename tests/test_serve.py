@@ -387,8 +387,7 @@ def health_of(port: int) -> bytes:
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 
-@pytest.mark.parametrize("sent, answer", [(b"", b""), (b"G", b"HTTP/1.1 408 "), (HEAD, b"HTTP/1.1 408 "),
-                                          (HEAD + b"\r\n" + HEAD, b"HTTP/1.1 200 ")])
+@pytest.mark.parametrize("sent, answer", [(b"", b""), (b"G", b""), (HEAD, b""), (HEAD + b"\r\n" + HEAD, b"HTTP/1.1 200 ")])
 def test_headers_that_do_not_arrive_end_the_connection(listening_station, sent, answer):
     port = listening_station()
     with sent_to(port, sent) as client:
@@ -430,7 +429,8 @@ def test_an_answer_that_nobody_takes_ends_the_connection(listening_station):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(20)
         client.connect(("127.0.0.1", port))
-        request = b"POST /score?overlay=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(noise) + noise
+        request = (b"POST /score?overlay=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(noise)
+                   + noise)
         with pytest.raises(ConnectionError):  # it asks and never reads until the other side hangs up
             for _ in range(100):
                 client.sendall(request)
@@ -439,8 +439,8 @@ def test_an_answer_that_nobody_takes_ends_the_connection(listening_station):
 
 def test_silent_connections_make_room_for_new_ones(listening_station, caplog):
     port = listening_station(max_connections=8, header_seconds=60.0, body_seconds=60.0)
-    silent = [sent_to(port, (b"", HEAD, b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")[index % 3])
-              for index in range(40)]
+    half_sent = (b"", HEAD, b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+    silent = [sent_to(port, half_sent[index % 3]) for index in range(40)]
     begun = time.monotonic()
     for _ in range(5):
         assert health_of(port).startswith(b"HTTP/1.1 200")
