@@ -5,7 +5,8 @@
 
 The page at / takes pictures that are dropped, pasted, chosen or taken by a camera. Models are called by their file names
 without suffix: /score?model=screw_bag. /models says what there is, /health and /metrics (Prometheus) how it is going,
-/openapi.json how it is called. Only this machine can connect unless --host says otherwise; then set a token. --log keeps
+/openapi.json how it is called. Only this machine can connect unless --host says otherwise; then set a token. Web pages
+of other sites are refused, as are host names that are not this machine's (--allowed_hosts adds some). --log keeps
 every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status 0.
 """
 
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ INSTALL = "pip install -r requirements-predict.txt"
 
 def main() -> None:
     try:
-        import uvicorn
-
+        from deploy.connections import make_server
+        from deploy.gate import host_and_port, is_loopback
         from deploy.server import create_app
         from deploy.station import Options
     except ImportError as problem:
@@ -45,6 +47,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME",
+                        help="other host names to answer under, such as a proxy's; loopback names always work, and with "
+                             "a --host that others reach, any IP address and this machine's name")
     parser.add_argument("--token", help=f"that requests must bear (or the variable {TOKEN_VARIABLE}, which others cannot see)")
     parser.add_argument("--log", type=Path, metavar="NAME.jsonl", help="keep every verdict in NAME-YYYY-MM-DD.jsonl")
     parser.add_argument("--false_positive_rate", type=float,
@@ -55,12 +60,18 @@ def main() -> None:
                         help="for which an incomplete batch waits for pictures on their way")
     parser.add_argument("--queue_length", type=int, default=default.queue_length, help="pictures that may wait for each model")
     parser.add_argument("--max_requests", type=int, default=default.max_requests, help="in work at one time")
+    parser.add_argument("--max_connections", type=int, default=default.max_connections,
+                        help="open at one time; fewer where this process may open too few files (ulimit -n)")
     parser.add_argument("--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request")
     parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of a picture")
-    parser.add_argument("--body_seconds", type=float, default=default.body_seconds, help="in which a request has to arrive")
+    parser.add_argument("--header_seconds", type=float, default=default.header_seconds,
+                        help="in which a request's headers have to arrive")
+    parser.add_argument("--body_seconds", type=float, default=default.body_seconds,
+                        help="in which a request's body has to arrive, and its answer has to be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
     args = parser.parse_args()
-    for name in ("batch_size", "queue_length", "max_requests", "max_megabytes", "max_megapixels", "body_seconds"):
+    for name in ("batch_size", "queue_length", "max_requests", "max_connections", "max_megabytes",
+                 "max_megapixels", "header_seconds", "body_seconds"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be a number above 0")
     if not 0 <= args.port <= 65535:
@@ -69,25 +80,30 @@ def main() -> None:
         raise UserError(f"--batch_wait_ms is {args.batch_wait_ms}; it must be 0 or more")
     if args.threshold is not None and len(args.model) > 1:
         raise UserError("--threshold is for one model alone; the scores of several have different scales")
+    allowed_hosts = [host_and_port(name) for name in args.allowed_hosts]
+    for name, host in zip(args.allowed_hosts, allowed_hosts):
+        if host is None or host[1]:
+            raise UserError(f"--allowed_hosts names {name}; it must be a host name without http:// and port")
     options = Options(args.threshold, args.false_positive_rate, args.batch_size, args.batch_wait_ms, args.queue_length,
                       args.max_requests, int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.body_seconds,
-                      token_of(args.token))
+                      token_of(args.token), args.max_connections, args.header_seconds)
 
     engines = {name: warmed_up(open_model(path, device_name(args.device, path))) for name, path in named(args.model).items()}
     with ExitStack() as stack:
         log = stack.enter_context(closing(DailyLog(args.log.expanduser()))) if args.log else None
-        app = create_app(engines, options, log)
         listening = stack.enter_context(listen(args.host, args.port))
-        # A client that is still sending is waited for as long as it may take, and its verdict as long again.
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, http="h11",
-                                               ws="none", lifespan="on", proxy_headers=False,
-                                               timeout_graceful_shutdown=int(2 * args.body_seconds) + 1))
+        local = is_loopback(listening.getsockname()[0])
+        own_names = set() if local else {args.host.lower(), socket.gethostname().lower()}
+        options = replace(options, any_address=not local,
+                          allowed_hosts=frozenset(own_names | {host for host, _ in allowed_hosts}))
+        app = create_app(engines, options, log)
+        server = make_server(app, options)
         for number in (signal.SIGTERM, signal.SIGINT):
             # uvicorn takes both over, and after it has ended raises again what it got, which then does no harm.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         models = ", ".join(f"{name} ({one.runtime} on {one.device}, {one.precision})" for name, one in engines.items())
         print(f"{models} at {address(listening)}", flush=True)
-        if args.host not in ("127.0.0.1", "::1", "localhost") and options.token is None:
+        if not local and options.token is None:
             print("other machines can connect and nothing asks them for a token; set --token", file=sys.stderr, flush=True)
         server.run(sockets=[listening])
 

@@ -52,7 +52,26 @@ _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _PLANES, _SUBFILE, _OLD_SUBFILE = 262, 258, 339, 284, 254, 255  # TIFF's tags
 
+MAX_DECODED_BYTES = 2**30  # a small file may hold any number of equal pixels
+_BLOCK_PIXELS = 1 << 20
+
 _said: set[str] = set()
+
+
+class TooLarge(UserError):
+    """A picture that would take too much memory when decoded."""
+
+
+class UnknownWhiteLevel(UserError):
+    """Nothing says which value is white.
+
+    Attributes:
+        finding: what the picture holds, without advice.
+    """
+
+    def __init__(self, finding: str, advice: str):
+        super().__init__(f"{finding}; {advice}")
+        self.finding = finding
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,14 @@ def is_lossy(path: str | Path) -> bool:
         return _is_lossy(image, path)
 
 
+def decoded_bytes(image: Image.Image) -> int:
+    """Bytes of an `opened` image once decoded: pixels x channels x bytes per channel, at least 3 per pixel."""
+    raw_mode, bits = raw_mode_of(image), _bits(image)
+    deep = bits > 8 or ";16" in raw_mode and raw_mode not in PACKED or image.mode.startswith("I;16")
+    channels = 4 if deep and image.mode == "LA" else len(image.getbands())  # see _deep_pixels
+    return image.width * image.height * max(3, channels * {"I": 4, "F": 4}.get(image.mode, 2 if deep else 1))
+
+
 def displayed_size(path: str | Path) -> tuple[int, int]:
     """(W, H) of an image as `read_rgb` returns it, its orientation applied.
 
@@ -237,6 +264,10 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
                 frames = _seek_picture(image)
             if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
                 raise UserError(f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own")
+            if decoded_bytes(image) > MAX_DECODED_BYTES:
+                raise TooLarge(f"{what} {path} has {image.width} x {image.height} pixels and takes "
+                               f"{decoded_bytes(image) / 1e6:.0f} MB when decoded, more than "
+                               f"{MAX_DECODED_BYTES / 1e6:.0f}; make it smaller")
             yield image
     except UserError:
         raise
@@ -244,7 +275,7 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
         link = ": it is a link to a file that is not there" if Path(path).is_symlink() else ""
         raise UserError(f"{what} {path} is missing{link}") from problem
     except Image.DecompressionBombError as problem:
-        raise UserError(f"{what} {path} is larger than can be read safely ({problem}); make it smaller") from problem
+        raise TooLarge(f"{what} {path} is larger than can be read safely ({problem}); make it smaller") from problem
     except Exception as problem:  # Pillow's decoders have an error of their own for every kind of damage
         reason = "it is in no format that is read here" if isinstance(problem, UnidentifiedImageError) else (
             " ".join(str(problem).split()) or type(problem).__name__)
@@ -276,31 +307,47 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
     white = white_level or declared
     if white is None or (white_level is None and white == 65535 and colours.max() <= _LARGEST_OF_12_BITS):
         held = f"values from {colours.min():g} to {colours.max():g}"
-        raise UserError(f"image {path} holds {held} and nothing in it says which value is white; set --images.white_level for "
-                        "the whole data set (1 for 0..1, 1023 for 10 bits, 4095 for 12, 65535 for all 16)")
-    brightness = np.clip(colours / white, 0, 1)
-    eight_bit = np.floor((1 - brightness if _white_is_zero(image) else brightness) * 255 + 0.5)
+        raise UnknownWhiteLevel(f"image {path} holds {held} and nothing in it says which value is white",
+                                "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, "
+                                "4095 for 12, 65535 for all 16)")
     key = image.info.get("transparency")  # one value or colour that is transparent
-    if key is not None and clear is None:
-        clear = 65535 * np.atleast_3d(colours != np.asarray(key)).any(2, keepdims=True)
-    if eight_bit.ndim == 2:
-        eight_bit = np.repeat(eight_bit[..., None], 3, 2)
-    if clear is not None and clear.min() < 65535:
-        _say_transparent(path)
-        opacity = clear / 65535
-        eight_bit = np.floor(eight_bit * opacity + np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity) + 0.5)
-    return eight_bit.astype(np.uint8)
+    inverted = _white_is_zero(image)
+    result = np.empty((*values.shape[:2], 3), np.uint8)
+    for rows in _row_blocks(*values.shape[:2]):
+        brightness = np.clip(colours[rows] / white, 0, 1)
+        eight_bit = np.atleast_3d(np.floor((1 - brightness if inverted else brightness) * 255 + 0.5))
+        opacity = None if clear is None else clear[rows] / 65535
+        if key is not None and clear is None:
+            opacity = np.atleast_3d(colours[rows] != np.asarray(key)).any(2, keepdims=True)
+        if opacity is not None and opacity.min() < 1:
+            _say_transparent(path)
+            background = np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity)
+            eight_bit = np.floor(eight_bit * opacity + background + 0.5)
+        result[rows] = eight_bit
+    return result
 
 
 def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
     """An 8-bit image of any mode as (H, W, 3) uint8."""
-    if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        if layered.getextrema()[3][0] < 255:
-            _say_transparent(path)
-            image = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
-            image.alpha_composite(layered)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return np.array(image)
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    for rows in _row_blocks(image.height, image.width):
+        block = image.crop((0, rows.start, image.width, rows.stop))
+        if block.has_transparency_data:
+            layered = block.convert("RGBA")
+            if layered.getextrema()[3][0] < 255:
+                _say_transparent(path)
+                block = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
+                block.alpha_composite(layered)
+        result[rows] = np.asarray(block.convert("RGB"))
+    return result
+
+
+def _row_blocks(height: int, width: int) -> Iterator[slice]:
+    """Blocks of rows of about `_BLOCK_PIXELS` each, so that conversions take little memory at a time."""
+    rows = max(1, _BLOCK_PIXELS // width)
+    return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, float | None] | None:
@@ -331,14 +378,16 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
         _require_no_negative(values, path)
         return values, None
     if raw_mode == "LA;16B":  # grey with alpha: read as four channels of 8 bits, it is its own bytes
-        grey_high, grey_low, clear_high, clear_low = np.moveaxis(_reread(image, "RGBA").astype(np.uint16), 2, 0)
-        grey = grey_high << 8 | grey_low
-        return np.stack([grey, grey, grey, clear_high << 8 | clear_low], 2), 65535.0
+        grey, clear = np.moveaxis(np.ascontiguousarray(_reread(image, "RGBA")).view(">u2"), 2, 0)
+        return np.stack([grey, grey, grey, clear], 2).astype(np.uint16, copy=False), 65535.0
     planes = tags.get(_PLANES) == 2  # libtiff then hands out 8 bits, whatever the raw mode
     if raw_mode in _OTHER_BYTES and not planes:
         low = _reread(image, _OTHER_BYTES[raw_mode])
         with opened(path) as again:
-            return _upright(again).astype(np.uint16) << 8 | low, 65535.0
+            values = _upright(again).astype(np.uint16)
+        values <<= 8  # in place: these are the largest pictures
+        values |= low
+        return values, 65535.0
     if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
         raise UserError(f"image {path} stores {bits} bits a channel in a way that is not read here; "
                         "store it as a PNG")
@@ -390,7 +439,8 @@ def _rescaled_by_pillow(image: Image.Image, path: str | Path, largest: int) -> t
     """A PGM or PPM says itself which value is white; Pillow applies that, to 8 bits for colour, to 16 for grey."""
     values = _upright(image)
     if image.mode == "I":
-        return np.round(values * (largest / 65535)), float(largest)
+        values = values * (largest / 65535)
+        return np.round(values, out=values), float(largest)
     if largest == 65535 and values.max() <= 15:  # the 12 bits are gone already
         raise UserError(f"image {path} says that 65535 is white, but holds far less; store it as a PNG or TIFF")
     return None
@@ -404,7 +454,8 @@ def _reread(image: Image.Image, raw_mode: str) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> np.ndarray:
-    return np.asarray(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)  # without a copy where it lies right already
+    return np.asarray(image)
 
 
 def _brightest(channels: np.ndarray) -> np.ndarray:

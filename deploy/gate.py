@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import re
 from contextlib import suppress
 
 from fastapi.responses import JSONResponse
@@ -19,6 +21,8 @@ HEADERS = {
     "permissions-policy": "camera=(self), microphone=(), geolocation=()", "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff", "cache-control": "no-store",
 }
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECASE)
+_ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 
 
@@ -40,8 +44,21 @@ def answer_of(problem: HTTPException) -> JSONResponse:
     return JSONResponse({"error": sentence}, problem.status_code, problem.headers)
 
 
+def host_and_port(text: str) -> tuple[str, str] | None:
+    """A Host header's name or address, lower case and without brackets, and port or ""; None if malformed."""
+    match = _HOST.fullmatch(text)
+    return (match[1].strip("[]").rstrip(".").lower(), match[2] or "") if match else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address always means the machine itself."""
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
 class Gate:
-    """ASGI middleware: token, number of requests and size of bodies, before any of it is read; headers of every answer."""
+    """ASGI middleware: host, origin, token, number of requests and size of bodies, before any body is read; headers
+    of every answer. HEAD is handled as GET; the server sends only the headers of its answer."""
 
     def __init__(self, app: ASGIApp, options: Options, metrics: Metrics):
         self.app, self.options, self.metrics = app, options, metrics
@@ -70,12 +87,17 @@ class Gate:
         self.in_work += 1
         self.metrics.requests.set(self.in_work)
         try:
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}
             await self.app(scope, self._limited(receive), send_with_headers)
         finally:
             self.in_work -= 1
             self.metrics.requests.set(self.in_work)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
+        refusal = self._foreign(headers)
+        if refusal is not None:
+            return refusal
         token = self.options.token
         if token is not None and path not in OPEN_PATHS and not hmac.compare_digest(
                 headers.get(b"authorization", b""), b"Bearer " + token.encode()):
@@ -89,6 +111,31 @@ class Gate:
         if path == "/score" and self.in_work >= self.options.max_requests:
             return busy(f"{self.in_work} requests are in work already")
         return None
+
+    def _foreign(self, headers: dict[bytes, bytes]) -> Refusal | None:
+        """Refuse what a browser sends for a page of another site: under a host name that its owner points to this
+        machine (DNS rebinding), or from another origin. Programs other than browsers may omit both headers."""
+        if b"host" not in headers:
+            return None
+        host = host_and_port(headers[b"host"].decode("latin-1"))
+        if host is None or not self._is_allowed(host[0]):
+            return Refusal(403, "this station does not answer under this name; "
+                                "whoever runs it can allow it with --allowed_hosts NAME")
+        if b"origin" not in headers:
+            return None
+        origin = _ORIGIN.fullmatch(headers[b"origin"].decode("latin-1"))
+        sender = host_and_port(origin[2]) if origin else None
+        if origin and sender:
+            default = {"http": "80", "https": "443"}[origin[1].lower()]
+            same = (sender[0], sender[1] or default) == (host[0], host[1] or default)
+            if same or sender[0] in (self.options.allowed_hosts or ()):  # a proxy may have replaced Host
+                return None
+        return Refusal(403, "pages of other sites may not use this station")
+
+    def _is_allowed(self, host: str) -> bool:
+        allowed = self.options.allowed_hosts
+        return (allowed is None or host in allowed or is_loopback(host)
+                or (self.options.any_address and _address(host) is not None))
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -107,6 +154,13 @@ class Gate:
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"the body is larger than {self.options.max_body_bytes} bytes; send a smaller file")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 async def discard(receive: Receive) -> None:

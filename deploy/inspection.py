@@ -161,6 +161,9 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
         return Picture(name, problem=f"folder {name} cannot be listed, so what lies in it is not judged")
     try:
         image = images.read_rgb(source, white_level=engine.metadata.get("white_level"))
+    except images.UnknownWhiteLevel as problem:
+        return Picture(name, problem=f"{problem.finding}, nor does the model know it; store the picture with "
+                       "8 bits, or train and export the model with images.white_level")
     except UserError as problem:
         return Picture(name, problem=str(problem))
     view = images.resize(image, engine.size).transpose(2, 0, 1)

@@ -33,12 +33,13 @@ from deploy.engines import Engine
 from deploy.gate import Gate, Refusal, answer_of, busy
 from deploy.inspection import ANOMALOUS, UNREADABLE, Verdict
 from deploy.station import Metrics, Options, Station
-from deploy.upload import decoded, plain_name, received_from
+from deploy.upload import decoded, decoded_alone, decoded_bytes, plain_name, received_from
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"/": ("index.html", "text/html"), "/style.css": ("style.css", "text/css"), "/app.js": ("app.js", "text/javascript")}
 OVERLAY_SIDE = 512  # longer side in pixels of each of the three pictures in an overlay
 DECODERS = min(4, os.cpu_count() or 1)
+LARGE_BYTES = 64 * 2**20  # decoded; larger pictures are decoded one at a time
 
 
 def create_app(engines: dict[str, Engine], options: Options | None = None, log: DailyLog | None = None) -> FastAPI:
@@ -57,6 +58,7 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
     for station in stations.values():
         metrics.watch(station)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
+    large_decoder = ThreadPoolExecutor(1, thread_name_prefix="large decoder")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -64,6 +66,7 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         for station in stations.values():
             await asyncio.to_thread(station.batcher.close)
         decoders.shutdown()
+        large_decoder.shutdown()
 
     # The usual pages for OpenAPI load scripts from a CDN; this one must work offline.
     app = FastAPI(title="CSAD inspection station", docs_url=None, redoc_url=None, lifespan=lifespan,
@@ -120,8 +123,9 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
                 raise Refusal(408, f"the picture did not arrive within {options.body_seconds:g} seconds") from None
             called = plain_name(name or file_name)
             try:
-                picture = await loop.run_in_executor(decoders, decoded, content, called, station.engine, shown_side,
-                                                     options.max_pixels)
+                size = await loop.run_in_executor(decoders, decoded_bytes, content, called, options.max_pixels)
+                pool, decode = (large_decoder, decoded_alone) if size > LARGE_BYTES else (decoders, decoded)
+                picture = await loop.run_in_executor(pool, decode, content, called, station.engine, shown_side)
             except Refusal as refusal:
                 unreadable = Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail)
                 await loop.run_in_executor(decoders, finish, unreadable)
@@ -182,6 +186,7 @@ _SCORE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "predict.py's line about it; undecided where the model failed"},
     400: _ERROR | {"description": "The request cannot be understood"},
     401: _ERROR | {"description": "The token is missing or wrong"},
+    403: _ERROR | {"description": "Asked under a foreign host name, or by a page of another site"},
     404: _ERROR | {"description": "There is no such model"},
     408: _ERROR | {"description": "The picture did not arrive in time"},
     413: _ERROR | {"description": "Too many bytes or pixels"},

@@ -29,8 +29,13 @@ class Options:
         max_requests: in work at one time, their bodies in memory.
         max_body_bytes: of a request.
         max_pixels: of a picture.
-        body_seconds: in which a request has to arrive.
+        body_seconds: in which a request's body has to arrive, and its answer has to be read.
         token: that requests must bear, or None.
+        max_connections: open at one time; fewer where the process may open too few files.
+        header_seconds: in which a request's headers have to arrive.
+        allowed_hosts: lower-case host names, beside the loopback ones, under which the station answers and whose
+            pages may use it; None: any.
+        any_address: it also answers under any IP address: unlike a name, nobody can point one here (DNS rebinding).
     """
 
     threshold: float | None = None
@@ -43,6 +48,10 @@ class Options:
     max_pixels: int = 50_000_000
     body_seconds: float = 30.0
     token: str | None = None
+    max_connections: int = 256
+    header_seconds: float = 10.0
+    allowed_hosts: frozenset[str] | None = None
+    any_address: bool = False
 
 
 class Station:

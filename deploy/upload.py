@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 
 from fastapi import Request
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -50,21 +52,47 @@ async def received_from(request: Request) -> tuple[bytes, str]:
     return content, name
 
 
-def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None, max_pixels: int) -> Picture:
-    """Decode a picture.
+def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
+    """Bytes of a picture once decoded, from its header.
+
+    Args:
+        max_pixels: limit; the limit on bytes is that of as many pixels in 8-bit RGBA.
 
     Raises:
-        Refusal: it has too many pixels, or it is no picture or a damaged one.
+        Refusal: the picture is larger, is in no format that is read, or has a damaged header.
     """
     try:
         with images.opened(InMemory(content, name), "picture", "send another one") as image:
-            width, height = image.size
+            (width, height), size = image.size, images.decoded_bytes(image)
     except UserError as problem:
-        status = {UnidentifiedImageError: 415, Image.DecompressionBombError: 413}.get(type(problem.__cause__), 422)
+        status = 413 if isinstance(problem, images.TooLarge) else (
+            415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
         raise Refusal(status, str(problem)) from problem
     if width * height > max_pixels:
         raise Refusal(413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller")
+    if size > 4 * max_pixels:
+        raise Refusal(413, f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
+                           f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel")
+    return size
+
+
+def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+    """Decode a picture.
+
+    Raises:
+        Refusal: it is damaged, or neither it nor the model says which value is white.
+    """
     picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
         raise Refusal(422, picture.problem)
     return picture
+
+
+def decoded_alone(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+    """`decoded`, then give freed memory back to the system, which glibc else keeps: for large pictures."""
+    try:
+        return decoded(content, name, engine, shown_side)
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)

@@ -9,23 +9,25 @@ import re
 import shutil
 import threading
 import time
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving needs fastapi (requirements-predict.txt)")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
 
 import serve  # noqa: E402
+from deploy.connections import make_server  # noqa: E402
 from deploy.server import create_app  # noqa: E402
 from deploy.station import Options  # noqa: E402
 from models.fusion import choose_threshold  # noqa: E402
 from tests.test_serve import BrightEngine, picture  # noqa: E402
 
-# What a drop from the desktop does: a DataTransfer with a file in it.
-DROP = """([name, bytes]) => {
+# What a drop from the desktop does: a DataTransfer with files in it.
+DROP = """(dropped) => {
   const files = new DataTransfer();
-  files.items.add(new File([new Uint8Array(bytes)], name));
+  for (const [name, bytes] of dropped) files.items.add(new File([new Uint8Array(bytes)], name));
   document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
 }"""
 
@@ -50,8 +52,8 @@ def opened(browser):
     wrong, ends = [], []
 
     def open_page(engines=None, width=1280, scheme="light", **options):
-        server = uvicorn.Server(uvicorn.Config(create_app(engines or {"bright": BrightEngine()}, Options(**options)),
-                                               log_level="warning"))
+        options = Options(**{"allowed_hosts": frozenset()} | options)
+        server = make_server(create_app(engines or {"bright": BrightEngine()}, options), options)
         listening = serve.listen("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
@@ -75,7 +77,7 @@ def opened(browser):
 
 
 def drop(shown, value: int, name: str) -> None:
-    shown.evaluate(DROP, [name, list(picture(value))])
+    shown.evaluate(DROP, [[name, list(picture(value))]])
     api.expect(shown.locator("#name")).to_have_text(name)
 
 
@@ -126,19 +128,25 @@ def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
 
 def test_the_list_counts_and_can_be_downloaded(opened):
     shown = opened()
-    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png")):
+    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png"), (50, "=1+1.png"),
+                        (50, "-2.png")):
         drop(shown, value, name)
-    assert verdict(shown) == "Undecided" and "not finite" in shown.locator("#findings").inner_text()
+        if name == "black.png":
+            assert verdict(shown) == "Undecided" and "not finite" in shown.locator("#findings").inner_text()
     assert [line.inner_text() for line in shown.locator("#counts .pill").all()] == [
-        "1 normal", "1 anomalous", "1 undecided", "0 unreadable"]
+        "3 normal", "1 anomalous", "1 undecided", "0 unreadable"]
     with shown.expect_download() as csv_file:
         shown.locator("#csv").click()
     with shown.expect_download() as lines_file:
         shown.locator("#jsonl").click()
     rows = list(csv.DictReader(io.StringIO(csv_file.value.path().read_text())))
     entries = [json.loads(line) for line in lines_file.value.path().read_text().splitlines()]
-    assert [row["image"] for row in rows] == [one["image"] for one in entries] == ['a "b", c.png', "bad.png", "black.png"]
-    assert [row["verdict"] for row in rows] == [one["verdict"] for one in entries] == ["normal", "anomalous", "undecided"]
+    names = ['a "b", c.png', "bad.png", "black.png", "=1+1.png", "-2.png"]
+    assert [one["image"] for one in entries] == names
+    # A spreadsheet takes what begins so for a formula.
+    assert [row["image"] for row in rows] == [*names[:3], "'=1+1.png", "'-2.png"]
+    assert [row["verdict"] for row in rows] == [one["verdict"] for one in entries] == [
+        "normal", "anomalous", "undecided", "normal", "normal"]
     assert rows[1]["score"] == "200" and "overlay" not in entries[1]
     shown.locator("#list button", has_text="bad.png").click()
     assert verdict(shown) == "Anomalous"
@@ -158,7 +166,7 @@ def test_what_is_no_picture_is_listed_as_unreadable(opened):
 def test_pasting_and_the_camera(opened):
     shown = opened()
     shown.evaluate(DROP.replace("drop", "paste").replace("DragEvent", "ClipboardEvent").replace("dataTransfer", "clipboardData"),
-                   ["pasted.png", list(picture(50))])
+                   [["pasted.png", list(picture(50))]])
     api.expect(shown.locator("#name")).to_have_text("pasted.png")
     shown.locator("#camera").click()
     shown.locator("#shoot").click()
@@ -178,16 +186,105 @@ def test_models_have_thresholds_of_their_own(opened):
     assert shown.locator("#threshold-words").inner_text() == "Threshold 10"
     drop(shown, 50, "y.png")
     assert verdict(shown) == "Anomalous"
+    assert [cell.inner_text() for cell in shown.locator("#list tr td:nth-child(3)").all()] == ["b", "a"]
+    assert shown.locator("th", has_text="Model").is_visible()
+
+
+ANSWERS = {
+    "busy.png": [{"status": 503, "headers": {"Retry-After": "0.2"}, "json": {"error": "too much to do"}}] * 2,
+    "always.png": [{"status": 503, "headers": {"Retry-After": "0"}, "json": {"error": "too much to do"}}] * 99,
+    "cut.png": [None] * 99,  # the connection fails
+    "proxy.png": [{"status": 502, "body": "<html>Bad gateway</html>"}],
+    "half.png": [{"status": 200, "body": '{"image": "half'}],
+    "login.png": [{"status": 200, "json": {"login": "required"}}],
+    "slow.png": [{"status": 408, "json": {"error": "the picture did not arrive"}}],
+    "failed.png": [{"status": 500, "json": {"error": "something is wrong"}}],
+}
+
+
+def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
+    shown = opened()
+    api.expect(shown.locator("#about")).to_contain_text("bright")
+    answers, asked = {name: list(some) for name, some in ANSWERS.items()}, []
+
+    def answer(route):
+        name = parse_qs(urlsplit(route.request.url).query)["name"][0]
+        asked.append((name, time.monotonic()))
+        if not answers.get(name):
+            return route.continue_()
+        reply = answers[name].pop(0)
+        return route.abort() if reply is None else route.fulfill(**reply)
+
+    shown.route("**/score?*", answer)
+    names = [*ANSWERS, "empty.png", "good.png"]
+    shown.evaluate(DROP, [[name, [] if name == "empty.png" else list(picture(50))] for name in names])
+    api.expect(shown.locator("#list tr")).to_have_count(len(names), timeout=20_000)
+    api.expect(shown.locator("#progress")).to_contain_text("good.png: answered")
+    rows = {cells[1]: (cells[0], cells[5]) for cells in (
+        [cell.inner_text() for cell in row.locator("td").all()] for row in shown.locator("#list tr").all())}
+    assert {name for name, (word, _) in rows.items() if word == "normal"} == {"busy.png", "good.png"}
+    reasons = {name: reason for name, (word, reason) in rows.items() if word == "not inspected"}
+    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502",
+             "half.png": "understood", "login.png": "understood", "slow.png": "did not arrive",
+             "failed.png": "something is wrong", "empty.png": "0 bytes"}
+    assert reasons.keys() == words.keys() and all(word in reasons[name] for name, word in words.items())
+    tries = [moment for name, moment in asked if name == "busy.png"]
+    assert len(tries) == 3 and min(b - a for a, b in zip(tries, tries[1:])) >= 0.2
+    assert sum(name == "always.png" for name, _ in asked) == 4
+    counts = [line.inner_text() for line in shown.locator("#counts .pill").all()]
+    assert "2 normal" in counts and "8 not inspected" in counts
+    # The message is still there after later pictures, and goes with the list.
+    drop(shown, 50, "later.png")
+    api.expect(shown.locator("#missed")).to_contain_text(
+        "8 of 11 pictures not inspected, the last one empty.png")
+    with shown.expect_download() as csv_file:
+        shown.locator("#csv").click()
+    rows = csv.DictReader(io.StringIO(csv_file.value.path().read_text()))
+    assert [row["verdict"] for row in rows].count("not inspected") == 8
+    shown.locator("#list button", has_text="cut.png").click()
+    assert verdict(shown) == "Not inspected" and "connection" in shown.locator("#findings").inner_text()
+    shown.locator("#clear").click()
+    api.expect(shown.locator("#missed")).to_be_empty()
+    shown.wrong.clear()  # browsers write every failure to the console
+
+
+def test_pictures_wait_for_a_station_that_does_not_answer_yet(opened):
+    shown = opened()
+    shown.route("**/models", lambda route: route.abort())
+    shown.reload()
+    api.expect(shown.locator("#progress")).to_contain_text("does not answer")
+    shown.evaluate(DROP, [["a.png", list(picture(50))]])
+    shown.unroute("**/models")
+    api.expect(shown.locator("#name")).to_have_text("a.png", timeout=10_000)
+    shown.wrong.clear()
 
 
 def test_a_token_is_asked_for_once(opened):
     shown = opened(token="secret")
     api.expect(shown.locator("#token-form")).to_be_visible()
+    assert "Enter the station's token." in shown.locator("#status").inner_text()
+    assert not shown.locator("footer a").first.is_visible()
+    for wrong in ("secrets", "gehe\u00efm"):
+        shown.locator("#token").fill(wrong)
+        shown.keyboard.press("Enter")
+        api.expect(shown.locator("#status")).to_contain_text("That token is wrong.")
     shown.locator("#token").fill("secret")
     shown.keyboard.press("Enter")
     api.expect(shown.locator("#token-form")).to_be_hidden()
+    api.expect(shown.locator("#progress")).to_be_empty()
     drop(shown, 200, "bad.png")
     assert verdict(shown) == "Anomalous"
+    for name, text in (("API", '"/score"'), ("metrics", "csad_verdicts_total")):
+        shown.locator("footer a", has_text=name).click()
+        api.expect(shown.locator("#text-content")).to_contain_text(text)
+        shown.keyboard.press("Escape")
+        api.expect(shown.locator("#text")).to_be_hidden()
+    shown.evaluate("sessionStorage.setItem('token', 'old')")
+    shown.evaluate(DROP, [["kept.png", list(picture(50))]])
+    api.expect(shown.locator("#status")).to_contain_text("That token is wrong.")
+    shown.locator("#token").fill("secret")
+    shown.keyboard.press("Enter")
+    api.expect(shown.locator("#name")).to_have_text("kept.png")
     assert [text for text in shown.wrong if "401" not in text] == []
     shown.wrong.clear()
 

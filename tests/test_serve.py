@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -30,9 +31,9 @@ pytest.importorskip("prometheus_client")
 
 import predict  # noqa: E402
 import serve  # noqa: E402
-from data import records  # noqa: E402
+from data import images, records  # noqa: E402
 from data.images import SIZE  # noqa: E402
-from deploy import daily_log  # noqa: E402
+from deploy import connections, daily_log, server  # noqa: E402
 from deploy.batching import Batcher, QueueFull  # noqa: E402
 from deploy.daily_log import DailyLog  # noqa: E402
 from deploy.engines import METADATA_KEY, open_model  # noqa: E402
@@ -332,6 +333,363 @@ def test_a_body_that_does_not_arrive_is_a_408():
     assert begin["status"] == 408 and "did not arrive" in json.loads(body["body"])["error"]
 
 
+@pytest.fixture
+def listening_station():
+    """Serve the bright engine as serve.py does; returns its port."""
+    started = []
+
+    def start(engine=None, **options):
+        options = Options(**{"header_seconds": 0.5, "body_seconds": 0.5} | options)
+        running = connections.make_server(create_app({"bright": engine or BrightEngine()}, options), options)
+        listening = serve.listen("127.0.0.1", 0)
+        thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
+        thread.start()
+        started.append((running, thread, listening))
+        return listening.getsockname()[1]
+
+    yield start
+    for running, thread, listening in started:
+        running.should_exit = True
+        thread.join(10)
+        listening.close()
+
+
+def sent_to(port: int, content: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    client.sendall(content)
+    return client
+
+
+def trickle(client: socket.socket, content: bytes, seconds: float = 20.0) -> float:
+    """Send a byte now and then until the other side hangs up; returns the seconds until then."""
+    begun = time.monotonic()
+    with suppress(OSError):
+        while time.monotonic() - begun < seconds:
+            client.sendall(content)
+            time.sleep(0.05)
+            client.setblocking(False)
+            try:
+                if client.recv(4096) == b"":
+                    break
+            except BlockingIOError:
+                pass
+            client.setblocking(True)
+    return time.monotonic() - begun
+
+
+def health_of(port: int) -> bytes:
+    with sent_to(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as client:
+        answer = b""
+        while part := client.recv(4096):
+            answer += part
+        return answer
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("sent, answer", [(b"", b""), (b"G", b""), (HEAD, b""), (HEAD + b"\r\n" + HEAD, b"HTTP/1.1 200 ")])
+def test_headers_that_do_not_arrive_end_the_connection(listening_station, sent, answer):
+    port = listening_station()
+    with sent_to(port, sent) as client:
+        received = b""
+        while part := client.recv(4096):
+            received += part
+    assert received.startswith(answer) and bool(received) == bool(answer)
+    assert health_of(port).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("begin, more", [
+    (HEAD, b"x: y\r\n"), (HEAD + b"\r\n" + HEAD, b"x: y\r\n"),
+    (b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
+    (b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x")])
+def test_what_trickles_for_ever_ends(listening_station, monkeypatch, begin, more):
+    monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 0.5)
+    port = listening_station()
+    with sent_to(port, begin) as client:
+        assert 0.3 < trickle(client, more) < 8
+    assert health_of(port).startswith(b"HTTP/1.1 200")
+
+
+def test_a_request_in_several_parts_and_several_on_one_connection_are_answered(listening_station):
+    port = listening_station(header_seconds=3.0)
+    with sent_to(port) as client:
+        for _ in range(3):
+            for part in (HEAD[:9], HEAD[9:], b"\r\n"):
+                client.sendall(part)
+                time.sleep(0.05)
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_that_nobody_takes_ends_the_connection(listening_station):
+    port = listening_station(body_seconds=1.0)
+    noise = picture(np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", port))
+        request = (b"POST /score?overlay=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(noise)
+                   + noise)
+        with pytest.raises(ConnectionError):  # it asks and never reads until the other side hangs up
+            for _ in range(100):
+                client.sendall(request)
+    assert health_of(port).startswith(b"HTTP/1.1 200")
+
+
+def test_silent_connections_make_room_for_new_ones(listening_station, caplog):
+    port = listening_station(max_connections=8, header_seconds=60.0, body_seconds=60.0)
+    half_sent = (b"", HEAD, b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+    silent = [sent_to(port, half_sent[index % 3]) for index in range(40)]
+    begun = time.monotonic()
+    for _ in range(5):
+        assert health_of(port).startswith(b"HTTP/1.1 200")
+    assert time.monotonic() - begun < 10
+    for client in silent:
+        client.close()
+    assert len([record for record in caplog.records if "silent longest" in record.getMessage()]) <= 1
+
+
+def test_where_every_connection_is_at_work_a_new_one_gets_a_503(listening_station):
+    port = listening_station(BrightEngine(seconds=1.0), max_connections=2, body_seconds=20.0)
+    body = picture()
+    request = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    busy = [sent_to(port, request) for _ in range(2)]
+    time.sleep(0.3)
+    answer = health_of(port)
+    assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1\r\n" in answer and b'"error"' in answer
+    for client in busy:
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        client.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of open files")
+@pytest.mark.parametrize("files, limit", [(1 << 16, 256), (256, 64), (400, 208), (130, 1)])
+def test_connections_stay_below_the_limit_of_open_files(monkeypatch, files, limit):
+    import resource
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert connections.connection_limit(Options()) == limit
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    with pytest.raises(UserError, match="100 files"):
+        connections.connection_limit(Options())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of open files")
+def test_more_connections_than_files_leave_the_station_answering_and_its_log_short(started):
+    import resource
+    process, url = started(files=160)
+    port = int(url.rstrip("/").rpartition(":")[2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    silent = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2048), hard))
+        for _ in range(300):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            silent.append(client)
+        time.sleep(0.5)
+        for client in silent:
+            with suppress(OSError):
+                client.send(HEAD)
+        assert health_of(port).startswith(b"HTTP/1.1 200")
+    finally:
+        for client in silent:
+            client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    process.terminate()
+    assert process.wait(40) == 0
+    lines = process.stderr.read().splitlines()
+    assert len(lines) <= 3 and not any("Traceback" in line for line in lines)
+
+
+def test_a_log_line_of_a_kind_comes_once_a_minute(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(connections.time, "monotonic", lambda: clock[0])
+    quiet = connections.OncePerMinute()
+    try:
+        raise OSError(24, "Too many open files")
+    except OSError:
+        trouble = sys.exc_info()
+
+    def record():
+        return logging.LogRecord("asyncio", logging.ERROR, "x.py", 1, "socket.accept() failed\nsocket: 3", (), trouble)
+
+    first = record()
+    assert quiet.filter(first) and first.exc_info is None
+    assert first.getMessage() == "socket.accept() failed ([Errno 24] Too many open files)"
+    clock[0] += 59
+    assert not any(quiet.filter(record()) for _ in range(5))
+    clock[0] += 1
+    again = record()
+    assert quiet.filter(again) and "5 more" in again.getMessage()
+
+
+def test_head_is_get_without_a_body(station, listening_station):
+    client = station()
+    for path, status in (("/health", 200), ("/", 200), ("/metrics", 200), ("/score", 405), ("/nothing", 404)):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+    with sent_to(listening_station(), HEAD.replace(b"GET", b"HEAD") + b"Connection: close\r\n\r\n") as socket_client:
+        answer = socket_client.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
+
+
+LOOPBACK_ONLY = {"allowed_hosts": frozenset()}
+ELSEWHERE = {"allowed_hosts": frozenset({"station.example", "line-4"}), "any_address": True}
+
+
+@pytest.mark.parametrize("options, host, status", [
+    (LOOPBACK_ONLY, "localhost", 200), (LOOPBACK_ONLY, "LOCALHOST:8000", 200), (LOOPBACK_ONLY, "localhost.:8000", 200),
+    (LOOPBACK_ONLY, "127.0.0.1:8000", 200), (LOOPBACK_ONLY, "127.8.9.1", 200), (LOOPBACK_ONLY, "[::1]:8000", 200),
+    (LOOPBACK_ONLY, "evil.example", 403), (LOOPBACK_ONLY, "127.0.0.1.evil.example:8000", 403),
+    (LOOPBACK_ONLY, "localhost.evil.example", 403), (LOOPBACK_ONLY, "0.0.0.0:8000", 403), (LOOPBACK_ONLY, "192.0.2.7", 403),
+    (LOOPBACK_ONLY, "a@localhost", 403), (LOOPBACK_ONLY, "", 403), (LOOPBACK_ONLY, "localhost:8000:1", 403),
+    (ELSEWHERE, "192.0.2.7:8000", 200), (ELSEWHERE, "[2001:db8::1]:8000", 200), (ELSEWHERE, "localhost", 200),
+    (ELSEWHERE, "Station.Example:443", 200), (ELSEWHERE, "line-4", 200), (ELSEWHERE, "evil.example", 403)])
+def test_only_this_machines_names_are_answered(station, options, host, status):
+    client = station(**options)
+    for answer in (client.get("/", headers={"Host": host}), client.get("/health", headers={"Host": host}),
+                   client.post("/score", content=picture(), headers={"Host": host})):
+        assert answer.status_code == status, answer.text
+        if status == 403:
+            assert set(answer.json()) == {"error"} and "--allowed_hosts" in answer.text
+
+
+@pytest.mark.parametrize("host, origin, status", [
+    ("127.0.0.1:8000", "http://127.0.0.1:8000", 200), ("localhost", "http://localhost", 200),
+    ("localhost:80", "http://localhost", 200), ("LOCALHOST:8000", "http://localhost:8000", 200),
+    ("[::1]:8000", "http://[::1]:8000", 200), ("127.0.0.1:8000", "https://station.example", 200),
+    ("station.example", "https://station.example", 200), ("127.0.0.1:8000", "http://127.0.0.1:9000", 403),
+    ("127.0.0.1:8000", "http://evil.example", 403), ("127.0.0.1:8000", "null", 403), ("127.0.0.1:8000", "", 403),
+    ("127.0.0.1:8000", "http://evil.example:8000", 403), ("127.0.0.1:8000", "http://127.0.0.1:8000.evil.example", 403),
+    ("127.0.0.1:8000", "file://", 403), ("127.0.0.1:8000", "chrome-extension://127.0.0.1:8000", 403),
+    ("127.0.0.1:8000", "http://evil.example#@127.0.0.1:8000", 403)])
+def test_pages_of_other_sites_can_neither_ask_nor_write_the_log(station, tmp_path, host, origin, status):
+    log = DailyLog(tmp_path / "line.jsonl")
+    client = station(log=log, allowed_hosts=frozenset({"station.example"}))
+    answer = client.post("/score", content=picture(), headers={"Host": host, "Origin": origin})
+    assert answer.status_code == status, answer.text
+    assert client.get("/models", headers={"Host": host, "Origin": origin}).status_code == status
+    assert len(list(tmp_path.glob("line-*.jsonl"))) == (status == 200)
+    log.close()
+
+
+def test_pages_under_the_stations_own_name_may_ask_where_any_name_is_allowed(station):
+    client = station()
+    assert client.post("/score", content=picture(), headers={"Origin": "http://testserver"}).status_code == 200
+    assert client.post("/score", content=picture(), headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+def test_the_started_station_refuses_other_names(started):
+    import httpx
+    _, url = started()
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(url + "health").status_code == 200
+        assert client.get(url + "health", headers={"Host": "evil.example"}).status_code == 403
+        assert client.post(url + "score", content=picture(), headers={"Origin": "http://evil.example"}).status_code == 403
+    _, url = started(args=["--allowed_hosts", "station.example", "--port", "0"], log="m.jsonl")
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(url + "health", headers={"Host": "Station.example:443"}).status_code == 200
+        assert client.get(url + "health", headers={"Host": "evil.example"}).status_code == 403
+
+
+def equal_pixels(width: int, height: int, depth: int, colour_type: int, channels: int, value: bytes = b"\xf0") -> bytes:
+    """A PNG of one value, small however many pixels it has."""
+    compressor = zlib.compressobj(9)
+    row = b"\0" + value * (width * channels * depth // 8 // len(value))
+    data = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_bytes_after_decoding_are_bounded_before_it(station, monkeypatch):
+    client = station(max_pixels=10_000)
+    read = []
+    monkeypatch.setattr("deploy.upload.read_picture", lambda *args: read.append(args))
+    deep = np.full((100, 100), 40_000, np.uint16)
+    for name, body in {"RGBA 16": equal_pixels(100, 100, 16, 6, 4), "grey and alpha 16": equal_pixels(100, 100, 16, 4, 2),
+                       "RGB 16": equal_pixels(100, 100, 16, 2, 3)}.items():
+        answer = client.post("/score?name=a.png", content=body)
+        assert answer.status_code == 413 and "100 x 100 pixels" in answer.json()["error"], name
+    assert client.post("/score", content=picture(deep[:, :99].repeat(2, 1))).status_code == 413
+    assert not read
+    monkeypatch.undo()
+    for body in (picture(np.full((100, 100, 4), 200, np.uint8)), picture(deep), picture(200, size=(100, 100)),
+                 equal_pixels(70, 70, 16, 6, 4)):
+        assert client.post("/score", content=body).status_code == 200
+
+
+def test_the_small_file_of_very_many_deep_pixels_is_refused(station):
+    answer = station().post("/score?name=a.png", content=equal_pixels(7000, 7000, 16, 6, 4))
+    assert answer.status_code == 413
+    assert "7000 x 7000 pixels and takes 392 MB when decoded, more than 200" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("kind, dtype, channels, expected", [
+    ("PNG", np.uint16, 1, 3), ("PNG", np.uint8, 1, 3), ("PNG", np.uint8, 4, 4), ("TIFF", np.uint16, 1, 3),
+    ("TIFF", np.float32, 1, 4), ("TIFF", np.int32, 1, 4), ("PPM", np.uint16, 1, 4), ("JPEG", np.uint8, 3, 3),
+    ("WEBP", np.uint8, 4, 4), ("JPEG2000", np.uint16, 1, 3), ("BMP", bool, 1, 3)])
+def test_bytes_after_decoding_by_format(kind, dtype, channels, expected):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((10, 20, channels), dtype).squeeze()).save(buffer, kind)
+    with images.opened(buffer) as image:
+        assert images.decoded_bytes(image) == 200 * expected
+
+
+def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(station, monkeypatch):
+    monkeypatch.setattr(server, "LARGE_BYTES", 20_000)
+    at_once, most = [0], [0]
+
+    def slowly(*args):
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.2)
+        at_once[0] -= 1
+        return read_picture(*args)
+
+    client = station()
+    with ThreadPoolExecutor(5) as clients:
+        with monkeypatch.context() as patched:
+            patched.setattr("deploy.upload.read_picture", slowly)
+            answers = list(clients.map(lambda _: client.post("/score", content=picture(size=(100, 100))), range(4)))
+        assert most == [1] and {answer.status_code for answer in answers} == {200}
+        begun, release = threading.Event(), threading.Event()
+
+        def wait_if_large(source, name, *rest):
+            if name.name == "large.png":
+                begun.set()
+                release.wait(20)
+            return read_picture(source, name, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("deploy.upload.read_picture", wait_if_large)
+            large = [clients.submit(client.post, "/score?name=large.png", content=picture(size=(100, 100))) for _ in range(4)]
+            assert begun.wait(20) and client.post("/score", content=picture()).status_code == 200
+            release.set()
+            assert {one.result().status_code for one in large} == {200}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process as Linux tells it")
+def test_the_memory_of_large_pictures_goes_back(started):
+    import httpx
+    process, url = started()
+
+    def megabytes(line: str) -> int:
+        return int(re.search(line + r":\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) // 1024
+
+    with httpx.Client(timeout=120, trust_env=False) as client:
+        assert client.post(url + "score", content=picture()).status_code == 200
+        before = megabytes("VmRSS")
+        for body, status in ((equal_pixels(3500, 3500, 16, 6, 4), 200), (equal_pixels(3500, 3500, 16, 6, 4, b"\0\1"), 422)):
+            answer = client.post(url + "score?name=a.png", content=body)
+            assert answer.status_code == status, answer.text
+            assert megabytes("VmRSS") < before + 60
+    assert megabytes("VmHWM") < before + 450
+    assert "--" not in answer.json()["error"] and "nor does the model know it" in answer.json()["error"]
+
+
 def test_the_batcher_finishes_what_waits_and_then_takes_no_more():
     begun, gate = threading.Event(), threading.Event()
 
@@ -440,9 +798,10 @@ def started(tmp_path):
     """Start serve.py with the bright engine and a log; returns the process and its address."""
     processes = []
 
-    def start(seconds: float = 0.0):
-        command = [sys.executable, "-c", START.format(seconds=seconds), "--model", "bright.onnx", "--port", "0",
-                   "--log", str(tmp_path / "l.jsonl")]
+    def start(seconds: float = 0.0, files: int = 0, args=(), log: str = "l.jsonl"):
+        code = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))" if files else ""
+        command = [sys.executable, "-c", code + START.format(seconds=seconds), "--model", "bright.onnx", "--port", "0",
+                   "--log", str(tmp_path / log), *args]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE, text=True))
         return processes[-1], processes[-1].stdout.readline().split()[-1]
@@ -536,6 +895,10 @@ def test_hostile_senders_get_a_4xx_over_a_socket(started):
     (["--model", "a.onnx", "b.onnx", "--threshold", "1"], "one model alone"), (["--model", "a.onnx", "--token", ""], "the token"),
     (["--model", "a.onnx", "--batch_wait_ms", "nan"], "--batch_wait_ms is nan"),
     (["--model", "a.onnx", "--port", "99999999"], "--port is 99999999"),
+    (["--model", "a.onnx", "--allowed_hosts", "http://x"], "host name without"),
+    (["--model", "a.onnx", "--allowed_hosts", "x", "y:80"], "names y:80"),
+    (["--model", "a.onnx", "--max_connections", "0"], "--max_connections is 0"),
+    (["--model", "a.onnx", "--header_seconds", "inf"], "--header_seconds is inf"),
     (["--model", "a.onnx", "--host", "203.0.113.7"], "cannot listen")])
 def test_mistakes_get_a_sentence(monkeypatch, args, words):
     monkeypatch.setattr(sys, "argv", ["serve.py", *args])

@@ -3,32 +3,52 @@
 const SHOWN_ROWS = 200;   // of the list; the download has all
 const KEPT_PICTURES = 40; // whose overlays can be looked at again
 const BAR = { width: 1000, height: 90 };
-const WORDS = { normal: "Normal", anomalous: "Anomalous", undecided: "Undecided", unreadable: "Unreadable" };
+const MAX_TRIES = 4;       // of a picture while the station is busy
+const MAX_WAIT = 30;       // seconds between two of them, whatever the station asks for
+const START_WAIT = 3;      // seconds until the station is asked again that does not answer
+const NOT_INSPECTED = "not inspected"; // the station gave no verdict
+const WORDS = { normal: "Normal", anomalous: "Anomalous", undecided: "Undecided", unreadable: "Unreadable", [NOT_INSPECTED]: "Not inspected" };
 
 const at = (id) => document.getElementById(id);
 const models = new Map();     // name -> what /models says
 const thresholds = new Map(); // name -> the threshold chosen here
 const entries = [];           // answers of /score in order, oldest first
-let model = null, shown = null, waiting = [], working = false, stream = null, timer = 0;
+let model = null, shown = null, waiting = [], working = false, locked = false, stream = null, timer = 0;
 
 async function ask(path, options = {}) {
   const token = sessionStorage.getItem("token");
   const answer = await fetch(path, { ...options, headers: { ...(token && { Authorization: `Bearer ${token}` }), ...options.headers } });
-  if (answer.status === 401) { at("token-form").hidden = false; at("token").focus(); }
+  if (answer.status === 401) lock(Boolean(token));
   return answer;
+}
+
+function lock(wrong) {
+  locked = true;
+  sessionStorage.removeItem("token");
+  at("token-form").hidden = false;
+  at("links").hidden = true;
+  at("token").focus();
+  at("token").select();
+  say(wrong ? "That token is wrong." : "Enter the station's token.", true);
 }
 
 async function start() {
   const answer = await ask("models").catch(() => null);
-  if (!answer?.ok) return say(answer?.status === 401 ? "Enter the station's token." : "The station does not answer; load this page again.", true);
+  if (answer?.status === 401) return;
+  if (!answer?.ok) {
+    say(`${answer ? await reasonOf(answer) : "The station does not answer"}; trying again …`, true);
+    return setTimeout(start, 1000 * START_WAIT);
+  }
+  locked = false;
   at("token-form").hidden = true;
+  at("links").hidden = false;
   for (const one of (await answer.json()).models) {
     models.set(one.name, one);
-    thresholds.set(one.name, one.threshold);
+    if (!thresholds.has(one.name)) thresholds.set(one.name, one.threshold);
   }
   at("model").replaceChildren(...[...models.keys()].map((name) => new Option(name, name)));
   at("model-row").hidden = models.size < 2;
-  choose([...models.keys()][0]);
+  choose(models.has(model?.name) ? model.name : [...models.keys()][0]);
   say("");
   work(); // what came before the models were known, or the token
 }
@@ -36,6 +56,7 @@ async function start() {
 function choose(name) {
   model = models.get(name);
   at("model").value = name;
+  at("threshold").disabled = false;
   const parts = [models.size < 2 && model.name, model.runtime, model.precision, `${model.input_size} × ${model.input_size} pixels`];
   at("about").textContent = parts.filter(Boolean).join(" · ") + (model.has_maps ? "" : " · scores only: exported without maps");
   if (shown && shown.model !== name) shown = null;
@@ -45,38 +66,73 @@ function choose(name) {
 // Scoring
 
 function take(files) {
-  const pictures = [...files].filter((file) => file.size);
-  if (!pictures.length) return say("There is no picture in that.", true);
-  waiting.push(...pictures);
+  if (!files.length) return say("There is no picture in that.", true);
+  waiting.push(...files);
   work();
 }
 
 async function work() {
   if (working) return;
   working = true;
-  while (waiting.length && model) await score(waiting.shift());
+  while (waiting.length && model && !locked) await score(waiting.shift());
   working = false;
 }
 
+// Every picture gets a row: with the station's verdict, or with the reason why there is none.
 async function score(file, name = file.name || "pasted") {
   say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more wait` : ""} …`);
-  const begun = performance.now();
-  const where = new URLSearchParams({ model: model.name, name, overlay: 1 });
-  let answer, body;
-  try {
-    answer = await ask(`score?${where}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
-    body = await answer.json();
-  } catch {
-    return say(`The station does not answer; ${name} was not inspected.`, true);
-  }
-  const unread = [413, 415, 422].includes(answer.status);
-  if (!answer.ok && !unread) return say(`${name} was not inspected: ${body.error}.`, true);
-  const entry = answer.ok ? body : { image: name, verdict: "unreadable", score: null, model: model.name, findings: [body.error], problem: body.error };
+  const begun = performance.now(), asked = model.name;
+  const answer = await answerOn(file, name, asked);
+  if (!answer) return waiting.unshift(file); // until the token is right
+  const entry = answer.entry ?? { image: name, verdict: answer.verdict, score: null, model: asked, findings: [answer.reason], problem: answer.reason };
   entry.time = new Date().toISOString();
   entries.push(entry);
   if (entries.length > KEPT_PICTURES) delete entries[entries.length - 1 - KEPT_PICTURES].overlay;
-  say(`${entry.image}: answered in ${Math.round(performance.now() - begun)} ms`);
+  say(entry.verdict === NOT_INSPECTED ? "" : `${entry.image}: answered in ${Math.round(performance.now() - begun)} ms`);
   show(entry);
+}
+
+// {entry} from the station, {verdict, reason} without one, or null where a token is wanted.
+async function answerOn(file, name, asked) {
+  const missed = (reason) => ({ verdict: NOT_INSPECTED, reason });
+  if (!file.size) return missed("the file is empty (0 bytes)");
+  let body;
+  try {
+    body = await file.arrayBuffer();
+  } catch {
+    return missed("the browser cannot read it: it is a folder, or it has been moved or changed");
+  }
+  const where = new URLSearchParams({ model: asked, name, overlay: 1 });
+  for (let tries = 1; ; tries++) {
+    try {
+      const answer = await ask(`score?${where}`, { method: "POST", body, headers: { "Content-Type": "application/octet-stream" } });
+      if (answer.ok) {
+        const entry = await answer.json().catch(() => null);
+        return entry?.verdict in WORDS ? { entry } : missed("the station's answer cannot be understood");
+      }
+      if (answer.status === 401) return null;
+      const reason = await reasonOf(answer);
+      if ([413, 415, 422].includes(answer.status)) return { verdict: "unreadable", reason };
+      if (answer.status !== 503 || tries === MAX_TRIES) return missed(reason);
+      const seconds = waitOf(answer);
+      say(`The station is busy; ${name} is sent again in ${round(seconds)} s …`);
+      await new Promise((done) => setTimeout(done, 1000 * seconds));
+    } catch {
+      return missed("the connection to the station failed");
+    }
+  }
+}
+
+// Seconds that Retry-After asks for, which may be a date.
+function waitOf(answer) {
+  const text = answer.headers.get("Retry-After")?.trim() || "1";
+  const seconds = /^\d+(\.\d+)?$/.test(text) ? Number(text) : (Date.parse(text) - Date.now()) / 1000;
+  return Math.min(MAX_WAIT, Math.max(0.1, Number.isFinite(seconds) ? seconds : 1));
+}
+
+async function reasonOf(answer) {
+  const body = await answer.json().catch(() => null); // a proxy answers otherwise
+  return body?.error ?? `the station answered with status ${answer.status}`;
 }
 
 // The verdict, by the threshold chosen here
@@ -89,6 +145,8 @@ function findingsOf(entry) {
   return judged(entry) === "anomalous" ? entry.findings_if_anomalous ?? entry.findings : [];
 }
 
+const slug = (verdict) => verdict.replaceAll(" ", "-");
+
 const round = (value) => Number(value.toPrecision(4)).toString();
 
 function show(entry) {
@@ -100,8 +158,8 @@ function show(entry) {
 
 function showVerdict() {
   const verdict = shown ? judged(shown) : "waiting";
-  at("verdict-card").dataset.verdict = verdict;
-  at("icon").setAttribute("href", `#icon-${verdict}`);
+  at("verdict-card").dataset.verdict = slug(verdict);
+  at("icon").setAttribute("href", `#icon-${slug(verdict)}`);
   setText("verdict", WORDS[verdict] ?? "No picture yet");
   setText("name", shown ? shown.image : "");
   const findings = shown ? findingsOf(shown) : [];
@@ -185,8 +243,9 @@ function enlarge(canvas) {
 // The list
 
 function showList() {
-  const counts = { normal: 0, anomalous: 0, undecided: 0, unreadable: 0 };
+  const counts = { normal: 0, anomalous: 0, undecided: 0, unreadable: 0, [NOT_INSPECTED]: 0 };
   for (const entry of entries) counts[judged(entry)] += 1;
+  if (!counts[NOT_INSPECTED]) delete counts[NOT_INSPECTED];
   at("counts").replaceChildren(...Object.entries(counts).map(([verdict, count]) => pill(verdict, `${count} ${verdict}`)));
   at("list").replaceChildren(...entries.slice(-SHOWN_ROWS).reverse().map(row));
   for (const id of ["csv", "jsonl", "clear"]) at(id).disabled = !entries.length;
@@ -199,10 +258,10 @@ function row(entry) {
   line.classList.toggle("shown", entry === shown);
   again.type = "button";
   again.addEventListener("click", () => { if (models.size > 1) { shown = entry; choose(entry.model); } else show(entry); at("result").focus(); });
-  const cells = [pill(verdict, verdict), again, entry.score === null ? "–" : round(entry.score), round(thresholds.get(entry.model)), findingsOf(entry).join("; ")];
+  const cells = [pill(verdict, verdict), again, entry.model, entry.score === null ? "–" : round(entry.score), round(thresholds.get(entry.model)), findingsOf(entry).join("; ")];
   line.append(...cells.map((content, index) => {
     const cell = made("td");
-    cell.className = ["", "", "number", "number wide", "wide"][index];
+    cell.className = ["", "", "wide", "number", "number wide", "wide"][index];
     cell.append(content);
     return cell;
   }));
@@ -211,8 +270,8 @@ function row(entry) {
 
 function pill(verdict, text) {
   const found = made("span"), icon = drawn("svg", { "aria-hidden": "true" });
-  found.className = `pill ${verdict}`;
-  icon.append(drawn("use", { href: `#icon-${verdict}` }));
+  found.className = `pill ${slug(verdict)}`;
+  icon.append(drawn("use", { href: `#icon-${slug(verdict)}` }));
   found.append(icon, text);
   return found;
 }
@@ -222,11 +281,13 @@ const exported = () => entries.map(({ overlay, findings_if_anomalous, ...entry }
 
 function asCsv() {
   const branches = [...new Set([...models.values()].flatMap((one) => one.branches))];
+  // Spreadsheets take text that begins like this for a formula; an apostrophe makes it text.
+  const plain = (value) => typeof value === "string" && /^[=+\-@\t\r\n＝＋－＠]/.test(value) ? `'${value}` : String(value ?? "");
   const quoted = (value) => /[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
   const rows = exported().map((one) => [one.time, one.model, one.image, one.verdict, one.score, one.threshold,
     ...branches.map((branch) => one.contributions?.[branch]), ...(one.unusual ?? [null, null]), one.findings.join("; ")]);
   const columns = ["time", "model", "image", "verdict", "score", "threshold", ...branches.map((branch) => `${branch}_contribution`), "unusual_x", "unusual_y", "findings"];
-  return [columns, ...rows].map((cells) => cells.map((cell) => quoted(String(cell ?? ""))).join(",") + "\n").join("");
+  return [columns, ...rows].map((cells) => cells.map((cell) => quoted(plain(cell))).join(",") + "\n").join("");
 }
 
 function download(text, kind, ending) {
@@ -274,7 +335,7 @@ async function repeat() {
   clearTimeout(timer);
   if (!stream || !at("every").checked) return;
   const begun = performance.now();
-  if (!working) await shoot(); // a picture that would only wait is not taken
+  if (!working && !waiting.length) await shoot(); // a picture that would only wait is not taken
   if (!stream || !at("every").checked) return;
   const seconds = Math.max(0.2, Number(at("seconds").value) || 5);
   clearTimeout(timer);
@@ -284,8 +345,24 @@ async function repeat() {
 // Small things
 
 function say(text, wrong = false) {
-  at("status").textContent = text;
-  at("status").classList.toggle("wrong", wrong);
+  setText("progress", text);
+  at("progress").classList.toggle("wrong", wrong);
+  showMissed();
+}
+
+// What was not inspected is said as long as the list holds it.
+function showMissed() {
+  const missed = entries.filter((entry) => entry.verdict === NOT_INSPECTED), last = missed.at(-1);
+  setText("missed", last ? `${missed.length} of ${entries.length} pictures not inspected, the last one ${last.image}: ${last.problem}.` : "");
+}
+
+async function showText(link) {
+  const answer = await ask(link.getAttribute("href")).catch(() => null);
+  if (!answer?.ok) return answer?.status === 401 || say(answer ? `${await reasonOf(answer)}.` : "The station does not answer.", true);
+  const text = await answer.text(), json = answer.headers.get("Content-Type")?.startsWith("application/json");
+  at("text-title").textContent = link.textContent;
+  at("text-content").textContent = json ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  at("text").showModal();
 }
 
 function made(tag, text = "") {
@@ -310,15 +387,22 @@ for (const id of ["every", "seconds"]) at(id).addEventListener("change", repeat)
 at("threshold").addEventListener("input", (event) => {
   thresholds.set(model.name, Number(event.target.value));
   const verdict = at("verdict-card").dataset.verdict;
-  if (shown && judged(shown) !== verdict) showVerdict();
+  if (shown && slug(judged(shown)) !== verdict) showVerdict();
   showGauge(true);
 });
 at("threshold").addEventListener("change", showList);
 at("reset").addEventListener("click", () => { thresholds.set(model.name, model.threshold); show(shown); at("threshold").focus(); });
 at("csv").addEventListener("click", () => download(asCsv(), "text/csv", "csv"));
 at("jsonl").addEventListener("click", () => download(exported().map((one) => JSON.stringify(one) + "\n").join(""), "application/jsonl", "jsonl"));
-at("clear").addEventListener("click", () => { entries.length = 0; show(null); at("file").focus(); });
-at("token-form").addEventListener("submit", (event) => { event.preventDefault(); sessionStorage.setItem("token", at("token").value); start(); });
+at("clear").addEventListener("click", () => { entries.length = 0; say(""); show(null); at("file").focus(); });
+at("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const token = at("token").value.trim();
+  if (!/^[!-~]+$/.test(token)) return lock(true); // no header can carry it
+  sessionStorage.setItem("token", token);
+  start();
+});
+for (const link of at("links").querySelectorAll("a")) link.addEventListener("click", (event) => { event.preventDefault(); showText(link); });
 for (const button of document.querySelectorAll(".zoom")) button.addEventListener("click", () => enlarge(button.querySelector("canvas")));
 document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
 document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
