@@ -135,10 +135,8 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
                  chosen: settings.Settings, device: str) -> None:
     view, fusion = view_of(category, chosen), chosen.fusion
     if branch_choice.on_offer(category.name, workspace, fusion):
-        everything, found = with_optional_branches(category, workspace, fusion, view), {}
-        if everything.branches != fusion.branches:
-            found = aurocs_on_planted_defects(TorchEngine(fused_state(category, workspace, everything, view), device), category,
-                                              chosen, args.seed)
+        everything = with_optional_branches(category, workspace, fusion, view)
+        found = aurocs_on_planted_defects(TorchEngine(everything, device), category, chosen, args.seed) if everything else {}
         branches = branch_choice.helpful(found, fusion) if found else branch_choice.in_order(fusion.branches)
         branch_choice.write(category.name, workspace, fusion, found, branches)
         fusion = fusion.model_copy(update={"branches": branches})
@@ -151,22 +149,26 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
 
 
 def with_optional_branches(category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
-                           ) -> settings.FusionSettings:
-    """The settings with every optional branch whose files fit to those of the settings' branches; says which do not.
+                           ) -> dict | None:
+    """State of a model with every optional branch whose files fit to those of the settings' branches; says which do not.
+
+    Returns:
+        None if no optional branch fits.
 
     Raises:
         UserError: the settings' own branches do not fit together, or cannot be read.
     """
-    fused_state(category, workspace, fusion, view)
+    state = None
     for branch in branch_choice.on_offer(category.name, workspace, fusion):
         more = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, branch])})
         try:
-            fused_state(category, workspace, more, view)
+            state = fused_state(category, workspace, more, view)
         except UserError as problem:
+            fused_state(category, workspace, fusion, view)  # raises what is not this branch's fault
             print(f"{category.name}: {branch} is left out: {problem}")
         else:
             fusion = more
-    return fusion
+    return state
 
 
 def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen: settings.Settings, seed: int

@@ -78,8 +78,9 @@ class FileLock:
     def release(self) -> None:
         """Let go; a lock that was taken over meanwhile is left to its new owner."""
         self._released.set()
-        if (owner := self._read()) is not None and owner.get("token") == self._token:
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or the file server does not answer: it will be taken over
+            if _content(self.path).get("token") == self._token:
+                self.path.unlink()
 
     def _create(self) -> bool:
         content = {"token": self._token, "host": socket.gethostname(), "namespace": _process_namespace(),
