@@ -6,7 +6,8 @@ each label they show, and the most ordinary ones of each group are trusted.
 
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
 datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
-others are used as they are. docs/METHOD.md section 1; proposals and maps have 256x256 pixels, like what the networks see.
+others are used as they are. docs/METHOD.md section 1. SAM-HQ and Grounding DINO see the pictures at their native size, and
+all maps have that size; the classical proposer works on 256x256.
 
 --proposer says where the masks come from: grounded_sam (Grounding DINO and SAM-HQ, the method's own), sam (SAM-HQ alone),
 classical (image processing, no download), or auto: the first of them for which prompt and checkpoints are there.
@@ -32,17 +33,18 @@ from data import files, images, layouts, records
 from data.checks import quick_check
 from data.workspace import PseudoLabels, Workspace
 from errors import UserError, run_script
-from models.backbone import Backbone
+from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone, fingerprint
 from models.device import choose_device, forbid_tf32
-from pseudo_labels import checkpoints, clustering, components, masks
+from pseudo_labels import beyond_clustering, checkpoints, clustering, components, masks
 from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from pseudo_labels.proposers import Proposals, Proposer
-from pseudo_labels.saving import REFINED, grounding_map, save_info, save_label_map, save_masks
+from pseudo_labels.saving import GROUNDING, REFINED, grounding_map, save_info, save_label_map, save_masks
 from standins.classical import ClassicalProposer
 from training.stage import agreed_backbone, run_jobs, view_of
 
 COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
 IMAGES_PER_TASK = 64  # of a Ray cluster
+MOST_CLUSTERS = 30  # without a warning: few products have so many kinds of parts
 IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU gains nothing from more than one
 
 
@@ -53,7 +55,7 @@ def main() -> None:
                      help="auto, grounded_sam, sam or classical; the same as --pseudo_labels.proposer")
     own.add_argument("--save_all_masks", dest="pseudo_labels.save_all_masks", action="store_const", const="true",
                      default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
-    own.add_argument("--download", action="store_true", help="fetch missing checkpoints into WORKSPACE/ckpt")
+    own.add_argument("--download", action="store_true", help="fetch missing checkpoints and backbone weights into WORKSPACE/ckpt")
     run_jobs(with_cluster(parser).parse_args(), jobs)
 
 
@@ -108,9 +110,8 @@ class Labelling:
             print(f"{category.name}: {warning}")
         proposer = self.proposer = self.choose_proposer()
         used = {"settings": self.chosen.model_dump(), "images": self.view.record, "proposer": proposer.name,
-                "checkpoints": proposer.checkpoints, **records.inputs(
-                    self.paths, self.args.seed, self.backbone,
-                    [f"proposer {proposer.name}"] if proposer.is_stand_in else [])}
+                "picture_size": proposer.working_size, "checkpoints": proposer.checkpoints | self.crop_weights(),
+                **records.inputs(self.paths, self.args.seed, self.backbone, self.stand_ins(proposer))}
         record = self.record(used)
         changes = records.difference(self.used(), records.as_json(used)) if self.begun.exists() else []
         if changes or not self.begun.exists() or record.path.exists():
@@ -131,6 +132,18 @@ class Labelling:
         return choose_proposer(self.category.name, self.chosen.model_copy(update=changes), self.workspace.downloads, self.device,
                                self.args.download)
 
+    def crop_weights(self) -> dict[str, str]:
+        """Origin and fingerprint of the published network's weights for cnn_image, which are not those of the encoder."""
+        backbone = self.backbone
+        if "cnn_image" not in self.chosen.features or backbone.deepest is None or backbone.name != PUBLISHED:
+            return {}
+        return {backbone.deepest_origin: fingerprint(backbone.deepest)}
+
+    def stand_ins(self, proposer: Proposer) -> list[str]:
+        """What, besides the backbone, stands in for the published thing."""
+        crops = [] if self.backbone.has_published_crops else [f"cnn_image by {origin}" for origin in self.crop_weights()]
+        return crops + ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
+
     def used(self) -> dict:
         return files.read_json(self.begun, keys=("settings",))
 
@@ -150,17 +163,21 @@ class Labelling:
             for first in range(0, len(paths), at_once):
                 group = slice(first, first + at_once)
                 if not all((folder / COMPONENTS).exists() for folder in folders[group]):
-                    pictures = [picture.transpose(1, 2, 0) for picture in self.view.read_small(paths[group])]
-                    label_maps = [refined_masks(picture, folder, proposer, chosen)
-                                  for picture, folder in zip(pictures, folders[group])]
+                    pictures = [self.read(path, proposer.working_size) for path in paths[group]]
+                    for picture, folder in zip(pictures, folders[group]):
+                        propose(picture, folder, proposer, chosen)
+                    label_maps = [clustered_map(folder, chosen) for folder in folders[group]]
                     for folder, features in zip(folders[group], describe(pictures, label_maps, embedding)):
                         files.write_arrays(folder / COMPONENTS, **features)
                 bar.update(len(folders[group]))
 
+    def read(self, path: Path, size: int | None) -> np.ndarray:
+        """A picture (H, W, 3) uint8, squeezed to (size, size) or at its native size."""
+        return self.view.read_native(path) if size is None else self.view.read([path], size=size)[0].transpose(1, 2, 0)
+
     def cluster(self) -> None:
         """Give the components of all images their labels, and put everything in its place."""
         name, paths, folders, chosen, labels = self.category.name, self.paths, self.folders, self.chosen, self.labels
-        refined_maps = [images.read_mask(folder / REFINED) for folder in folders]
         described = [files.read_arrays(folder / COMPONENTS) for folder in folders]
         image_of = np.repeat(np.arange(len(paths)), [len(one["area"]) for one in described])
         features = {name: np.concatenate([one[name] for one in described]) for name in described[0]}
@@ -168,17 +185,11 @@ class Labelling:
             raise UserError(f"{name}: no parts were found in any training image; parts should stand out from "
                             "their background by colour")
         vectors, bandwidth = feature_space(name, features, len(paths), chosen, self.backbone, self.args.seed)
-        found = clustering.semantic_labels(vectors, features["area"][:, 0], image_of, len(paths), bandwidth,
-                                           chosen.one_histogram_cluster and not chosen.variants, chosen.variants,
-                                           chosen.lookalikes)
-        if not found.filtered_histogram.shape[1]:
-            raise UserError(f"{name}: clustering the {len(image_of)} components left no label (bandwidth "
-                            f"{bandwidth:.3g}); try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
-
+        found = label_components(name, vectors, features["area"][:, 0], image_of, len(paths), bandwidth, chosen)
         for index, folder in enumerate(tqdm(folders, desc=f"{name}: write label maps", unit="image")):
-            own = image_of == index
-            save_label_map(folder / "cluster_map.png", paint(refined_maps[index], found.clusters[own]))
-            save_label_map(folder / "filtered_cluster_map.png", paint(refined_maps[index], found.labels[own]))
+            own, components_map = image_of == index, clustered_map(folder, chosen)
+            save_label_map(folder / "cluster_map.png", paint(components_map, found.clusters[own]))
+            save_label_map(folder / "filtered_cluster_map.png", paint(components_map, found.labels[own]))
         used = self.used()
         save_info(labels.info, used, features, vectors, image_of, bandwidth, found)
         replace(self.finished, [*folders, labels.info])
@@ -252,23 +263,29 @@ def replace(finished: PseudoLabels, folders: list[Path]) -> None:
         folder.rename(place)
 
 
-def refined_masks(image: np.ndarray, folder: Path, proposer: Proposer, chosen: settings.PseudoLabelSettings) -> np.ndarray:
-    """The label map (H, W) of an image's components: the one made before, or else proposed now and saved."""
-    if (folder / REFINED).exists():
-        return images.read_mask(folder / REFINED)
-    proposals = proposer.propose(image)
-    candidates, refined = refine(proposals, chosen)
-    save_masks(folder, proposals, candidates, refined)
-    return refined
+def propose(image: np.ndarray, folder: Path, proposer: Proposer, chosen: settings.PseudoLabelSettings) -> None:
+    """Propose and refine the masks of an image (H, W, 3), and save them; where that is done already, nothing happens."""
+    if not (folder / REFINED).exists():
+        proposals = proposer.propose(image)
+        save_masks(folder, proposals, *refine(proposals, chosen))
 
 
-def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[np.ndarray | None, np.ndarray]:
-    """The order of operations of docs/METHOD.md: proposals -> candidate masks (N, H, W), if any, and label map (H, W)."""
+def clustered_map(folder: Path, chosen: settings.PseudoLabelSettings) -> np.ndarray:
+    """The label map (H, W) whose components are clustered.
+
+    With ``no_sam`` it holds Grounding DINO's instances as they are; split and combined, they are for logical synthesis.
+    """
+    grounding = folder / GROUNDING
+    return images.read_mask(grounding if chosen.no_sam and grounding.exists() else folder / REFINED)
+
+
+def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[masks.PackedMasks | None, np.ndarray]:
+    """The order of operations of docs/METHOD.md: proposals -> candidate masks, if any, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)
         if proposals.grounding is not None and chosen.inside_grounding:
-            candidates = masks.inside_grounding(candidates, proposals.grounding.any(0))
+            candidates = masks.inside_grounding(candidates, proposals.grounding.union())
         candidates = masks.without_background(candidates, proposals.background)
         if proposals.grounding_background is not None:
             candidates = masks.without_background(candidates, proposals.grounding_background)
@@ -282,8 +299,9 @@ def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[
 def describe(pictures: list[np.ndarray], label_maps: list[np.ndarray],
              embedding: components.CropEmbedding | None) -> list[dict[str, np.ndarray]]:
     """For each image the features of its components, each (n, ...), in the order of their indices in the label map."""
-    described, crops = zip(*(components.shallow_features(picture, masks.label_masks(labels))
-                             for picture, labels in zip(pictures, label_maps)))
+    described, crops = zip(*(
+        components.shallow_features(picture, masks.label_masks(labels, masks.components_in_sight(labels)))
+        for picture, labels in zip(pictures, label_maps)))
     if embedding is not None:
         deep = embedding(torch.from_numpy(np.concatenate(crops)).permute(0, 3, 1, 2)).cpu().numpy()
         for features, own in zip(described, np.split(deep, np.cumsum([len(one) for one in crops])[:-1])):
@@ -295,28 +313,54 @@ def feature_space(category: str, features: dict[str, np.ndarray], images: int, c
                   backbone: Backbone, seed: int) -> tuple[np.ndarray, float]:
     """The vectors (components, D) to cluster, and MeanShift's bandwidth among them.
 
-    The published network's cnn_image is projected as published, and a configured bandwidth is in units of that. Anything
-    else is brought to units of its own, in which the bandwidth is 1.
+    The published network's cnn_image is projected as published; a configured bandwidth is in units of that, and belongs to
+    the weights that the published code takes for it. Anything else is brought to units of its own, in which the bandwidth
+    is 1.
     """
-    if not backbone.is_stand_in and chosen.features == ["cnn_image"]:
+    if backbone.name == PUBLISHED and chosen.features == ["cnn_image"]:
         deep = features["cnn_image"]
         vectors = deep @ components.random_projection(deep.shape[1], seed)
-        if chosen.bandwidth != "auto":
+        if chosen.bandwidth != "auto" and backbone.has_published_crops:
             return vectors, chosen.bandwidth
-        bandwidth = clustering.estimate_bandwidth(vectors, images)
-        print(f"{category}: no bandwidth is set for MeanShift, estimated {bandwidth:.3g}")
+        bandwidth = beyond_clustering.estimate_bandwidth(vectors, images)
+        reason = "no bandwidth is set for MeanShift" if chosen.bandwidth == "auto" else (
+            f"bandwidth {chosen.bandwidth} belongs to cnn_image by {CROP_WEIGHTS}, not to that by {backbone.deepest_origin}")
+        print(f"{category}: {reason}; estimated {bandwidth:.3g}")
         return vectors, bandwidth
-    print(f"{category}: clustering {', '.join(chosen.features)} with bandwidth {clustering.UNIT_BANDWIDTH} in units of "
+    print(f"{category}: clustering {', '.join(chosen.features)} with bandwidth {beyond_clustering.UNIT_BANDWIDTH} in units of "
           "their own; a configured one is for wide_resnet50_2's cnn_image alone")
-    return clustering.comparable({name: features[name] for name in chosen.features}), clustering.UNIT_BANDWIDTH
+    return beyond_clustering.comparable({name: features[name] for name in chosen.features}), beyond_clustering.UNIT_BANDWIDTH
 
 
-def paint(refined: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Replace the indices that occur in a label map (H, W), in ascending order, by their labels; (H, W) uint8."""
+def label_components(category: str, vectors: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int,
+                     bandwidth: float, chosen: settings.PseudoLabelSettings) -> clustering.SemanticLabels:
+    """`clustering.semantic_labels` of the published method, or with what the settings add; says how many clusters there are.
+
+    Raises:
+        UserError: no label is left, or more than a label map can hold.
+    """
+    arguments = vectors, areas, image_of, images, bandwidth, chosen.one_histogram_cluster
+    found = beyond_clustering.semantic_labels(*arguments, chosen.variants, chosen.lookalikes) if (
+        chosen.variants or chosen.lookalikes) else clustering.semantic_labels(*arguments)
+    if not found.filtered_histogram.shape[1]:
+        raise UserError(f"{category}: clustering the {len(vectors)} components left no label (bandwidth {bandwidth:.3g}); "
+                        "try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features")
+    if found.clusters.max() > masks.MOST_LABELS:
+        raise UserError(f"{category}: the components fall into {found.clusters.max()} clusters (bandwidth {bandwidth:.3g}), and "
+                        f"a label map holds {masks.MOST_LABELS}; try a larger --pseudo_labels.bandwidth")
+    count = found.number_of_clusters
+    advice = "; where pictures show several kinds of parts, try a smaller --pseudo_labels.bandwidth" if count == 1 else (
+        "; if pictures show fewer kinds of parts, try a larger --pseudo_labels.bandwidth" if count > MOST_CLUSTERS else "")
+    print(f"{category}: {'warning: ' if advice else ''}{len(vectors)} components make {count} "
+          f"cluster{'s' * (count != 1)}{advice}")
+    return found
+
+
+def paint(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Replace the components of a label map (H, W), in ascending order, by their numbers; the rest is 0; (H, W) uint8."""
     table = np.zeros(256, np.uint8)
-    indices = np.unique(refined)
-    table[indices[indices > 0]] = labels
-    return table[refined]
+    table[masks.components_in_sight(labels)] = numbers
+    return table[labels]
 
 
 def note(used: dict) -> str:

@@ -81,6 +81,14 @@ class View:
         """(N, 3, 256, 256) uint8, what the paper's networks see."""
         return self.read(paths, description, SIZE)
 
+    def read_native(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8, a picture at its own size; what lies outside the region of interest is grey here, too."""
+        picture = read_rgb(path, None, self.white_level)
+        if self.roi is not None:
+            height, width = picture.shape[:2]
+            picture[~np.array(Image.fromarray(self.roi).resize((width, height), Image.Resampling.NEAREST))] = OUTSIDE
+        return picture
+
     def read_middle(self, paths: Sequence[Path]) -> np.ndarray:
         """(N, 3, size / tiles, size / tiles) uint8: the whole picture as large as one tile, for LGST on features."""
         return self.read(paths, size=self.size // self.tiles)

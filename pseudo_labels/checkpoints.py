@@ -27,7 +27,7 @@ class Checkpoint:
         file: its name under ckpt/.
         url: where it is published.
         megabytes: its size.
-        sha256: of the whole file, where it is published.
+        sha256: of the whole file, where it is published; or the first digits of that, which some files bear in their name.
     """
 
     file: str
@@ -129,17 +129,17 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as problem:
         raise UserError(f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
                         f"same command continues, or get the file elsewhere and put it into {path.parent}") from problem
-    digest = sha256(part)
-    if checkpoint.sha256 not in (None, digest):
+    found = sha256(part)
+    if not found.startswith(checkpoint.sha256 or ""):
         part.unlink()
-        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {digest} where {checkpoint.sha256} was expected; it was "
-                        "thrown away, try again or get the file elsewhere")
+        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {found} where {checkpoint.sha256} was "
+                        "expected; it was thrown away, try again or get the file elsewhere")
     os.replace(part, path)
     return path
 
 
 def sha256(path: Path) -> str:
-    """Of a file's whole content, in hex digits."""
+    """Of a whole file, 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(CHUNK):

@@ -7,6 +7,7 @@ features are pure NumPy and OpenCV; ``CropEmbedding`` is the deep one, ``cnn_ima
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from models.backbone import Encoder
 
 CROP = 65  # side of the aligned crop
 LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
+SHALLOW = {"area": 1, "color": 1, "position": 2, "shape_hu": 7, "lab": 3}  # values of each feature but cnn_image
 PROJECTED = 512  # values of cnn_image after the published network's random projection
 PROJECTION_STD = 0.01
 CROPS_PER_BATCH = 256  # turned ones; on a GPU eight times as many
@@ -30,12 +32,14 @@ def area(mask: np.ndarray) -> np.ndarray:
 
 def color(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean over the mask of the per-pixel (b / a)^2 in 8-bit Lab, (1,)."""
+    image, mask = _around(image, mask)
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[mask != 0].astype(np.float64)
     return np.array([np.mean((lab[:, 2] / np.maximum(lab[:, 1], 1)) ** 2)])
 
 
 def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper."""
+    image, mask = _around(image, mask)
     return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
 
 
@@ -65,12 +69,12 @@ def aligned_crop(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nd
 
     def place(source: np.ndarray) -> np.ndarray:
         canvas = np.zeros((CROP, CROP, *source.shape[2:]), np.uint8)
-        canvas[top:top + size[1], left:left + size[0]] = cv2.resize(source[y:y + height, x:x + width], size,
-                                                                    interpolation=cv2.INTER_LINEAR)
+        canvas[top:top + size[1], left:left + size[0]] = cv2.resize(source, size, interpolation=cv2.INTER_LINEAR)
         return canvas
 
-    aligned_mask = np.where(place(filled) > 128, 255, 0).astype(np.uint8)
-    return aligned_mask, place(image * inside[..., None])
+    box = slice(y, y + height), slice(x, x + width)
+    aligned_mask = np.where(place(filled[box]) > 128, 255, 0).astype(np.uint8)
+    return aligned_mask, place(image[box] * inside[box][..., None])
 
 
 def shape_hu(aligned_mask: np.ndarray) -> np.ndarray:
@@ -117,26 +121,34 @@ def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.
     return np.random.default_rng(seed).normal(0, PROJECTION_STD, (values, projected)).astype(np.float32)
 
 
-def shallow_features(image: np.ndarray, masks: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def shallow_features(image: np.ndarray, masks: Iterable[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Every feature but cnn_image for the components of one image.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        masks: (N, H, W).
+        masks: N of them, (H, W) each, looked at one after the other.
 
     Returns:
         {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64,
         and the aligned image crops (N, 65, 65, 3) uint8 for ``CropEmbedding``.
     """
-    crops = [aligned_crop(image, mask) for mask in masks]
-    features = {
-        "area": np.array([area(mask) for mask in masks]).reshape(-1, 1),
-        "color": np.array([color(image, mask) for mask in masks]).reshape(-1, 1),
-        "position": np.array([position(mask) for mask in masks]).reshape(-1, 2),
-        "shape_hu": np.array([shape_hu(aligned) for aligned, _ in crops]).reshape(-1, 7),
-        "lab": np.array([lab(image, mask) for mask in masks]).reshape(-1, 3),
-    }
-    return features, np.array([crop for _, crop in crops], np.uint8).reshape(-1, CROP, CROP, 3)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in SHALLOW}
+    crops = []
+    for mask in masks:
+        aligned, crop = aligned_crop(image, mask)
+        crops.append(crop)
+        for name, values in (("area", area(mask)), ("color", color(image, mask)), ("position", position(mask)),
+                             ("shape_hu", shape_hu(aligned)), ("lab", lab(image, mask))):
+            rows[name].append(values)
+    features = {name: np.array(values, np.float64).reshape(-1, SHALLOW[name]) for name, values in rows.items()}
+    return features, np.array(crops, np.uint8).reshape(-1, CROP, CROP, 3)
+
+
+def _around(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both cut to the mask's bounding box: a native picture has millions of pixels and hundreds of components."""
+    x, y, width, height = cv2.boundingRect((mask != 0).astype(np.uint8))
+    box = slice(y, y + height), slice(x, x + width)
+    return image[box], mask[box]
 
 
 def _rotation_grids(angles: Tensor) -> Tensor:

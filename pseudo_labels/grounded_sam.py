@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from errors import DAMAGED, UserError
 from pseudo_labels import checkpoints
+from pseudo_labels.masks import PackedMasks
 from pseudo_labels.proposers import Proposals
 from settings import PseudoLabelSettings
 
 PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO = "vit_h", "swint_ogc"
 STABILITY_OFFSET, NMS_IOU, CROP_OVERLAP = 1.0, 0.7, 512 / 1500  # of automatic mask generation
-PROMPTS_PER_BATCH = 16
+PROMPTS_PER_BATCH, PIXELS_PER_BATCH = 16, 16 * 1600 * 1280  # at most; larger pictures get fewer prompts at a time
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of what Grounding DINO sees; at least, at most
 INSET = 10  # pixels from the border: where four of the background's eight points lie
 
@@ -40,6 +41,8 @@ class SamProposer:
         sam: path of SAM-HQ's checkpoint, of the size that the settings name.
         is_stand_in: it takes the place of ``GroundedSamProposer``.
     """
+
+    working_size = None
 
     def __init__(self, chosen: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False):
         self.chosen, self.sam, self.device = chosen, sam, device
@@ -69,6 +72,8 @@ class GroundedSamProposer:
         text_encoder: folder of the BERT that Grounding DINO reads the prompt with.
     """
 
+    working_size = None
+
     def __init__(self, chosen: PseudoLabelSettings, sam: Path, grounding_dino: Path, text_encoder: Path,
                  device: torch.device):
         self.chosen, self.sam, self.grounding_dino = chosen, sam, grounding_dino
@@ -91,7 +96,7 @@ class GroundedSamProposer:
         wanted = not self.chosen.no_sam or self.chosen.save_all_masks
         return Proposals(masks=sam.everything(self.chosen) if wanted else None, background=sam.background(),
                          grounding=instances[~is_background],
-                         grounding_background=instances[is_background].any(0))
+                         grounding_background=instances[is_background].union())
 
     def _networks(self) -> tuple[SamHQ, GroundingDino]:
         return (load_sam(self.chosen.sam, self.sam, self.device, self.half),
@@ -104,10 +109,14 @@ def in_half_precision(chosen: PseudoLabelSettings, device: torch.device) -> bool
 
 
 def names_background(phrase: str, background_prompt: str | None) -> bool:
-    """Whether the phrase of a box holds one of the background prompts, which dots separate."""
+    """Whether the phrase of a box holds one of the background prompts, which dots separate.
+
+    They are compared with the spaces around them, as published: " container ." is in "pin container pushpin" and not in
+    "container".
+    """
     # The tokenizer puts spaces around hyphens.
     phrase = phrase.replace(" - ", "-")
-    return any(prompt.strip() in phrase for prompt in (background_prompt or "").lower().split(".") if prompt.strip())
+    return any(prompt in phrase for prompt in (background_prompt or "").lower().split(".") if prompt.strip())
 
 
 class SamHQ:
@@ -138,26 +147,33 @@ class SamHQ:
         masks, _, _ = self.predictor.predict(np.array(points), np.ones(len(points)), multimask_output=False)
         return masks[0]
 
-    def inside(self, boxes: np.ndarray) -> np.ndarray:
-        """The mask in each of the boxes (N, 4), (x0, y0, x1, y1) in pixels -> (N, H, W) bool."""
+    def inside(self, boxes: np.ndarray) -> PackedMasks:
+        """The mask in each of the boxes (N, 4), (x0, y0, x1, y1) in pixels."""
         size = self.image.shape[:2]
         boxes = torch.from_numpy(boxes).float()
         boxes = self.predictor.transform.apply_boxes_torch(boxes, size).to(self.predictor.device)
-        masks = [self.predictor.predict_torch(None, None, some, multimask_output=False)[0][:, 0].cpu().numpy()
-                 for some in boxes.split(PROMPTS_PER_BATCH) if len(some)]
-        return np.concatenate([np.zeros((0, *size), bool), *masks])
+        batches = (self.predictor.predict_torch(None, None, some, multimask_output=False)[0][:, 0].cpu().numpy()
+                   for some in boxes.split(self._prompts_per_batch()) if len(some))
+        return PackedMasks.pack((mask for batch in batches for mask in batch), size)
 
-    def everything(self, chosen: PseudoLabelSettings) -> np.ndarray:
-        """Automatic masks, (N, H, W) bool."""
+    def everything(self, chosen: PseudoLabelSettings) -> PackedMasks:
+        """Automatic masks."""
+        with quietly():
+            from segment_anything_hq.utils.amg import rle_to_mask
         generator = _mask_generator()(
-            self.predictor.model, points_per_side=chosen.points_per_side, points_per_batch=PROMPTS_PER_BATCH,
+            self.predictor.model, points_per_side=chosen.points_per_side, points_per_batch=self._prompts_per_batch(),
+            output_mode="uncompressed_rle",
             pred_iou_thresh=chosen.pred_iou_thresh, stability_score_thresh=chosen.stability_score_thresh,
             stability_score_offset=STABILITY_OFFSET, box_nms_thresh=NMS_IOU, crop_n_layers=chosen.crop_n_layers,
             crop_nms_thresh=NMS_IOU, crop_overlap_ratio=CROP_OVERLAP, crop_n_points_downscale_factor=1,
             min_mask_region_area=chosen.min_mask_region_area)
         with quietly():
             found = generator.generate(self.image)
-        return np.array([one["segmentation"] for one in found], bool).reshape(-1, *self.image.shape[:2])
+        return PackedMasks.pack((rle_to_mask(one["segmentation"]) for one in found), self.image.shape[:2])
+
+    def _prompts_per_batch(self) -> int:
+        height, width = self.image.shape[:2]
+        return max(min(PROMPTS_PER_BATCH, PIXELS_PER_BATCH // (height * width)), 1)
 
 
 class _ImageEncoder(nn.Module):
@@ -220,9 +236,14 @@ class GroundingDino:
         logits, boxes = found["pred_logits"][0].sigmoid().cpu(), found["pred_boxes"][0].cpu()
         kept = logits.max(1).values > box_threshold
         phrases = [get_phrases_from_posmap(one > text_threshold, tokens, self.network.tokenizer) for one in logits[kept]]
-        centres, sides = boxes[kept, :2].double(), boxes[kept, 2:].double()
-        scale = torch.tensor([image.shape[1], image.shape[0]])
-        return torch.cat([(centres - sides / 2) * scale, (centres + sides / 2) * scale], 1).numpy(), phrases
+        return to_pixels(boxes[kept], image.shape[:2]), phrases
+
+
+def to_pixels(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Boxes (N, 4) as (cx, cy, w, h) in shares of an image of ``size`` (H, W) -> as (x0, y0, x1, y1) in its pixels."""
+    centres, sides = boxes[:, :2].double(), boxes[:, 2:].double()
+    scale = torch.tensor([size[1], size[0]])
+    return torch.cat([(centres - sides / 2) * scale, (centres + sides / 2) * scale], 1).numpy()
 
 
 @functools.cache
@@ -312,10 +333,12 @@ def _fill(network: nn.Module, state: dict[str, Tensor], otherwise: str) -> None:
 
 @functools.cache
 def _mask_generator() -> type:
-    """The package's automatic mask generator, mended for images and devices on which it fails."""
+    """The package's automatic mask generator, mended for images, sizes and devices on which it fails."""
     with quietly():
         from segment_anything_hq import SamAutomaticMaskGenerator
+        from segment_anything_hq.utils import amg
         from segment_anything_hq.utils.transforms import ResizeLongestSide
+        from torchvision.ops import nms
 
     class SinglePrecision(ResizeLongestSide):
         """Coordinates in float32: Apple's MPS knows no float64."""
@@ -333,6 +356,22 @@ def _mask_generator() -> type:
             # A crop without masks has no crop boxes either, which the package then cannot index.
             found["crop_boxes"] = found["crop_boxes"].reshape(-1, 4)
             return found
+
+        @staticmethod
+        def postprocess_small_regions(mask_data: amg.MaskData, min_area: int, nms_thresh: float) -> amg.MaskData:
+            """As in the package, which needs gigabytes for native pictures, but with one unpacked mask at a time."""
+            scores = torch.ones(len(mask_data["rles"]))
+            for index, rle in enumerate(mask_data["rles"]):
+                mask, filled = amg.remove_small_regions(amg.rle_to_mask(rle), min_area, mode="holes")
+                mask, cleared = amg.remove_small_regions(mask, min_area, mode="islands")
+                tensor = torch.from_numpy(np.ascontiguousarray(mask))
+                mask_data["boxes"][index] = amg.batched_mask_to_box(tensor)
+                if filled or cleared:  # a duplicate that needed no mending is preferred
+                    scores[index] = 0
+                    mask_data["rles"][index] = amg.mask_to_rle_pytorch(tensor[None])[0]
+            if len(scores):
+                mask_data.filter(nms(torch.as_tensor(mask_data["boxes"]).float(), scores, nms_thresh))
+            return mask_data
 
     return MaskGenerator
 

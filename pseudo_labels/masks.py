@@ -1,10 +1,13 @@
-"""The mask algebra of docs/METHOD.md, section 1.
+"""The mask algebra of docs/METHOD.md, section 1, on the masks of one picture at its native size.
 
-Masks are (N, H, W) arrays in which any non-zero pixel is inside; a single mask is (H, W). What comes out has the dtype
-of what went in, except where it is said. Nothing here changes its arguments.
+Two hundred masks of a picture of 1600x1280 would take half a gigabyte as an array and several as numbers to multiply, so
+they are kept bit-packed and looked at one at a time. A single mask is an array (H, W) in which any non-zero pixel is inside.
+Nothing here changes its arguments.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -17,102 +20,134 @@ GROUNDING_RATIO = 0.9  # intersect ratio over which a mask is inside the groundi
 COVERED = 0.9  # intersect ratio, or covered share, from which a mask adds nothing to a union
 MOST_LABELS = 255  # what an 8-bit label map holds beside 0
 
-
-def areas(masks: np.ndarray) -> np.ndarray:
-    """Pixels inside each mask, (N, H, W) -> (N,) int64."""
-    return np.count_nonzero(masks, axis=(1, 2))
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
-def intersect_ratios(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """|A and B| / min(|A|, |B|) of every pair, (N, H, W) and (M, H, W) -> (N, M) float64; 0 where they do not meet."""
-    # Counts are exact in float32 up to 2^24 pixels, and its matrix product is the fast one.
-    number = np.float32 if masks[:1].size < 2 ** 24 else np.float64
-    ours, theirs = ((side != 0).reshape(len(side), masks.shape[1] * masks.shape[2]).astype(number)
-                    for side in (masks, others))
-    smaller = np.minimum.outer(areas(masks), areas(others))
-    return (ours @ theirs.T).astype(np.float64) / np.maximum(smaller, 1)
+class PackedMasks:
+    """Masks (N, H, W) of one picture, eight pixels to a byte.
+
+    Iterating, or an integer as index, gives single masks (H, W) bool; an array or a slice as index gives packed ones.
+
+    Args:
+        bits: (N, ceil(H W / 8)) uint8, as `numpy.packbits` packs each mask row by row.
+        shape: (H, W).
+    """
+
+    def __init__(self, bits: np.ndarray, shape: tuple[int, int]):
+        self.bits, self.shape = bits, tuple(shape)
+
+    @classmethod
+    def pack(cls, masks: Iterable[np.ndarray], shape: tuple[int, int]) -> PackedMasks:
+        """Pack masks (H, W) as they come, so that no two of them need be held unpacked."""
+        rows = [pack(mask) for mask in masks]
+        return cls(np.array(rows, np.uint8).reshape(-1, -(-shape[0] * shape[1] // 8)), shape)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | slice | np.ndarray | Sequence[int]) -> np.ndarray | PackedMasks:
+        if isinstance(index, (int, np.integer)):
+            return np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1]).view(bool).reshape(self.shape)
+        return PackedMasks(self.bits[index], self.shape)
+
+    def union(self) -> np.ndarray:
+        """(H, W) bool."""
+        return PackedMasks(np.bitwise_or.reduce(self.bits, axis=0, keepdims=True), self.shape)[0]
 
 
-def intersect_ratio(mask: np.ndarray, other: np.ndarray) -> float:
-    """The intersect ratio of two masks (H, W)."""
-    return float(intersect_ratios(mask[None], other[None])[0, 0])
+def pack(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) as `PackedMasks` holds it."""
+    return np.packbits(mask if mask.dtype == bool else mask != 0)
 
 
-def split_components(masks: np.ndarray) -> np.ndarray:
+def areas(masks: PackedMasks) -> np.ndarray:
+    """Pixels inside each mask, (N,) int64."""
+    return np.array([_count(row) for row in masks.bits], np.int64)
+
+
+def intersect_ratios(masks: PackedMasks, other: np.ndarray) -> np.ndarray:
+    """|A and B| / min(|A|, |B|) of each mask A with a mask B (H, W), (N,) float64; 0 where they do not meet."""
+    packed = pack(other)
+    meeting = np.array([_count(row & packed) for row in masks.bits], np.float64)
+    return meeting / np.maximum(np.minimum(areas(masks), _count(packed)), 1)
+
+
+def split_components(masks: PackedMasks) -> PackedMasks:
     """Split masks into their 4-connected components, in mask order, then label order.
 
-    Components of at most 50 pixels, or whose bounding box takes 95 % of the image, are left out.
-
-    Returns:
-        (M, H, W) uint8, 0 or 255.
+    What lies outside of a mask is one more component and comes first, however many pieces it has, as in the published
+    implementation: the frame that SAM outlined instead of what it frames. Components of at most 50 pixels, or whose bounding
+    box takes 95 % of the image, are left out.
     """
-    height, width = masks.shape[1:]
+    height, width = masks.shape
     components = []
     for mask in masks:
-        count, labels, stats, _ = cv2.connectedComponentsWithStats((mask != 0).astype(np.uint8), connectivity=4)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
         box = stats[:, cv2.CC_STAT_WIDTH].astype(np.int64) * stats[:, cv2.CC_STAT_HEIGHT]
         wanted = (stats[:, cv2.CC_STAT_AREA] > LEAST_COMPONENT) & (box < LARGEST_BOX * height * width)
-        components += [labels == label for label in range(1, count) if wanted[label]]
-    return np.array(components, dtype=np.uint8).reshape(-1, height, width) * 255
+        components += [pack(labels == label) for label in range(count) if wanted[label]]
+    return PackedMasks(np.array(components, np.uint8).reshape(-1, masks.bits.shape[1]), masks.shape)
 
 
-def without_background(masks: np.ndarray, background: np.ndarray) -> np.ndarray:
+def without_background(masks: PackedMasks, background: np.ndarray) -> PackedMasks:
     """Drop the masks whose intersect ratio with the background (H, W) is 0.95 or more."""
-    return masks[intersect_ratios(masks, background[None])[:, 0] < BACKGROUND_RATIO]
+    return masks[intersect_ratios(masks, background) < BACKGROUND_RATIO]
 
 
-def inside_grounding(masks: np.ndarray, grounding: np.ndarray) -> np.ndarray:
+def inside_grounding(masks: PackedMasks, grounding: np.ndarray) -> PackedMasks:
     """Keep the masks whose intersect ratio with the grounding mask (H, W) is over 0.9."""
-    return masks[intersect_ratios(masks, grounding[None])[:, 0] > GROUNDING_RATIO]
+    return masks[intersect_ratios(masks, grounding) > GROUNDING_RATIO]
 
 
-def without_small(masks: np.ndarray) -> np.ndarray:
+def without_small(masks: PackedMasks) -> PackedMasks:
     """Drop the masks that cover 0.1 % of the image or less."""
-    return masks[areas(masks) > SMALL * masks.shape[1] * masks.shape[2]]
+    return masks[areas(masks) > SMALL * masks.shape[0] * masks.shape[1]]
 
 
-def largest(masks: np.ndarray, count: int = MOST_LABELS) -> np.ndarray:
+def largest(masks: PackedMasks, count: int = MOST_LABELS) -> PackedMasks:
     """The ``count`` largest masks, in their given order; of equally large ones the first."""
     return masks[np.sort(np.argsort(-areas(masks), kind="stable")[:count])]
 
 
-def combine(masks: np.ndarray) -> np.ndarray:
+def combine(masks: PackedMasks) -> PackedMasks:
     """Keep the masks that add something to the smaller ones, in order of acceptance.
 
     Small masks are dropped. From small to large, a mask is kept when its intersect ratio with the union so far is under
     0.9 (the first one always); the others wait. Then a waiting mask is kept when less than 90 % of it is covered.
     """
     masks = without_small(masks)
-    union = np.zeros(masks.shape[1:], bool)
+    union = np.zeros(masks.bits.shape[1], np.uint8)
     covered_by = 0
     kept, waiting = [], []
-    inside, sizes = masks != 0, areas(masks)
+    sizes = areas(masks)
 
     def accept(index: int) -> None:
-        nonlocal union, covered_by
+        nonlocal covered_by
         kept.append(index)
-        union = union | inside[index]
-        covered_by = np.count_nonzero(union)
+        np.bitwise_or(union, masks.bits[index], out=union)
+        covered_by = _count(union)
 
     for index in np.argsort(sizes, kind="stable"):
-        meeting = np.count_nonzero(inside[index] & union)
-        if not kept or meeting / min(sizes[index], covered_by) < COVERED:
+        if not kept or _count(masks.bits[index] & union) / min(sizes[index], covered_by) < COVERED:
             accept(index)
         else:
             waiting.append(index)
     for index in waiting:
-        if np.count_nonzero(inside[index] & union) / sizes[index] < COVERED:
+        if _count(masks.bits[index] & union) / sizes[index] < COVERED:
             accept(index)
-    return masks[kept]
+    return masks[np.array(kept, np.int64)]
 
 
-def merge(masks: np.ndarray) -> np.ndarray:
+def merge(masks: PackedMasks) -> np.ndarray:
     """Paint masks into one label map, from large to small, so that small ones lie on top.
 
     Small masks are dropped; the largest mask has index 1.
 
     Args:
-        masks: (N, H, W), at most 255 of them.
+        masks: at most 255 of them.
 
     Returns:
         (H, W) uint8.
@@ -120,13 +155,26 @@ def merge(masks: np.ndarray) -> np.ndarray:
     masks = without_small(masks)
     if len(masks) > MOST_LABELS:
         raise ValueError(f"{len(masks)} masks do not fit into an 8-bit label map")
-    labels = np.zeros(masks.shape[1:], np.uint8)
+    labels = np.zeros(masks.shape, np.uint8)
     for index, mask in enumerate(masks[np.argsort(-areas(masks), kind="stable")], start=1):
-        labels[mask != 0] = index
+        labels[mask] = index
     return labels
 
 
-def label_masks(labels: np.ndarray) -> np.ndarray:
-    """The opposite of merge: a label map (H, W) -> masks (N, H, W) bool of the indices that occur, ascending, not 0."""
-    indices = np.unique(labels)
-    return labels[None] == indices[indices > 0][:, None, None]
+def label_masks(labels: np.ndarray, indices: np.ndarray | None = None) -> PackedMasks:
+    """The opposite of merge: a label map (H, W) -> a mask for each of the indices; without any, for all that occur but 0."""
+    if indices is None:
+        indices = np.unique(labels)
+        indices = indices[indices > 0]
+    return PackedMasks.pack((labels == index for index in indices), labels.shape)
+
+
+def components_in_sight(labels: np.ndarray) -> np.ndarray:
+    """The indices, ascending, that cover over 0.1 % of a label map (H, W): what counts as a component of the picture."""
+    pixels = np.bincount(labels.ravel(), minlength=MOST_LABELS + 1)
+    pixels[0] = 0
+    return np.flatnonzero(pixels > SMALL * labels.size)
+
+
+def _count(bits: np.ndarray) -> int:
+    return int(_BITS_SET[bits].sum(dtype=np.int64))

@@ -10,21 +10,23 @@ from typing import Protocol
 
 import numpy as np
 
+from pseudo_labels.masks import PackedMasks
+
 
 @dataclass(frozen=True)
 class Proposals:
     """What a proposer finds in one image (H, W).
 
     Attributes:
-        masks: (N, H, W) bool, may overlap and nest; None where nobody asked for them.
+        masks: may overlap and nest; None where nobody asked for them.
         background: (H, W) bool, what lies behind all parts.
-        grounding: instances of the prompted parts, (M, H, W) bool, or None from a proposer that takes no prompts.
+        grounding: instances of the prompted parts, or None from a proposer that takes no prompts.
         grounding_background: (H, W) bool, what the background prompt found, or None.
     """
 
-    masks: np.ndarray | None
+    masks: PackedMasks | None
     background: np.ndarray
-    grounding: np.ndarray | None = None
+    grounding: PackedMasks | None = None
     grounding_background: np.ndarray | None = None
 
 
@@ -35,11 +37,13 @@ class Proposer(Protocol):
         name: goes into records.
         is_stand_in: whether results made with it have to be labelled so.
         checkpoints: name and digest of each file of weights it uses, for records.
+        working_size: side in pixels of the squeezed pictures it is made for; None: pictures at their native size.
     """
 
     name: str
     is_stand_in: bool
     checkpoints: dict[str, str]
+    working_size: int | None
 
     def load(self) -> None:
         """Read the weights; ``propose`` does so itself where they have not been read.

@@ -12,17 +12,18 @@ from pseudo_labels import clustering, masks
 from pseudo_labels.proposers import Proposals
 
 PICTURE = 640  # side of feature.png
+GROUNDING = "grounding_mask.png"
 REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
 
 
-def grounding_map(instances: np.ndarray) -> np.ndarray:
-    """Instances (M, H, W) -> label map (H, W) with the 255 largest of them, small ones on top."""
+def grounding_map(instances: masks.PackedMasks) -> np.ndarray:
+    """Instances -> label map (H, W) with the 255 largest of them, small ones on top."""
     return masks.merge(masks.largest(instances))
 
 
-def save_masks(folder: Path, proposals: Proposals, candidates: np.ndarray | None, refined: np.ndarray) -> None:
+def save_masks(folder: Path, proposals: Proposals, candidates: masks.PackedMasks | None, refined: np.ndarray) -> None:
     if proposals.grounding is not None:
-        save_label_map(folder / "grounding_mask.png", grounding_map(proposals.grounding))
+        save_label_map(folder / GROUNDING, grounding_map(proposals.grounding))
     if proposals.grounding_background is not None:
         files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
     if candidates is not None:
@@ -40,20 +41,22 @@ def save_label_map(path: Path, labels: np.ndarray) -> None:
 def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: np.ndarray, image_of: np.ndarray,
               bandwidth: float, found: clustering.SemanticLabels) -> None:
     """Write what is known about the whole category; what the next stage reads comes last."""
-    labels = found.filtered_histogram.shape[1]
-    modes = clustering.usual_numbers(found.labels, image_of, found.trusted, len(found.kinds), labels)
+    images_in_all = len(found.kinds)
+    usual = clustering.usual_number(np.bincount(image_of, minlength=images_in_all))
+    size = f"{used['picture_size']}x{used['picture_size']}, whatever that of the pictures" if used["picture_size"] else "native"
     files.write_arrays(info / "all_component_feats.npz", image=image_of, cluster=found.clusters, label=found.labels,
                        **features)
     files.write_array(info / "raw_component_histogram.npy", found.raw_histogram)
-    files.write_array(info / "component_num_mode.npy", modes)
+    files.write_array(info / "component_num_mode.npy", np.array(usual))
     files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))
     files.write_text(info / "info.txt", "\n".join([
-        f"proposer: {used['proposer']}", f"checkpoints: {sorted(used['checkpoints'])}",
+        f"proposer: {used['proposer']}", f"size of proposals, features and maps: {size}",
+        f"checkpoints: {sorted(used['checkpoints'])}",
         f"backbone: {used['backbone']}", f"stand_ins: {used['stand_ins']}",
-        f"components: {len(image_of)}", f"bandwidth: {bandwidth:.6g}", f"clusters: {found.raw_histogram.shape[1]}",
-        f"labels: {labels}", f"usual number of each label: {modes.tolist()}",
+        f"components: {len(image_of)}", f"components in most images: {usual}", f"bandwidth: {bandwidth:.6g}",
+        f"clusters: {found.number_of_clusters}", f"labels: {found.filtered_histogram.shape[1]}",
         f"images of each kind: {np.bincount(found.kinds[found.kinds >= 0]).tolist()}",
-        f"trusted images: {len(found.trusted)} of {len(found.kinds)}"]) + "\n")
+        f"trusted images: {len(found.trusted)} of {images_in_all}"]) + "\n")
     files.write_array(info / "filtered_component_histogram.npy", found.filtered_histogram)
     files.write_array(info / "filtered_histogram_indices.npy", found.trusted)
 

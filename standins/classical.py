@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from skimage.segmentation import felzenszwalb
 
-from pseudo_labels.masks import SMALL
+from pseudo_labels.masks import SMALL, PackedMasks
 from pseudo_labels.proposers import Proposals
 
 # All colours here are CIE Lab with L in 0..100; a difference of 2 is just visible.
@@ -35,7 +35,8 @@ class ClassicalProposer:
     5. A region that lies in another one and differs moderately from it (glare, shading) joins it.
     6. Holes are filled, unless one sees the background through them. What lies in them are masks of their own.
 
-    It is made for 256x256: at other sizes the pixel radii mean something else.
+    It works on pictures squeezed to 256x256, whatever their native size: at other sizes its radii in pixels would mean
+    something else. Its masks and maps have that size, too.
 
     Args:
         container: the parts lie in something (a tray, a bag) that is no part itself. Whatever has the background's hue
@@ -44,6 +45,7 @@ class ClassicalProposer:
 
     name = "classical"
     is_stand_in = True
+    working_size = 256
 
     def __init__(self, container: bool = False):
         self.container = container
@@ -62,7 +64,7 @@ class ClassicalProposer:
         masks = [_fill_holes(regions == region, background) for region in np.unique(regions[~background])]
         least = SMALL * background.size
         masks = [mask for mask in masks if np.count_nonzero(mask) > least]
-        return Proposals(np.array(masks, bool).reshape(-1, *background.shape), background)
+        return Proposals(PackedMasks.pack(masks, background.shape), background)
 
     def _background(self, regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
         """(H, W) bool: the regions that are background."""

@@ -12,11 +12,13 @@ import timm
 import torch
 from conftest import REFERENCE
 
+from data import files
 from data.images import resize
 from data.workspace import Workspace
 from errors import UserError
 from models import backbone as backbones
 from models.backbone import PACKAGED, WeightsMissing, build_backbone, empty_encoder
+from pseudo_labels.checkpoints import Checkpoint
 from training.stage import agreed_backbone
 
 NAME = "resnet18"
@@ -144,3 +146,93 @@ def test_auto_says_what_it_takes_and_later_stages_follow(tmp_path, no_network, c
     torch.save(timm.create_model(NAME).state_dict(), tmp_path / "ckpt/resnet18.pth")
     assert agreed_backbone(Namespace(backbone=NAME, backbone_weights=None), workspace).name == NAME
     assert agreed_backbone(asked, workspace).name == NAME
+
+
+# The published network's two sets of weights, played by a small network with two trainings
+
+ENCODER, CROPS = "resnet18.tv_in1k", "resnet18.a1_in1k"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, no_network):
+    """ckpt folder, and a function that writes weights there: write(file name, seed, half=False)."""
+    def write(file, seed, half=False):
+        torch.manual_seed(seed)
+        state = timm.create_model(NAME).state_dict()
+        if half:
+            state = {key: value.half().to(value.dtype) for key, value in state.items()}
+        files.write_state(tmp_path / file, state)  # the same bytes under any name, unlike torch.save
+
+    def digest_of(file):
+        return backbones.sha256(tmp_path / file)[:8]
+
+    write("encoder", 0), write("crops", 1), write("old", 2)
+    monkeypatch.setattr(backbones, "PUBLISHED", NAME)
+    monkeypatch.setattr(backbones, "TIMM_NAMES", {NAME: ENCODER})
+    monkeypatch.setattr(backbones, "CROP_WEIGHTS", CROPS)
+    monkeypatch.setattr(backbones, "V1_SHA256", digest_of("old"))
+    monkeypatch.setattr(backbones, "PUBLISHED_WEIGHTS", {
+        ENCODER: Checkpoint(f"{NAME}.pth", (tmp_path / "encoder").as_uri(), 45, digest_of("encoder")),
+        CROPS: Checkpoint(f"{CROPS}.pth", (tmp_path / "crops").as_uri(), 45, digest_of("crops"))})
+    return tmp_path, write
+
+
+def first_layer(encoder):
+    return encoder.network.state_dict()["conv1.weight"]
+
+
+def test_crops_and_encoder_have_weights_of_their_own_and_both_are_fetched(published):
+    folder, _ = published
+    built = build_backbone(NAME, None, folder, with_deepest=True, download=True)
+    assert not built.is_stand_in and built.has_published_crops
+    assert (folder / f"{NAME}.pth").read_bytes() == (folder / "encoder").read_bytes()
+    assert (folder / f"{CROPS}.pth").read_bytes() == (folder / "crops").read_bytes()
+    assert not torch.equal(first_layer(built.encoder), first_layer(built.deepest))
+    assert build_backbone(NAME, None, folder).deepest is None
+
+
+def test_without_weights_for_the_crops_the_encoders_are_taken_and_named(published, capsys):
+    folder, write = published
+    write(f"{NAME}.pth", 0)
+    built = build_backbone(NAME, None, folder, with_deepest=True)
+    assert not built.is_stand_in and not built.has_published_crops and built.deepest_origin == ENCODER
+    assert torch.equal(first_layer(built.encoder), first_layer(built.deepest))
+    assert f"{CROPS}.pth is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, held", [
+    (f"{NAME}.pth", {"seed": 1}, CROPS), (f"{NAME}.pth", {"seed": 2}, "torchvision's IMAGENET1K_V1"),
+    (f"{NAME}.pth", {"seed": 3, "half": True}, "torchvision's IMAGENET1K_V1"), (f"{CROPS}.pth", {"seed": 0}, ENCODER),
+    (f"{CROPS}.pth", {"seed": 2}, "torchvision's IMAGENET1K_V1")])
+def test_recognised_weights_of_another_training_are_refused(published, name, content, held):
+    folder, write = published
+    write(f"{NAME}.pth", 0), write(f"{CROPS}.pth", 1)
+    write(name, **content)
+    with pytest.raises(UserError, match=f"{name} holds {held}.*its name stands for") as problem:
+        build_backbone(NAME, None, folder, with_deepest=True)
+    assert "\n" not in str(problem.value) and (folder / name).exists()
+
+
+def test_weights_of_unknown_origin_are_named_and_count_as_a_stand_in(published, capsys):
+    folder, write = published
+    write(f"{NAME}.pth", 5), write(f"{CROPS}.pth", 6)
+    built = build_backbone("auto", None, folder, with_deepest=True)
+    assert built.is_stand_in and not built.has_published_crops and "unknown origin" in built.deepest_origin
+    assert capsys.readouterr().out.count("holds weights of unknown origin") == 2
+    write(f"{CROPS}.pth", 5)
+    torch.save(torch.load(folder / f"{CROPS}.pth"), folder / f"{CROPS}.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="holds the encoder's weights"):
+        build_backbone(NAME, None, folder, with_deepest=True)
+
+
+def test_a_file_that_somebody_names_is_taken_but_named(published, capsys):
+    folder, _ = published
+    built = build_backbone(NAME, folder / "old", folder)
+    assert built.is_stand_in and "IMAGENET1K_V1" in capsys.readouterr().out
+
+
+def test_a_download_that_fails_leaves_auto_the_packaged_network(published, monkeypatch, capsys):
+    folder, _ = published
+    (folder / "encoder").write_bytes(b"another file")
+    assert build_backbone("auto", None, folder, download=True).name == PACKAGED
+    assert not (folder / f"{NAME}.pth").exists()

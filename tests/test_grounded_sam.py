@@ -97,17 +97,35 @@ def test_sam_hq_answers_points_boxes_and_automatically(sam):
     sam.look_at(picture())
     assert sam.background().shape == (256, 256) and sam.background().dtype == bool
     found = sam.inside(np.array([[0.0, 0, 128, 128], [64, 64, 200, 250]] * 9))
-    assert found.shape == (18, 256, 256) and found.dtype == bool  # more than one batch
+    assert len(found) == 18 and found.shape == (256, 256)  # more than one batch
     np.testing.assert_array_equal(found[0], found[2])
-    assert sam.inside(np.zeros((0, 4))).shape == (0, 256, 256)
+    assert len(sam.inside(np.zeros((0, 4)))) == 0
     everything = sam.everything(chosen())
-    assert everything.dtype == bool and everything.shape[1:] == (256, 256)
+    assert len(everything) and everything.shape == (256, 256)
 
 
 def test_automatic_masks_may_be_none_at_all(sam):
     # With crops: there the package alone fails where no crop shows a mask.
     sam.look_at(picture())
-    assert sam.everything(chosen(points_per_side=1, crop_n_layers=1, pred_iou_thresh=1)).shape == (0, 256, 256)
+    assert len(sam.everything(chosen(points_per_side=1, crop_n_layers=1, pred_iou_thresh=1))) == 0
+
+
+def test_small_regions_go_as_in_the_package(sam):
+    with grounded_sam.quietly():
+        from segment_anything_hq import SamAutomaticMaskGenerator
+        from segment_anything_hq.utils.amg import MaskData, batched_mask_to_box, mask_to_rle_pytorch
+    masks = torch.zeros(6, 60, 80, dtype=torch.bool)
+    masks[0, 5:40, 5:40] = masks[1, 5:40, 5:40] = masks[2, 5:41, 5:40] = masks[3, 20:55, 30:70] = masks[4, :9, 60:] = True
+    masks[1, 10, 10], masks[3, 0, 0], masks[4, 0, 0], masks[5, 0, :3] = False, True, True, True
+
+    def data():
+        return MaskData(rles=mask_to_rle_pytorch(masks), boxes=batched_mask_to_box(masks).numpy(), number=np.arange(6))
+
+    ours = grounded_sam._mask_generator().postprocess_small_regions(data(), 20, 0.7)
+    theirs = SamAutomaticMaskGenerator.postprocess_small_regions(data(), 20, 0.7)
+    assert ours["rles"] == theirs["rles"] and len(ours["rles"]) < 6
+    np.testing.assert_array_equal(ours["number"], theirs["number"])
+    np.testing.assert_array_equal(ours["boxes"], theirs["boxes"])
 
 
 def test_tiny_vit_uses_the_attention_biases_of_its_checkpoint(sam, weights):
@@ -125,15 +143,16 @@ def test_grounding_dino_finds_boxes_and_phrases(detector):
     assert boxes.shape == (0, 4) and phrases == []
 
 
-@pytest.mark.parametrize("phrase, background", [("zip - lock bag", True), ("a bag", False), ("", False), ("container", True)])
-def test_background_prompts_are_looked_for_in_phrases(phrase, background):
+@pytest.mark.parametrize("phrase, background", [("zip - lock bag", True), ("a bag", False), ("", False), ("container", False),
+                                                ("pin container pushpin", True)])
+def test_background_prompts_are_looked_for_in_phrases_with_their_spaces(phrase, background):
     assert grounded_sam.names_background(phrase, "Zip-lock bag. container .") == background
     assert not grounded_sam.names_background(phrase, None)
 
 
 def test_an_empty_detection_leaves_empty_grounding_masks(weights, detector):
     proposals = proposer(weights, box_threshold=1, no_sam=True).propose(picture())
-    assert proposals.masks is None and proposals.grounding.shape == (0, 256, 256)
+    assert proposals.masks is None and len(proposals.grounding) == 0
     assert not proposals.grounding_background.any()
     candidates, refined = pseudo_label.refine(proposals, chosen(no_sam=True))
     assert candidates is None and not refined.any()
@@ -141,9 +160,9 @@ def test_an_empty_detection_leaves_empty_grounding_masks(weights, detector):
 
 def test_masks_named_as_background_are_no_instances(weights, detector):
     proposals = proposer(weights, no_sam=True).propose(picture())
-    assert proposals.grounding.shape == (0, 256, 256)  # with a threshold of 0, every phrase holds every word
+    assert len(proposals.grounding) == 0  # with a threshold of 0, every phrase holds every word
     proposals = proposer(weights, no_sam=True, background_prompt=None).propose(picture())
-    assert proposals.grounding.shape == (6, 256, 256) and not proposals.grounding_background.any()
+    assert len(proposals.grounding) == 6 and not proposals.grounding_background.any()
 
 
 def proposer(weights, **changes):

@@ -190,8 +190,8 @@ def test_encoded_images_are_the_same_kept_or_not(monkeypatch, make_dataset, room
 def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, with_background):
     category = layouts.Category(make_dataset(train=4) / "discs")
     workspace = Workspace(tmp_path / "work")
-    labels = np.zeros((40, 50), np.uint8)
-    labels[10:20, 10:20], labels[30:, :] = 1, 2
+    labels = np.zeros((128, 128), np.uint8)
+    labels[30:60, 30:60], labels[90:, :] = 1, 2
     for path in category.train:
         folder = workspace.pseudo_labels("discs").image(path.stem)
         files.write_image(folder / "filtered_cluster_map.png", labels)
@@ -206,6 +206,23 @@ def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, wi
     assert ("2 of 2 trusted images have no background.jpg" in capsys.readouterr().out) != with_background
     expected = data.labels[0] == (2 if with_background else 0)
     assert (data.backgrounds[0] == expected).mean() > 0.95
+
+
+@pytest.mark.parametrize("sizes, sentence", [
+    ({"000": (128, 128), "002": (256, 256)}, "mixed sizes: .*000.* has the size of its image, but .*002.* is 256x256"),
+    ({"000": (128, 130)}, "000/filtered_cluster_map.png is 130x128, expected 128x128 or 256x256, the size of its image"),
+    ({"002/background.jpg": (256, 256)}, "002/background.jpg is 256x256, expected 128x128, the size of its image"),
+])
+def test_maps_of_another_size_than_the_image_get_a_sentence(make_dataset, tmp_path, sizes, sentence):
+    category = layouts.Category(make_dataset(train=4) / "discs")
+    workspace = Workspace(tmp_path / "work")
+    for path in category.train:
+        folder = workspace.pseudo_labels("discs").image(path.stem)
+        for file in ("filtered_cluster_map.png", "background.jpg"):
+            size = sizes.get(f"{path.stem}/{file}", sizes.get(path.stem, (128, 128)))
+            files.write_image(folder / file, np.ones(size, np.uint8))
+    with pytest.raises(UserError, match=sentence):
+        training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), np.array([0, 2]), 3)
 
 
 # Memory

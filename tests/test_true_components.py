@@ -26,7 +26,7 @@ SPECKS = 2
 class TrueComponents:
     """Proposes the true components of images it knows, as badly as a good proposer would."""
 
-    name, is_stand_in, checkpoints = "true", True, {}
+    name, is_stand_in, checkpoints, working_size = "true", True, {}, 256
 
     def __init__(self, paths, label_paths):
         self.labels = {images.read_rgb(path, 256).tobytes(): true_labels(label_path)
@@ -38,7 +38,7 @@ class TrueComponents:
     def propose(self, image):
         labels = self.labels[image.tobytes()]
         rng = np.random.default_rng(int(labels.sum()))
-        parts = list(masks.split_components(masks.label_masks(labels)) != 0)
+        parts = list(masks.split_components(masks.label_masks(labels)))
         if rng.random() < MERGED and len(parts) > 1:
             one, other = rng.choice(len(parts), 2, replace=False)
             parts[one] = parts[one] | parts[other]
@@ -52,7 +52,7 @@ class TrueComponents:
         parts = [ragged(part, rng) for part in parts]
         for x, y in rng.integers(10, 246, (SPECKS, 2)).tolist():
             parts.append(cv2.circle(np.zeros((256, 256), np.uint8), (x, y), 6, 1, -1) != 0)
-        return Proposals(np.array(parts), background=labels == 0)
+        return Proposals(masks.PackedMasks.pack(parts, labels.shape), background=labels == 0)
 
 
 def ragged(part, rng):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import cv2
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -13,6 +15,7 @@ from errors import UserError
 from training.segmentor_step import TrainingData
 
 MADE_BY = "pseudo_label.py"
+SQUEEZED = (images.SIZE, images.SIZE)  # size of maps by a proposer that does not see native pictures
 
 
 def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.ndarray, int]:
@@ -58,15 +61,18 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
                   classes: int) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
+    A map has the native size of its image, or 256x256; the maps of one category are all of the one kind or the other.
     Where background.jpg was left out, what has no label counts as background, and that is said.
 
     Raises:
-        UserError: a label map is missing, unreadable, or has a label that is no class.
+        UserError: a label map is missing, unreadable, of another size, or has a label that is no class.
     """
     side = train_images.shape[-1]
     labels = np.zeros((len(train_images), side, side), np.uint8)
     backgrounds = np.zeros(labels.shape, bool)
     without_background = 0
+    squeezed: Path | None = None
+    native: Path | None = None
     for index in tqdm(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
         folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
         path = files.require(folder / "filtered_cluster_map.png", MADE_BY)
@@ -74,11 +80,21 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
         if label_map.max() >= classes:
             raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
                             f"{classes - 1} components; run {MADE_BY} --overwrite")
-        labels[index] = _to_side(label_map, side)
+        own_size = images.displayed_size(category.train[index])[::-1]
+        require_size(path, label_map, own_size, SQUEEZED)
+        if own_size != SQUEEZED:
+            native, squeezed = (native, path) if label_map.shape == SQUEEZED else (path, squeezed)
+        if native and squeezed:
+            raise UserError(f"pseudo-labels of mixed sizes: {native} has the size of its image, but {squeezed} is "
+                            f"{SQUEEZED[1]}x{SQUEEZED[0]}; run {MADE_BY} --overwrite")
+        labels[index] = to_side(label_map, side)
         background = folder / "background.jpg"
         without_background += not background.exists()
-        backgrounds[index] = (_to_side(images.read_rgb(background)[..., 0], side) > 127 if background.exists()
-                              else labels[index] == 0)
+        backgrounds[index] = labels[index] == 0
+        if background.exists():
+            values = images.read_rgb(background)[..., 0]
+            require_size(background, values, label_map.shape)
+            backgrounds[index] = to_side(values, side) > 127
     if without_background:
         print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
               "pseudo-label leaves out is taken as background")
@@ -86,5 +102,18 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
     return TrainingData(train_images, labels, backgrounds, trusted, unlabelled if len(unlabelled) else trusted)
 
 
-def _to_side(picture: np.ndarray, side: int) -> np.ndarray:
-    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
+def require_size(path: Path, values: np.ndarray, *sizes: tuple[int, int]) -> None:
+    """Make sure that a map (H, W) about an image has one of the sizes (H, W) that it may have.
+
+    Raises:
+        UserError: it has not.
+    """
+    if values.shape not in sizes:
+        expected = " or ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
+        raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, expected {expected}, the size of its image; "
+                        f"run {MADE_BY} --overwrite")
+
+
+def to_side(picture: np.ndarray, side: int) -> np.ndarray:
+    """A map (H, W) uint8 of any size -> (side, side), by nearest neighbour as Pillow has it, as published."""
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST))

@@ -101,7 +101,7 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, with_deepest
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
         name = files.read_json(workspace.backbone, keys=("name",))["name"]
-    backbone = build_backbone(name, weights, workspace.downloads, with_deepest)
+    backbone = build_backbone(name, weights, workspace.downloads, with_deepest, getattr(args, "download", False))
     agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     if not getattr(args, "dry_run", False) and (not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed):
         files.write_json(workspace.backbone, agreed)
