@@ -69,9 +69,10 @@ def common_options(story: str) -> argparse.ArgumentParser:
 def training_options(story: str) -> argparse.ArgumentParser:
     """The options of the stages that train networks."""
     parser = common_options(story)
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"],
+    parser.add_argument("--precision", choices=["auto", "bf16", "tf32", "fp32"],
                         help="of training: bf16 convolutions where the hardware is made for them (auto, the default of all "
-                             "presets but paper), or plain fp32 without TF32 (the default of paper)")
+                             "presets but paper), plain fp32 without TF32 (the default of paper), or fp32 whose convolutions "
+                             "on CUDA may use TF32, as PyTorch has it by itself")
     return with_cluster(with_seeds(parser))
 
 

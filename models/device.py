@@ -62,14 +62,17 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn ``--precision`` into bf16 or fp32: auto takes bf16 where the device multiplies it faster than fp32.
+    """Turn ``--precision`` into bf16, tf32 or fp32: auto takes bf16 where the device multiplies it faster than fp32.
 
-    Weights, losses and optimizer stay fp32 either way; bf16 is what convolutions multiply in during training. Where it is
-    fp32, products on CUDA are plain fp32 from now on (`forbid_tf32`).
+    Weights, losses and optimizer stay fp32 in any case; bf16 or TF32 is what convolutions multiply in during training. Where
+    it is fp32, products on CUDA are plain fp32 from now on (`forbid_tf32`). Elsewhere TF32 is fp32.
 
     Raises:
         UserError: bf16 on a GPU that has none.
     """
+    if name == "tf32":
+        torch.backends.cudnn.allow_tf32 = True
+        return name if device.type == "cuda" else "fp32"
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if name == "bf16" and not has_bf16:
@@ -114,4 +117,5 @@ def describe_device(device: torch.device, precision: str) -> dict[str, str]:
     if device.type != "cuda":
         return {"device": device.type, "precision": precision}
     tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    return {"device": torch.cuda.get_device_name(device), "precision": f"{precision}, TF32 allowed" if tf32 else precision}
+    stored = "fp32" if precision == "tf32" else precision
+    return {"device": torch.cuda.get_device_name(device), "precision": f"{stored}, TF32 allowed" if tf32 else stored}

@@ -284,3 +284,6 @@ def test_what_ran_on_a_gpu_is_what_is_noted(monkeypatch):
     assert describe_device(cuda, "bf16") == {"device": "GPU", "precision": "bf16, TF32 allowed"}
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert describe_device(cuda, "fp32") == {"device": "GPU", "precision": "fp32"}
+    assert choose_precision("tf32", cuda) == "tf32"
+    assert describe_device(cuda, "tf32") == {"device": "GPU", "precision": "fp32, TF32 allowed"}
+    assert choose_precision("tf32", torch.device("cpu")) == "fp32"
