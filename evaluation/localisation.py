@@ -18,7 +18,7 @@ from sklearn.metrics import auc
 
 from data import files, images, layouts
 from errors import UserError
-from models.prediction import MAP_QUANTILES, MAP_SIZE
+from models.prediction import MAP_SIZE
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
@@ -107,7 +107,7 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 
 
 def read_maps(path: Path) -> dict[str, np.ndarray]:
-    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val").
+    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val"), scaled (models.prediction).
 
     Raises:
         UserError: the file is damaged, or holds something else.
@@ -120,27 +120,11 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def scaled_maps(branch: str, maps: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Maps of one branch (N, h, w) -> comparable with those of other branches, as in the exported model (models.prediction).
-
-    LGST's and the patch histogram's are scaled already; of any other branch the validation maps' quantiles 0.9 and 0.995 become
-    0 and 1.
-    """
-    if branch == "LGST":
-        return maps / 0.1
-    if branch == "patchhist":
-        return maps
-    if not validation.size:
-        return maps
-    start, end = np.quantile(validation, MAP_QUANTILES)
-    return (maps - start) / (end - start if end > start else 1)
-
-
 def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The largest of the branches' scaled maps at each place, by split; ``maps`` is by branch, then by split and "val"."""
-    scaled = [{split: scaled_maps(branch, values, of_branch.get("val", np.zeros(0))) for split, values in of_branch.items()}
-              for branch, of_branch in maps.items()]
-    return {split: np.max([one[split] for one in scaled], axis=0) for split in scaled[0] if all(split in one for one in scaled)}
+    """The largest of the branches' maps at each place, by split; ``maps`` is by branch, then by split."""
+    branches = list(maps.values())
+    return {split: np.max([one[split] for one in branches], axis=0) for split in branches[0]
+            if all(split in one for one in branches)}
 
 
 def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
