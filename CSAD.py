@@ -105,7 +105,8 @@ def train_category(job: Job) -> None:
     maps = {"val": model.anomaly_map(found).cpu().numpy()}
     for split, paths in layouts.test_splits(category).items():
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).cpu().numpy()
-    write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()}, maps)
+    write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()},
+                 {split: model.scaled(one) for split, one in maps.items()})
     progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
     record.finish()
 

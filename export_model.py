@@ -3,8 +3,10 @@
 ``--format torch`` puts the fused branches and their normalisations together into ckpt/pytorch_models/{category}.pth, a
 state dict with the published keys. ``--format onnx`` folds that model into ckpt/onnx_models/{category}.onnx, and
 ``--format openvino`` turns this into ckpt/openvino_models/{category}.xml and .bin; another ``--precision`` than fp32 is
-in the file's name. Then, and alone with ``--inference_only``, every test image is scored: scores, AUROCs, milliseconds
-and the largest difference from the torch fp32 model go to anomaly_score/, export_report.json and export_report.md.
+in the file's name. Before a new file takes the old one's place a process of its own opens it and scores the validation images:
+its threshold is from there, and scores that are not PyTorch's end the export (deploy.agreement). Then, and alone with
+``--inference_only``, every test image is scored: scores, AUROCs, milliseconds and the largest difference from the torch
+fp32 model go to anomaly_score/, export_report.json and export_report.md.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from cluster.jobs import Task
 from command_line import common_options, select, with_branches, with_cluster, with_seeds
 from data import files, images, layouts
 from data.workspace import FORMATS, PRECISIONS, Workspace
-from deploy import exporters, quantisation, thresholds
+from deploy import agreement, exporters, fresh_process, quantisation, thresholds
 from deploy.assembly import fused_state, require_up_to_date
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
 from evaluation import branch_choice, export_tables, seeds
 from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
-from models.fused import attach_metadata, metadata
+from models.fused import metadata
 from progress import ProgressBar
 from training.logical_synthesis import label_parts, synthesise
 from training.stage import job_name, run_jobs, view_of
@@ -117,8 +119,10 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
     path = workspace.exported_model(category.name, args.format, args.precision)
     if not args.inference_only:
         # Always from the newest artefacts: nothing to skip or resume here.
-        {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
-            category, workspace, path, args, chosen, device)
+        with exporters.replacing(path) as new:
+            reference = {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
+                category, workspace, new, args, chosen, device)
+            accept(new, reference, category, device)
         print(f"{category.name}: wrote {path}")
     files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
     engine = open_model(path, device)
@@ -132,7 +136,8 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
 
 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                 chosen: settings.Settings, device: str) -> None:
+                 chosen: settings.Settings, device: str) -> TorchEngine:
+    """Write the model; returns it in fp32, as all of these do."""
     view, fusion = view_of(category, chosen), chosen.fusion
     if branch_choice.on_offer(category.name, workspace, fusion):
         everything = with_optional_branches(category, workspace, fusion, view)
@@ -144,8 +149,8 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
             print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
                   + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
     state = fused_state(category, workspace, fusion, view, args.precision)
-    attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
+    return TorchEngine(state, "cpu", "fp32")
 
 
 def with_optional_branches(category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
@@ -184,16 +189,22 @@ def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen
         for _ in range(index, branch_choice.PLANTED, len(paths)):
             damaged = plant(image[0].transpose(1, 2, 0), found.label_map[0], rng).transpose(2, 0, 1)
             structural.append(engine.predict(damaged[None]).branch_scores)
-            logical.append(engine.predict(with_a_part_too_many(image[0], found.label_map[0], rng, chosen)[None]).branch_scores)
-    return branch_choice.aurocs(*map(np.concatenate, (good, structural, logical)), engine.branches, chosen.fusion)
+            planted = with_a_part_too_many(image[0], found.label_map[0], rng, chosen)
+            if planted is not None:
+                logical.append(engine.predict(planted[None]).branch_scores)
+    say_left_out(category, len(structural) - len(logical), len(structural))
+    none = np.zeros((0, len(engine.branches)))
+    return branch_choice.aurocs(*(np.concatenate([none, *some]) for some in (good, structural, logical)), engine.branches,
+                                chosen.fusion)
 
 
 def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                chosen: settings.Settings, device: str) -> None:
+                chosen: settings.Settings, device: str) -> TorchEngine:
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
     exporters.require_category(metadata(state), category.name, source)
     require_up_to_date(metadata(state), category.name, workspace, source, "torch")
+    reference = TorchEngine(state, "cpu", "fp32")
     if args.precision != "int8":
         content = exporters.onnx_model(state, category.name, args.precision, args.with_map, args.raw_input)
     else:
@@ -205,14 +216,14 @@ def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, ar
             quantised = exporters.with_metadata(exporters.int8_onnx(plain, calibration, kept), known | {"precision": "int8"})
             return quantised, OnnxEngine(quantised, device)
 
-        content, noted = choose_int8(build, category, TorchEngine(state, device), chosen, args.seed)
-        content = exporters.with_metadata(content, known | noted)
-    engine = OnnxEngine(content, device)
-    files.write_bytes(path, exporters.with_metadata(content, judged(engine.metadata, engine, category)))
+        content, noted = choose_int8(build, category, reference, chosen, args.seed)
+        content = exporters.with_metadata(content, known | noted | {"networks": exporters.networks_of(content)})
+    files.write_bytes(path, content)
+    return reference
 
 
 def export_openvino(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                    chosen: settings.Settings, device: str) -> None:
+                    chosen: settings.Settings, device: str) -> TorchEngine:
     source = files.require(workspace.exported_model(category.name, "onnx"), "export_model.py --format onnx")
     known = OnnxEngine(source.read_bytes(), device).metadata
     exporters.require_category(known, category.name, source)
@@ -220,6 +231,11 @@ def export_openvino(category: layouts.Category, workspace: Workspace, path: Path
     for option in ("with_map", "raw_input"):
         if getattr(args, option) and not known[option]:
             raise UserError(f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first")
+    torch_model = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
+    reference = TorchEngine(files.read_state(torch_model), "cpu", "fp32")
+    if reference.metadata.get("weights") != known.get("weights"):
+        raise UserError(f"{source} was not made from {torch_model}; run export_model.py --format onnx first")
+    known.pop("networks", None)  # the ONNX model's; OpenVINO itself says in which precision each layer runs
     model = exporters.openvino_model(source.read_bytes(), args.precision)
     noted: dict[str, Any] = {"precision": args.precision}
     if args.precision == "int8":
@@ -230,21 +246,28 @@ def export_openvino(category: layouts.Category, workspace: Workspace, path: Path
             exporters.note_metadata(quantised, known | {"precision": "int8"})
             return quantised, OpenVinoEngine(quantised)
 
-        torch_model = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
-        model, noted = choose_int8(build, category, open_model(torch_model, device), chosen, args.seed)
-    exporters.note_metadata(model, known | noted)
-    exporters.write_openvino(model, path, judged(known | noted, OpenVinoEngine(model), category))
+        model, noted = choose_int8(build, category, reference, chosen, args.seed)
+    exporters.write_openvino(model, path, known | noted)
+    return reference
 
 
-def judged(known: dict[str, Any], engine: Engine, category: layouts.Category) -> dict[str, Any]:
-    """Metadata with the threshold that follows from the model's own scores of the validation images.
+def accept(path: Path, reference: TorchEngine, category: layouts.Category, device: str) -> None:
+    """Compare a written export with PyTorch on validation images, and note in it the threshold that follows from its own scores.
 
-    A published file without settings of ours keeps what it has: nobody knows its validation images.
+    Raises:
+        UserError: it gives other scores than PyTorch, or some that are not finite.
     """
     paths = category.validation
-    scores = [engine.score(images.read_views([path], engine.size, "", known.get("white_level")))
-              for path in ProgressBar(paths, desc=f"{category.name}: score validation images", unit="image", leave=False)]
-    return thresholds.with_validation_scores(known, np.concatenate(scores), category.name)
+    compared = agreement.spread_evenly(len(paths))
+    found = fresh_process.score(path, paths, compared, device, f"{category.name}: score validation images")
+    known = {"networks": found.networks} | found.metadata
+    # First, as it is the stages that are to be trained again where PyTorch's scores are not finite, either.
+    known = thresholds.with_validation_scores(known, found.scores, category.name)
+    exactly = known.get("precision", "fp32") == "fp32" and found.device.startswith("cpu")
+    if problem := agreement.disagreement(reference, [paths[index] for index in compared], found, exactly):
+        raise UserError(f"{category.name}: the new {path.name} does not give PyTorch's scores of {len(compared)} validation "
+                        f"images, so it is not kept and an earlier one stays as it is: {problem}")
+    thresholds.write_metadata(path, known)
 
 
 def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.ndarray:
@@ -259,10 +282,11 @@ def choose_int8(build, category: layouts.Category, fp32: Engine, chosen: setting
                 seed: int) -> tuple[Any, dict[str, Any]]:
     """Quantise as much as agrees with fp32; returns the model and what its metadata should say."""
     check = make_check(category, fp32, chosen, seed)
-    model, kept, agreement = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
-    if not agreement.suffices:
-        print(f"{category.name}: int8 changes the scores more than it should ({agreement}); judge it by the table below")
-    return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": agreement._asdict()}
+    model, kept, moved = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
+    if not moved.suffices:
+        raise UserError(f"{category.name}: int8 changes the scores more than it should ({moved}), so the model is not exported "
+                        "and an earlier one stays as it is; take another --precision")
+    return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": moved._asdict()}
 
 
 def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int) -> quantisation.Check:
@@ -270,25 +294,39 @@ def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Settin
     good = images.read_views(category.validation, fp32.size, f"{category.name}: read validation images",
                              fp32.metadata.get("white_level"))
     rng = np.random.default_rng(seed)
-    made, scores = np.empty_like(good), []
-    for index, image in enumerate(good):
+    made, scores = [], []
+    for image in good:
         found = fp32.predict(image[None])
         scores.append(found.score)
-        made[index] = with_a_part_too_many(image, found.label_map[0], rng, chosen)
+        planted = with_a_part_too_many(image, found.label_map[0], rng, chosen)
+        if planted is not None:
+            made.append(planted)
+    say_left_out(category, len(good) - len(made), len(good))
     scores += [fp32.score(image[None]) for image in made]
-    return quantisation.Check(np.concatenate([good, made]), np.concatenate(scores), np.arange(2 * len(good)) < len(good))
+    pictures = np.concatenate([good, *(image[None] for image in made)])
+    return quantisation.Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
 
 
 def with_a_part_too_many(image: np.ndarray, label_map: np.ndarray, rng: np.random.Generator, chosen: settings.Settings
-                         ) -> np.ndarray:
-    """A logical anomaly made from a good image (3, S, S) by logical synthesis, or two; the label map is (256, 256)."""
+                         ) -> np.ndarray | None:
+    """A logical anomaly made from a good image (3, S, S) by logical synthesis, or two; None where nothing could be pasted.
+
+    Args:
+        label_map: of the image, (256, 256).
+    """
     factor = image.shape[-1] // images.SIZE
     label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
     # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
     anywhere = np.zeros(label_map.shape, dtype=bool)
     synthesis = synthesise(image.transpose(1, 2, 0), label_map, label_parts(label_map), anywhere, rng,
                            chosen.segmentor.paste_distance)
-    return synthesis.image.transpose(2, 0, 1)
+    return synthesis.image.transpose(2, 0, 1) if synthesis.pasted else None
+
+
+def say_left_out(category: layouts.Category, count: int, of: int) -> None:
+    if count:
+        print(f"{category.name}: in {count} of {of} pictures no component could be pasted elsewhere; they are left out "
+              "of the made anomalies")
 
 
 def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace) -> dict:
@@ -316,8 +354,8 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
     logical, structural = (auroc(good, np.array(scores[split])) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
     target = workspace.evaluation(category.name, args.format, args.precision)
     report = {"category": category.name, "format": args.format, "precision": args.precision, "runtime": engine.runtime,
-              "ran_in": engine.precision, "branches": engine.branches, "auroc_logical": logical, "auroc_structural": structural,
-              "auroc_mean": mean_known([logical, structural]),
+              "ran_in": engine.precision, "networks": engine.networks, "branches": engine.branches,
+              "auroc_logical": logical, "auroc_structural": structural, "auroc_mean": mean_known([logical, structural]),
               "ms_per_image": _median_ms(seconds), "preprocessing_ms": _median_ms(preparing),
               "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
               "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),

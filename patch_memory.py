@@ -60,8 +60,9 @@ def fit_category(job: Job) -> None:
     maps = {"val": found}
     for split, paths in layouts.test_splits(category).items():
         maps[split] = anomaly_maps(memory, job, paths, f"test images, {split}")
+    memory.cpu()  # where the maps are
     write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
-                 {split: memory.shown(one).numpy() for split, one in maps.items()})
+                 {split: memory.scaled(one).numpy() for split, one in maps.items()})
     record.finish()
 
 

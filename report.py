@@ -26,7 +26,7 @@ from deploy import pictures
 from deploy.assembly import sources, versions
 from errors import UserError, run_script
 from evaluation.deviations import deviations
-from evaluation.localisation import read_maps, scaled_maps
+from evaluation.localisation import read_maps
 from evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
@@ -160,9 +160,7 @@ def test_images(one: Measured) -> list[TestImage]:
     for branch in one.fused:
         path = one.workspace.anomaly_maps(one.category.name, branch)
         if path.exists():
-            loaded = read_maps(path)
-            validation = loaded.get("val", np.zeros(0))
-            maps[branch] = {split: scaled_maps(branch, values, validation) for split, values in loaded.items()}
+            maps[branch] = read_maps(path)
     shares, found = one.shares(), []
     for split in layouts.SPLITS:
         paths = one.category.test(split)

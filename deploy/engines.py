@@ -28,6 +28,10 @@ from errors import UserError
 from models.prediction import Prediction
 
 Result = TypeVar("Result")
+# How the names of each network's nodes begin in exported graphs.
+NODES = {"encoder": ("/encoder/",), "segmentor": ("/segmentor/",), "LGST teacher": ("/lgst/teacher/",),
+         "LGST student": ("/lgst/student/", "/lgst/local_st/"), "LGST autoencoder": ("/lgst/autoencoder/",),
+         "memory": ("/memory/", "/Conv")}
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
 PAPER_BRANCHES = ["patchhist", "LGST"]  # of published files, which do not say
 ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))  # onnxruntime's
@@ -39,13 +43,16 @@ class Engine(ABC):
 
     Attributes:
         runtime: torch, onnxruntime or openvino.
-        precision: in which the networks really run; sensitive parts (label map, distances, score) run in fp32 always.
+        networks: in which precision each network of `NODES` really runs, by its name; empty where the file does not say.
+            Label map, histograms and score are fp32 always, the memory's distances everywhere but in OpenVINO's bf16.
+        precision: the same in a few words.
         device: where it really runs.
         metadata: what the file says about itself (see `deploy.assembly.fused_state`); empty for published files.
     """
 
     runtime: str
     precision: str
+    networks: dict[str, str]
     device: str
     metadata: dict[str, Any]
 
@@ -99,6 +106,14 @@ class Engine(ABC):
         return np.ascontiguousarray(as_input(images, self.metadata))
 
 
+def in_words(networks: dict[str, str]) -> str:
+    """In which precision networks run, by their names: one word where it is the same of all, else which run in which."""
+    kinds = dict.fromkeys(networks.values())
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{kind}: {', '.join(name for name, ran in networks.items() if ran == kind)}" for kind in kinds)
+
+
 def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
     """uint8 RGB (B, 3, size, size) as a model's graph takes it: as it is, or float32 and ImageNet-normalised."""
     if metadata.get("raw_input", False):
@@ -113,6 +128,7 @@ class TorchEngine(Engine):
     Args:
         state: what `files.read_state` gives.
         device: a name of PyTorch's.
+        precision: of the networks; None: what the file asks for.
 
     Raises:
         UserError: it is no CSAD model.
@@ -120,7 +136,7 @@ class TorchEngine(Engine):
 
     runtime = "torch"
 
-    def __init__(self, state: dict, device: str):
+    def __init__(self, state: dict, device: str, precision: str | None = None):
         torch = require_package("torch")
         from deploy.folded import FoldedModel
         from models.device import keep_freed_memory
@@ -128,11 +144,14 @@ class TorchEngine(Engine):
 
         self.metadata = metadata(state)
         self.torch, self.device = torch, device
-        asked = self.metadata.get("precision", "fp32")
+        asked = precision or self.metadata.get("precision", "fp32")
         # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
-        self.precision = "fp32" if asked == "fp16" and device.startswith("cpu") else asked
+        ran = "fp32" if asked == "fp16" and device.startswith("cpu") else asked
         model = FoldedModel(from_state(state), with_map=True, raw_input=self.metadata.get("raw_input", False),
-                            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision])
+                            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[ran])
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        self.networks = {name: names[dtype] for name, dtype in model.dtypes().items()}
+        self.precision = in_words(self.networks)
         self.model = model.to(device, memory_format=torch.channels_last)
         if device.startswith("cpu"):
             keep_freed_memory()
@@ -143,6 +162,13 @@ class TorchEngine(Engine):
             found = self.model(batch)
             return tuple(values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
                          for values in (found if maps else found[:1]))
+
+
+    def arrangement_scores(self, label_map: np.ndarray) -> np.ndarray:
+        """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
+        with self.torch.inference_mode():
+            score, _ = self.model.arrangement(self.torch.from_numpy(label_map).long().to(self.device))
+            return self.model.normalised("patchhist", score).cpu().numpy()
 
 
 class OnnxEngine(Engine):
@@ -178,9 +204,10 @@ class OnnxEngine(Engine):
                             "export_model.py --format onnx") from problem
         self.metadata = _decoded(self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), "ONNX")
         self.device = self.session.get_providers()[0].removesuffix("ExecutionProvider").lower()
-        self.precision = self.metadata.get("precision", "fp32")
-        if self.precision == "fp16" and self.device == "cpu":
-            self.precision = "fp32 (weights in fp16)"  # its CPU kernels cast
+        cast = {"fp16": "fp32 (weights in fp16)"} if self.device == "cpu" else {}  # by its CPU kernels
+        self.networks = {name: cast.get(kind, kind) for name, kind in self.metadata.get("networks", {}).items()}
+        asked = self.metadata.get("precision", "fp32")
+        self.precision = in_words(self.networks) if self.networks else cast.get(asked, asked)
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
         return tuple(self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images}))
@@ -212,14 +239,10 @@ class OpenVinoEngine(Engine):
             has = ", ".join(in_openvino_thread(lambda: openvino.Core().available_devices))
             raise UserError(f"OpenVINO cannot run this model on {device} ({_first_line(problem)}); it has {has}") from problem
         self.device = ", ".join(self.compiled.get_property("EXECUTION_DEVICES")).lower()
-        supported = self.compiled.get_property("SUPPORTED_PROPERTIES")
-        real = (self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-                if "INFERENCE_PRECISION_HINT" in supported else "its own precision")
-        real = {"f32": "fp32", "f16": "fp16"}.get(real, real)
-        if wanted == "int8":
-            self.precision = f"int8, the rest in {real}"
-        else:
-            self.precision = real if real == wanted else f"{real} (weights in {wanted})"
+        self.networks = _precisions(self.compiled)
+        self.precision = in_words(self.networks) if self.networks else f"its own precision (weights in {wanted})"
+        if wanted == "fp16" and self.precision == "fp32":
+            self.precision = "fp32 (weights in fp16)"
         self.request = self.compiled.create_infer_request()
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
@@ -274,6 +297,25 @@ def _compile(openvino: ModuleType, model: Any, wanted: str, device: str) -> Any:
     if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         hint = openvino.Type.bf16  # for what is not int8; `deploy.quantisation` checks the scores with it
     return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"} | threads)
+
+
+def _precisions(compiled: Any) -> dict[str, str]:
+    """In which precision the networks' layers of a compiled OpenVINO model run; nothing of a device that does not say."""
+    names = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
+    found: dict[str, set[str]] = {}
+    try:
+        layers = compiled.get_runtime_model().get_ordered_ops()
+    except RuntimeError:
+        return {}
+    for layer in layers:
+        told = {key: layer.rt_info[key].astype(str) for key in ("layerType", "originalLayersNames", "runtimePrecision")
+                if key in layer.rt_info}
+        if len(told) < 3 or told["layerType"] not in ("Convolution", "Deconvolution"):
+            continue
+        network = next((name for name, starts in NODES.items() if told["originalLayersNames"].startswith(starts)), None)
+        if network is not None:
+            found.setdefault(network, set()).add(names.get(told["runtimePrecision"], told["runtimePrecision"]))
+    return {name: "/".join(sorted(found[name])) for name in NODES if name in found}
 
 
 def read_openvino(path: Path) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from data import files, records
 from data.images import IMAGENET_MEAN, IMAGENET_STD
-from deploy.engines import METADATA_KEY, in_openvino_thread, read_openvino, require_package
+from deploy.engines import METADATA_KEY, NODES, in_openvino_thread, read_openvino, require_package
 from deploy.folded import SCORE_ONLY, FoldedModel
 from errors import UserError
 from models.fused import from_state, metadata
@@ -42,7 +43,24 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
              "branches": fused.branches, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
     content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)
-    return half_networks(content) if precision == "fp16" else content
+    content = half_networks(content) if precision == "fp16" else content
+    return with_metadata(content, known | {"networks": networks_of(content)})
+
+
+def networks_of(content: bytes) -> dict[str, str]:
+    """The precision of each network's layers in an ONNX model, all of them where they differ (int8/fp32)."""
+    onnx = require_package("onnx")
+    graph = onnx.load_from_string(content).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    halves = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
+    found: dict[str, set[str]] = {}
+    for node in graph.node:
+        network = next((name for name, starts in NODES.items() if node.name.startswith(starts)), None)
+        if network is None or node.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        quantised = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
+        found.setdefault(network, set()).add("int8" if quantised else "fp16" if halves.intersection(node.input) else "fp32")
+    return {name: "/".join(sorted(found[name])) for name in NODES if name in found}
 
 
 def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, ...]) -> bytes:
@@ -59,6 +77,7 @@ def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, .
                           output_names=list(outputs), dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)})
     model = onnx.load_from_string(buffer.getvalue())
     _own_weights(model.graph)
+    _own_padding(model)
     content = with_metadata(model.SerializeToString(), known)
     onnx.checker.check_model(content, full_check=True)
     return content
@@ -85,6 +104,61 @@ def _own_weights(graph: Any) -> None:
             copy(weights[node.input[2]], name)
             node.input[2] = name
         used.add(node.input[2])
+
+
+def _own_padding(model: Any) -> None:
+    """Let every convolution pad with zeros by itself, instead of a node before it.
+
+    OpenVINO would do so as well, but not always rightly: it gave a 9x1 convolution a padding of 4 on both axes, and on
+    processors without AVX-512 read memory that was never written.
+    """
+    graph = model.graph
+    by_output = {name: node for node in graph.node for name in node.output}
+    for conv in [node for node in graph.node if node.op_type == "Conv"]:
+        pad = by_output.get(conv.input[0])
+        padding = None if pad is None or pad.op_type != "Pad" else _zeros_around(model, pad)
+        if padding is None:
+            continue
+        attributes = {attribute.name: attribute for attribute in conv.attribute}
+        attributes["pads"].ints[:] = [own + more for own, more in zip(attributes["pads"].ints, padding)]
+        conv.input[0] = pad.input[0]
+    _remove_unused(graph)
+
+
+def _zeros_around(model: Any, pad: Any) -> list[int] | None:
+    """By how much a Pad node adds zeros to the height and width of (B, C, H, W): top, left, bottom, right; None: otherwise."""
+    onnx = require_package("onnx")
+    if next((onnx.helper.get_attribute_value(one) for one in pad.attribute if one.name == "mode"), b"constant") != b"constant":
+        return None
+    amounts, *value = [_constant(model, name) for name in pad.input[1:3] if name]
+    if amounts is None or len(amounts) != 8 or amounts.min() < 0 or any(amounts[[0, 1, 4, 5]]):
+        return None
+    return None if value and (value[0] is None or value[0] != 0) else amounts[[2, 3, 6, 7]].tolist()
+
+
+def _constant(model: Any, name: str) -> np.ndarray | None:
+    """The value of a name in a graph, where it depends on no image."""
+    onnx, reference = require_package("onnx"), require_package("onnx.reference")
+    needed, nodes = {name}, []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.insert(0, node)
+    if needed.intersection(given.name for given in model.graph.input):
+        return None
+    graph = onnx.helper.make_graph(nodes, "constant", [], [onnx.helper.make_empty_tensor_value_info(name)],
+                                   [weight for weight in model.graph.initializer if weight.name in needed])
+    evaluator = reference.ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import))
+    return evaluator.run(None, {})[0]
+
+
+def _remove_unused(graph: Any) -> None:
+    needed = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+        else:
+            graph.node.remove(node)
 
 
 def half_networks(content: bytes) -> bytes:
@@ -134,16 +208,28 @@ def write_openvino(model: Any, path: Path, known: dict[str, Any]) -> None:
     """Write an `openvino.Model` as .xml and .bin."""
     openvino = require_package("openvino")
     note_metadata(model, known)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as new:
         written = Path(folder) / path.name
         # Not OpenVINO's own fp16: that one would also round the inverse covariances, and the distances with them.
         openvino.save_model(model, written, compress_to_fp16=False)
-        staged = {suffix: path.with_name(f".{path.stem}.new{suffix}") for suffix in (".bin", ".xml")}
-        for suffix, new in staged.items():  # a full disk leaves the old files as they were
-            files.write_bytes(new, written.with_suffix(suffix).read_bytes())
-    path.unlink(missing_ok=True)  # an old .xml would open with the new .bin and give wrong scores
-    for suffix, new in staged.items():  # the .xml last: it is what people open
-        new.replace(path.with_suffix(suffix))
+        for suffix in (".bin", ".xml"):
+            files.write_bytes(new.with_suffix(suffix), written.with_suffix(suffix).read_bytes())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a new export; it takes the old one's place at the end, and none where an exception ends it."""
+    folder = path.with_name(f".{path.name}.new")  # always the same: what a killed run left is removed
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder / path.name
+        if path.suffix == ".xml":
+            path.unlink(missing_ok=True)  # an old .xml would open with the new .bin and give wrong scores
+        for new in sorted(folder.iterdir(), key=lambda one: one.suffix == path.suffix):  # the .xml last: it is what people open
+            new.replace(path.with_name(new.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],

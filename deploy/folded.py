@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data.images import SIZE
+from deploy.engines import NODES
 from models.backbone import Encoder, resize, to_grids
 from models.fused import STATISTICS, FusedModel, to_rgb
 from models.lgst import LGST, Student
@@ -145,6 +146,15 @@ class FoldedModel(FusedModel):
         rgb = images.float() if self.raw_input else to_rgb(images, self.image_mean, self.image_std, self.size)
         found = self.analyse(rgb)
         return found if self.with_map else found.score
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """In which type each network runs, by its name in `deploy.engines.NODES`."""
+        parts = {"encoder": self.encoder.network, "segmentor": self.segmentor and self.segmentor.network, "memory": self.memory}
+        if self.lgst is not None:
+            student = self.lgst.local_st if self.lgst.on_features else self.lgst.student
+            parts |= {"LGST teacher": self.lgst.teacher, "LGST student": student, "LGST autoencoder": self.lgst.autoencoder}
+        return {name: next(tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point())
+                for name in NODES if (part := parts.get(name)) is not None}
 
 
 class _Tracer(fx.Tracer):

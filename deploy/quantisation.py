@@ -33,7 +33,7 @@ NEAR = 0.25  # of the images: those whose scores are nearest to the threshold, w
 
 @dataclass(frozen=True)
 class Check:
-    """Scores that a quantised model has to reproduce.
+    """Scores, all finite, that a quantised model has to reproduce.
 
     Attributes:
         images: (N, 3, size, size) uint8.
@@ -47,9 +47,9 @@ class Check:
 
     def agreement(self, engine: Engine) -> Agreement:
         found = np.concatenate([engine.score(image[None]) for image in self.images])
-        points = abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
         if not np.isfinite(found).all():
             return Agreement(float("inf"), float("inf"))
+        points = 0.0 if self.good.all() else abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
         threshold = choose_threshold(self.scores[self.good]).value
         near = np.argsort(np.abs(self.scores - threshold))[:max(round(NEAR * len(self.scores)), 1)]
         share = float(np.abs(found - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
@@ -57,7 +57,7 @@ class Check:
 
 
 class Agreement(NamedTuple):
-    """How far the scores of a quantised model are from those of fp32."""
+    """How far the scores of a quantised model are from those of fp32; infinitely where one is not finite."""
 
     points: float  # of AUROC
     share: float  # mean difference of the scores near the threshold, in standard deviations of the good images' scores

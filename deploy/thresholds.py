@@ -44,7 +44,7 @@ def with_validation_scores(known: dict[str, Any], scores: np.ndarray, category: 
     """
     if not np.isfinite(scores).all():
         raise UserError(f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
-                        "train the stages again")
+                        "train the stages again, or take another format or precision")
     return _with_threshold(known | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category)
 
 
@@ -61,7 +61,7 @@ def change(paths: Sequence[Path], value: float | None, rate: float | None) -> It
     engines = [(path, open_model(path, "cpu")) for path in paths]
     changed = [(path, _with_threshold(engine.metadata, value, rate, str(path))) for path, engine in engines]
     for path, known in changed:
-        _write_metadata(path, known)
+        write_metadata(path, known)
         write_beside(path, known)
         yield path, known
 
@@ -97,7 +97,8 @@ def _promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
         raise UserError(f"{model}: {problem}; export it again") from problem
 
 
-def _write_metadata(path: Path, known: dict[str, Any]) -> None:
+def write_metadata(path: Path, known: dict[str, Any]) -> None:
+    """Change what an exported file says about itself, and nothing else in it."""
     if path.suffix == ".pth":
         from models.fused import attach_metadata
         state = files.read_state(path)

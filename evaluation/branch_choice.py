@@ -35,12 +35,13 @@ def aurocs(good: np.ndarray, structural: np.ndarray, logical: np.ndarray, branch
         branches: their names.
 
     Returns:
-        The means of structural and logical anomalies.
+        The means of structural and logical anomalies, of those there are; NaN, with which none is fused, where a score is not
+        finite.
     """
     def of(some: list[str]) -> float:
         columns = [branches.index(branch) for branch in some]
         sums = [part[:, columns].sum(1) for part in (good, structural, logical)]
-        return (auroc(sums[0], sums[1]) + auroc(sums[0], sums[2])) / 2
+        return float(np.mean([auroc(sums[0], kind) for kind in sums[1:] if len(kind)] or [np.nan]))
 
     sums = [chosen.branches, *([*chosen.branches, branch] for branch in branches if branch not in chosen.branches)]
     return {_name(some): of(some) for some in sums}

@@ -48,8 +48,9 @@ def table_of(reports: list[dict], short: bool = False) -> str:
             text.append(f"\n{' '.join(kind)}: averages of what was measured{told}")
     for one in [] if short else reports:
         if one["precision"] == "int8":
-            text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map, distances and "
-                        f"score: {', '.join(one['kept_in_higher_precision']) or 'nothing'}")
+            higher = [f"{name} ({kind})" for name, kind in one["networks"].items() if kind != "int8"]
+            text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map and score: "
+                        f"{', '.join(higher) or 'nothing'}")
     stand_ins = sorted({name for one in reports for name in one["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")

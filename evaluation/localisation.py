@@ -16,11 +16,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from sklearn.metrics import auc
-from tqdm import tqdm
 
 from data import files, images, layouts
 from errors import UserError
-from models.prediction import MAP_QUANTILES, MAP_SIZE
+from models.prediction import MAP_SIZE
+from progress import ProgressBar
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
@@ -111,7 +111,7 @@ def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
 
 
 def read_maps(path: Path) -> dict[str, np.ndarray]:
-    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val").
+    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val"), scaled (models.prediction).
 
     Raises:
         UserError: the file is damaged, or holds something else.
@@ -124,27 +124,11 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def scaled_maps(branch: str, maps: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Maps of one branch (N, h, w) -> comparable with those of other branches, as in the exported model (models.prediction).
-
-    LGST's and the patch histogram's are scaled already; of any other branch the validation maps' quantiles 0.9 and 0.995 become
-    0 and 1.
-    """
-    if branch == "LGST":
-        return maps / 0.1
-    if branch == "patchhist":
-        return maps
-    if not validation.size:
-        return maps
-    start, end = np.quantile(validation, MAP_QUANTILES)
-    return (maps - start) / (end - start if end > start else 1)
-
-
 def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The largest of the branches' scaled maps at each place, by split; ``maps`` is by branch, then by split and "val"."""
-    scaled = [{split: scaled_maps(branch, values, of_branch.get("val", np.zeros(0))) for split, values in of_branch.items()}
-              for branch, of_branch in maps.items()]
-    return {split: np.max([one[split] for one in scaled], axis=0) for split in scaled[0] if all(split in one for one in scaled)}
+    """The largest of the branches' maps at each place, by split; ``maps`` is by branch, then by split."""
+    branches = list(maps.values())
+    return {split: np.max([one[split] for one in branches], axis=0) for split in branches[0]
+            if all(split in one for one in branches)}
 
 
 def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
@@ -258,7 +242,7 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
 def _say_lossy(category: layouts.Category, mask: Path) -> None:
     if category.root not in _said_lossy:
         _said_lossy.add(category.root)
-        tqdm.write(f"{category.name}: masks in a lossy format ({mask} is the first): what is brighter than half "
+        ProgressBar.write(f"{category.name}: masks in a lossy format ({mask} is the first): what is brighter than half "
                    "of the brightest pixel counts as defect; masks stored as PNG are exact", file=sys.stderr)
 
 

@@ -1,4 +1,7 @@
-"""Image-level metrics, in percent; scores of good and of anomalous images, (n,) and (m,), higher = more anomalous."""
+"""Image-level metrics, in percent; scores of good and of anomalous images, (n,) and (m,), higher = more anomalous.
+
+All of them are NaN where one side is empty or a score is not finite: no order is known, so nothing is better than anything.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 
 def auroc(good: np.ndarray, anomalous: np.ndarray) -> float:
-    """Area under the ROC curve; NaN where one side is empty."""
+    """Area under the ROC curve."""
     return _percent(roc_auc_score, good, anomalous)
 
 
 def average_precision(good: np.ndarray, anomalous: np.ndarray) -> float:
-    """Mean precision over the recall steps; NaN where one side is empty."""
+    """Mean precision over the recall steps."""
     return _percent(average_precision_score, good, anomalous)
 
 
 def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
-    """F1 at the best of all thresholds; NaN where one side is empty."""
+    """F1 at the best of all thresholds."""
     def best(labels: np.ndarray, scores: np.ndarray) -> float:
         precision, recall, _ = precision_recall_curve(labels, scores)
         return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
@@ -45,7 +48,8 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def _percent(metric, good: np.ndarray, anomalous: np.ndarray) -> float:
-    if not len(good) or not len(anomalous):
+    scores = np.r_[good, anomalous]
+    if not len(good) or not len(anomalous) or not np.isfinite(scores).all():
         return float("nan")
     labels = np.r_[np.zeros(len(good)), np.ones(len(anomalous))]
-    return 100 * float(metric(labels, np.r_[good, anomalous]))
+    return 100 * float(metric(labels, scores))

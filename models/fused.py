@@ -81,11 +81,9 @@ class FusedModel(nn.Module):
         scores, branch_maps = [], []
         if self.patch_hist_detector is not None:
             label_map = self.segmentor(maps).argmax(1)
-            scores.append(self.patch_hist_detector(label_map))
-            branch_maps.append(torch.zeros_like(small[:, 0, :MAP_SIZE, :MAP_SIZE]))
-            if self.evidence is not None:
-                branch_maps[0] = self.evidence(label_map)
-                scores[0] = scores[0] + self.evidence.score(branch_maps[0])
+            score, evidence = self.arrangement(label_map)
+            scores.append(score)
+            branch_maps.append(evidence)
         else:
             label_map = torch.zeros_like(small[:, 0]).long()
         if self.lgst is not None:
@@ -97,12 +95,22 @@ class FusedModel(nn.Module):
                 self.memory.image_distances(self.encoder, rgb))
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
-        branch_scores = torch.stack([(score - getattr(self, f"{STATISTICS[branch]}_mean"))
-                                     / getattr(self, f"{STATISTICS[branch]}_std")
-                                     for branch, score in zip(self.branches, scores)], 1)
-        branch_scores = F.softplus(branch_scores) if self.rule == "softplus" else branch_scores
+        branch_scores = torch.stack([self.normalised(*each) for each in zip(self.branches, scores)], 1)
         branch_maps = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
+
+    def arrangement(self, label_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Label maps (B, 256, 256) -> the patch histogram's score (B,), not normalised, and its map (B, 64, 64)."""
+        score = self.patch_hist_detector(label_map)
+        if self.evidence is None:
+            return score, torch.zeros_like(label_map[:, :MAP_SIZE, :MAP_SIZE], dtype=torch.float32)
+        evidence = self.evidence(label_map)
+        return score + self.evidence.score(evidence), evidence
+
+    def normalised(self, branch: str, score: Tensor) -> Tensor:
+        """A branch's scores (B,) -> what it adds to the fused ones, (B,)."""
+        mean, std = (getattr(self, f"{STATISTICS[branch]}_{end}") for end in ("mean", "std"))
+        return F.softplus((score - mean) / std) if self.rule == "softplus" else (score - mean) / std
 
 
 def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:

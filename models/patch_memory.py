@@ -39,7 +39,7 @@ class PatchMemory(nn.Module):
         mean, std (1, C, 1, 1): of each channel over the training images.
         rows (M, C): remembered patches, with mean and std taken off.
         usual (1, h, w): what is taken off the distances at each place.
-        q_start, q_end: quantiles of the validation maps.
+        q_start, q_end: quantiles of the validation maps as they are shown.
     """
 
     def __init__(self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"):
@@ -86,9 +86,9 @@ class PatchMemory(nn.Module):
 
     def scaled(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64), comparable between images and branches."""
-        return self.shown((anomaly_map - self.q_start) / (self.q_end - self.q_start))
+        return (self._shown(anomaly_map) - self.q_start) / (self.q_end - self.q_start)
 
-    def shown(self, anomaly_map: Tensor) -> Tensor:
+    def _shown(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64); of tiled images the largest of each block, so that what is small stays to be seen."""
         found = anomaly_map[:, None]
         if self.tiles > 1:
@@ -107,7 +107,7 @@ class PatchMemory(nn.Module):
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
-        ordered = validation.flatten().sort().values
+        ordered = self._shown(validation).flatten().sort().values
         start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in MAP_QUANTILES)
         self.q_start.copy_(start)
         self.q_end.copy_(end if end > start else start + 1)
@@ -152,8 +152,15 @@ def smooth(maps: Tensor, sigma: float, border: str = "replicate") -> Tensor:
     radius = int(4 * sigma + 0.5)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=maps.device) / sigma) ** 2)
     line = line / line.sum()
-    padded = F.pad(maps[:, None], (radius,) * 4, mode="constant" if border == "zeros" else border)
-    return F.conv2d(F.conv2d(padded, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))[:, 0]
+    found, padding = maps[:, None], radius
+    if border == "replicate":
+        # By indices: OpenVINO folds padding into the convolution after it, and a 9x1 one then reads what was never written.
+        for side in (-2, -1):
+            places = torch.arange(-radius, int(maps.shape[side]) + radius, device=maps.device)
+            found = found.index_select(side, places.clamp(0, int(maps.shape[side]) - 1))
+        padding = 0
+    found = F.conv2d(found, line.view(1, 1, -1, 1), padding=(padding, 0))
+    return F.conv2d(found, line.view(1, 1, 1, -1), padding=(0, padding))[:, 0]
 
 
 def greedy_k_centre(candidates: Tensor, count: int, generator: torch.Generator,

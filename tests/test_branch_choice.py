@@ -71,6 +71,57 @@ def workspace(tmp_path):
     return found
 
 
+def test_scores_that_are_not_finite_are_never_the_better_ones():
+    good, anomalous = np.zeros((4, 3)), np.ones((4, 3))
+    wild = anomalous.copy()
+    wild[0, 1] = np.inf
+    for kinds in ((wild, anomalous), (anomalous, wild)):
+        found = branch_choice.aurocs(good, *kinds, ["patchhist", "LGST", "memory"], OFFERING)
+        assert np.isnan(found["patchhist+LGST+memory"]) and found["patchhist+memory"] == 100
+        assert branch_choice.helpful(found, OFFERING) == ["patchhist", "memory"]
+    wild[0, 0] = np.nan
+    found = branch_choice.aurocs(good, wild, anomalous, ["patchhist", "LGST", "memory"], OFFERING)
+    assert branch_choice.helpful(found, OFFERING) == ["patchhist", "memory"]  # which the export itself then refuses
+
+
+def test_where_nothing_could_be_pasted_the_other_kind_decides():
+    good, structural = np.zeros((4, 3)), np.ones((4, 3))
+    found = branch_choice.aurocs(good, structural, np.zeros((0, 3)), ["patchhist", "LGST", "memory"], OFFERING)
+    assert set(found.values()) == {100}
+
+
+def test_a_failed_paste_is_no_anomaly_and_how_many_failed_is_said(make_dataset, monkeypatch, capsys):
+    import export_model
+    from data.layouts import Category
+    from models.prediction import Prediction
+    category, chosen = Category(make_dataset() / "discs"), settings.load("discs", "quick", {"images.size": 256})
+    calls = iter(range(1000))
+
+    def every_third_fails(image, labels, *rest):
+        return (image.copy(), labels.copy()) if next(calls) % 3 == 0 else (255 - image, labels)
+
+    monkeypatch.setattr(export_model, "synthesise", every_third_fails)
+
+    class Engine:
+        size, metadata, branches = 256, {}, ["patchhist", "LGST", "memory"]
+
+        def score(self, picture):
+            return picture.mean((1, 2, 3))
+
+        def predict(self, picture):
+            share = np.repeat(picture.mean((1, 2, 3))[:, None], 3, 1)
+            return Prediction(self.score(picture), share, None, None, np.ones((len(picture), 256, 256), np.uint8))
+
+    check = export_model.make_check(category, Engine(), chosen, 0)
+    assert check.good.sum() == 6 and len(check.good) == len(check.images) == len(check.scores) == 10
+    assert "in 2 of 6 pictures no component could be pasted" in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(branch_choice, "aurocs", lambda good, structural, logical, *rest: seen.append(
+        (len(good), len(structural), len(logical))) or {})
+    export_model.aurocs_on_planted_defects(Engine(), category, chosen, 0)
+    assert seen == [(6, 48, 32)] and "in 16 of 48 pictures" in capsys.readouterr().out
+
+
 def test_what_was_decided_holds_for_these_scores_and_settings_only(workspace):
     def decided(chosen=OFFERING):
         return branch_choice.fused_branches("discs", workspace, chosen)[0]

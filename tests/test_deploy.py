@@ -187,7 +187,7 @@ def test_a_gpu_gives_nearly_the_same_shares(state, kind, raw, expected, precisio
     asked = published_state(from_state(state))
     attach_metadata(asked, metadata(state) | {"precision": precision})
     engine = TorchEngine(asked, "cuda")
-    assert engine.precision == precision
+    assert engine.networks["encoder"] == precision
     found = engine.predict(raw)
     assert np.isfinite(found.score).all()
     # The label map decides the patch histogram, and borders move: the other branches are compared.
@@ -326,13 +326,14 @@ def test_int8_keeps_parts_until_the_scores_agree(runtime):
 
     def build(kept):
         if runtime == "onnxruntime":
-            model = exporters.with_metadata(exporters.int8_onnx(content, batch[:3], kept), known)
+            model = exporters.int8_onnx(content, batch[:3], kept)
+            model = exporters.with_metadata(model, known | {"networks": exporters.networks_of(model)})
             engine = OnnxEngine(model, "cpu")
         else:
             model = exporters.int8_openvino(exporters.openvino_model(content, "fp32"), batch[:3], kept)
             exporters.note_metadata(model, known)
             engine = OpenVinoEngine(model)
-        assert engine.precision.startswith("int8")
+        assert "int8" in engine.precision
         built.append((kept, model))
         return model, engine
 
@@ -381,6 +382,11 @@ def test_agreement_sees_a_score_that_moved():
     assert check.agreement(Fake(scores + 0.01)).suffices
     assert not check.agreement(Fake(scores + 1)).suffices
     assert not check.agreement(Fake([0, 1, 10.5, 10, 11, 12])).suffices
+    for wrong in (np.nan, np.inf):
+        agreement = check.agreement(Fake([0, 1, 2, 10, wrong, 12]))
+        assert agreement == (np.inf, np.inf) and not agreement.suffices and "inf" in str(agreement)
+    good_alone = quantisation.Check(np.zeros((3, 1)), scores[:3], np.ones(3, bool))  # where nothing could be pasted
+    assert good_alone.agreement(Fake(scores[:3])).suffices and not good_alone.agreement(Fake(scores[:3] + 1)).suffices
 
 
 @pytest.mark.parametrize("agrees_at", [1, 3, None])
@@ -450,7 +456,13 @@ def test_models_with_numbers_that_are_none_are_not_exported():
 def evaluated(category: str, logical: float) -> dict:
     return {"category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,
             "auroc_structural": float("nan"), "auroc_mean": logical, "ms_per_image": 1.0, "preprocessing_ms": 1.0,
-            "largest_difference": 0.0, "kept_in_higher_precision": [], "stand_ins": []}
+            "largest_difference": 0.0, "kept_in_higher_precision": [], "networks": {}, "stand_ins": []}
+
+
+def test_the_report_says_of_int8_what_is_left_in_higher_precision():
+    networks = {"encoder": "int8", "segmentor": "bf16/int8", "LGST student": "fp32"}
+    told = export_tables.table_of([evaluated("discs", 80.0) | {"precision": "int8", "networks": networks}])
+    assert told.endswith("besides label map and score: segmentor (bf16/int8), LGST student (fp32)\n")
 
 
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):

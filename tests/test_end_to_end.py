@@ -323,6 +323,64 @@ def test_an_optional_branch_whose_files_do_not_fit_is_left_out(copy_of_finished,
     assert "discs: export_model.py has not decided yet whether LGST is fused" in (work / "score_combine_result.txt").read_text()
 
 
+@pytest.mark.parametrize("tested", [True, False])
+@pytest.mark.parametrize("format_", ["onnx", "openvino"])
+def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(format_, tested, copy_of_finished, run, fails,
+                                                                           monkeypatch, tmp_path):
+    import onnx
+
+    from deploy import exporters
+    work, dataset = copy_of_finished
+    if not tested:
+        shutil.copytree(dataset, tmp_path / "data")
+        shutil.rmtree(tmp_path / "data/discs/test")
+        dataset = tmp_path / "data"
+    run("export_model", work, dataset, "--format", "onnx", "--with_map")
+    if format_ == "openvino":
+        run("export_model", work, dataset, "--format", "openvino", "--with_map")
+    before, real = contents(work / "ckpt"), getattr(exporters, f"{format_}_model")
+
+    def damaged(*args):
+        """The encoder's first layer is 1 % off."""
+        model = onnx.load_from_string(real(*args) if format_ == "onnx" else args[0])
+        weight = next(one for one in model.graph.initializer if len(one.dims) == 4 and one.dims[1] == 3)
+        weight.CopyFrom(onnx.numpy_helper.from_array(1.01 * onnx.numpy_helper.to_array(weight), weight.name))
+        return model.SerializeToString() if format_ == "onnx" else real(model.SerializeToString(), *args[1:])
+
+    monkeypatch.setattr(exporters, f"{format_}_model", damaged)
+    said = fails("export_model", work, dataset, "--format", format_, "--with_map")
+    assert "does not give PyTorch's scores of 6 validation images, so it is not kept and an earlier one stays as it is" in said
+    assert contents(work / "ckpt") == before
+
+
+def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished):
+    from deploy.engines import open_model
+    from models.fused import metadata
+    work, dataset = finished
+    path = work / "ckpt/pytorch_models/discs.pth"
+    known = metadata(files.read_state(path))
+    assert known["networks"] == dict.fromkeys(known["networks"], "fp32") and "memory" in known["networks"]
+    from data import images
+    engine = open_model(path, "cpu")
+    scores = [float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
+              for one in sorted((dataset / "discs/validation/good").iterdir())]
+    np.testing.assert_allclose(known["validation_scores"], sorted(scores), rtol=1e-4, atol=1e-4)
+    row = json.loads((work / "export_report.json").read_text())[0]
+    assert row["ran_in"] == "fp32" and row["networks"] == known["networks"]
+
+
+def test_saved_maps_are_those_of_the_exported_model(finished):
+    from data import images
+    from deploy.engines import open_model
+    work, dataset = finished
+    engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")
+    picture = sorted((dataset / "discs/test/structural_anomalies").iterdir())[0]
+    found = engine.predict(images.read_views([picture], engine.size, "", engine.metadata["white_level"]))
+    for branch, given in zip(engine.branches, found.branch_maps[0]):
+        with np.load(work / f"anomaly_score/discs_{branch}_maps.npz") as saved:
+            np.testing.assert_allclose(saved["structural_anomalies"][0], given, atol=2e-2, rtol=1e-2)
+
+
 def test_scores_of_other_images_are_not_measured(copy_of_finished, fails, tmp_path):
     work, dataset = copy_of_finished
     shutil.copytree(dataset, tmp_path / "data")

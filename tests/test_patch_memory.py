@@ -152,16 +152,18 @@ def test_the_score_is_the_mean_of_the_largest_values(seed, share):
     np.testing.assert_allclose(PatchMemory(2, 1, 8, share).score(maps), np.mean(expected, 1), rtol=1e-5)
 
 
-def test_quantiles_of_the_validation_maps_become_0_and_1():
-    memory = drawn_memory()
-    validation = torch.rand(5, 32, 32, generator=seeded())
+@pytest.mark.parametrize("tiles, side", [(1, 32), (1, 64), (2, 128), (4, 256)])
+def test_quantiles_of_the_validation_maps_become_0_and_1(tiles, side):
+    """As they are shown: of a tiled image's map the maximum of each block is, and more of these are large."""
+    memory = PatchMemory(sum(CHANNELS[1:]), 20, side, 0.01, tiles)
+    validation = torch.rand(5, side, side, generator=seeded()).pow(4)
     memory.fit_map_normalisation(validation)
-    found = (validation - memory.q_start) / (memory.q_end - memory.q_start)
+    found = memory.scaled(validation)
+    assert found.shape == (5, 64, 64)
     assert (found > 0).float().mean().item() == pytest.approx(0.1, abs=0.001)
     assert (found > 1).float().mean().item() == pytest.approx(0.005, abs=0.0005)
-    assert memory.scaled(validation).shape == (5, 64, 64)
-    memory.fit_map_normalisation(torch.ones(2, 32, 32))
-    assert memory.scaled(2 * torch.ones(1, 32, 32)).isfinite().all()
+    memory.fit_map_normalisation(torch.ones(2, side, side))
+    assert memory.scaled(2 * torch.ones(1, side, side)).isfinite().all()
 
 
 @pytest.mark.gpu
@@ -201,6 +203,7 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
     assert [len(scores[part]) for part in ("logi", "struc", "val")] == [4, 4, 3]
     assert scores["struc"][2:].min() > scores["struc"][:2].max()  # scratched
     maps = files.read_arrays(workspace.anomaly_maps(CATEGORY, "memory"))
+    assert (maps["val"] > 1).mean() == pytest.approx(0.005, abs=0.001)  # as the exported model gives them
     assert {split: one.shape for split, one in maps.items()} == {
         "val": (3, 64, 64), **{split: (2, 64, 64) for split in layouts.SPLITS}}
     saved = files.read_state(workspace.memory(CATEGORY))
