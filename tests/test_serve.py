@@ -593,6 +593,11 @@ def test_the_started_station_refuses_other_names(started):
     with httpx.Client(trust_env=False) as client:
         assert client.get(url + "health", headers={"Host": "Station.example:443"}).status_code == 200
         assert client.get(url + "health", headers={"Host": "evil.example"}).status_code == 403
+    _, url = started(args=["--host", "0.0.0.0", "--port", "0"], log="n.jsonl")
+    url = url.replace("0.0.0.0", "127.0.0.1")
+    with httpx.Client(trust_env=False) as client:
+        for name, status in ((socket.gethostname(), 200), ("192.0.2.7:80", 200), ("evil.example", 403)):
+            assert client.get(url + "health", headers={"Host": name}).status_code == status
 
 
 def equal_pixels(width: int, height: int, depth: int, colour_type: int, channels: int, value: bytes = b"\xf0") -> bytes:
