@@ -72,10 +72,11 @@ def test_memory_that_was_never_written_changes_no_score(file, exported, monkeypa
     if file not in paths:
         pytest.skip("of this kind there is none")
     monkeypatch.setenv("MALLOC_PERTURB_", "170")
-    monkeypatch.setenv("OV_CPU_MAX_ISA", "AVX2")
+    exactly = "bf16" not in file and "int8" not in file
+    if exactly:  # without AVX-512 there is no bf16, in which all runs that is not int8, either
+        monkeypatch.setenv("OV_CPU_MAX_ISA", "AVX2")
     found = fresh_process.score(paths[file], pictures, range(len(pictures)), "cpu", "score")
     assert np.array_equal(found.scores, found.score) and found.device == "cpu"
-    exactly = "bf16" not in file and "int8" not in file
     if exactly:
         assert agreement.disagreement(reference, pictures, found, exactly) is None
         assert set(found.networks.values()) == {"fp32"} and "encoder" in found.networks
