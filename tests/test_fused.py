@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data import files
 from data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
+from deploy import engines
 from deploy.folded import FoldedModel
 from errors import UserError
 from models.fused import attach_metadata, block_means, from_state, metadata, published_state, to_rgb
@@ -139,6 +140,20 @@ def test_metadata_travels_with_the_file_and_leaves_the_keys_alone(published, tmp
     assert metadata(read)["stand_ins"] == ["x"]
     assert read.keys() == state.keys()
     assert metadata(state) == {}
+
+
+def test_a_model_of_another_version_is_refused_and_a_published_one_is_not(published):
+    state, _ = published
+    assert from_state(state)
+    ours = published_state(from_state(state))
+    attach_metadata(ours, {"category": "screw_bag", "backbone": "wide_resnet50_2"})
+    assert from_state(ours)
+    ours._metadata["csad"]["format_version"] -= 1
+    with pytest.raises(UserError, match="another version of this code .*export it again"):
+        from_state(ours)
+    for kind in ("ONNX", "OpenVINO"):
+        with pytest.raises(UserError, match=f"this {kind} model was written by another version.*--format {kind.lower()}"):
+            engines._decoded('{"category": "screw_bag"}', kind)
 
 
 def test_foreign_state_dict_is_refused_with_a_sentence():
