@@ -46,12 +46,13 @@ from deploy.inspection import (
     Picture,
     Verdict,
     as_line,
+    printable,
     read_picture,
     state_of,
     verdicts_on,
 )
 from deploy.thresholds import threshold_of
-from errors import UserError, interrupts_wait, run_script
+from errors import UNUSABLE, UserError, interrupts_wait, run_script
 from models.fusion import BRANCHES
 
 POLL_SECONDS = 1.0
@@ -286,7 +287,12 @@ class Output:
                 raise UserError(f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
                                 f"{self.folder}/maps; run the same command again")
             drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
-            files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+            try:
+                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+            except OSError as problem:
+                if problem.errno not in UNUSABLE:
+                    raise
+                print(f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}", file=sys.stderr)
         contributions = verdict.contributions or {}
         self.rows.writerow([files.to_csv_text(str(verdict.name)), verdict.verdict, *(
             "" if value is None else f"{value:.6g}" for value in (

@@ -7,6 +7,7 @@ workspace or an output folder holds its lock.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -27,7 +28,13 @@ MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
 
 
 def place(text: str) -> Path:
-    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
+    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty, which Path takes for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
     return Path(text).expanduser()
 
 
