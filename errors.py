@@ -19,6 +19,7 @@ from progress import ProgressBar
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
 DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
            zipfile.BadZipFile)
+UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path is, as it is
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
 
@@ -44,8 +45,7 @@ def in_a_sentence(problem: Exception) -> str | None:
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (f"no permission to write or read {problem.filename or 'a file'}; "
                 "change its permissions or name another file or folder")
-    if isinstance(problem, OSError) and problem.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-                                                                  errno.ELOOP):
+    if isinstance(problem, OSError) and problem.errno in UNUSABLE:
         return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
     return None
 

@@ -46,12 +46,13 @@ from deploy.inspection import (
     Picture,
     Verdict,
     as_line,
+    printable,
     read_picture,
     state_of,
     verdicts_on,
 )
 from deploy.thresholds import threshold_of
-from errors import UserError, interrupts_wait, run_script
+from errors import UNUSABLE, UserError, interrupts_wait, run_script
 from models.fusion import BRANCHES
 
 POLL_SECONDS = 1.0
@@ -61,8 +62,8 @@ REMEMBERED = 200_000  # files that --watch remembers beside as many as were ther
 LONGEST_DRAWING = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 NAMED = 5  # files left out that are named
-COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_contribution" for branch in BRANCHES), "unusual_x", "unusual_y",
-           "findings")
+COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_contribution" for branch in BRANCHES), "unusual_x",
+           "unusual_y", "findings")
 
 
 def main() -> None:
@@ -172,8 +173,8 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
         for path in now.keys() - before.keys():
             if now[path] == NO_STATE and path not in folders and path.is_dir():
                 print(f"{path} cannot be listed; what lies in it is not judged", file=sys.stderr)
-        settled = [(path, state) for path, state in now.items() if before.get(path) == state and _is_finished(state)]
-        ready = [path for path, state in settled if scored.get(str(path)) != state]
+        ready = [path for path, state in now.items()
+                 if before.get(path) == state != scored.get(str(path)) and _is_finished(state)]
         for path in now:
             if str(path) in scored:
                 scored[str(path)] = scored.pop(str(path))  # to the end
@@ -190,12 +191,13 @@ def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int
     """The folder's `identity`; said on stderr where it is not what it was ``before``."""
     now = identity(folder)
     if now is None and before is not None:
-        print(f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered", file=sys.stderr)
+        print(f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered",
+              file=sys.stderr)
     elif before is None and now is not None:
         print(f"{folder} is there again", file=sys.stderr)
     elif now != before:
-        print(f"{folder} is another folder than before (was a share mounted or unmounted?); what was scored is remembered",
-              file=sys.stderr)
+        print(f"{folder} is another folder than before (was a share mounted or unmounted?); "
+              "what was scored is remembered", file=sys.stderr)
     return now
 
 
@@ -205,7 +207,7 @@ def _is_finished(state: State) -> bool:
 
 
 def is_put_off(verdict: Verdict, scored: dict[str, State], attempts: Counter[str]) -> bool:
-    """Whether a verdict of --watch does not count: the file has changed or gone since it was listed, or may yet become readable.
+    """Whether a verdict of --watch does not count: the file has changed or gone meanwhile, or may yet become readable.
 
     Args:
         scored: see `watch`; the file is taken out, so that it is given out again.
@@ -285,7 +287,12 @@ class Output:
                 raise UserError(f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
                                 f"{self.folder}/maps; run the same command again")
             drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
-            files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+            try:
+                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+            except OSError as problem:
+                if problem.errno not in UNUSABLE:
+                    raise
+                print(f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}", file=sys.stderr)
         contributions = verdict.contributions or {}
         self.rows.writerow([files.to_csv_text(str(verdict.name)), verdict.verdict, *(
             "" if value is None else f"{value:.6g}" for value in (

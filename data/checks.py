@@ -21,7 +21,7 @@ from progress import ProgressBar
 CONFIDENCE = 0.95
 NAMED = 5  # files named in one message; the others are counted
 ASPECT_TOLERANCE = 0.02
-MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 30, 10  # with fewer, what a model says of new good images is chance
+MIN_TRAINING_IMAGES, MIN_VALIDATION_IMAGES = 30, 10  # with fewer, verdicts on good images are chance
 MAX_CATEGORY_NAME = 200  # bytes, of at most 255 in a file's name
 VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be promised on average
 
@@ -83,7 +83,7 @@ def check(category: layouts.Category, chosen: settings.Settings,
 
 
 def quick_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, copies byte for byte.
+    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, exact copies.
 
     Raises:
         UserError: the stages could not run on the category.
@@ -140,17 +140,17 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
 
 
 def about_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
-    """Names too long for the files that are made from an image, which bear a shortened one, or from a category."""
+    """Names of images that are shortened in the files made from them, and a category's that is too long."""
     if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
-        findings.errors.append(f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} bytes, "
-                               "too long for the files that bear it; rename it")
+        findings.errors.append(f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} "
+                               "bytes, too long for the files that bear it; rename it")
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.attempt(lambda: {path: category.key(path) for path in paths}) or {}
     long = [path for path in paths if path in keys and not path.stem.endswith(keys[path][-13:])
-            and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4]  # a character that is cut off has up to 4 bytes
+            and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4]  # what is cut off has up to 4 bytes
     if long:
-        findings.notes.append("long names, of which files made from the images bear the beginning and a hash, like "
-                              f"{keys[long[0]]}: {names(category.root, long)}")
+        findings.notes.append("long names, of which files made from the images bear the beginning and a hash, "
+                              f"like {keys[long[0]]}: {names(category.root, long)}")
 
 
 def about_defect_folders(category: layouts.Category, findings: Findings) -> None:
@@ -160,28 +160,30 @@ def about_defect_folders(category: layouts.Category, findings: Findings) -> None
     if not logical and not structural:
         return
     example = ", ".join(logical or structural[:1])
-    findings.notes.append(f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; as structural: "
-                          f"{', '.join(structural) or 'none'}; a line like 'logical: [{example}]' in "
-                          f"configs/categories/{category.name}.yaml changes it")
+    findings.notes.append(f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; "
+                          f"as structural: {', '.join(structural) or 'none'}; a line like 'logical: [{example}]' "
+                          f"in configs/categories/{category.name}.yaml changes it")
     good = [name for name in (*logical, *structural) if name.lower() in conventions.GOOD_NAMES]
     if good:
-        findings.warnings.append(f"test/{good[0]} sounds like good images but counts as a defect; rename it to "
-                                 f"test/{layouts.GOOD}")
+        findings.warnings.append(f"test/{good[0]} sounds like good images but counts as a defect; "
+                                 f"rename it to test/{layouts.GOOD}")
 
 
 def about_number_of_images(category: layouts.Category, findings: Findings) -> None:
-    """Too few training images to learn from, or validation images to set a threshold by, and what to expect then."""
+    """Too few images to learn from or to set a threshold by, and what to expect then."""
     training, validation = (len(findings.attempt(lambda split=split: getattr(category, split)) or [])
                             for split in ("train", "validation"))
     if 0 < training < MIN_TRAINING_IMAGES:
         aside = f" (and {validation} set aside for validation)" if category.validation_is_held_out else ""
-        findings.warnings.append(f"only {count(training, 'training image')}{aside}: expect that many new good images, maybe "
-                                 "most of them, are called anomalous, because what is normal in them was never seen; "
-                                 f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better")
+        findings.warnings.append(
+            f"only {count(training, 'training image')}{aside}: expect that many new good images, maybe most of "
+            "them, are called anomalous, because what is normal in them was never seen; "
+            f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better")
     if 0 < validation < MIN_VALIDATION_IMAGES:
-        findings.warnings.append(f"only {count(validation, 'validation image')}, which set the threshold: expect that at "
-                                 f"least 1 in {validation + 1} new good images is called anomalous, and by chance far more; "
-                                 f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %")
+        findings.warnings.append(
+            f"only {count(validation, 'validation image')}, which set the threshold: expect that at least 1 in "
+            f"{validation + 1} new good images is called anomalous, and by chance far more; "
+            f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %")
 
 
 def about_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:
@@ -302,8 +304,8 @@ def pixel_values(category: layouts.Category) -> set[int]:
             value = int(entry["pixel_value"])
             saturation = entry.get("saturation_threshold"), entry.get("relative_saturation")
             if saturations.setdefault(value, saturation) != saturation:
-                raise UserError(f"{category.defects_config}: pixel_value {value} stands there twice with different "
-                                "saturations; keep one of them")
+                raise UserError(f"{category.defects_config}: pixel_value {value} stands there twice with "
+                                "different saturations; keep one of them")
         return set(saturations)
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{category.defects_config} should be a list of entries with pixel_value and defect_name") from problem

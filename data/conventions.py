@@ -25,8 +25,8 @@ SPLITS = (GOOD, LOGICAL, STRUCTURAL)
 
 # What people call folders of good and of other images, in lower case.
 GOOD_NAMES = frozenset({"good", "ok", "normal", "pass", "io"})
-BAD_NAMES = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal", "fail",
-                       "ng", "nok", "ko", "nio", "not_good", LOGICAL, STRUCTURAL})
+BAD_NAMES = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal",
+                       "fail", "ng", "nok", "ko", "nio", "not_good", LOGICAL, STRUCTURAL})
 
 
 class Layout(Protocol):
@@ -120,20 +120,24 @@ class Plain:
 
 
 def advice_on_other_layout(root: Path) -> str | None:
-    """What to move where in a folder without train/ that has a layout of others, or folders of good and bad images."""
+    """What to move where in a folder without train/ that has a known other layout, or good and bad images."""
     folders = subfolders(root)
     if (root / "Data" / "Images" / "Normal").is_dir():
-        return (f"{root} has VisA's layout; move the training images of Data/Images/Normal to train/good and the others to "
-                "test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and Data/Masks/Anomaly to "
-                "ground_truth/anomaly")
+        return (f"{root} has VisA's layout; move the training images of Data/Images/Normal to train/good and the "
+                "others to test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and "
+                "Data/Masks/Anomaly to ground_truth/anomaly")
+    odd = next((name for name in folders if name.lower() == "train"), None)
+    if odd:
+        return f"{root} has a folder {odd}; layouts have it as train, in small letters, like validation and test"
     good = [name for name in folders if name.lower() in GOOD_NAMES]
     bad = [name for name in folders if name.lower() in BAD_NAMES]
     if not good:
         return None
     to_train = f"move the good images for training from {good[0]} to train/good and some others to test/good"
-    if {"OK", "NG"} <= set(folders) and any(subfolders(root / "NG" / defect) for defect in subfolders(root / "NG")):
-        return (f"{root} has Real-IAD's layout; {to_train} (its JSON files say which), each NG/DEFECT to test/DEFECT, "
-                "and the masks in it (*.png) to ground_truth/DEFECT")
+    defects = root / "NG"
+    if {"OK", "NG"} <= set(folders) and any(subfolders(defects / name) for name in subfolders(defects)):
+        return (f"{root} has Real-IAD's layout; {to_train} (its JSON files say which), each NG/DEFECT to "
+                "test/DEFECT, and the masks in it (*.png) to ground_truth/DEFECT")
     if bad:
         return (f"{root} has the folders {', '.join([*good, *bad])}, and no train; {to_train}, "
                 + " and ".join(f"{name} to test/{name}" for name in bad))

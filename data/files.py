@@ -7,6 +7,7 @@ workspace or an output folder holds its lock.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -21,12 +22,19 @@ from PIL import Image
 
 from errors import DAMAGED, UserError
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # as spreadsheets begin one (OWASP), also full-width
+# How formulas begin in spreadsheets (OWASP's list, full-width letters included).
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
 
 
 def place(text: str) -> Path:
-    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone."""
+    """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty, which Path takes for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
     return Path(text).expanduser()
 
 
@@ -68,7 +76,7 @@ def _without_nan(content: Any) -> Any:
 
 
 def to_csv_text(text: str) -> str:
-    """A text as a cell of a CSV file, which spreadsheets then take for no formula: with ' before what begins like one."""
+    """A text as a cell of a CSV file that spreadsheets take for no formula: with ' before what begins like one."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
@@ -129,7 +137,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
     return content
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,14 +44,16 @@ SUFFIXES = tuple(suffix for name in _READ for suffix in _FORMATS[name])  # lower
 _OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in ("RGB", "RGBA", "RGBX")
                 for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
 _LARGEST_OF_12_BITS = 4095
-PACKED = ("BGR;15", "BGR;16", "RGB;15", "RGB;16")  # raw modes with all channels of a pixel in 16 bits; read as 8 bits each
+PACKED = ("BGR;15", "BGR;16", "RGB;15", "RGB;16")  # raw modes with a whole pixel in 16 bits; read as 8 bits a channel
 
 # Formats that need not keep the values they are given, and compressions within TIFF that do not.
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 _LOSSY_BLACK = 16  # of 255: what such a format makes of black is darker
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
-_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _PLANES, _SUBFILE, _OLD_SUBFILE = 262, 258, 339, 284, 254, 255  # TIFF's tags
+# TIFF's tags
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _PLANES, _SUBFILE, _OLD_SUBFILE = 262, 258, 339, 284, 254, 255
+_SUB_IFDS = 330
 
 MAX_DECODED_BYTES = 2**30  # a small file may hold any number of equal pixels
 _BLOCK_PIXELS = 1 << 20
@@ -183,8 +186,9 @@ def read_mask(path: str | Path) -> np.ndarray:
     """Read a label map or mask as (H, W) uint8, the right way up: 8-bit values as stored, of deeper ones those over 255 as 255.
 
     No pixel that is not zero is lost: of colours the brightest channel counts, of one bit the value is 255. A palette's indices
-    are the values where its index 0 is black, as in label maps; otherwise its colours count. Lossy formats keep no values, and
-    leave traces around what was drawn: what is brighter than half of the brightest pixel, and than 16, becomes 255, the rest 0.
+    are the values where its index 0 is black, as in label maps; otherwise its colours count. Lossy formats keep no
+    values and leave traces around what was drawn: what is brighter than half of the brightest pixel, and than 16,
+    becomes 255, the rest 0.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -196,7 +200,8 @@ def read_mask(path: str | Path) -> np.ndarray:
             values, _ = deep
             if _white_is_zero(image):
                 if image.mode == "F":
-                    raise UserError(f"mask {path} says that 0 is white, and not which value is black; store it as a PNG")
+                    raise UserError(f"mask {path} says that 0 is white, and not which value is black; "
+                                    "store it as a PNG")
                 values = 2 ** _bits(image) - 1 - values.astype(np.int64)
         else:
             image = ImageOps.exif_transpose(image)
@@ -255,12 +260,15 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
     Raises:
         UserError: see `read_rgb`.
     """
+    # A pipe or a device would never end.
+    if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{what} {path} cannot be read (it is no regular file); {advice}")
     try:
         # TGA has no signature: only a file that says so by its name may be one.
         formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
         with Image.open(path, formats=[*formats, "DIB"]) as image:
             frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format == "TIFF":
+            if image.format == "TIFF":
                 frames = _seek_picture(image)
             if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
                 raise UserError(f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own")
@@ -283,11 +291,17 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
 
 
 def _seek_picture(image: Image.Image) -> int:
-    """Go to a TIFF's only page that is no smaller copy of another one; how many such pages there are."""
+    """Go to a TIFF's only page that is no smaller copy of another one; how many such pages there are.
+
+    Raises:
+        ValueError: the picture that the only page is a smaller copy of lies where Pillow does not look.
+    """
     pictures = []
     for page in range(image.n_frames):
         image.seek(page)
         reduced = image.tag_v2.get(_SUBFILE, 0) & 1 or image.tag_v2.get(_OLD_SUBFILE) == 2
+        if reduced and _SUB_IFDS in image.tag_v2:
+            raise ValueError("its pages are smaller copies of a picture in a sub-directory")
         pictures += [] if reduced else [page]
     image.seek(pictures[0] if len(pictures) == 1 else 0)
     return len(pictures) or image.n_frames
@@ -395,7 +409,7 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
 
 
 def raw_mode_of(image: Image.Image) -> str:
-    """How Pillow calls the layout of an image's stored bytes; empty where it does not say, or where the pixels are read."""
+    """Pillow's name for the layout of an image's stored bytes; empty where it has none or has read the pixels."""
     arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
     return str(arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments or "")
 
@@ -406,7 +420,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Whether the values of a TIFF fall with brightness; Pillow inverts those of up to 8 bits, and no deeper ones."""
+    """Whether the values of a TIFF fall with brightness; Pillow inverts those of up to 8 bits only."""
     return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
 
@@ -419,7 +433,7 @@ def _is_lossy(image: Image.Image, path: str | Path) -> bool:
 
 
 def _holds_lossless_webp(path: Path) -> bool:
-    """Pillow does not tell; the file is a RIFF of chunks, and the one with the pixels is called VP8L or "VP8 "."""
+    """Pillow does not tell, but the chunk of the RIFF file that holds the pixels: VP8L or "VP8 "."""
     with open(path, "rb") as handle:
         handle.seek(12)
         while len(head := handle.read(8)) == 8:
@@ -432,7 +446,8 @@ def _holds_lossless_webp(path: Path) -> bool:
 
 def _require_no_negative(values: np.ndarray, path: str | Path | BinaryIO) -> None:
     if values.min() < 0:
-        raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0")
+        raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); "
+                        "store it with black at 0")
 
 
 def _rescaled_by_pillow(image: Image.Image, path: str | Path, largest: int) -> tuple[np.ndarray, float | None] | None:
@@ -459,9 +474,11 @@ def _upright(image: Image.Image) -> np.ndarray:
 
 
 def _brightest(channels: np.ndarray) -> np.ndarray:
-    """(H, W, C) -> (H, W) of the same type: the brightest colour channel, 0 where a fourth channel says transparent."""
+    """(H, W, C) -> (H, W) of that type: the brightest colour channel, 0 where a fourth says transparent."""
     brightest = channels[..., :3].max(2)
-    return np.where(channels[..., 3] > 0, brightest, 0).astype(brightest.dtype) if channels.shape[2] == 4 else brightest
+    if channels.shape[2] < 4:
+        return brightest
+    return np.where(channels[..., 3] > 0, brightest, 0).astype(brightest.dtype)
 
 
 def _say_transparent(path: str | Path) -> None:

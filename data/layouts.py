@@ -166,8 +166,9 @@ class Category:
     @property
     def defect_folders(self) -> dict[str, list[str]]:
         """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
-        return {split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)} if isinstance(
-            self._layout, FolderPerDefect) else {}
+        if not isinstance(self._layout, FolderPerDefect):
+            return {}
+        return {split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)}
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
@@ -203,7 +204,8 @@ class Category:
         if named is not None:
             return named
         if self._defect_names:
-            values = [pixel_value(path, read_mask(path), self._defect_names) for path in self.region_masks(split, image)]
+            values = [pixel_value(path, read_mask(path), self._defect_names)
+                      for path in self.region_masks(split, image)]
             if values and all(value in self._defect_names for value in values):
                 return " + ".join(sorted({self._defect_names[value] for value in values}))
         found = self._rendered_defects.get(split, {}).get(image.stem)
@@ -380,8 +382,8 @@ def pixel_value(path: Path, mask: np.ndarray, defined: Collection[int]) -> int:
     if not value or not is_lossy(path):
         return value
     if len(set(defined)) > 1:
-        raise UserError(f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json has several "
-                        "pixel_values; store the mask as a PNG")
+        raise UserError(f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json "
+                        "has several pixel_values; store the mask as a PNG")
     return next(iter(defined), value)
 
 

@@ -20,7 +20,7 @@ Unused = list[tuple[Path, str]]  # what is left out, and why
 
 
 def short_name(name: str, longest: int) -> str:
-    """A file name as it is, or, where it has more than ``longest`` bytes, its beginning and a hash of all of it."""
+    """A file name of at most ``longest`` bytes: as it is, or its beginning and a hash of all of it."""
     encoded = os.fsencode(name)
     if len(encoded) <= longest:
         return name
@@ -34,7 +34,7 @@ def reason_to_skip(name: str) -> str | None:
 
 
 def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
-    """Names for the images of one list, unique, independent of their order and of at most `LONGEST_KEY` bytes."""
+    """Names for the images of one list: unique, independent of their order, of at most `LONGEST_KEY` bytes."""
     places = {path: path.relative_to(base).parts for path in images}
     short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in places.items()}
     whole = {path: "_".join(parts) for path, parts in places.items()}
@@ -79,6 +79,8 @@ def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
                 unused.append((path, "a link to a file that is not there"))
             elif suffix not in SUFFIXES:
                 unused.append((path, f"no image format that is read here ({suffix or 'no suffix'})"))
+            elif not entry.is_file():
+                unused.append((path, "no regular file"))
             elif not (flat and entry.name == "roi.png"):
                 images.append(path)
     return sorted(images), unused

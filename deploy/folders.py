@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data.locks import FileLock, LockHeld
 from errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
-NO_STATE: State = (0, 0)  # of what is there, but cannot be looked at: links to nothing, folders that cannot be listed
+NO_STATE: State = (0, 0)  # of what cannot be looked at: links to nothing, pipes, folders that cannot be listed
 
 
 def place_or_url(text: str) -> Path | str:
@@ -64,7 +65,7 @@ def no_images(places: Sequence[Path | str]) -> UserError:
 def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
     """All images below a folder with their states, sorted by path, and all other files; links are followed, once each.
 
-    What cannot be looked at is listed, too, with `NO_STATE`, so that nobody takes it for judged: folders as well.
+    What cannot be looked at, folders too, is listed with `NO_STATE`, so that nobody takes it for judged.
     """
     own = output.resolve()
     found, others, seen = {}, [], set()
@@ -95,12 +96,13 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
                     continue
                 found[path] = NO_STATE
             else:
-                found[path] = (status.st_size, status.st_mtime_ns)
+                state = status.st_size, status.st_mtime_ns
+                found[path] = state if stat.S_ISREG(status.st_mode) else NO_STATE
     return dict(sorted(found.items())), others
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one at the same path, like a share from its mount point; None: it cannot be listed."""
+    """Tells a folder from another one at its path, like a share from its mount point; None: it cannot be listed."""
     try:
         with os.scandir(folder):
             status = os.stat(folder)

@@ -104,7 +104,8 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Plain values, without numbers that JSON does not know."""
         return {"image": str(self.name), "verdict": self.verdict, "score": _finite(self.score), "threshold": self.threshold,
-                "contributions": self.contributions and {name: _finite(one) for name, one in self.contributions.items()},
+                "contributions": self.contributions and {
+                    branch: _finite(value) for branch, value in self.contributions.items()},
                 "alarm": self.alarm, "unusual": self.unusual, "findings": self.findings,
                 "components": [one._asdict() | {"words": one.words} for one in self.components],
                 "problem": self.problem or None}
@@ -113,8 +114,9 @@ class Verdict:
         name = printable(str(self.name))
         if self.score is None or self.verdict == UNDECIDED:
             return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
-        sum_of = " + ".join(f"{BRANCHES[branch]} {part:.2f}" for branch, part in (self.contributions or {}).items())
-        score = f"{self.score:.2f} = {sum_of}" if sum_of else f"{self.score:.2f}"
+        score = f"{self.score:.2f}"
+        if self.contributions:
+            score += " = " + " + ".join(f"{BRANCHES[branch]} {value:.2f}" for branch, value in self.contributions.items())
         text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
 
@@ -203,8 +205,9 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
         drawing = None if picture.shown is None else side_by_side(
             picture.shown, label_overlay(picture.shown, found.label_map[index]),
             heat_overlay(picture.shown, found.anomaly_map[index]))
-        verdicts.append(Verdict(picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None,
-                                unusual, deviations(found.label_map[index], histogram) if histogram else (), drawing))
+        verdicts.append(Verdict(
+            picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None, unusual,
+            deviations(found.label_map[index], histogram) if histogram else (), drawing))
     return verdicts
 
 

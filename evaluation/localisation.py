@@ -188,7 +188,8 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     if not path.exists():
         raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
     try:
-        entries = [(int(entry["pixel_value"]), (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])))
+        entries = [(int(entry["pixel_value"]),
+                    (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])))
                    for entry in files.read_json(path, files.MEND)]
     except (TypeError, KeyError, ValueError) as problem:
         raise UserError(f"{path} should be a list of entries with pixel_value, saturation_threshold and "
@@ -196,7 +197,8 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     found = dict(entries)
     for value, (threshold, relative) in entries:
         if found[value] != (threshold, relative):
-            raise UserError(f"{path}: pixel_value {value} stands there twice with different saturations; keep one of them")
+            raise UserError(f"{path}: pixel_value {value} stands there twice with different saturations; "
+                            "keep one of them")
         if not threshold > 0:
             raise UserError(f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0")
     return found

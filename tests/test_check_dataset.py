@@ -128,6 +128,7 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
               ["p.tif has 2 pages"]),
     "dangling": (lambda r: link(r / "train/good/gone.png", r / "gone"), 4,
                  ["train/good/gone.png", "link to a file that is not there"]),
+    "pipe": (lambda r: os.mkfifo(r / "train/good/pipe.png"), 4, ["train/good/pipe.png", "no regular file"]),
     "cycle": (lambda r: link(r / "train/good/up", r / "train"), 4, ["train/good/up", "once more"]),
     "hidden": (lambda r: shutil.copy(r / "train/good/003.png", r / "train/good/._003.png"), 4, ["._003.png: hidden"]),
     "heic": (lambda r: (r / "train/good/a.heic").write_bytes(b"x"), 4, ["train/good/a.heic", "no image format"]),
@@ -319,7 +320,7 @@ def test_a_test_folder_that_sounds_good_is_no_defect(tmp_path, run):
     (["OK/S0001", "NG/BX/S0002"], ["Real-IAD", "from OK to train/good", "each NG/DEFECT to test/DEFECT", "ground_truth/DEFECT"]),
     (["good", "bad"], ["the folders good, bad", "from good to train/good", "bad to test/bad"]),
     (["Normal", "NG", "Defect"], ["the folders Normal, Defect, NG", "Defect to test/Defect and NG to test/NG"]),
-    (["ok"], ["the folder ok", "from ok to train/good"])])
+    (["ok"], ["the folder ok", "from ok to train/good"]), (["Train/good"], ["a folder Train", "small letters"])])
 def test_other_layouts_are_named_with_what_to_do(tmp_path, run, folders, words):
     for folder in folders:
         paint(tmp_path / "data/cup" / folder / "000.png", 99)

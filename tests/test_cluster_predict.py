@@ -26,6 +26,7 @@ from cluster.connection import Driver  # noqa: E402
 from cluster.shards import shards_of  # noqa: E402
 from cluster.sources import Image as Listed  # noqa: E402
 from cluster.sources import Sources  # noqa: E402
+from data import files  # noqa: E402
 from errors import UserError  # noqa: E402
 
 HISTOGRAM = {"mean": [0.9, 0.1], "std": [0.02, 0.01], "quarter_mean": [[0.9, 0.1]] * 4, "quarter_std": [[0.02, 0.01]] * 4}
@@ -268,3 +269,10 @@ def test_pictures_that_kill_workers_are_given_up(worker, photos, monkeypatch):
     assert not any(given_up[name] for name in ("lines", "sentence", "traceback"))
     monkeypatch.undo()
     assert worker()(row | {"shard": 1})["lines"] and worker()(row | {"shard": 1})["lines"]
+
+
+def test_a_table_of_predictions_is_a_list_of_their_images(tmp_path):
+    names = ["=1+1.png", "'=1.png", "a.png", "'quoted'.png"]
+    with open(tmp_path / "list.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([["image"], *([files.to_csv_text(name)] for name in names)])
+    assert list(sources._csv(tmp_path / "list.csv", "image")) == names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -408,6 +409,27 @@ def test_smaller_copies_in_a_tiff_are_passed_over(tmp_path):
         write_pages(tmp_path / "a.tif", *pages)
         with pytest.raises(UserError, match="2 pages"):
             images.read_rgb(tmp_path / "a.tif")
+
+
+def test_a_tiff_whose_picture_lies_in_a_sub_directory(tmp_path):
+    """As cameras write them: the first page is small, and the picture in a SubIFD, which Pillow does not read."""
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(PIXELS[::3, ::3].copy(), photometric="rgb", subfiletype=1, subifds=1, metadata=None)
+        tiff.write(PIXELS, photometric="rgb", subfiletype=0, metadata=None)
+    with pytest.raises(UserError, match="smaller copies"):
+        images.read_rgb(tmp_path / "a.tif")
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as tiff:
+        tiff.write(PIXELS, photometric="rgb", subifds=1, metadata=None)
+        tiff.write(PIXELS[::3, ::3].copy(), photometric="rgb", subfiletype=1, metadata=None)
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "pyramid.tif"), PIXELS)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("read", [images.read_rgb, images.read_mask, images.displayed_size])
+def test_a_pipe_is_no_image(tmp_path, read):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png cannot be read .*no regular file"):
+        read(tmp_path / "a.png")
 
 
 # Lossy masks

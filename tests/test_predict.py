@@ -636,3 +636,16 @@ def test_a_name_is_one_line_without_a_terminals_commands(engine, run, photos, tm
 def test_a_file_named_beside_its_folder_is_scored_once(engine, run, photos, tmp_path):
     assert run(photos / "b/a.png", photos) == 4
     assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows(tmp_path)] == ["b/a.png", "a.png", "b/c.jpg"]
+
+
+@pytest.mark.parametrize("arguments", [["", "--model", "x"], ["photos", "--model", ""],
+                                       ["photos", "--model", "x", "--output", ""]])
+def test_an_empty_path_is_not_the_current_folder(monkeypatch, capsys, arguments):
+    assert exit_status(monkeypatch, predict.main, "predict.py", *arguments) == 2
+    assert "an empty path" in capsys.readouterr().err
+
+
+def test_a_drawing_that_cannot_be_written_costs_no_verdict(engine, run, photos, tmp_path, capsys):
+    (tmp_path / "out/maps/a.png.map.png/x").mkdir(parents=True)
+    assert run(photos, "--save_maps") == 4
+    assert len(rows(tmp_path)) == 3 and "there is no drawing of" in capsys.readouterr().err
