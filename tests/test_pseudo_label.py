@@ -344,17 +344,15 @@ def test_a_picture_in_which_nothing_but_background_is_found_is_no_mistake(label,
 
 
 def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_of(label, category, tmp_path, capsys):
-    for rows, warning in ((5, ""), (7, "warning: "), (1, "warning: ")):
-        columns = 1 if rows == 1 else 5
-        position = PUBLISHED_CLUSTERING | ({"features": ["area"]} if rows == 1 else {})
+    for parts, clusters, features, warning in ((25, 25, "position", ""), (35, 35, "position", "warning: "),
+                                               (10, 1, "area", "warning: ")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(beyond_clustering, "POSITION_UNIT", 0.02)
-            workspace = label(tmp_path / str(rows), proposed_by=Drawn(grid(rows, columns, (256, 256))), **position)
+            workspace = label(tmp_path / str(parts), proposed_by=Drawn(grid(parts // 5, 5, (256, 256))),
+                              **PUBLISHED_CLUSTERING | {"features": [features]})
         found = images.read_mask(workspace.pseudo_labels("discs").image(category.train[0].stem) / "filtered_cluster_map.png")
-        count = rows * columns
-        assert found.max() == count
-        said = capsys.readouterr().out
-        assert f"discs: {warning}{8 * count} components make {count} cluster" in said
+        assert found.max() == clusters
+        assert f"discs: {warning}{8 * parts} components make {clusters} cluster" in capsys.readouterr().out
 
 
 def test_255_instances_in_each_picture_are_all_clustered(label, category, tmp_path):
