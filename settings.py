@@ -47,13 +47,14 @@ class PseudoLabelSettings(Section):
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
         "auto", description="where masks come from; auto takes the first of the three for which everything is there")
     inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
-    no_sam: bool = Field(False, description="take the grounding mask's instances as refined masks")
+    no_sam: bool = Field(False, description="cluster the grounding mask's instances instead of SAM's masks")
     container: bool = Field(False, description="classical proposer: the parts lie in something (tray, bag) that is no part")
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
         ["cnn_image"], min_length=1, description="component features to cluster on")
     rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="MeanShift bandwidth; a number is only used with the backbone it was tuned for, wide_resnet50_2")
+        "auto", description="MeanShift bandwidth; a number is only used with the weights it was tuned for, wide_resnet50_2's "
+        "racm_in1k")
     variants: bool = Field(False, description="parts that only some kinds of images have get labels, too, and all kinds are "
                            "trusted, whatever one_histogram_cluster says (published: no)")
     lookalikes: bool = Field(False, description="parts that differ in one feature only, like a long and a short bolt, side by "
@@ -64,7 +65,7 @@ class PseudoLabelSettings(Section):
                                                    "where it is faster (published: fp32)")
     grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field("swint_ogc", description="size of Grounding DINO")
     text_prompt: str | None = Field(None, description="names of the parts, each with a dot after it; none: SAM-HQ alone")
-    background_prompt: str | None = Field(None, description="of these names, those that are no part")
+    background_prompt: str | None = Field(None, description="of these names, those that are no part; spaces in it count")
     box_threshold: Share = Field(0.3, description="Grounding DINO: least score of a box's best word")
     text_threshold: Share = Field(0.3, description="Grounding DINO: least score of the words of a box's phrase")
     points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")

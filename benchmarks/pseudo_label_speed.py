@@ -31,7 +31,7 @@ from data.images import IMAGENET_MEAN, IMAGENET_STD
 from errors import run_script
 from models.backbone import PUBLISHED, TIMM_NAMES, Encoder
 from models.device import choose_device
-from pseudo_labels import clustering, components, masks
+from pseudo_labels import beyond_clustering, clustering, components, masks
 from pseudo_labels.grounded_sam import PROMPTS_PER_BATCH, GroundingDino, SamHQ, build_grounding_dino, build_sam
 from standins.classical import ClassicalProposer
 
@@ -152,7 +152,7 @@ def cost_of_clustering(count: int, seconds: Callable[..., float], scikit_learn: 
                    seconds(lambda: MeanShift(bandwidth=1.0).fit(vectors)) / count, "component")
     yield Cost(f"MeanShift of {count} x {VALUES}", seconds(lambda: clustering.mean_shift(vectors, 1.0)) / count, "component")
     yield Cost(f"bandwidth estimate of {count} x {VALUES}",
-               seconds(lambda: clustering.estimate_bandwidth(vectors, count // PARTS)) / count, "component")
+               seconds(lambda: beyond_clustering.estimate_bandwidth(vectors, count // PARTS)) / count, "component")
 
 
 if __name__ == "__main__":

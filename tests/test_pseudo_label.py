@@ -229,11 +229,9 @@ def test_three_hundred_masks_leave_the_255_largest(label, category, tmp_path, no
         assert len(np.unique(images.read_mask(folder / f"{name}.png"))) == 256
 
 
-@pytest.mark.parametrize("no_sam", [False, True])
-def test_one_mask_covering_everything_is_no_part(label, tmp_path, no_sam):
-    everything = np.ones((1, 256, 256), bool)
+def test_one_mask_covering_everything_is_no_part(label, tmp_path):
     with pytest.raises(UserError, match="no parts were found"):
-        label(tmp_path, proposed_by=Drawn(everything, grounding=everything), no_sam=no_sam)
+        label(tmp_path, proposed_by=Drawn(np.ones((1, 256, 256), bool)))
 
 
 def test_without_automatic_masks_there_is_no_all_masks(label, category, tmp_path):
@@ -271,16 +269,130 @@ def test_images_described_together_are_described_as_one_by_one():
             np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
 
 
-def test_the_published_space_is_projected_and_has_its_own_bandwidth(category):
+PUBLISHED_CLUSTERING = {"variants": False, "lookalikes": False, "features": ["position"], "one_histogram_cluster": False}
+
+
+def grid(rows, columns, size):
+    """Squares (rows * columns, H, W) bool, well apart, all in the same place in every picture."""
+    height, width = size
+    masks = np.zeros((rows * columns, height, width), bool)
+    for index, mask in enumerate(masks):
+        row, column = divmod(index, columns)
+        y, x = row * height // rows, column * width // columns
+        mask[y:y + height // rows - 3, x:x + width // columns - 3] = True
+    return masks
+
+
+def test_native_pictures_are_proposed_described_and_painted_at_their_size(label, category, tmp_path):
+    rng = np.random.default_rng(0)
+    for path in category.train:
+        files.write_image(path, rng.integers(0, 255, (150, 320, 3), dtype=np.uint8))
+    seen = []
+
+    class Watched(Drawn):
+        def propose(self, image):
+            seen.append(image)
+            return super().propose(image)
+
+    workspace = label(tmp_path, proposed_by=Watched(grid(2, 3, (150, 320))), **PUBLISHED_CLUSTERING)
+    np.testing.assert_array_equal(seen[0], images.read_rgb(category.train[0]))
+    labels = workspace.pseudo_labels("discs")
+    for file in ("all_masks.png", "refined_masks.png", "cluster_map.png", "filtered_cluster_map.png", "background.jpg"):
+        assert images.displayed_size(labels.image("000") / file) == (320, 150)
+    features = files.read_arrays(labels.info / "all_component_feats.npz")
+    np.testing.assert_allclose(features["area"][:6, 0], grid(2, 3, (150, 320)).mean((1, 2))[0])
+    assert "size of proposals, features and maps: native" in (labels.info / "info.txt").read_text()
+
+
+def test_what_lies_outside_the_region_of_interest_is_grey_in_native_pictures(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (30, 60, 3), dtype=np.uint8)
+    files.write_image(tmp_path / "0.png", picture)
+    roi = np.zeros((256, 256), bool)
+    roi[:, 128:] = True
+    found = images.View(256, roi=roi).read_native(tmp_path / "0.png")
+    assert (found[:, :30] == images.OUTSIDE).all()
+    np.testing.assert_array_equal(found[:, 30:], picture[:, 30:])
+
+
+def test_without_sam_instances_are_clustered_as_painted_and_split_for_synthesis(label, category, tmp_path):
+    two_pieces = np.zeros((2, 256, 256), bool)
+    two_pieces[0, 10:60, 10:60] = two_pieces[0, 10:60, 200:250] = two_pieces[1, 150:200, 100:150] = True
+    workspace = label(tmp_path, proposed_by=Drawn(None, grounding=two_pieces), no_sam=True, **PUBLISHED_CLUSTERING)
+    folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
+    assert images.read_mask(folder / "refined_masks.png").max() == 3
+    clusters = images.read_mask(folder / "cluster_map.png")
+    assert clusters[30, 30] == clusters[30, 220] != clusters[170, 120] and clusters.max() == 2
+
+
+@pytest.mark.parametrize("changes", [{"no_sam": True}, {"inside_grounding": True}])
+def test_a_picture_in_which_nothing_but_background_is_found_is_no_mistake(label, category, tmp_path, changes):
+    class SometimesNothing(Drawn):
+        """Of the first picture, Grounding DINO finds the container alone."""
+
+        def propose(self, image):
+            if image.tobytes() != images.read_rgb(category.train[0]).tobytes():
+                return self.proposals
+            everything = np.ones((256, 256), bool)
+            return Proposals(self.proposals.masks, self.proposals.background, pack(np.zeros((0, 256, 256), bool)), everything)
+
+    squares = grid(2, 2, (256, 256))
+    workspace = label(tmp_path, proposed_by=SometimesNothing(squares, grounding=squares), **changes, **PUBLISHED_CLUSTERING)
+    labels = workspace.pseudo_labels("discs")
+    assert not images.read_mask(labels.image(category.train[0].stem) / "filtered_cluster_map.png").any()
+    assert images.read_mask(labels.image(category.train[1].stem) / "filtered_cluster_map.png").max() == 4
+    assert 0 not in files.read_array(labels.trusted)
+
+
+def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_of(label, category, tmp_path, capsys):
+    for parts, clusters, features, warning in ((25, 25, "position", ""), (35, 35, "position", "warning: "),
+                                               (10, 1, "area", "warning: ")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(beyond_clustering, "POSITION_UNIT", 0.02)
+            workspace = label(tmp_path / str(parts), proposed_by=Drawn(grid(parts // 5, 5, (256, 256))),
+                              **PUBLISHED_CLUSTERING | {"features": [features]})
+        found = images.read_mask(workspace.pseudo_labels("discs").image(category.train[0].stem) / "filtered_cluster_map.png")
+        assert found.max() == clusters
+        assert f"discs: {warning}{8 * parts} components make {clusters} cluster" in capsys.readouterr().out
+
+
+def test_255_instances_in_each_picture_are_all_clustered(label, category, tmp_path):
+    workspace = label(tmp_path, proposed_by=Drawn(None, grounding=tiles(255)), no_sam=True,
+                      **PUBLISHED_CLUSTERING | {"features": ["area"]})
+    folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
+    clusters = images.read_mask(folder / "cluster_map.png")
+    np.testing.assert_array_equal(clusters > 0, tiles(255).any(0))
+
+
+def test_more_clusters_than_a_label_map_holds_get_a_sentence():
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(np.arange(300.0)[:, None], 2, 0) + rng.normal(0, 0.01, (600, 1))
+    chosen = settings.load("discs", "paper").pseudo_labels
+    with pytest.raises(UserError, match="fall into 300 clusters .*a label map holds 255"):
+        pseudo_label.label_components("discs", vectors, np.full(600, 0.01), np.tile([0, 1], 300), 2, 0.5, chosen)
+
+
+def test_slivers_in_sight_are_no_components():
+    labels = np.zeros((100, 100), np.uint8)
+    labels[0, :10], labels[20:40, 20:40], labels[60:80, :] = 1, 2, 5
+    features = pseudo_label.describe([np.zeros((100, 100, 3), np.uint8)], [labels], None)[0]
+    np.testing.assert_allclose(features["area"][:, 0], [0.04, 0.2])
+    np.testing.assert_array_equal(np.unique(pseudo_label.paint(labels, np.array([7, 9]))), [0, 7, 9])
+
+
+def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(capsys):
     rng = np.random.default_rng(0)
     features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
-    published = Backbone("wide_resnet50_2", nn.Identity(), "")
+    published = Backbone("wide_resnet50_2", nn.Identity(), "", deepest_origin="wide_resnet50_2.racm_in1k")
     chosen = settings.load("screw_bag", "paper").pseudo_labels
     vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, published, 0)
     assert vectors.shape == (6, 512) and bandwidth == 3.0
     unset = settings.load("screw_bag", "paper", {"pseudo_labels.bandwidth": "auto"}).pseudo_labels
-    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, unset, published, 0)
+    assert 0 < pseudo_label.feature_space("screw_bag", features, 3, unset, published, 0)[1] < 3
+    encoders = Backbone("wide_resnet50_2", nn.Identity(), "", deepest_origin="wide_resnet50_2.tv2_in1k")
+    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, encoders, 0)
     assert vectors.shape == (6, 512) and 0 < bandwidth < 3
+    assert "bandwidth 3.0 belongs to cnn_image by wide_resnet50_2.racm_in1k, not to that by wide_resnet50_2.tv2_in1k" in (
+        capsys.readouterr().out)
     other = settings.load("screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}).pseudo_labels
     assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
