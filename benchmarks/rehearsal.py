@@ -1,7 +1,8 @@
 """The published method from stage 1 to the export with everything real but the numbers.
 
     python -m benchmarks.rehearsal --workspace rehearsal
-    python -m benchmarks.rehearsal --workspace rehearsal --device cuda --points_per_side 32 --crop_n_layers 1 --lgst_steps 100
+    python -m benchmarks.rehearsal --workspace rehearsal --device cuda --points_per_side 32 --crop_n_layers 1 --rotations 60 \\
+        --lgst_steps 100
 
 SAM-HQ, Grounding DINO, its text encoder BERT and both Wide-ResNets get random weights of the published shapes, which are saved
 under the published names and loaded by the stages themselves; the data set is two training pictures of 1600x1280 pixels
@@ -11,7 +12,7 @@ own. What is in the results means nothing; that they come out, how long each ste
 Three things are not as in the stages alone, because random weights find random things: these ask for four training images and
 are given two; of the 900 boxes that Grounding DINO finds the first eight are kept, and of the background that SAM-HQ
 finds, most of the picture, ten pixels along its border. On a CPU the automatic masks are asked for at few points
-and without crops (--points_per_side, --crop_n_layers), or a picture would take hours.
+and without crops, and crops of components are turned to few sides, or a picture would take hours.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD are 110
 PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
-TRAINING = STAGES[:3]
+TRAINING, WEIGHTS = STAGES[:3], "weights"
 SPECIAL_TOKENS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?", 1011: "-", 1010: ","}
 VOCABULARY = 30522
 
@@ -57,11 +58,16 @@ def main() -> None:
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))
     parser.add_argument("--points_per_side", type=int, default=4, help="of the automatic masks (published: 32)")
     parser.add_argument("--crop_n_layers", type=int, default=0, help="of the automatic masks (published: 1)")
+    parser.add_argument("--rotations", type=int, default=2, help="over which cnn_image is averaged (published: 60)")
     parser.add_argument("--epochs", type=int, default=2, help="of the segmentor; from the second one on all losses")
     parser.add_argument("--lgst_steps", type=int, default=3)
     parser.add_argument("--side_share", type=float, default=1, help="smaller pictures, to try the script itself")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # one of them, in this process
+    parser.add_argument("--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS)  # one of them, in this process
     args, rest = parser.parse_known_args()
+    if args.stage == WEIGHTS:
+        write_sam(args.sam, args.workspace / "ckpt")
+        write_grounding_dino(args.workspace / "ckpt")
+        return write_wide_resnets(args.workspace / "ckpt")
     if args.stage:
         return perform(args.stage, args.workspace, args.device, rest)
     if rest:
@@ -73,25 +79,21 @@ def main() -> None:
 def rehearse(args: argparse.Namespace) -> None:
     workspace, rows = args.workspace, []
     write_pictures(workspace / "data", tuple(int(side * args.side_share) for side in SIZE))
-    for what, make in (("weights of SAM-HQ", functools.partial(write_sam, args.sam)),
-                       ("weights of BERT and Grounding DINO", write_grounding_dino),
-                       ("weights of both Wide-ResNets", write_wide_resnets)):
-        start = time.perf_counter()
-        make(workspace / "ckpt")
-        rows.append((f"make and save {what}", "", 1, time.perf_counter() - start, None, None))
+    itself = [sys.executable, "-m", "benchmarks.rehearsal", "--workspace", workspace, "--device", args.device]
+    usage = measured([*itself, "--sam", args.sam, "--stage", WEIGHTS], workspace / f"{WEIGHTS}.log")
+    rows.append(("make and save all weights", "", 1, usage.seconds, usage.peak_mb, None))
     own = {"pseudo_label": ["--pseudo_labels.proposer", "grounded_sam", "--pseudo_labels.sam", args.sam,
                             "--pseudo_labels.points_per_side", args.points_per_side,
-                            "--pseudo_labels.crop_n_layers", args.crop_n_layers, "--pseudo_labels.pred_iou_thresh", 0,
+                            "--pseudo_labels.crop_n_layers", args.crop_n_layers, "--pseudo_labels.rotations", args.rotations,
+                            "--pseudo_labels.pred_iou_thresh", 0,
                             "--pseudo_labels.stability_score_thresh", 0, "--pseudo_labels.box_threshold", 0,
                             "--pseudo_labels.text_threshold", 0, "--pseudo_labels.background_prompt", "null",
                             "--pseudo_labels.inside_grounding", "false", "--pseudo_labels.bandwidth", "auto"],
            "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch", 1],
            "CSAD": ["--lgst.steps", args.lgst_steps]}
     for stage in STAGES:
-        common = ["--workspace", workspace, "--dataset_root", workspace / "data", "--categories", CATEGORY,
-                  "--backbone", "wide_resnet50_2", "--overwrite", "--device", args.device]
-        usage = measured([sys.executable, "-m", "benchmarks.rehearsal", "--stage", stage, *common, *own.get(stage, ())],
-                         workspace / f"{stage}.log")
+        common = ["--dataset_root", workspace / "data", "--categories", CATEGORY, "--backbone", "wide_resnet50_2", "--overwrite"]
+        usage = measured([*itself, "--stage", stage, *common, *own.get(stage, ())], workspace / f"{stage}.log")
         noted = files.read_json(workspace / f"{stage}.rehearsal.json", keys=("steps", "gpu_peak_mb"))
         rows.append((f"{stage}.py", "whole", 1, usage.seconds, usage.peak_mb, noted["gpu_peak_mb"]))
         rows += [("", step, calls, seconds / calls, None, None) for step, (calls, seconds) in noted["steps"].items()]

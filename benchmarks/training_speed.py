@@ -31,7 +31,7 @@ from data.images import SIZE
 from data.workspace import Workspace
 from errors import run_script
 from models.backbone import PUBLISHED, Encoder, empty_encoder
-from models.device import choose_device, choose_precision, memory_format
+from models.device import choose_device, choose_precision, forbid_tf32, memory_format
 from models.lgst import LGST
 from models.lgst import losses as plain_losses
 from models.segmentor import Segmentor
@@ -56,6 +56,7 @@ def main() -> None:
     workspace, device = Workspace(args.workspace), choose_device(args.device)
     chosen = settings.load("", args.preset, overrides(args))
     precisions = ["fp32"] + ["bf16"] * (choose_precision("auto", device) == "bf16")
+    forbid_tf32()  # what is called fp32 below is that
     encoder = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
     encoder.to(device)
 
