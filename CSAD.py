@@ -8,30 +8,20 @@ validation and test images, anomaly_score/{category}_LGST_{logi,struc,val}_score
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from cluster.jobs import Task
-from command_line import select, training_options
-from data import files, layouts, records
-from errors import UserError, run_script
-from models.device import autocast, describe_device, memory_format
-from models.lgst import LGST, Differences
-from models.lgst_on_features import FeatureLGST
-from models.lgst_on_features import losses as feature_losses
-from progress import ProgressBar
-from pseudo_labels.checkpoints import obtain
-from standins import penalty_pictures
-from standins.penalty_pictures import PenaltyPictures
-from training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
-from training.lgst_step import (
+from csad.cli import select, training_options
+from csad.cluster.jobs import Task
+from csad.data import files, layouts, records
+from csad.errors import UserError, run_script
+from csad.progress import ProgressBar
+from csad.pseudo_labels.checkpoints import obtain
+from csad.standins import penalty_pictures
+from csad.standins.penalty_pictures import PenaltyPictures
+from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
+from csad.training.lgst_step import (
     Batches,
     EncodedImages,
     Sample,
@@ -41,8 +31,17 @@ from training.lgst_step import (
     learning_rate,
     warm_cosine,
 )
-from training.loop import TrainingLoop
-from training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+from csad.training.loop import TrainingLoop
+from csad.training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.device import autocast, describe_device, memory_format
+from models.lgst import LGST, Differences
+from models.lgst_on_features import FeatureLGST
+from models.lgst_on_features import losses as feature_losses
 
 SCORING_BATCH = 8
 EVALUATED_EVERY = 1000  # steps, where the test images choose the weights

@@ -8,26 +8,21 @@ saturated per-region overlap) stands on lines of its own. The same numbers per c
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from tabulate import tabulate
-
-import settings
-from command_line import common_options, select, with_branches, with_seeds
-from data import files, layouts, records
-from data.images import SIZE
-from data.roi import read_roi
-from data.workspace import STAGES, Workspace
-from errors import UserError, run_script
-from evaluation import localisation, seeds
-from evaluation.branch_choice import fused_branches, in_order
-from evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
-from evaluation.scores import (
+from csad import settings
+from csad.cli import common_options, select, with_branches, with_seeds
+from csad.data import files, layouts, records
+from csad.data.images import SIZE
+from csad.data.roi import read_roi
+from csad.data.workspace import STAGES, Workspace
+from csad.errors import UserError, run_script
+from csad.evaluation import localisation, seeds
+from csad.evaluation.branch_choice import fused_branches, in_order
+from csad.evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
+from csad.evaluation.scores import (
     MANY,
     PAPER_BRANCHES,
     Scores,
@@ -41,8 +36,12 @@ from evaluation.scores import (
     said_of_choice,
     scored_branches,
 )
+from csad.progress import ProgressBar
+
+import numpy as np
+from tabulate import tabulate
+
 from models.fusion import fuse
-from progress import ProgressBar
 
 NO_COMPONENT_MAP = "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"

@@ -8,22 +8,20 @@ Exit status: 0 nothing to say against it, 4 with warnings, 2 where the stages co
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from csad.cli import common_options, select
+from csad.data import files
+from csad.data.checks import Findings, check
+from csad.data.listing import LONGEST_KEY, short_name
+from csad.data.pictures import THUMBNAIL, Picture
+from csad.errors import UserError, run_script
 
-from command_line import common_options, select
-from data import files
-from data.checks import Findings, check
-from data.listing import LONGEST_KEY, short_name
-from data.pictures import THUMBNAIL, Picture
-from errors import UserError, run_script
+from PIL import Image, ImageDraw, ImageFont
 
 WARNED = 4
 SHOWN = 400  # pictures on a contact sheet

@@ -4,14 +4,12 @@
 state dict with the published keys. ``--format onnx`` folds that model into ckpt/onnx_models/{category}.onnx, and
 ``--format openvino`` turns this into ckpt/openvino_models/{category}.xml and .bin; another ``--precision`` than fp32 is
 in the file's name. Before a new file takes the old one's place a process of its own opens it and scores the validation images:
-its threshold is from there, and scores that are not PyTorch's end the export (deploy.agreement). Then, and alone with
+its threshold is from there, and scores that are not PyTorch's end the export (csad.export.agreement). Then, and alone with
 ``--inference_only``, every test image is scored: scores, AUROCs, milliseconds and the largest difference from the torch
 fp32 model go to anomaly_score/, export_report.json and export_report.md.
 """
 
 from __future__ import annotations
-
-import threads  # noqa: F401
 
 import argparse
 import csv
@@ -23,25 +21,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from csad import settings
+from csad.cli import common_options, select, with_branches, with_cluster, with_seeds
+from csad.cluster.jobs import Task
+from csad.data import files, images, layouts
+from csad.data.workspace import FORMATS, PRECISIONS, Workspace
+from csad.errors import UserError, run_script
+from csad.evaluation import branch_choice, export_tables, seeds
+from csad.evaluation.metrics import auroc, mean_known
+from csad.export import agreement, exporters, fresh_process, quantisation
+from csad.export.assembly import fused_state, require_up_to_date
+from csad.inference import thresholds
+from csad.inference.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
+from csad.progress import ProgressBar
+from csad.training.logical_synthesis import label_parts, synthesise
+from csad.training.stage import job_name, run_jobs, view_of
+from csad.training.structural_synthesis import plant
+
 import numpy as np
 
-import settings
-from cluster.jobs import Task
-from command_line import common_options, select, with_branches, with_cluster, with_seeds
-from data import files, images, layouts
-from data.workspace import FORMATS, PRECISIONS, Workspace
-from deploy import agreement, exporters, fresh_process, quantisation, thresholds
-from deploy.assembly import fused_state, require_up_to_date
-from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
-from errors import UserError, run_script
-from evaluation import branch_choice, export_tables, seeds
-from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import metadata
-from progress import ProgressBar
-from training.logical_synthesis import label_parts, synthesise
-from training.stage import job_name, run_jobs, view_of
-from training.structural_synthesis import plant
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64

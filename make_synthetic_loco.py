@@ -1,16 +1,14 @@
 """Render the built-in data set: five categories with logical rules, in MVTec LOCO AD's own layouts."""
 
-import threads  # noqa: F401
-
 import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
 
-from data.files import place
-from errors import run_script
-from standins.rendered import CATEGORIES
-from standins.rendered.writer import Settings, components_root, write_dataset
+from csad.data.files import place
+from csad.errors import run_script
+from csad.synthetic import CATEGORIES
+from csad.synthetic.writer import Settings, components_root, write_dataset
 
 SETTING_HELP = {
     "image_size": "side of the pictures in pixels",

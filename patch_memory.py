@@ -8,21 +8,20 @@ ckpt/memory_{category}.pth, the scores anomaly_score/{category}_memory_{logi,str
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from csad.data import files, layouts, records
+from csad.errors import UserError, run_script
+from csad.progress import ProgressBar
+from csad.training.stage import Job, begin, on_cpu, run_stage, write_scores
+
 import torch
 from torch import Tensor
 
-from data import files, layouts, records
-from errors import UserError, run_script
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
-from progress import ProgressBar
-from training.stage import Job, begin, on_cpu, run_stage, write_scores
 
 BATCH = 4
 CANDIDATES = 100_000  # patches from which rows are chosen

@@ -18,8 +18,6 @@ sentence says why).
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import csv
 import itertools
@@ -33,12 +31,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from data import files
-from data.files import place
-from data.listing import short_name
-from deploy.engines import device_name, open_model
-from deploy.folders import NO_STATE, Found, State, identity, images_in, only_writer, place_or_url
-from deploy.inspection import (
+from csad.data import files
+from csad.data.files import place
+from csad.data.listing import short_name
+from csad.errors import UNUSABLE, UserError, interrupts_wait, run_script
+from csad.inference.engines import device_name, open_model
+from csad.inference.folders import NO_STATE, Found, State, identity, images_in, only_writer, place_or_url
+from csad.inference.inspection import (
     ANOMALOUS,
     UNDECIDED,
     UNREADABLE,
@@ -51,8 +50,8 @@ from deploy.inspection import (
     state_of,
     verdicts_on,
 )
-from deploy.thresholds import threshold_of
-from errors import UNUSABLE, UserError, interrupts_wait, run_script
+from csad.inference.thresholds import threshold_of
+
 from models.fusion import BRANCHES
 
 POLL_SECONDS = 1.0
@@ -131,8 +130,8 @@ def main() -> None:
 
 
 def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """See `cluster.scoring.score`; the model is opened here, too, for the threshold and what is wrong with it."""
-    from cluster import scoring  # here, as nothing else needs it
+    """See `csad.cluster.scoring.score`; the model is opened here, too, for the threshold and what is wrong with it."""
+    from csad.cluster import scoring  # here, as nothing else needs it
 
     for option in ("watch", "save_maps"):
         if getattr(args, option):

@@ -15,32 +15,31 @@ classical (image processing, no download), or auto: the first of them for which 
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import shutil
 from functools import partial
 from pathlib import Path
 
+from csad import settings
+from csad.cli import common_options, select, with_cluster
+from csad.cluster.jobs import Task
+from csad.data import files, images, layouts, records
+from csad.data.checks import quick_check
+from csad.data.workspace import PseudoLabels, Workspace
+from csad.errors import UserError, run_script
+from csad.progress import ProgressBar
+from csad.pseudo_labels import beyond_clustering, checkpoints, clustering, components, masks
+from csad.pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
+from csad.pseudo_labels.proposers import Proposals, Proposer
+from csad.pseudo_labels.saving import GROUNDING, REFINED, grounding_map, save_info, save_label_map, save_masks
+from csad.standins.classical import ClassicalProposer
+from csad.training.stage import agreed_backbone, run_jobs, view_of
+
 import numpy as np
 import torch
 
-import settings
-from cluster.jobs import Task
-from command_line import common_options, select, with_cluster
-from data import files, images, layouts, records
-from data.checks import quick_check
-from data.workspace import PseudoLabels, Workspace
-from errors import UserError, run_script
 from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone, fingerprint
 from models.device import choose_training_device, forbid_tf32
-from progress import ProgressBar
-from pseudo_labels import beyond_clustering, checkpoints, clustering, components, masks
-from pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
-from pseudo_labels.proposers import Proposals, Proposer
-from pseudo_labels.saving import GROUNDING, REFINED, grounding_map, save_info, save_label_map, save_masks
-from standins.classical import ClassicalProposer
-from training.stage import agreed_backbone, run_jobs, view_of
 
 COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
 IMAGES_PER_TASK = 64  # of a Ray cluster

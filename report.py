@@ -8,30 +8,29 @@ Of many categories one table has them all, the lowest first, and the rest of the
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from csad import settings
+from csad.cli import common_options, select, with_branches, with_seeds
+from csad.data import files, images, layouts, records
+from csad.data.roi import read_roi
+from csad.data.workspace import STAGES, Workspace
+from csad.errors import UserError, run_script
+from csad.evaluation.deviations import deviations
+from csad.evaluation.localisation import read_maps
+from csad.evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
+from csad.export.assembly import sources, versions
+from csad.inference import overlays
+from csad.progress import ProgressBar
+from csad.report import figures, page
+
 import numpy as np
 
-import settings
-from command_line import common_options, select, with_branches, with_seeds
-from data import files, images, layouts, records
-from data.roi import read_roi
-from data.workspace import STAGES, Workspace
-from deploy import pictures
-from deploy.assembly import sources, versions
-from errors import UserError, run_script
-from evaluation.deviations import deviations
-from evaluation.localisation import read_maps
-from evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
 from models.fused import metadata
 from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
-from progress import ProgressBar
-from report import figures, page
 
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
@@ -186,31 +185,31 @@ def choose_side(shown: list[TestImage]) -> tuple[int, list[TestImage], int]:
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
     one, category = tested.measured, tested.measured.category
-    image = pictures.shrink(images.read_rgb(tested.path, white_level=one.white_level), side)
+    image = overlays.shrink(images.read_rgb(tested.path, white_level=one.white_level), side)
     if one.roi is not None:
-        image = pictures.outline(image, one.roi)
+        image = overlays.outline(image, one.roi)
     drawn = [("image", image)]
     try:
         masks = [images.read_mask(path) > 0 for path in category.region_masks(tested.split, tested.path)]
         if masks:
-            drawn = [("image, annotated region outlined", pictures.outline(image, *masks))]
+            drawn = [("image, annotated region outlined", overlays.outline(image, *masks))]
     except UserError:  # stage 5 says what is wrong with it; the page is worth having without
         drawn = [("image, annotated region unreadable", image)]
     words = []
     label_file = one.workspace.segmentation_output(category.name, tested.split, category.key(tested.path))
     if label_file.exists():
         label_map = images.read_mask(label_file)
-        drawn.append(("components", pictures.label_overlay(image, label_map)))
+        drawn.append(("components", overlays.label_overlay(image, label_map)))
         histogram, _ = one.reasons
         if histogram:
             words = [deviation.words for deviation in deviations(label_map, histogram)]
     alarm = max(tested.shares, key=tested.shares.get)
     if alarm in tested.anomaly_maps:
-        drawn.append((f"map of the {BRANCHES[alarm]}", pictures.heat_overlay(image, tested.anomaly_maps[alarm])))
+        drawn.append((f"map of the {BRANCHES[alarm]}", overlays.heat_overlay(image, tested.anomaly_maps[alarm])))
     return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
             "score": tested.score, "branches": tested.shares, "anomalous": tested.anomalous, "alarm": BRANCHES[alarm],
             "error": tested.error, "words": words,
-            "pictures": [(title, pictures.data_uri(picture, QUALITY)) for title, picture in drawn]}
+            "pictures": [(title, overlays.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
 
 def summary(one: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -242,9 +241,9 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
     for path in (paths[index] for index in some if index < len(paths)):
         label_file = made.image(category.key(path)) / "filtered_cluster_map.png"
         if label_file.exists():
-            image = pictures.shrink(images.read_rgb(path, white_level=white_level), PSEUDO_LABEL_SIDE)
-            painted = pictures.label_overlay(image, images.read_mask(label_file))
-            shown.append((path.name, pictures.data_uri(image, QUALITY), pictures.data_uri(painted, QUALITY)))
+            image = overlays.shrink(images.read_rgb(path, white_level=white_level), PSEUDO_LABEL_SIDE)
+            painted = overlays.label_overlay(image, images.read_mask(label_file))
+            shown.append((path.name, overlays.data_uri(image, QUALITY), overlays.data_uri(painted, QUALITY)))
     areas = files.read_array(made.histogram).mean(0)
     colours = images.colour_labels(np.arange(1, len(areas) + 1, dtype=np.uint8))
     return {"shown": shown, "trusted": len(trusted), "images": len(paths),

@@ -12,8 +12,6 @@ every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import math
 import os
@@ -24,11 +22,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+from csad.errors import UserError, run_script
+from csad.inference.engines import Engine, device_name, open_model
+from csad.station.daily_log import DailyLog
 
-from deploy.daily_log import DailyLog
-from deploy.engines import Engine, device_name, open_model
-from errors import UserError, run_script
+import numpy as np
 
 TOKEN_VARIABLE = "CSAD_TOKEN"
 INSTALL = "pip install -r requirements-predict.txt"
@@ -36,10 +34,10 @@ INSTALL = "pip install -r requirements-predict.txt"
 
 def main() -> None:
     try:
-        from deploy.connections import make_server
-        from deploy.gate import host_and_port, is_loopback
-        from deploy.server import create_app
-        from deploy.station import Options
+        from csad.station.connections import make_server
+        from csad.station.gate import host_and_port, is_loopback
+        from csad.station.server import create_app
+        from csad.station.station import Options
     except ImportError as problem:
         raise UserError(f"{problem.name} is not installed; install what serving needs with: {INSTALL}") from problem
     default = Options()

@@ -12,38 +12,37 @@ components are too many or missing ({category}_patchhist_maps.npz). Interrupted,
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from command_line import training_options
-from data import files, layouts, records
-from data.workspace import Workspace
-from errors import UserError, run_script
-from models.device import describe_device, memory_format
-from models.histogram_evidence import HistogramEvidence, fit_evidence
-from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
-from models.segmentor import Segmentor
-from progress import ProgressBar
-from settings import SegmentorSettings
-from training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
-from training.loop import TrainingLoop
-from training.pseudo_label_files import (
+from csad.cli import training_options
+from csad.data import files, layouts, records
+from csad.data.workspace import Workspace
+from csad.errors import UserError, run_script
+from csad.progress import ProgressBar
+from csad.settings import SegmentorSettings
+from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
+from csad.training.loop import TrainingLoop
+from csad.training.pseudo_label_files import (
     digest_of_label_maps,
     read_stage_1,
     require_own_pseudo_labels,
     stand_ins_of_stage_1,
     training_data,
 )
-from training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
-from training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+from csad.training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
+from csad.training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.device import describe_device, memory_format
+from models.histogram_evidence import HistogramEvidence, fit_evidence
+from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
+from models.segmentor import Segmentor
 
 SCORING_BATCH = 8
 EVALUATED_EVERY = 2  # epochs, where the test images choose the weights

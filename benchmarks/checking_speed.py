@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from csad.data import images
+from csad.data.files import place
+from csad.errors import run_script
+from csad.progress import ProgressBar
+from csad.synthetic.writer import Settings, write_dataset
+
 import numpy as np
 from PIL import Image
 
 from benchmarks.many_categories import run
-from data import images
-from data.files import place
-from errors import run_script
-from progress import ProgressBar
-from standins.rendered.writer import Settings, write_dataset
 
 RENDERED = 8
 

@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from standins.rendered import CATEGORIES
-from standins.rendered.writer import Settings, write_dataset
+from csad.synthetic import CATEGORIES
+from csad.synthetic.writer import Settings, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",

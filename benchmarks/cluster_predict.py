@@ -21,16 +21,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from csad.data import files, records
+from csad.data.files import place
+from csad.errors import UserError, run_script
+from csad.inference.engines import METADATA_KEY, require_package
+from csad.progress import ProgressBar
+
 import numpy as np
 from PIL import Image
 
 from benchmarks.processes import resident
-from data import files, records
-from data.files import place
-from deploy.engines import METADATA_KEY, require_package
-from errors import UserError, run_script
 from models.prediction import Prediction
-from progress import ProgressBar
 
 SIDE = 64  # pixels of each picture
 STORE_BYTES = 80 * 2**20  # Ray's object store of each node

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csad.data.locks import FileLock
+
 import numpy as np
 from PIL import Image
-
-from data.locks import FileLock
 
 Prepare = Callable[[Path], Any]
 

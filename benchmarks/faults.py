@@ -33,16 +33,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from csad.data.files import write_image
+from csad.data.images import read_rgb
+from csad.errors import UserError, run_script
+
 from benchmarks import fault_pictures
 from benchmarks.fault_table import CASES, CATEGORY, DATA, Case
-from data.files import write_image
-from data.images import read_rgb
-from errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "timm", "cv2", "sklearn.cluster", "onnx", "onnxruntime", "openvino", "skimage.segmentation", "settings",
              "pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "benchmark_performance", "report",
-             "deploy.server", "uvicorn.logging", "logging.config", "encodings.idna", "standins.rendered.writer")
+             "csad.station.server", "uvicorn.logging", "logging.config", "encodings.idna", "csad.synthetic.writer")
 MODEL = f"work/ckpt/pytorch_models/{CATEGORY}.pth"
 STAGE = ["--workspace", "work", "--dataset_root", "data", "--preset", "quick", "--backbone", "efficientnet_lite0", "--device",
          "cpu", "--images.size", "256", "--pseudo_labels.rotations", "2", "--segmentor.epochs", "4",

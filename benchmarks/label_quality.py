@@ -2,24 +2,22 @@
 
 Measured are the pseudo-label maps of the training images that stage 1 trusts, and the segmentor's label maps of the good
 test images. Neither knows class names: each true class, background included, is compared with the label that suits it best,
-one to one (`evaluation.label_matching`). Prints a Markdown table and writes label_quality.json to the workspace.
+one to one (`csad.evaluation.label_matching`). Prints a Markdown table and writes label_quality.json to the workspace.
 """
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 from collections.abc import Sequence
 from pathlib import Path
 
+from csad.cli import common_options, select
+from csad.data import files, images, layouts
+from csad.errors import UserError, run_script
+from csad.evaluation.label_matching import LabelMatch, match_labels
+from csad.synthetic.writer import components_root
+
 import cv2
 import numpy as np
-
-from command_line import common_options, select
-from data import files, images, layouts
-from errors import UserError, run_script
-from evaluation.label_matching import LabelMatch, match_labels
-from standins.rendered.writer import components_root
 
 
 def main() -> None:

@@ -22,14 +22,15 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from csad.data.images import SUFFIXES
+from csad.errors import UserError, run_script
+from csad.inference.engines import Engine, device_name, open_model
+from csad.inference.inspection import read_picture
+
 import httpx
 import numpy as np
 
 from benchmarks.processes import resident
-from data.images import SUFFIXES
-from deploy.engines import Engine, device_name, open_model
-from deploy.inspection import read_picture
-from errors import UserError, run_script
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size

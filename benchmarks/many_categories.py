@@ -14,14 +14,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from csad.data import files
+from csad.data.files import place
+from csad.errors import run_script
+from csad.progress import ProgressBar
+from csad.synthetic.writer import Settings, write_dataset
+
 from tabulate import tabulate
 
 from benchmarks.processes import Usage, measured
-from data import files
-from data.files import place
-from errors import run_script
-from progress import ProgressBar
-from standins.rendered.writer import Settings, write_dataset
 
 ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"

@@ -6,23 +6,22 @@ not in it; the process's memory before anything is drawn is printed, too.
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import resource
 import sys
 import time
 from collections.abc import Iterator
 
+from csad import settings
+from csad.errors import run_script
+from csad.pseudo_labels import components, masks
+from csad.pseudo_labels.masks import PackedMasks
+from csad.pseudo_labels.proposers import Proposals
+
 import cv2
 import numpy as np
 
 import pseudo_label
-import settings
-from errors import run_script
-from pseudo_labels import components, masks
-from pseudo_labels.masks import PackedMasks
-from pseudo_labels.proposers import Proposals
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import UserError
+from csad.errors import UserError
 
 
 class Usage(NamedTuple):

@@ -9,14 +9,19 @@ turned by PIL one by one, and MeanShift's seeds climbing together instead of one
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from csad import settings
+from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
+from csad.errors import run_script
+from csad.pseudo_labels import beyond_clustering, clustering, components, masks
+from csad.pseudo_labels.grounded_sam import PROMPTS_PER_BATCH, GroundingDino, SamHQ, build_grounding_dino, build_sam
+from csad.standins.classical import ClassicalProposer
 
 import cv2
 import numpy as np
@@ -26,14 +31,8 @@ from PIL import Image
 from sklearn.cluster import MeanShift
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-import settings
-from data.images import IMAGENET_MEAN, IMAGENET_STD
-from errors import run_script
 from models.backbone import PUBLISHED, TIMM_NAMES, Encoder
 from models.device import choose_device
-from pseudo_labels import beyond_clustering, clustering, components, masks
-from pseudo_labels.grounded_sam import PROMPTS_PER_BATCH, GroundingDino, SamHQ, build_grounding_dino, build_sam
-from standins.classical import ClassicalProposer
 
 PARTS = 8  # components per image
 ROTATIONS = 60

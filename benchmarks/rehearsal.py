@@ -17,8 +17,6 @@ and without crops, and crops of components are turned to few sides, or a picture
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import functools
 import importlib
@@ -29,16 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csad.data import files, layouts
+from csad.errors import run_script
+from csad.pseudo_labels import checkpoints, components, grounded_sam
+
 import numpy as np
 import timm
 import torch
 from tabulate import tabulate
 
 from benchmarks.processes import measured
-from data import files, layouts
-from errors import run_script
 from models.device import choose_device
-from pseudo_labels import checkpoints, components, grounded_sam
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "screw_bag"  # with automatic masks, of which three of the five categories have no need
@@ -195,7 +194,7 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         timed(components.CropEmbedding, "forward", "cnn_image, all components of a call")
         return
     if stage in TRAINING:
-        from training.loop import TrainingLoop
+        from csad.training.loop import TrainingLoop
 
         # Once a step: the time since the one before.
         last, real = [0.0], TrainingLoop.report

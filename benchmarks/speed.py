@@ -11,8 +11,6 @@ knows) to --workspace.
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import argparse
 import copy
 import platform
@@ -22,23 +20,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csad.data import files, images
+from csad.data.workspace import Workspace
+from csad.errors import UserError, run_script
+from csad.export import exporters
+from csad.export.assembly import versions
+from csad.export.quantisation import FALLBACK_ORDER
+from csad.inference.engines import Engine, OnnxEngine, TorchEngine, as_input, open_model
+from csad.progress import ProgressBar
+
 import numpy as np
 import torch
 
-from data import files, images
-from data.workspace import Workspace
-from deploy import exporters
-from deploy.assembly import versions
-from deploy.engines import Engine, OnnxEngine, TorchEngine, as_input, open_model
-from deploy.quantisation import FALLBACK_ORDER
-from errors import UserError, run_script
 from models.backbone import PUBLISHED, empty_encoder
 from models.device import choose_device
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor
-from progress import ProgressBar
 
 FORMAT_OF = {"torch": "torch", "onnxruntime": "onnx", "openvino": "openvino"}
 PUBLISHED_GRAPH, OURS = "published", "ours"

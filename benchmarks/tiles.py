@@ -12,19 +12,20 @@ import argparse
 import sys
 from pathlib import Path
 
+from csad.data import files
+from csad.data.files import place
+from csad.data.layouts import GOOD, STRUCTURAL, Dataset
+from csad.data.workspace import Workspace
+from csad.errors import run_script
+from csad.evaluation.metrics import auroc
+from csad.progress import ProgressBar
+from csad.synthetic.writer import Settings, write_dataset
+
 import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
 from benchmarks.processes import measured
-from data import files
-from data.files import place
-from data.layouts import GOOD, STRUCTURAL, Dataset
-from data.workspace import Workspace
-from errors import run_script
-from evaluation.metrics import auroc
-from progress import ProgressBar
-from standins.rendered.writer import Settings, write_dataset
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
 ROOT = Path(__file__).parent.parent

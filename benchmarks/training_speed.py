@@ -10,8 +10,6 @@ and the floor: the step's multiply-adds at the rate of this machine's large matr
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import copy
 import itertools
 import platform
@@ -20,24 +18,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from csad import settings
+from csad.cli import common_options, overrides
+from csad.data import files
+from csad.data.images import SIZE
+from csad.data.workspace import Workspace
+from csad.errors import run_script
+from csad.progress import ProgressBar
+from csad.standins.penalty_pictures import PenaltyPictures
+from csad.training import lgst_step, segmentor_step
+
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import settings
-from command_line import common_options, overrides
-from data import files
-from data.images import SIZE
-from data.workspace import Workspace
-from errors import run_script
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.device import choose_device, choose_precision, forbid_tf32, memory_format
 from models.lgst import LGST
 from models.lgst import losses as plain_losses
 from models.segmentor import Segmentor
-from progress import ProgressBar
-from standins.penalty_pictures import PenaltyPictures
-from training import lgst_step, segmentor_step
 
 IMAGES = 16  # training images; how many there are does not change the time of a step
 CLASSES = 8  # of the segmentor

@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from csad.errors import DAMAGED, UserError
+from csad.pseudo_labels.checkpoints import Checkpoint, fetch, sha256
+
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from errors import DAMAGED, UserError
-from pseudo_labels.checkpoints import Checkpoint, fetch, sha256
 
 PUBLISHED = "wide_resnet50_2"
 PACKAGED = "efficientnet_lite0"

@@ -6,10 +6,10 @@ import ctypes
 import os
 import sys
 
+from csad.errors import UserError
+
 import torch
 from torch import Tensor
-
-from errors import UserError
 
 CACHE_BYTES = 4 * 2**30  # of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from csad.data import records
+from csad.data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
+from csad.errors import UserError
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import records
-from data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
-from errors import UserError
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
@@ -40,7 +41,7 @@ class FusedModel(nn.Module):
         lgst, memory: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
         tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
-        roi: (size, size) bool, what is inspected (data.images.View); None: everything.
+        roi: (size, size) bool, what is inspected (csad.data.images.View); None: everything.
         evidence: the patch histogram's map, and a part of its score; None: it has neither.
         rule: how scores are added, see `models.fusion.share`.
 
@@ -121,7 +122,7 @@ def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:
 
 
 def block_means(rgb: Tensor, size: int = SIZE) -> Tensor:
-    """(B, 3, S, S) RGB in 0..255, whole numbers -> (B, 3, size, size): as `data.images.small_views`."""
+    """(B, 3, S, S) RGB in 0..255, whole numbers -> (B, 3, size, size): as `csad.data.images.small_views`."""
     factor = rgb.shape[-1] // size
     return rgb if factor == 1 else torch.floor(F.avg_pool2d(rgb, factor) + 0.5)
 

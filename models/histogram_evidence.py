@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from csad.data.images import SIZE
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.images import SIZE
 from models.fusion import EXPORTED_STD_FLOOR, fit_z
 from models.prediction import MAP_SIZE
 

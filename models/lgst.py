@@ -4,18 +4,19 @@ A teacher of fixed random projections of encoder features; a student with two he
 (*local*), one imitating the autoencoder (*global*); and EfficientAD's autoencoder, which imitates the teacher.
 Where they disagree, the image is unlike the training images.
 
-The networks come first, then the losses, in the paper's order. training/lgst_step.py has a faster form of the same losses.
+The networks come first, then the losses, in the paper's order. csad/training/lgst_step.py has a faster form of the same losses.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import Encoder, Normalise, resize
 from models.prediction import MAP_QUANTILES, MAP_SIZE
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threads  # noqa: F401
-
 import os
 import signal
 import sys
 from pathlib import Path
+
+from csad.data.layouts import Category
+from csad.errors import run_script
+from csad.training.stage import Job, view_of
 
 import cv2
 import numpy as np
@@ -16,10 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.layouts import Category
-from errors import run_script
 from models.backbone import Backbone, fingerprint
-from training.stage import Job, view_of
 
 REFERENCE = Path(__file__).parent / "reference"
 

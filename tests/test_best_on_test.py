@@ -8,6 +8,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from csad import settings
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError, run_script
+from csad.evaluation.scores import said_of_choice
+from csad.training.best_on_test import CHOSEN_ON_TEST, BestOnTest, mean_auroc
+from csad.training.loop import TrainingLoop
+
 import numpy as np
 import pytest
 import torch
@@ -15,14 +23,7 @@ from conftest import job_for, make_discs, tiny_backbone
 from torch import nn
 
 import CSAD
-import settings
 import train_segmentor
-from data import files, layouts
-from data.workspace import Workspace
-from errors import UserError, run_script
-from evaluation.scores import said_of_choice
-from training.best_on_test import CHOSEN_ON_TEST, BestOnTest, mean_auroc
-from training.loop import TrainingLoop
 
 
 class Counting(nn.Linear):
@@ -84,7 +85,7 @@ def written(workspace):
 @pytest.mark.parametrize("kind", OVERRIDES)
 def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(kind, category, tmp_path, monkeypatch):
     monkeypatch.setattr(CSAD, "EVALUATED_EVERY", 2)
-    monkeypatch.setattr("training.loop.SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr("csad.training.loop.SAVE_EVERY_SECONDS", 0)
     whole, broken, last = (Workspace(tmp_path / name) for name in ("whole", "broken", "last"))
     train(category, whole, kind)
     saved = files.read_state(whole.lgst("discs"))

@@ -1,11 +1,11 @@
 """What stage 1's clustering adds to the published method, on small made-up categories."""
 
+from csad.pseudo_labels import beyond_clustering as beyond
+from csad.pseudo_labels import clustering
+
 import numpy as np
 import pytest
 from test_clustering import made_up, same_grouping, wide
-
-from pseudo_labels import beyond_clustering as beyond
-from pseudo_labels import clustering
 
 
 def test_mean_shift_finds_the_same_groups_from_fewer_seeds():

@@ -1,5 +1,13 @@
 """Which branches are fused where some are only offered: planted defects, the decision, and who keeps to it."""
 
+from csad import settings
+from csad.cli import common_options, with_branches, with_cluster, with_seeds
+from csad.data import files
+from csad.data.workspace import Workspace
+from csad.evaluation import branch_choice
+from csad.settings import FusionSettings
+from csad.training.structural_synthesis import plant
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,13 +15,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import export_model
-import settings
-from command_line import common_options, with_branches, with_cluster, with_seeds
-from data import files
-from data.workspace import Workspace
-from evaluation import branch_choice
-from settings import FusionSettings
-from training.structural_synthesis import plant
 
 OFFERING = FusionSettings(branches=["patchhist", "memory"], offered=["LGST"], rule="softplus")
 
@@ -91,8 +92,9 @@ def test_where_nothing_could_be_pasted_the_other_kind_decides():
 
 
 def test_a_failed_paste_is_no_anomaly_and_how_many_failed_is_said(make_dataset, monkeypatch, capsys):
+    from csad.data.layouts import Category
+
     import export_model
-    from data.layouts import Category
     from models.prediction import Prediction
     category, chosen = Category(make_dataset() / "discs"), settings.load("discs", "quick", {"images.size": 256})
     calls = iter(range(1000))

@@ -8,6 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from csad import settings
+from csad.data import checks, pictures
+from csad.data.layouts import Category
+
 import numpy as np
 import pytest
 import tifffile
@@ -15,9 +19,6 @@ from conftest import status_of
 from PIL import Image
 
 import check_dataset
-import settings
-from data import checks, pictures
-from data.layouts import Category
 
 CASES = Path(__file__).parent / "cases"
 

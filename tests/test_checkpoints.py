@@ -4,11 +4,11 @@ import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
+from csad.errors import UserError
+from csad.pseudo_labels import checkpoints
+from csad.pseudo_labels.checkpoints import Checkpoint
 
-from errors import UserError
-from pseudo_labels import checkpoints
-from pseudo_labels.checkpoints import Checkpoint
+import pytest
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: more than one chunk
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -1,11 +1,11 @@
 """The classical proposer on small drawings with shading, noise, glare, holes and a tray."""
 
+from csad.standins.classical import ClassicalProposer, merge_alike
+
 import cv2
 import numpy as np
 import pytest
 from conftest import draw_parts
-
-from standins.classical import ClassicalProposer, merge_alike
 
 SIDE = 192
 

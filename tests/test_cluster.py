@@ -10,15 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+from csad import errors
+from csad.cluster import connection
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.training import stage
+
 import pytest
 from conftest import make_discs
 
-import errors
 import pseudo_label
-from cluster import connection
-from data.workspace import Workspace
-from errors import UserError
-from training import stage
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
@@ -148,7 +149,7 @@ def test_stage_1_in_parts_gives_the_same_bytes_in_any_order(run, labelled, tmp_p
             done.append(name)
             jobs(args)[name].do()
         return {}, {}
-    monkeypatch.setattr("cluster.jobs.run", on_a_cluster)
+    monkeypatch.setattr("csad.cluster.jobs.run", on_a_cluster)
     run("pseudo_label", tmp_path, "--ray", "local", "--categories", "bolts", "discs")
     assert len(done) == 8
     assert contents(tmp_path) == labelled[0]

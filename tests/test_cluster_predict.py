@@ -19,15 +19,16 @@ from PIL import Image
 ray = pytest.importorskip("ray")
 pyarrow = pytest.importorskip("pyarrow")
 
+from csad.cluster import scoring, sources  # noqa: E402
+from csad.cluster.connection import Driver  # noqa: E402
+from csad.cluster.shards import shards_of  # noqa: E402
+from csad.cluster.sources import Image as Listed  # noqa: E402
+from csad.cluster.sources import Sources  # noqa: E402
+from csad.data import files  # noqa: E402
+from csad.errors import UserError  # noqa: E402
+
 import predict  # noqa: E402
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
-from cluster import scoring, sources  # noqa: E402
-from cluster.connection import Driver  # noqa: E402
-from cluster.shards import shards_of  # noqa: E402
-from cluster.sources import Image as Listed  # noqa: E402
-from cluster.sources import Sources  # noqa: E402
-from data import files  # noqa: E402
-from errors import UserError  # noqa: E402
 
 HISTOGRAM = {"mean": [0.9, 0.1], "std": [0.02, 0.01], "quarter_mean": [[0.9, 0.1]] * 4, "quarter_std": [[0.02, 0.01]] * 4}
 STORE_BYTES = 80 * 2**20

@@ -2,11 +2,11 @@
 
 import time
 
+from csad.pseudo_labels import clustering
+
 import numpy as np
 import pytest
 from sklearn.cluster import MeanShift
-
-from pseudo_labels import clustering
 
 
 def made_up(images=20, seed=0, crumbs=3):

@@ -1,5 +1,7 @@
 """Component features against the published implementation's results, and the deep one's invariances."""
 
+from csad.pseudo_labels import components
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 from models.backbone import Normalise
-from pseudo_labels import components
 
 
 @pytest.fixture

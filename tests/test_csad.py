@@ -2,15 +2,16 @@
 
 import shutil
 
+from csad import settings
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+
 import pytest
 import torch
 from conftest import job_for, tiny_backbone
 
 import CSAD
-import settings
-from data import files, layouts
-from data.workspace import Workspace
-from errors import UserError
 
 CATEGORY = "discs"
 

@@ -5,6 +5,12 @@ import os
 import signal
 from contextlib import nullcontext
 
+from csad import settings
+from csad.cli import common_options, overrides, training_options, with_branches
+from csad.data import files, records
+from csad.data.workspace import Workspace
+from csad.errors import UserError, interrupts_wait, run_script
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +18,6 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-
-import settings
-from command_line import common_options, overrides, training_options, with_branches
-from data import files, records
-from data.workspace import Workspace
-from errors import UserError, interrupts_wait, run_script
 
 # Settings
 

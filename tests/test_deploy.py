@@ -8,19 +8,20 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from csad.data import files
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.evaluation import export_tables
+from csad.export import exporters, quantisation
+from csad.export.assembly import require_finite
+from csad.export.folded import FoldedModel
+from csad.inference.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
+
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from data import files
-from data.workspace import Workspace
-from deploy import exporters, quantisation
-from deploy.assembly import require_finite
-from deploy.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
-from deploy.folded import FoldedModel
-from errors import UserError
-from evaluation import export_tables
 from models.backbone import build_backbone, empty_encoder
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 from models.histogram_evidence import HistogramEvidence, fit_evidence

@@ -14,13 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from csad.data import files, records
+from csad.errors import run_script
+from csad.training.loop import TrainingLoop
+
 import numpy as np
 import pytest
 import torch
-
-from data import files, records
-from errors import run_script
-from training.loop import TrainingLoop
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256")
@@ -214,8 +214,9 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, time
 
 def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch):
     """Killed outright after the progress file was written: the weights end up the same, bit for bit."""
+    from csad.training import loop
+
     import CSAD
-    from training import loop
     work, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     real, calls = CSAD.feature_losses, []
@@ -238,8 +239,9 @@ def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch
 
 
 def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_path, monkeypatch):
+    from csad.training import loop
+
     import CSAD
-    from training import loop
     _, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     real = CSAD.feature_losses
@@ -327,9 +329,9 @@ def test_an_optional_branch_whose_files_do_not_fit_is_left_out(copy_of_finished,
 @pytest.mark.parametrize("format_", ["onnx", "openvino"])
 def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(format_, tested, copy_of_finished, run, fails,
                                                                            monkeypatch, tmp_path):
-    import onnx
+    from csad.export import exporters
 
-    from deploy import exporters
+    import onnx
     work, dataset = copy_of_finished
     if not tested:
         shutil.copytree(dataset, tmp_path / "data")
@@ -354,13 +356,14 @@ def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(forma
 
 
 def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished):
-    from deploy.engines import open_model
+    from csad.inference.engines import open_model
+
     from models.fused import metadata
     work, dataset = finished
     path = work / "ckpt/pytorch_models/discs.pth"
     known = metadata(files.read_state(path))
     assert known["networks"] == dict.fromkeys(known["networks"], "fp32") and "memory" in known["networks"]
-    from data import images
+    from csad.data import images
     engine = open_model(path, "cpu")
     scores = [float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
               for one in sorted((dataset / "discs/validation/good").iterdir())]
@@ -370,8 +373,8 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 
 
 def test_saved_maps_are_those_of_the_exported_model(finished):
-    from data import images
-    from deploy.engines import open_model
+    from csad.data import images
+    from csad.inference.engines import open_model
     work, dataset = finished
     engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")
     picture = sorted((dataset / "discs/test/structural_anomalies").iterdir())[0]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from csad.data import files
+from csad.errors import UserError
+from csad.export import agreement, exporters, fresh_process
+from csad.inference.engines import OnnxEngine, TorchEngine, in_words
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from PIL import Image
 
-from data import files
-from deploy import agreement, exporters, fresh_process
-from deploy.engines import OnnxEngine, TorchEngine, in_words
-from errors import UserError
 from models.fused import attach_metadata, metadata
 from tests.test_deploy import SIZES, state_of, with_edges
 

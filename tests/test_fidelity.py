@@ -4,12 +4,12 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
+from csad.cli import training_options
+from csad.pseudo_labels import checkpoints
+from csad.standins import penalty_pictures
+from csad.training.best_on_test import with_checkpoint
 
-from command_line import training_options
-from pseudo_labels import checkpoints
-from standins import penalty_pictures
-from training.best_on_test import with_checkpoint
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/FIDELITY.md").read_text(encoding="utf-8")

@@ -3,6 +3,12 @@
 import json
 import zlib
 
+from csad.data import files
+from csad.data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
+from csad.errors import UserError
+from csad.export.folded import FoldedModel
+from csad.inference import engines
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +17,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from data import files
-from data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
-from deploy import engines
-from deploy.folded import FoldedModel
-from errors import UserError
 from models.fused import attach_metadata, block_means, from_state, metadata, published_state, to_rgb
 
 

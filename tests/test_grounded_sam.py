@@ -4,6 +4,11 @@ import shutil
 import socket
 import sys
 
+from csad import settings
+from csad.data import files, images
+from csad.errors import UserError
+from csad.pseudo_labels import grounded_sam
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +16,6 @@ from conftest import draw_parts
 from PIL import Image
 
 import pseudo_label
-import settings
-from data import files, images
-from errors import UserError
-from pseudo_labels import grounded_sam
 
 CPU = torch.device("cpu")
 

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from csad.data import files, images
+from csad.errors import UserError
+
 import cv2
 import numpy as np
 import pytest
@@ -17,9 +20,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-
-from data import files, images
-from errors import UserError
 
 CASES = Path(__file__).parent / "cases"
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

@@ -1,9 +1,9 @@
 """Matching label maps without names to true classes."""
 
+from csad.evaluation.label_matching import match_labels
+
 import numpy as np
 import pytest
-
-from evaluation.label_matching import match_labels
 
 TRUE = np.array([[0, 0, 1, 1], [0, 0, 2, 2]], np.uint8)
 

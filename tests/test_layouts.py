@@ -8,18 +8,18 @@ import random
 from pathlib import Path
 from unittest import mock
 
+from csad.data import files, images, layouts, listing
+from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
+from csad.data.roi import read_roi
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from data import files, images, layouts, listing
-from data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
-from data.roi import read_roi
-from data.workspace import Workspace
-from errors import UserError
 
 CASES = Path(__file__).parent / "cases"
 

@@ -2,22 +2,23 @@
 
 import copy
 
+from csad import settings
+from csad.errors import UserError
+from csad.standins.penalty_pictures import PenaltyPictures
+from csad.training import feature_cache
+from csad.training import lgst_step as steps
+from csad.training.lgst_step import Batches, draw_indices, draw_sample, hard_mean, jitter_colour
+
 import numpy as np
 import pytest
 import torch
 from conftest import draw_parts
 from torchvision.transforms import functional as TF
 
-import settings
-from errors import UserError
 from models.lgst import LGST, Autoencoder, Differences, Student
 from models.lgst import losses as plain_losses
 from models.lgst_on_features import FeatureLGST, averaged, moments
 from models.lgst_on_features import losses as feature_losses
-from standins.penalty_pictures import PenaltyPictures
-from training import feature_cache
-from training import lgst_step as steps
-from training.lgst_step import Batches, draw_indices, draw_sample, hard_mean, jitter_colour
 
 CHANNELS = (6, 8, 10)
 

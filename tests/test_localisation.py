@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import time
 
+from csad.data import layouts
+from csad.errors import UserError
+from csad.evaluation import metrics
+from csad.evaluation.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from data import layouts
-from errors import UserError
-from evaluation import metrics
-from evaluation.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
 
 
 def region(rows, columns, shape, saturation=None) -> Region:

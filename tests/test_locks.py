@@ -9,12 +9,12 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
+from csad.data import locks
+from csad.data.locks import FileLock, LockHeld
+from csad.data.workspace import Workspace
+from csad.errors import UserError
 
-from data import locks
-from data.locks import FileLock, LockHeld
-from data.workspace import Workspace
-from errors import UserError
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def test_a_lock_that_says_nothing_holds_until_it_is_silent(path, content):
 
 
 def test_a_killed_process_leaves_a_lock_that_is_taken_over_at_once(path):
-    code = f"from pathlib import Path; from data.locks import FileLock\nFileLock(Path({str(path)!r})).acquire()"
+    code = f"from pathlib import Path; from csad.data.locks import FileLock\nFileLock(Path({str(path)!r})).acquire()"
     process = subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)
     process.stdout.readline()

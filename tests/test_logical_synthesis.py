@@ -1,12 +1,12 @@
 """Logical synthesis: what is pasted, where, and with which labels (docs/METHOD.md section 2)."""
 
+from csad.training import logical_synthesis as lsa
+
 import cv2
 import numpy as np
 import pytest
 from conftest import REFERENCE
 from PIL import Image
-
-from training import logical_synthesis as lsa
 
 SIDE = 128
 COLOURS = np.array([[90, 90, 90], [200, 30, 30], [30, 30, 200], [30, 200, 30]], np.uint8)

@@ -2,14 +2,14 @@
 
 import tracemalloc
 
+from csad.pseudo_labels import masks as algebra
+from csad.pseudo_labels.masks import PackedMasks
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
-from pseudo_labels import masks as algebra
-from pseudo_labels.masks import PackedMasks
 
 SIDE = 24
 

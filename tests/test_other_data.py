@@ -8,6 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from csad import settings
+from csad.data import layouts
+from csad.errors import UserError
+from csad.evaluation import localisation
+
 import numpy as np
 import pytest
 from conftest import draw_parts, status_of
@@ -15,10 +20,6 @@ from PIL import Image
 from test_end_to_end import ROOT, STAGES, arguments
 
 import predict
-import settings
-from data import layouts
-from errors import UserError
-from evaluation import localisation
 
 CASES = Path(__file__).parent / "cases"
 FOUR_STEPS = {"CSAD": ("--lgst.steps", "4")}

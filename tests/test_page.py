@@ -17,10 +17,11 @@ pytest.importorskip("fastapi", reason="serving needs fastapi (requirements-predi
 pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
 
+from csad.station.connections import make_server  # noqa: E402
+from csad.station.server import create_app  # noqa: E402
+from csad.station.station import Options  # noqa: E402
+
 import serve  # noqa: E402
-from deploy.connections import make_server  # noqa: E402
-from deploy.server import create_app  # noqa: E402
-from deploy.station import Options  # noqa: E402
 from models.fusion import choose_threshold  # noqa: E402
 from tests.test_serve import BrightEngine, picture  # noqa: E402
 

@@ -2,6 +2,11 @@
 
 import re
 
+from csad import settings
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +16,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import patch_memory
-import settings
-from data import files, layouts
-from data.workspace import Workspace
-from errors import UserError
 from models.patch_memory import PatchMemory, greedy_k_centre, patches, smooth
 
 CATEGORY, CHANNELS = "discs", (4, 6, 8)

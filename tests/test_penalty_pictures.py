@@ -7,6 +7,13 @@ import sys
 import zipfile
 from dataclasses import replace
 
+from csad import settings
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.standins import penalty_pictures
+from csad.standins.penalty_pictures import PenaltyPictures
+
 import numpy as np
 import pytest
 from conftest import job_for, tiny_backbone
@@ -15,12 +22,6 @@ from test_checkpoints import Server
 from test_checkpoints import server as server  # a fixture
 
 import CSAD
-import settings
-from data import files, layouts
-from data.workspace import Workspace
-from errors import UserError
-from standins import penalty_pictures
-from standins.penalty_pictures import PenaltyPictures
 
 
 def jpeg(colour):
@@ -104,7 +105,7 @@ def test_download_fetches_the_archive_continues_it_and_trains_with_it(archive, s
     monkeypatch.setattr("test_checkpoints.CONTENT", content)
     known = server.checkpoint(archive.name, penalty_pictures.ARCHIVE.sha256)
     monkeypatch.setattr(penalty_pictures, "ARCHIVE", known)
-    monkeypatch.setattr("training.stage.agreed_backbone", lambda *_: tiny_backbone())
+    monkeypatch.setattr("csad.training.stage.agreed_backbone", lambda *_: tiny_backbone())
     command = ["CSAD.py", "--workspace", archive.parent.parent, "--dataset_root", make_dataset(train=4, validation=2, test=1),
                "--device", "cpu", "--download", "--lgst.width", "8", "--lgst.teacher_channels", "8", "--lgst.steps", "2",
                "--lgst.batch_size", "1"]

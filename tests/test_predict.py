@@ -11,17 +11,18 @@ import sys
 import threading
 from pathlib import Path
 
+from csad.data import files
+from csad.errors import UserError
+from csad.evaluation.deviations import LIMIT, Deviation, deviations
+from csad.inference import inspection
+from csad.inference.engines import Engine
+
 import cv2
 import numpy as np
 import pytest
 from conftest import exit_status
 
 import predict
-from data import files
-from deploy import inspection
-from deploy.engines import Engine
-from errors import UserError
-from evaluation.deviations import LIMIT, Deviation, deviations
 from models.prediction import Prediction
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
@@ -287,7 +288,7 @@ def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
 
 def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     """In a process of its own, with files that appear while it runs."""
-    script = ("import sys; sys.path[:0] = ['.', 'tests']; import predict, test_predict; from errors import run_script\n"
+    script = ("import sys; sys.path[:0] = ['.', 'tests']; import predict, test_predict; from csad.errors import run_script\n"
               "predict.POLL_SECONDS = 0.05\n"
               "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
               "run_script(predict.main)")
@@ -373,7 +374,7 @@ def test_a_second_process_is_refused_and_harms_nothing(engine, run, photos, tmp_
     assert run(photos) == 4
     before = (tmp_path / "out/predictions.csv").read_bytes()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from data.locks import FileLock\n"
+        [sys.executable, "-c", "import sys; from pathlib import Path; from csad.data.locks import FileLock\n"
          "with FileLock(Path(sys.argv[1])).acquire():\n print(flush=True); sys.stdin.read()",
          str(tmp_path / "out/.predict.lock")], cwd=Path(predict.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import settings
-from errors import run_script
-from evaluation import branch_choice
+from csad import settings
+from csad.errors import run_script
+from csad.evaluation import branch_choice
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "benchmark_performance")

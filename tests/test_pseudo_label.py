@@ -3,6 +3,16 @@
 import sys
 from argparse import Namespace
 
+from csad import settings
+from csad.data import files, images, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.evaluation.label_matching import match_labels
+from csad.pseudo_labels import beyond_clustering
+from csad.pseudo_labels.components import CropEmbedding
+from csad.pseudo_labels.masks import PackedMasks
+from csad.pseudo_labels.proposers import Proposals
+
 import numpy as np
 import pytest
 import torch
@@ -11,16 +21,7 @@ from test_component_features import Deepest
 from torch import nn
 
 import pseudo_label
-import settings
-from data import files, images, layouts
-from data.workspace import Workspace
-from errors import UserError
-from evaluation.label_matching import match_labels
 from models.backbone import Backbone, fingerprint
-from pseudo_labels import beyond_clustering
-from pseudo_labels.components import CropEmbedding
-from pseudo_labels.masks import PackedMasks
-from pseudo_labels.proposers import Proposals
 
 IMAGES, SIDE = 8, 256
 

@@ -6,6 +6,14 @@ What the foundation models would say is in the reference; everything after it ru
 import json
 from argparse import Namespace
 
+from csad import settings
+from csad.data import files, images, layouts
+from csad.data.workspace import Workspace
+from csad.pseudo_labels import clustering, components, grounded_sam, masks
+from csad.pseudo_labels.grounded_sam import GroundedSamProposer
+from csad.pseudo_labels.masks import PackedMasks
+from csad.training.pseudo_label_files import to_side
+
 import numpy as np
 import pytest
 import torch
@@ -14,14 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pseudo_label
-import settings
-from data import files, images, layouts
-from data.workspace import Workspace
 from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone
-from pseudo_labels import clustering, components, grounded_sam, masks
-from pseudo_labels.grounded_sam import GroundedSamProposer
-from pseudo_labels.masks import PackedMasks
-from training.pseudo_label_files import to_side
 
 CATEGORIES = ("screw_bag", "pushpins", "juice_bottle")
 SIZE = (288, 384)

@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from csad.data import layouts
+from csad.data.layouts import GOOD, LOGICAL, SPLITS, STRUCTURAL, Dataset
+from csad.errors import UserError
+from csad.synthetic import CATEGORIES
+from csad.synthetic.kit import render
+from csad.synthetic.writer import Settings, anomaly_of, components_root, picture_rng, write_dataset
+
 import cv2
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-
-from data import layouts
-from data.layouts import GOOD, LOGICAL, SPLITS, STRUCTURAL, Dataset
-from errors import UserError
-from standins.rendered import CATEGORIES
-from standins.rendered.kit import render
-from standins.rendered.writer import Settings, anomaly_of, components_root, picture_rng, write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = Settings(image_size=64, train=2, validation=1, test_good=1, test_logical=2, test_structural=2)

@@ -10,15 +10,15 @@ import sys
 import weakref
 from pathlib import Path
 
+from csad.data import files, layouts, records
+from csad.data.workspace import Workspace
+from csad.evaluation import seeds
+from csad.inference import overlays
+from csad.report import figures
+
 import numpy as np
 import pytest
 from conftest import status_of
-
-from data import files, layouts, records
-from data.workspace import Workspace
-from deploy import pictures
-from evaluation import seeds
-from report import figures
 
 
 def load(script: str):
@@ -300,17 +300,17 @@ def test_outlines_and_overlays_keep_the_image_elsewhere():
     image = np.full((60, 80, 3), 90, np.uint8)
     truth = np.zeros((120, 160), bool)
     truth[40:80, 40:80] = True
-    drawn = pictures.outline(image, truth)
+    drawn = overlays.outline(image, truth)
     assert (drawn[30, 30] == 90).all()  # inside
     assert (drawn[0, 0] == 90).all()
     assert (drawn[20, 25] == (255, 0, 200)).all()
-    heat = pictures.heat_overlay(image, 3 * np.pad(np.ones((8, 8)), 28) - 0.5)
+    heat = overlays.heat_overlay(image, 3 * np.pad(np.ones((8, 8)), 28) - 0.5)
     assert (heat[0, 0] == 90).all()
     assert np.ptp(heat[30, 40].astype(int)) > 20
-    labels = pictures.label_overlay(image, np.pad(np.ones((4, 4), np.uint8), 28))
+    labels = overlays.label_overlay(image, np.pad(np.ones((4, 4), np.uint8), 28))
     assert np.ptp(labels[30, 40].astype(int)) > 20
-    assert pictures.shrink(image, 40).shape == (30, 40, 3)
-    assert pictures.shrink(image, 400) is image
+    assert overlays.shrink(image, 40).shape == (30, 40, 3)
+    assert overlays.shrink(image, 400) is image
 
 
 @pytest.fixture(scope="module")

@@ -29,19 +29,20 @@ testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fas
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
+from csad.data import images, records  # noqa: E402
+from csad.data.images import SIZE  # noqa: E402
+from csad.errors import UserError  # noqa: E402
+from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
+from csad.inference.inspection import judge, read_picture  # noqa: E402
+from csad.station import connections, daily_log, server  # noqa: E402
+from csad.station.batching import Batcher, QueueFull  # noqa: E402
+from csad.station.daily_log import DailyLog  # noqa: E402
+from csad.station.server import create_app  # noqa: E402
+from csad.station.station import Options  # noqa: E402
+from csad.station.upload import plain_name  # noqa: E402
+
 import predict  # noqa: E402
 import serve  # noqa: E402
-from data import images, records  # noqa: E402
-from data.images import SIZE  # noqa: E402
-from deploy import connections, daily_log, server  # noqa: E402
-from deploy.batching import Batcher, QueueFull  # noqa: E402
-from deploy.daily_log import DailyLog  # noqa: E402
-from deploy.engines import METADATA_KEY, open_model  # noqa: E402
-from deploy.inspection import judge, read_picture  # noqa: E402
-from deploy.server import create_app  # noqa: E402
-from deploy.station import Options  # noqa: E402
-from deploy.upload import plain_name  # noqa: E402
-from errors import UserError  # noqa: E402
 from models.prediction import MAP_SIZE, Prediction  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -612,7 +613,7 @@ def equal_pixels(width: int, height: int, depth: int, colour_type: int, channels
 def test_bytes_after_decoding_are_bounded_before_it(station, monkeypatch):
     client = station(max_pixels=10_000)
     read = []
-    monkeypatch.setattr("deploy.upload.read_picture", lambda *args: read.append(args))
+    monkeypatch.setattr("csad.station.upload.read_picture", lambda *args: read.append(args))
     deep = np.full((100, 100), 40_000, np.uint16)
     for name, body in {"RGBA 16": equal_pixels(100, 100, 16, 6, 4), "grey and alpha 16": equal_pixels(100, 100, 16, 4, 2),
                        "RGB 16": equal_pixels(100, 100, 16, 2, 3)}.items():
@@ -657,7 +658,7 @@ def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(sta
     client = station()
     with ThreadPoolExecutor(5) as clients:
         with monkeypatch.context() as patched:
-            patched.setattr("deploy.upload.read_picture", slowly)
+            patched.setattr("csad.station.upload.read_picture", slowly)
             answers = list(clients.map(lambda _: client.post("/score", content=picture(size=(100, 100))), range(4)))
         assert most == [1] and {answer.status_code for answer in answers} == {200}
         begun, release = threading.Event(), threading.Event()
@@ -669,7 +670,7 @@ def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(sta
             return read_picture(source, name, *rest)
 
         with monkeypatch.context() as patched:
-            patched.setattr("deploy.upload.read_picture", wait_if_large)
+            patched.setattr("csad.station.upload.read_picture", wait_if_large)
             large = [clients.submit(client.post, "/score?name=large.png", content=picture(size=(100, 100))) for _ in range(4)]
             assert begun.wait(20) and client.post("/score", content=picture()).status_code == 200
             release.set()
@@ -913,5 +914,5 @@ def test_mistakes_get_a_sentence(monkeypatch, args, words):
 
 
 def test_nothing_here_imports_torch():
-    code = "import sys; sys.modules['torch'] = None; import serve, predict, deploy.server"
+    code = "import sys; sys.modules['torch'] = None; import serve, predict, csad.station.server"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,12 +1,12 @@
 """The targets of stage 2 against what the published training reads (tests/reference/stage1)."""
 
+from csad.training.targets import fill_class_holes
+
 import cv2
 import numpy as np
 import pytest
 from conftest import REFERENCE
 from PIL import Image
-
-from training.targets import fill_class_holes
 
 STAGE_1 = REFERENCE / "stage1"
 TARGETS = np.load(STAGE_1 / "stage1_targets.npz")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 
+from csad.data import files
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.export import exporters
+from csad.inference import engines, thresholds
+from csad.inference.engines import OnnxEngine, open_model
+from csad.station.station import Options, Station
+
 import numpy as np
 import pytest
 
 import export_model
 import predict
-from data import files
-from data.workspace import Workspace
-from deploy import engines, exporters, thresholds
-from deploy.engines import OnnxEngine, open_model
-from deploy.station import Options, Station
-from errors import UserError
 from models.fused import attach_metadata, metadata
 from tests.test_deploy import state_of
 

@@ -5,21 +5,22 @@ import shutil
 import subprocess
 import sys
 
+from csad import settings
+from csad.data import files, layouts, records
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.training import feature_cache, loop, pseudo_label_files, stage
+from csad.training import segmentor_step as steps
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import TinyEncoder, draw_parts, job_for, make_discs, tiny_backbone
 
-import settings
 import train_segmentor
-from data import files, layouts, records
-from data.workspace import Workspace
-from errors import UserError
 from models.patch_histogram import PARAMETER_NAMES
 from models.segmentor import losses as train_segmentor_losses
-from training import feature_cache, loop, pseudo_label_files, stage
-from training import segmentor_step as steps
 
 CATEGORY, PARTS = "discs", 4
 CPU = torch.device("cpu")

@@ -8,23 +8,24 @@ import sys
 import threading
 from pathlib import Path
 
+from csad import progress
+from csad.cli import training_options
+from csad.data import files, images, layouts
+from csad.data.workspace import Workspace
+from csad.errors import UserError
+from csad.training import feature_cache, lgst_step, loop, stage
+from csad.training.feature_cache import FeatureCache
+from csad.training.loop import TrainingLoop
+from csad.training.pseudo_label_files import read_stage_1, training_data
+
 import numpy as np
 import pytest
 import torch
 from conftest import TinyEncoder, tiny_backbone
 from torch import nn
 
-import progress
-from command_line import training_options
-from data import files, images, layouts
-from data.workspace import Workspace
-from errors import UserError
 from models.device import choose_precision, describe_device
 from models.lgst_on_features import FeatureLGST
-from training import feature_cache, lgst_step, loop, stage
-from training.feature_cache import FeatureCache
-from training.loop import TrainingLoop
-from training.pseudo_label_files import read_stage_1, training_data
 
 CPU = torch.device("cpu")
 
@@ -256,7 +257,7 @@ for turn in range(20):
     torch.ones(16_000_000)  # 64 MB, freed at once
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=Path(loop.__file__).parents[1], capture_output=True, text=True,
+    found = subprocess.run([sys.executable, "-c", code], cwd=Path(loop.__file__).parents[2], capture_output=True, text=True,
                            check=True)
     assert int(found.stdout) < 15_000  # pages; handed out anew they are 150,000
 

@@ -2,6 +2,15 @@
 
 from argparse import Namespace
 
+from csad import settings
+from csad.data import files, images, layouts
+from csad.data.workspace import Workspace
+from csad.evaluation.label_matching import match_labels
+from csad.pseudo_labels import masks
+from csad.pseudo_labels.proposers import Proposals
+from csad.synthetic import CATEGORIES
+from csad.synthetic.writer import Settings, components_root, write_dataset
+
 import cv2
 import numpy as np
 import pytest
@@ -9,15 +18,7 @@ import torch
 from torch import nn
 
 import pseudo_label
-import settings
-from data import files, images, layouts
-from data.workspace import Workspace
-from evaluation.label_matching import match_labels
 from models.backbone import Backbone
-from pseudo_labels import masks
-from pseudo_labels.proposers import Proposals
-from standins.rendered import CATEGORIES
-from standins.rendered.writer import Settings, components_root, write_dataset
 
 MERGED, SPLIT = 0.1, 0.05  # of the images, of the components
 SPECKS = 2

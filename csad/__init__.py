@@ -1,0 +1,43 @@
+"""What has to happen before anything else is imported: scripts import this first, and nothing but Python itself is needed for it.
+
+Packages that are not installed: instead of a traceback, a sentence with the lines that help.
+
+How a thread of PyTorch's waits for the others: OpenMP looks once, when PyTorch is loaded. By default GNU's OpenMP waits in a
+loop, some milliseconds long, before it sleeps. Where something else wants the same cores it takes them from the very threads
+that it waits for: two trainings at once on two cores then take four times as long as one, twice as long as one after the other.
+Waiting shortly costs a run that has the machine for itself nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what decides it; the second, where somebody set it, decides alone
+SPINS = "1000"  # instead of 300,000; what GNU's OpenMP takes itself where it sees more threads of its own than cores
+ROOT = Path(__file__).resolve().parents[1]
+FEW_PACKAGES = ("predict.py", "serve.py")  # do with those of requirements-predict.txt
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def explain_missing_package(kind: type[BaseException], problem: BaseException, traceback: TracebackType | None) -> None:
+    """As `sys.excepthook`: a missing package gets a sentence and exit status 2, all else its traceback."""
+    package = (problem.name or "").partition(".")[0] if isinstance(problem, ModuleNotFoundError) else ""
+    if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
+        sys.__excepthook__(kind, problem, traceback)
+        return
+    few = Path(sys.argv[0]).name in FEW_PACKAGES
+    environment = ROOT / ".venv"
+    activate = f"source {environment}/bin/activate"
+    print(f"error: the package '{package}' is not installed for {sys.executable}; activate an environment that has everything:\n"
+          f"    {activate if (environment / 'bin/activate').exists() else f'python3 -m venv {environment} && {activate}'}\n"
+          f"    pip install -r {ROOT / ('requirements-predict.txt' if few else 'requirements.txt')}", file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+sys.excepthook = explain_missing_package

@@ -1,0 +1,209 @@
+"""The jobs of a stage as Ray tasks: each on whatever node has room, and again on another where a node dies.
+
+A task derives its job from the driver's arguments, narrowed to its category and seed. So it does what the stage would do by
+itself, and goes on from the progress file on the shared workspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from csad.cluster.connection import Driver, connected, environment, most, node_resources
+from csad.data import layouts
+from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
+from csad.data.workspace import Workspace
+from csad.errors import UserError, disk_is_full, in_a_sentence, interrupts_wait
+from csad.progress import ProgressBar
+
+RETRIES = 20  # of a job whose node or worker died
+TAKE_OVER_SECONDS = STALE_SECONDS + 60  # for which a job waits until its predecessor, whose driver or node was lost, has ended
+SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
+MEMORY_BYTES = 3 * 2**29  # of a job without images
+COPIES = 8  # of its images, that a job may hold at once in one form or another
+SHOWN = 20  # bars at a time
+
+
+class Task(NamedTuple):
+    """One job of a stage.
+
+    Attributes:
+        seed: None where the command line names no several.
+        do: does it, in this process.
+        images: that it holds in memory; None for all of the category.
+        after: names of jobs that come first; where one fails, or returns False, this one is not done.
+    """
+
+    category: layouts.Category
+    seed: int | None
+    do: Callable[[], Any]
+    images: int | None = None
+    after: tuple[str, ...] = ()
+
+
+Jobs = Callable[[argparse.Namespace], dict[str, Task]]  # a stage's jobs by name, in an order that keeps to ``after``
+
+
+class Outcome(NamedTuple):
+    """What came of a job: what it printed and returned, or why it failed."""
+
+    said: str = ""
+    result: Any = None
+    failure: str | None = None
+    disk_full: bool = False
+
+
+def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
+    """Do all jobs on the Ray cluster ``args.ray``; the caller holds the workspace's lock.
+
+    Returns:
+        What finished jobs returned, and why the others failed, by name; jobs that others wait for are not named.
+
+    Raises:
+        UserError: no cluster, or the disk is full, which ends the whole run.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved their progress.
+    """
+    import torch
+
+    tasks = jobs(argparse.Namespace(**vars(args) | {"device": "cpu"}))  # here they are only named
+    waited_for = {name for task in tasks.values() for name in task.after}
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    with connected(args.ray, Workspace(args.workspace).driver_files) as (ray, driver):
+        remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
+        started: dict[str, Any] = {}
+        for name, task in tasks.items():
+            narrowed = {"categories": [task.category.name]} | ({} if task.seed is None else {"seeds": [task.seed]})
+            started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
+                jobs, argparse.Namespace(**vars(args) | narrowed), name, driver, *(started[one] for one in task.after))
+        running = {reference: name for name, reference in started.items()}
+        try:
+            with interrupts_wait() as interrupted, Bars(driver.folder, len(tasks)) as bars:
+                while running:
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    done, _ = ray.wait(list(running), timeout=1)
+                    for one in done:
+                        name, outcome = running.pop(one), _outcome(ray, one)
+                        if outcome.disk_full:
+                            raise UserError(outcome.failure)
+                        bars.finished(outcome.said)
+                        if name not in waited_for:
+                            (failures if outcome.failure else results)[name] = outcome.failure or outcome.result
+                    bars.show(running.values())
+        except BaseException:
+            for one in running:
+                ray.cancel(one)
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
+            raise
+    return results, failures
+
+
+def _outcome(ray: ModuleType, reference: Any) -> Outcome:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as problem:
+        return Outcome(failure=f"its worker died more than {RETRIES} times, or was stopped ({str(problem).splitlines()[0]})")
+
+
+def resources(ray: ModuleType, task: Task, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """What a job needs: as many CPUs as it has threads, a GPU where there are any, memory for its images."""
+    nodes = node_resources(ray)
+    on_gpu = not args.device.startswith("cpu") and any(node.get("GPU", 0) >= 1 for node in nodes)
+    category = task.category
+    images = task.images or len(category.train) + len(category.validation) + len(category.test_images)
+    side = int(getattr(args, "images.size", None) or 512)
+    return {"num_cpus": most(nodes, "CPU", 1 if on_gpu else threads), "num_gpus": int(on_gpu),
+            "memory": int(most(nodes, "memory", MEMORY_BYTES + COPIES * images * 3 * side**2))}
+
+
+def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *before: Outcome) -> Outcome:
+    """Do one job on a node.
+
+    Its lock makes sure that its files have one writer, also where the node of an earlier attempt is cut off, but alive.
+    """
+    for one in before:
+        if one.failure or one.result is False:
+            return one._replace(said="")
+    with redirect_stdout(StringIO()) as said:
+        try:
+            driver.enter()
+            place = place_of(driver.folder, name)
+            try:
+                lock = FileLock(place.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
+            except LockHeld as problem:
+                raise UserError(f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
+                                "the same command again") from problem
+            with lock:
+                tell_progress_in(place.with_suffix(".bar"))
+                return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
+        except Exception as problem:
+            return Outcome(said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem))
+
+
+def reason(problem: Exception) -> str:
+    """Why a job failed, on one line."""
+    return in_a_sentence(problem) or f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
+def told_if_ours(problem: Exception) -> str:
+    """The traceback of a programming error; nothing where a sentence tells all."""
+    return "" if in_a_sentence(problem) else "".join(traceback.format_exception(problem))
+
+
+def place_of(folder: Path, name: str) -> Path:
+    return folder / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def tell_progress_in(path: Path) -> None:
+    """From now on this process's progress bars are lines in a file, which the driver reads, written once a second."""
+    last = 0.0
+
+    def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
+
+    ProgressBar.display = display
+
+
+class Bars:
+    """One bar for all jobs and, in a terminal, the bar of each that runs."""
+
+    def __init__(self, folder: Path, total: int):
+        self.folder = folder
+        self.all = ProgressBar(total=total, desc="jobs", unit="job")
+        self.lines = [ProgressBar(bar_format="{desc}", position=index + 1, leave=False) for index in range(
+            min(SHOWN, total) if sys.stderr.isatty() else 0)]
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for line in (*self.lines, self.all):
+            line.close()
+
+    def finished(self, said: str) -> None:
+        if said:
+            ProgressBar.write(said, end="")
+        self.all.update()
+
+    def show(self, names: Iterable[str]) -> None:
+        if not self.lines:
+            return
+        places = [place_of(self.folder, name).with_suffix(".bar") for name in names]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in places if path.exists()]
+        for line, text in zip(self.lines, texts + [""] * len(self.lines)):
+            line.set_description_str(text[:line.ncols or 100])

@@ -1,0 +1,106 @@
+"""What lies in folders: walked in sorted order with links followed, and names for what is found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from csad.data.images import SUFFIXES
+
+LONGEST_KEY = 220  # bytes: file systems take 255, of which what is made from an image adds up to 30
+CLUTTER = "made by the operating system"
+_CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin",
+                      "system volume information", "lost+found"})
+RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
+
+Unused = list[tuple[Path, str]]  # what is left out, and why
+
+
+def short_name(name: str, longest: int) -> str:
+    """A file name of at most ``longest`` bytes: as it is, or its beginning and a hash of all of it."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= longest:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[:longest - 13].decode(errors='ignore')}-{digest}"
+
+
+def reason_to_skip(name: str) -> str | None:
+    """Why a file or folder is no part of a data set, as far as its name alone tells."""
+    return "hidden" if name.startswith(".") else CLUTTER if name.lower() in _CLUTTER else None
+
+
+def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
+    """Names for the images of one list: unique, independent of their order, of at most `LONGEST_KEY` bytes."""
+    places = {path: path.relative_to(base).parts for path in images}
+    short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in places.items()}
+    whole = {path: "_".join(parts) for path, parts in places.items()}
+    times = Counter(short.values())
+    keys = {path: key for path, key in short.items() if times[key] == 1 and key not in RESERVED_KEYS}
+    taken = Counter(keys.values())
+    others = [path for path in images if path not in keys]
+    taken.update(whole[path] for path in others)
+    for path in others:
+        digest = hashlib.sha256("/".join(places[path]).encode(errors="surrogateescape")).hexdigest()[:8]
+        keys[path] = whole[path] if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS else f"{whole[path]}-{digest}"
+    return {path: short_name(key, LONGEST_KEY) for path, key in keys.items()}
+
+
+def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
+    """The images in a folder and, unless ``flat``, in those within, sorted; and what there is besides. Links are followed."""
+    images: list[Path] = []
+    unused: Unused = []
+    home = folder.resolve()
+    seen = {place: place for place in (home, *home.parents)}
+    pending = deque([folder])
+    while pending:
+        with os.scandir(pending.popleft()) as listing:
+            entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
+        for entry in entries:
+            path, link = Path(entry.path), entry.is_symlink()
+            is_folder = path.is_dir() if link else entry.is_dir()
+            suffix = path.suffix.lower()
+            if reason := reason_to_skip(entry.name):
+                unused.append((path, reason))
+            elif is_folder and flat:
+                unused.append((path, "a folder beside the images"))
+            elif is_folder:
+                place = path.resolve()
+                if place in seen:
+                    unused.append((path, f"leads to {seen[place]} once more"))
+                else:
+                    seen[place] = path
+                    # Links last: a folder that is also linked to counts under its own name.
+                    pending.append(path) if link else pending.appendleft(path)
+            elif link and not path.is_file():
+                unused.append((path, "a link to a file that is not there"))
+            elif suffix not in SUFFIXES:
+                unused.append((path, f"no image format that is read here ({suffix or 'no suffix'})"))
+            elif not entry.is_file():
+                unused.append((path, "no regular file"))
+            elif not (flat and entry.name == "roi.png"):
+                images.append(path)
+    return sorted(images), unused
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, links after the rest; nothing where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted((Path(folder, name) for name in os.listdir(folder)), key=lambda path: (path.is_symlink(), path.name))
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in entries(folder) if path.is_dir() and not reason_to_skip(path.name))
+
+
+def image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in entries(folder)
+                  if path.suffix.lower() in SUFFIXES and not reason_to_skip(path.name) and path.is_file())
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")

@@ -1,0 +1,127 @@
+"""Image files as they were found: what their headers say, how they look in small, and which of them are copies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from csad.data import images, records
+from csad.errors import UserError
+
+import numpy as np
+from PIL import Image
+
+THUMBNAIL = 96
+# Near copies: recompressed or resized ones differ in up to 36 of 256 bits, but by less than a grey level; different good pictures
+# of one kind by 4 grey levels and more (measured on the rendered categories and on real parts).
+HASH_SIDE, HASH_DISTANCE, MEAN_DIFFERENCE, LOCAL_DIFFERENCE = 16, 40, 1.5, 10
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image file as it was found."""
+
+    path: Path
+    split: str  # train, validation or test
+    problem: str | None = None  # a sentence, where it cannot be read; nothing below holds then
+    size: tuple[int, int] = (0, 0)  # (W, H), the right way up
+    format: str = ""
+    bits: int = 8
+    colour: bool = True
+    turned: bool = False  # by an EXIF orientation
+    transparent: bool = False
+    values: tuple[int, int] = (0, 255)  # darkest and brightest, in 8 bits
+    digest: str = ""
+    thumbnail: np.ndarray | None = None  # (THUMBNAIL, THUMBNAIL, 3) uint8
+    hash: np.ndarray | None = None  # (HASH_SIDE**2,) bool
+
+    @property
+    def stored(self) -> str:
+        return f"{self.bits}-bit {'colour' if self.colour else 'grey'}"
+
+
+def look(path: Path, split: str) -> Picture:
+    """What a file's header says."""
+    try:
+        with images.opened(path) as image:
+            return Picture(path, split, **header(image))
+    except UserError as problem:
+        return Picture(path, split, str(problem))
+
+
+def examine(path: Path, split: str, white_level: float | None) -> Picture:
+    """Read an image as the stages do, JPEG at a reduced size."""
+    try:
+        with images.opened(path) as image:
+            said = header(image)
+            if image.format == "JPEG":
+                image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
+            layered = image.has_transparency_data
+            pixels = images.as_rgb(image, path, white_level)
+            transparent = layered and said["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
+        thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        return Picture(path, split, **said, transparent=transparent, values=(int(pixels.min()), int(pixels.max())),
+                       digest=records.digest(path), thumbnail=np.asarray(thumbnail), hash=perceptual_hash(thumbnail))
+    except UserError as problem:
+        return Picture(path, split, str(problem))
+
+
+def header(image: Image.Image) -> dict:
+    """What `Picture` notes of an image whose pixels are not read yet."""
+    raw_mode = images.raw_mode_of(image)
+    deep = ";16" in image.mode + raw_mode and raw_mode not in images.PACKED
+    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
+    # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
+    asked = image.format != "PNG" or "exif" in image.info
+    orientation = image.getexif().get(images.ORIENTATION_TAG, 1) if asked else 1
+    across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+    return {"size": image.size[::-1] if across else image.size, "format": "JPEG" if image.format == "MPO" else image.format,
+            "bits": bits, "colour": image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;"),
+            "turned": orientation in range(2, 9)}
+
+
+def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
+    """Bits that survive recompression and resizing; None without the library."""
+    try:
+        import imagehash
+    except ImportError:
+        return None
+    return imagehash.phash(picture, hash_size=HASH_SIDE).hash.ravel()
+
+
+def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
+    """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
+    hashed = [picture for picture in pictures if picture.hash is not None]
+    if len(hashed) < 2:
+        return []
+    signs = np.stack([picture.hash for picture in hashed]).astype(np.float32) * 2 - 1
+    small = np.stack([np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed])
+    small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
+    found = []
+    for start in range(0, len(hashed), 500):  # rows at a time: memory grows with the number of images, not with its square
+        distances = (signs.shape[1] - signs[start:start + 500] @ signs.T) / 2
+        for row, column in zip(*np.nonzero(distances <= HASH_DISTANCE)):
+            first = start + row
+            if first < column:
+                difference = np.abs(small[first] - small[column])
+                if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
+                    found.append((hashed[first], hashed[column]))
+    return found
+
+
+def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
+    """Digests of those files only of which another has the same length, beginning and middle: few files are read whole."""
+    def fingerprint(path: Path) -> tuple[int, bytes]:
+        length = path.stat().st_size
+        with open(path, "rb") as handle:
+            start = handle.read(4096)
+            handle.seek(length // 2)
+            return length, start + handle.read(4096)
+
+    groups = defaultdict(list)
+    for picture in pictures:
+        groups[fingerprint(picture.path)].append(picture)
+    return [Picture(one.path, one.split, digest=records.digest(one.path))
+            for group in groups.values() if len(group) > 1 for one in group]

@@ -1,0 +1,220 @@
+"""What a stage used and made, kept as JSON beside it: the ground for skipping, resuming, and refusing to mix.
+
+A record is written last, when everything it speaks of is complete, and holds the contents' hashes of what went in and what came
+out. Whoever combines two derived files asks `require_current` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from csad.data import files
+from csad.errors import UserError
+
+# Of everything that one run writes and another reads: provenance, checkpoints, progress, and exported models. Raise it with every
+# change after which older files would mean something else, also where only what is computed changes.
+FORMAT_VERSION = 1
+SKIP, SCORE, TRAIN = "skip", "score", "train"
+
+
+class Backbone(Protocol):
+    """What a record says of a backbone (models.backbone.Backbone)."""
+
+    name: str
+    fingerprint: str
+    is_stand_in: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of one stage and category.
+
+    Attributes:
+        path: JSON file beside the outputs.
+        used: everything that decides the training: settings, seed, backbone, digests of what it reads.
+        scored: what the outputs other than the checkpoint depend on besides: digests of validation and test images.
+        outputs: files that exist when the stage is done; the checkpoint, if there is one, first.
+        checkpoint: that of the outputs from which the others are made; its "meta" holds what is in ``used``.
+    """
+
+    path: Path
+    used: dict[str, Any]
+    outputs: Sequence[Path]
+    scored: dict[str, str] | None = None
+    checkpoint: Path | None = None
+
+    def begin(self, overwrite: bool) -> str:
+        """Decide what there is to do: `SKIP`, `SCORE` (from the checkpoint, without training) or `TRAIN`.
+
+        Nothing is taken away: with ``overwrite`` a finished result stays until the new one replaces it.
+
+        Raises:
+            UserError: finished work was made with something else, or by someone else and is not complete.
+        """
+        if overwrite:
+            return TRAIN
+        present = [path for path in self.outputs if path.exists()]
+        noted = read_record(self.path) if self.path.exists() else None
+        if noted is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
+            return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
+        if noted is not None and noted["used"] == as_json(self.used) and noted["scored"] == self.scored and (
+                noted["outputs"] == self._digests()):
+            return SKIP  # and no checkpoint was opened for it
+        made = self._checkpoint_made_by()
+        if made is not None:
+            self._refuse(difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)), self.checkpoint)
+        elif noted is not None and present:
+            self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
+        return TRAIN if made is None else SCORE
+
+    def superseded(self) -> str:
+        """Digest of the record that a run with ``--overwrite`` is about to replace; "nothing" if there is none.
+
+        It tells that run's progress from any other's: the record is replaced when the run is complete, and not before.
+        """
+        return digest(self.path) if self.path.exists() else "nothing"
+
+    def finish(self) -> None:
+        """Write the record; every output has to be there."""
+        files.write_json(self.path, {"used": self.used, "scored": self.scored, "outputs": self._digests()})
+
+    def _digests(self) -> dict[str, str | None]:
+        return {_name(path): digest(path) if path.exists() else None for path in self.outputs}
+
+    def _checkpoint_made_by(self) -> dict[str, Any] | None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        meta = self._checkpoint_meta()
+        if meta is None:
+            raise UserError(f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
+                            "gone on from; --overwrite starts over, another --workspace keeps both")
+        return meta
+
+    def _checkpoint_meta(self) -> dict[str, Any] | None:
+        """What the checkpoint says of itself; None for published ones, which say nothing."""
+        saved = files.read_state(self.checkpoint) if self.checkpoint is not None else None
+        return saved["meta"] if isinstance(saved, dict) and {"state", "meta"} <= saved.keys() else None
+
+    @staticmethod
+    def _refuse(changes: list[str], place: Path | None) -> None:
+        if changes:
+            raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
+                            "--overwrite starts over, another --workspace keeps both")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, with "used", "scored" and "outputs".
+
+    Raises:
+        UserError: it is missing, or none, or of another version.
+    """
+    record = files.read_json(path, keys=("used", "scored", "outputs"))
+    require_version(record["used"], str(path), "run its stage again with --overwrite")
+    return record
+
+
+def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
+    """Refuse what another version of this code wrote.
+
+    Raises:
+        UserError: the versions differ.
+    """
+    version = provenance.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{name} was written by another version of this code (format {version}, expected {FORMAT_VERSION}); "
+                        f"{advice}")
+
+
+def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields that every training stage's record has: what it was made from.
+
+    Args:
+        train: the category's training images.
+        stand_ins: what other than the backbone stood in for the real thing.
+    """
+    own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
+    return {"format_version": FORMAT_VERSION, "seed": seed,
+            "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
+            "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
+
+
+def scored_images(validation: Sequence[Path], test: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """What a training stage's scores, but not its training, depend on: digests of validation and test images."""
+    return {name: digest_images(paths) for name, paths in {"validation": validation, **test}.items()}
+
+
+def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path], stage: str) -> dict[str, Any] | None:
+    """Make sure that derived files belong to the data they are about to be combined with.
+
+    Args:
+        path: a stage's record.
+        expected: what its ``scored`` or ``used`` should say of the data, for example digests of test images.
+        read: its outputs that are going to be read.
+        stage: the script that makes them anew.
+
+    Returns:
+        The record; None where there is none, because the files were made elsewhere.
+
+    Raises:
+        UserError: the images have changed since, or a file is not the one that the stage wrote.
+    """
+    if not path.exists():
+        return None
+    noted = read_record(path)
+    known = noted["used"] | (noted["scored"] or {})
+    for name, value in expected.items():
+        if name in known and known[name] != value:
+            raise UserError(f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
+                            f"{stage} saw; run {stage} again")
+    for one in read:
+        if noted["outputs"].get(_name(one), digest(one)) != digest(one):
+            raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
+    return noted
+
+
+def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
+    changes = []
+    for key in sorted(used.keys() | wanted.keys()):
+        before, now, name = used.get(key), wanted.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes += difference(before, now, f"{name}.")
+        elif before != now:
+            changes.append(f"{name}: {before} -> {now}")
+    return changes
+
+
+def digest(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file's content.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError as problem:
+        raise UserError(f"{path} is missing") from problem
+
+
+def digest_images(paths: Sequence[Path]) -> str:
+    """A digest of an image list by names and contents: changes when an image comes, goes, or is replaced."""
+    return digest_lines(f"{path.name} {digest(path)}" for path in paths)
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """As `digest`, of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """The same content as it reads back from JSON (tuples become lists)."""
+    return json.loads(json.dumps(content))

@@ -1,0 +1,136 @@
+"""How a script ends before its end: what a person can get wrong, told in one sentence, and what a person stops."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import signal
+import struct
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from csad.progress import ProgressBar
+
+# What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
+DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
+           zipfile.BadZipFile)
+UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path is, as it is
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message says what was expected, where, and what to do."""
+
+
+def disk_is_full(problem: Exception) -> bool:
+    return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def in_a_sentence(problem: Exception) -> str | None:
+    """What to tell the user about a problem that is theirs to mend; None for all others."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    if disk_is_full(problem):
+        return (f"the disk is full while writing {problem.filename or 'a file'}; "
+                "free some space and run the same command again, finished files are kept")
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the second is PyTorch's, on a GPU
+        return (f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
+                "take a smaller batch or smaller pictures")
+    if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (f"no permission to write or read {problem.filename or 'a file'}; "
+                "change its permissions or name another file or folder")
+    if isinstance(problem, OSError) and problem.errno in UNUSABLE:
+        return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
+    return None
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C or SIGTERM, so that what is begun is done first: a training step, a picture.
+
+    Yields a function that says whether one came; loops ask it after every step. A second one ends the run at once.
+    A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = False
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        _note_signal(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        restore()
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a stage script; a mistake ends it with one sentence on stderr and exit status 2.
+
+    Ctrl-C ends it with status 130 and SIGTERM with 143, as shells number them; what a KeyboardInterrupt says is told. Programming
+    errors keep their traceback: they are ours to mend, not the user's.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
+    _note_signal(signal.SIGINT)
+    try:
+        with _sigterm_as_interrupt():
+            main()
+    except KeyboardInterrupt as problem:
+        _stop(str(problem) or "interrupted; everything finished so far is kept, the same command continues from there",
+              128 + _last_signal)
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away. What came after is not done, so this is no success.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # or the interpreter complains once more when it flushes
+        _stop("error: whoever read the output went away; what is finished is kept, the same command continues from there")
+    except Exception as problem:
+        sentence = in_a_sentence(problem)
+        if sentence is None:
+            raise
+        _stop(f"error: {sentence}")
+
+
+def _note_signal(number: int) -> None:
+    global _last_signal
+    _last_signal = int(number)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, like Ctrl-C: locks and temporary files are removed, and the user is told what is kept."""
+    def terminate(number: int, frame: object) -> None:
+        _note_signal(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(sentence: str, status: int = 2) -> None:
+    for bar in list(getattr(ProgressBar, "_instances", ())):  # an unfinished progress bar would have the sentence on its line
+        bar.close()
+    print(sentence, file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,109 @@
+"""The validation and test scores that stages 2, 3 and 3b left, brought to one scale, and whose images they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from csad.data import files, layouts, records
+from csad.data.workspace import SCORE_PARTS, STAGES, Workspace
+from csad.errors import UserError
+from csad.evaluation.metrics import mean_known
+
+import numpy as np
+
+from models.fusion import apply_z, fit_normalisation
+
+PAPER_BRANCHES = ("patchhist", "LGST")
+SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
+Scores = dict[str, dict[str, np.ndarray]]
+MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line
+
+
+def scored_branches(category: layouts.Category, workspace: Workspace, fused: list[str]) -> list[str]:
+    """The branches whose stage was run: the fused ones, which have to be there, and any other that is.
+
+    Raises:
+        UserError: a fused branch has no scores; names its stage.
+    """
+    for branch in fused:
+        for part in SCORE_PARTS:
+            files.require(workspace.scores(category.name, branch, part), STAGES[branch])
+    return [branch for branch in STAGES if branch in fused
+            or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
+
+
+def read_scores(category: layouts.Category, workspace: Workspace, branch: str, part: str) -> np.ndarray:
+    """(n,) float of one of `SCORE_PARTS`.
+
+    Raises:
+        UserError: the file is missing, holds numbers that are not finite, or another number of them than there are images.
+    """
+    path = files.require(workspace.scores(category.name, branch, part), STAGES[branch])
+    scores = files.read_array(path)
+    images = category.validation if part == "val" else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
+    if scores.shape != (len(images),) or scores.dtype.kind != "f":
+        raise UserError(f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
+                        f"run {STAGES[branch]} again")
+    return scores
+
+
+def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str], rule: str) -> Scores:
+    """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/METHOD.md section 4).
+
+    Raises:
+        UserError: a file is missing, holds another number of scores than there are images, or scores that are not finite, or is
+            of other images than there are now.
+    """
+    digests = records.scored_images(category.validation, layouts.test_splits(category))
+    normalised = {}
+    for branch in branches:
+        stage, paths = STAGES[branch], {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
+        scores = {part: read_scores(category, workspace, branch, part) for part in SCORE_PARTS}
+        maps = workspace.anomaly_maps(category.name, branch)
+        records.require_current(workspace.record(category.name, branch), digests,
+                                [*paths.values(), *([maps] if maps.exists() else [])], stage)
+        mean, std = fit_normalisation(scores["val"], rule)
+        normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
+    return normalised
+
+
+def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One branch's scores by split of test images, each in sorted file order."""
+    good = len(category.test(layouts.GOOD))
+    return {layouts.GOOD: parts["logi"][:good], **{split: parts[part][good:] for part, split in SPLIT_OF_PART.items()}}
+
+
+def fused_mean(metrics: dict[str, Any]) -> float:
+    """A category's image AUROC by the fused branches, mean of logical and structural; NaN where neither was measured."""
+    return mean_known(found["auroc"] for found in metrics["detection"]["+".join(metrics["fused"])].values())
+
+
+def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The categories' metrics by `fused_mean`, rising; those that are not known come last."""
+    return sorted(measured, key=lambda metrics: (np.isnan(mean := fused_mean(metrics)), mean))
+
+
+def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bool:
+    """Whether a branch of the exported model says where: the patch histogram does with ``segmentor.evidence`` alone."""
+    record = workspace.record(category.name, branch)
+    return branch != "patchhist" or not record.exists() or records.read_record(record)["used"]["segmentor"]["evidence"]
+
+
+def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
+    """Those of the branches whose weights were chosen on test images (csad.training.best_on_test), by the records beside them."""
+    paths = {branch: workspace.record(category, branch) for branch in branches}
+    return [branch for branch, path in paths.items() if path.exists() and "selection" in records.read_record(path)["used"]]
+
+
+def said_of_choice(branches: Iterable[str]) -> list[str]:
+    """The line that tables carry where weights were chosen on test images; none where none were."""
+    names = ", ".join(dict.fromkeys(branches))
+    return [f"weights of {names}: chosen on test images, as published; not an estimate of performance"] if names else []
+
+
+def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:
+    """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
+    paths = [workspace.scores(category.name, branch, part) for branch in branches for part in SCORE_PARTS]
+    paths += [workspace.anomaly_maps(category.name, branch) for branch in branches]
+    return {path.name: records.digest(path) for path in paths if path.exists()}

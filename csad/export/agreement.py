@@ -1,0 +1,74 @@
+"""Whether an exported file gives the scores of the PyTorch model that it was made from, image by image and branch by branch.
+
+Every new export is asked, on validation images, in a process of its own (`csad.export.fresh_process`), before it takes the old
+one's place. A difference is measured in units of the PyTorch scores' spread over these images, as what matters is whether one
+could take a good image for another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from csad.data import images
+from csad.export.fresh_process import Scored
+from csad.inference.engines import TorchEngine
+
+import numpy as np
+
+COMPARED = 16  # validation images at most, evenly spread over the sorted list
+LEAST_SPREAD = 0.1  # scores are normalised, so that of good images spreads over about 1; fewer images may lie close together
+ROUNDING = 0.05  # of the scores' own size: the same for scores so large that fp32 has few digits left for their spread
+TOLERATED = 1e-3  # in fp32, of the spread
+TOLERATED_ROUGHLY = 0.2  # in other precisions and on accelerators, whose fp32 may be TF32: on average; as int8's guard says
+TOLERATED_PIXELS = 1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
+TIES = 0.25  # of the images may differ by more, up to `TOLERATED_ROUGHLY`, where the model does not give its label maps
+
+
+def spread_evenly(count: int) -> list[int]:
+    """Which of so many validation images are compared: their indices, rising."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, COMPARED))})
+
+
+def spread(scores: np.ndarray) -> float:
+    """Robust standard deviation of scores (n,), from their quartiles, with a floor."""
+    low, median, high = np.quantile(scores, (0.25, 0.5, 0.75))
+    return max(float(high - low) / 1.349, LEAST_SPREAD, ROUNDING * abs(float(median)))
+
+
+def disagreement(reference: TorchEngine, pictures: Sequence[Path], found: Scored, exactly: bool) -> str | None:
+    """How an exported model's scores of pictures differ from PyTorch's by more than is tolerated; None: they do not.
+
+    Args:
+        reference: the model in fp32 on the CPU.
+        pictures: those that were scored, (N,).
+        exactly: it ran in fp32 on the CPU.
+    """
+    if not all(np.isfinite(given).all() for given in (found.score, found.branch_scores) if given is not None):
+        return "it gives numbers that are not finite"
+    expected = [reference.predict(images.read_views([path], reference.size, "", reference.metadata.get("white_level")))
+                for path in pictures]
+    shares, label_maps = (np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map"))
+    names, wanted, given = ["score"], [shares.sum(1)], [found.score]
+    if found.branch_scores is not None:
+        if exactly and "patchhist" in reference.branches:
+            moved = (found.label_map != label_maps).mean((1, 2)).max()
+            if moved > TOLERATED_PIXELS:
+                return f"up to {100 * moved:.3g} % of a label map differ"
+            # Each of the few pixels that are ties may move the score: the histogram is asked about the model's own label map.
+            column = reference.branches.index("patchhist")
+            shares[:, column] = reference.arrangement_scores(found.label_map)
+        names += reference.branches
+        wanted = [shares.sum(1), *shares.T]
+        given += [*found.branch_scores.T]
+    for name, right, other in zip(names, wanted, given):
+        apart = np.abs(right - other) / spread(right)
+        if exactly and found.branch_scores is None and "patchhist" in reference.branches:
+            beyond = np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY
+        else:
+            beyond = apart.max() > TOLERATED if exactly else apart.mean() > TOLERATED_ROUGHLY
+        if beyond:
+            tolerated = f"at most {TOLERATED:g}" if exactly else f"{TOLERATED_ROUGHLY:g} on average"
+            return (f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
+                    f"them ({apart.mean():.2g} on average; tolerated: {tolerated})")
+    return None

@@ -1,0 +1,98 @@
+"""Which parts of a model int8 can have: as much as possible while the scores stay those of fp32.
+
+Quantising everything moves borders of the label map, and the patch histogram weighs single pixels. So parts are taken back
+into higher precision one after another, those first that cost least, until the scores agree with fp32's on good images and
+on anomalies made from them. Test images decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from csad.evaluation.metrics import auroc
+from csad.inference.engines import Engine
+
+import numpy as np
+
+from models.fusion import choose_threshold
+
+# Cumulative. The student's trunk, three quarters of the published model's arithmetic, is int8 in any case. The output layers
+# never are: what they give is subtracted from one another or compared, and eight bits of it moved the scores by ten standard
+# deviations and more, while they are a twentieth of the arithmetic. Nor is the patch memory, which is no network.
+FALLBACK_ORDER = (
+    ("output layers", ("/lgst/student/heads/", "/lgst/teacher/", "/lgst/autoencoder/deconv8/", "/segmentor/network/fc2/conv3/")),
+    ("segmentor", ("/segmentor/",)),
+    ("encoder", ("/encoder/",)),
+    ("autoencoder", ("/lgst/autoencoder/",)),
+)
+TOLERATED_POINTS = 0.2  # of AUROC between good images and made anomalies
+TOLERATED_SHARE = 0.2  # of the good images' spread, by which scores near the threshold may move on average
+NEAR = 0.25  # of the images: those whose scores are nearest to the threshold, where a verdict could change
+
+
+@dataclass(frozen=True)
+class Check:
+    """Scores, all finite, that a quantised model has to reproduce.
+
+    Attributes:
+        images: (N, 3, size, size) uint8.
+        scores: (N,) of fp32.
+        good: (N,) bool, or made anomalies.
+    """
+
+    images: np.ndarray
+    scores: np.ndarray
+    good: np.ndarray
+
+    def agreement(self, engine: Engine) -> Agreement:
+        found = np.concatenate([engine.score(image[None]) for image in self.images])
+        if not np.isfinite(found).all():
+            return Agreement(float("inf"), float("inf"))
+        points = 0.0 if self.good.all() else abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
+        threshold = choose_threshold(self.scores[self.good]).value
+        near = np.argsort(np.abs(self.scores - threshold))[:max(round(NEAR * len(self.scores)), 1)]
+        share = float(np.abs(found - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
+        return Agreement(points, share)
+
+
+class Agreement(NamedTuple):
+    """How far the scores of a quantised model are from those of fp32; infinitely where one is not finite."""
+
+    points: float  # of AUROC
+    share: float  # mean difference of the scores near the threshold, in standard deviations of the good images' scores
+
+    @property
+    def suffices(self) -> bool:
+        return self.points <= TOLERATED_POINTS and self.share <= TOLERATED_SHARE
+
+    def __str__(self) -> str:
+        return f"AUROC moves by {self.points:.2f} points, scores near the threshold by {self.share:.2f} standard deviations"
+
+
+def quantise(build: Callable[[tuple[str, ...]], tuple[Any, Engine]], check: Check,
+             say: Callable[[str], None]) -> tuple[Any, list[str], Agreement]:
+    """Take parts back into higher precision until the scores agree.
+
+    Args:
+        build: beginnings of node names to keep -> quantised model and an engine that runs it.
+        say: told what every attempt came to.
+
+    Returns:
+        The first model that agrees (else the last one), the names of the parts in higher
+        precision, and how well its scores agree.
+    """
+    kept, prefixes = [], ()
+    for name, more in FALLBACK_ORDER:
+        kept, prefixes = [*kept, name], prefixes + more
+        model, engine = build(prefixes)
+        agreement = check.agreement(engine)
+        say(f"int8 with {', '.join(kept)} in higher precision: {agreement}")
+        if agreement.suffices:
+            break
+    return model, kept, agreement
+
+
+def _auroc(scores: np.ndarray, good: np.ndarray) -> float:
+    return auroc(scores[good], scores[~good])

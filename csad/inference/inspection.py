@@ -1,0 +1,221 @@
+"""Verdicts on single images, by an exported model: what predict.py writes and what a server answers. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csad.data import images
+from csad.errors import UserError
+from csad.evaluation.deviations import Deviation, deviations
+from csad.inference.engines import Engine
+from csad.inference.overlays import heat_overlay, label_overlay, shrink, side_by_side
+
+import numpy as np
+
+from models.fusion import BRANCHES
+from models.prediction import MAP_SIZE
+
+NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
+VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
+READERS = min(4, os.cpu_count() or 1)
+AHEAD = 2  # batches being decoded while one is scored
+
+
+class InMemory(io.BytesIO):
+    """An image file in memory that is called in sentences by its name."""
+
+    def __init__(self, content: bytes, name: Path | str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a model and as people see it, or why there is none.
+
+    Attributes:
+        name: the file's, or whatever the image is called; of an object store's, its URL.
+        view: (3, size, size) uint8 as the model takes it.
+        shown: (H, W, 3) uint8, made smaller, where something is to be drawn.
+        size: width and height of the image in pixels.
+        problem: why there is no view.
+    """
+
+    name: Path | str
+    view: np.ndarray | None = None
+    shown: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about one image; fields are None where the model or the file does not tell.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        score: higher = more anomalous; the sum of contributions.
+        contributions: what each branch adds to the score, by its name.
+        alarm: the branch that adds most, where the image is anomalous.
+        unusual: x and y, in the image's own pixels, of the maximum of that branch's map.
+        components: unusual amounts of components, the most unusual first.
+        drawing: (H, W, 3) uint8: image, components, anomaly map.
+        problem: why there is no verdict.
+    """
+
+    name: Path | str
+    verdict: str
+    threshold: float
+    score: float | None = None
+    contributions: dict[str, float] | None = None
+    alarm: str | None = None
+    unusual: tuple[int, int] | None = None
+    components: Sequence[Deviation] = ()
+    drawing: np.ndarray | None = None
+    problem: str = ""
+
+    @property
+    def findings(self) -> list[str]:
+        """What is wrong, in words, the reason of the alarm first."""
+        if self.problem:
+            return [self.problem]
+        if self.verdict != ANOMALOUS:
+            return []
+        parts = [one.words for one in self.components]
+        if self.unusual is None:
+            return parts
+        surface = f"unusual surface at x {self.unusual[0]}, y {self.unusual[1]}"
+        if self.alarm == "patchhist":
+            return parts or [f"unusual arrangement of components, most of all at x {self.unusual[0]}, y {self.unusual[1]}"]
+        return [surface, *parts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without numbers that JSON does not know."""
+        return {"image": str(self.name), "verdict": self.verdict, "score": _finite(self.score), "threshold": self.threshold,
+                "contributions": self.contributions and {
+                    branch: _finite(value) for branch, value in self.contributions.items()},
+                "alarm": self.alarm, "unusual": self.unusual, "findings": self.findings,
+                "components": [one._asdict() | {"words": one.words} for one in self.components],
+                "problem": self.problem or None}
+
+    def __str__(self) -> str:
+        name = printable(str(self.name))
+        if self.score is None or self.verdict == UNDECIDED:
+            return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
+        score = f"{self.score:.2f}"
+        if self.contributions:
+            score += " = " + " + ".join(f"{BRANCHES[branch]} {value:.2f}" for branch, value in self.contributions.items())
+        text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
+        return text + "".join(f"\n           {one}" for one in self.findings)
+
+
+def printable(text: str) -> str:
+    """A text as one line without a terminal's commands; names of files may hold both."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def verdicts_on(names: Iterable[Path | str], engine: Engine, threshold: float, batch_size: int,
+            read: Callable[[Path | str], Picture]) -> Iterator[Verdict]:
+    """Score images in order. A few are decoded ahead by threads, so memory does not depend on how many there are."""
+    names = iter(names)
+    with ThreadPoolExecutor(READERS) as readers:
+        decoding = deque(readers.submit(read, name) for name in itertools.islice(names, AHEAD * batch_size))
+        while decoding:
+            batch = [decoding.popleft().result() for _ in range(min(batch_size, len(decoding)))]
+            decoding.extend(readers.submit(read, name) for name in itertools.islice(names, batch_size))
+            yield from judge(batch, engine, threshold)
+
+
+def state_of(path: Path) -> dict[str, int | None]:
+    """What tells whether a file is still the one that was scored: its length and time of change, None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {"bytes": None, "changed_ns": None}
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
+    """A line of predictions.jsonl."""
+    return json.dumps(verdict.as_json() | state, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int | None) -> Picture:
+    """Decode an image.
+
+    Args:
+        source: a path or an open binary file.
+        shown_side: longer side of what is drawn, or None.
+    """
+    if isinstance(source, Path) and source.is_dir():
+        return Picture(name, problem=f"folder {name} cannot be listed, so what lies in it is not judged")
+    try:
+        image = images.read_rgb(source, white_level=engine.metadata.get("white_level"))
+    except images.UnknownWhiteLevel as problem:
+        return Picture(name, problem=f"{problem.finding}, nor does the model know it; store the picture with "
+                       "8 bits, or train and export the model with images.white_level")
+    except UserError as problem:
+        return Picture(name, problem=str(problem))
+    view = images.resize(image, engine.size).transpose(2, 0, 1)
+    return Picture(name, view, None if shown_side is None else shrink(image, shown_side), image.shape[1::-1])
+
+
+def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
+    """Verdicts on pictures, in order; unreadable ones get theirs without the model."""
+    readable = [picture for picture in pictures if picture.view is not None]
+    found = iter(_judge_readable(readable, engine, threshold) if readable else [])
+    return [next(found) if picture.view is not None else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
+            for picture in pictures]
+
+
+def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
+    batch = np.stack([picture.view for picture in pictures])
+    if not engine.has_maps:
+        return [_undecided(picture, score, threshold) if not math.isfinite(score) else
+                Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
+                for picture, score in zip(pictures, map(float, engine.score(batch)))]
+    found = engine.predict(batch)
+    histogram = engine.metadata.get("histogram")
+    verdicts = []
+    for index, picture in enumerate(pictures):
+        score = float(found.score[index])
+        contributions = dict(zip(engine.branches, map(float, found.branch_scores[index])))
+        if not (math.isfinite(score) and np.isfinite(found.anomaly_map[index]).all()):
+            verdicts.append(_undecided(picture, score, threshold))
+            continue
+        verdict = ANOMALOUS if score > threshold else NORMAL
+        alarm = max(contributions, key=contributions.get)
+        shown_map = found.branch_maps[index, engine.branches.index(alarm)]
+        if not shown_map.any():
+            shown_map = found.anomaly_map[index]
+        row, column = np.unravel_index(shown_map.argmax(), shown_map.shape)
+        unusual = tuple(int((place + 0.5) * side / MAP_SIZE) for place, side in zip((column, row), picture.size))
+        drawing = None if picture.shown is None else side_by_side(
+            picture.shown, label_overlay(picture.shown, found.label_map[index]),
+            heat_overlay(picture.shown, found.anomaly_map[index]))
+        verdicts.append(Verdict(
+            picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None, unusual,
+            deviations(found.label_map[index], histogram) if histogram else (), drawing))
+    return verdicts
+
+
+def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:
+    return Verdict(picture.name, UNDECIDED, threshold, score, problem=f"the model gives a score that is not finite ({score}); "
+                   "export it again")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

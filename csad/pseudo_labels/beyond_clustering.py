@@ -1,0 +1,217 @@
+"""What stage 1's clustering adds to the published method, for the settings that ask for it (docs/METHOD.md section 6).
+
+Parts that only some kinds of images have (`variants`), parts alike but for one feature (`lookalikes`), features in units of
+their own, and a bandwidth where none is published. `clustering` is the published method.
+"""
+
+from __future__ import annotations
+
+from csad.pseudo_labels import clustering
+from csad.pseudo_labels.clustering import LEAST_AREA, LEAST_MEMBERS, SemanticLabels
+
+import numpy as np
+from sklearn.cluster import estimate_bandwidth as sklearn_estimate
+
+LEAST_MEMBERS_VARIANTS = 0.15  # of the number of images, where parts may belong to some kinds of images only
+ALWAYS = 0.8  # of the images: so many have a part, or else one of those that take its place
+EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each other's place
+MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
+NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
+LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8  # spreads within the lookalikes; of the images, see _side_by_side
+TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
+TRUSTED = 0.5  # of a kind's images
+
+# Features of different kinds in comparable units, so that a MeanShift bandwidth of 1 suits them all. Chosen by trying
+# some hundred combinations on 100 training images of each category of the built-in data set (seed 0) against its
+# true component maps.
+UNIT_BANDWIDTH = 1.0
+LIGHTNESS_UNIT, CHROMA_UNIT = 40.0, 16.0  # in Lab; light changes from image to image more than hue does
+LOG_AREA_UNIT, HU_UNIT, ELONGATION_UNIT, POSITION_UNIT, LOG_COLOR_UNIT = 2.0, 0.5, 0.5, 0.25, 1.0
+DEEP_DIMENSIONS, DEEP_SPREAD = 10, 1.25  # principal components of cnn_image; their total standard deviation
+
+
+def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
+                    largest_kind_only: bool, variants: bool, lookalikes: bool) -> SemanticLabels:
+    """Turn components into semantic labels, numbered from the most frequent on; see `clustering.semantic_labels`.
+
+    Args:
+        variants: also label parts that occur in some kinds of images only, say a cable in three colours: clusters of
+            15 % rather than half the images do if others take their place elsewhere (`without_sporadic`), and a label
+            has to be large enough in any of the kinds rather than in the largest one. All kinds are trusted, and images of
+            no kind count to the nearest one, so that half of all images can be: a short training needs many.
+        lookalikes: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
+            show both in the same numbers (see `split_lookalikes`).
+    """
+    least = LEAST_MEMBERS_VARIANTS * images if variants else int(LEAST_MEMBERS * images)
+    found = clustering.mean_shift(features, bandwidth, MOST_SEEDS)
+    clusters = number_clusters(split_lookalikes(features, found, image_of, least) if lookalikes else found, least)
+    if not variants:
+        return clustering.labels_and_trusted(clusters, areas, image_of, images, largest_kind_only)
+    clusters = without_sporadic(clusters, image_of, images)
+    histogram = clustering.label_histograms(clusters, areas, image_of, images)
+    kinds = with_nearest_kind(histogram, clustering.kinds_of_images(histogram))
+    kept = labels_of_any_kind(histogram, kinds)
+    return SemanticLabels(clusters, kept[clusters], histogram, histogram[:, kept[1:] > 0], kinds,
+                          trusted_members(histogram, kinds))
+
+
+def number_clusters(found: np.ndarray, least: float) -> np.ndarray:
+    """Clusters (n,) in any numbering -> (n,) 1..K, the largest first; 0 for those under ``least`` members."""
+    members = np.bincount(found)
+    order = np.argsort(-members, kind="stable")
+    numbers = np.zeros(len(members), np.int64)
+    large = order[members[order] >= least]
+    numbers[large] = np.arange(1, len(large) + 1)
+    return numbers[found]
+
+
+def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
+    """Clusters that good images have by rule, renumbered 1..; the others become 0. Where none is left, all stay.
+
+    By rule means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
+    place there (the juices of a bottle). A tray's compartment that is proposed now and then, and anything else that comes
+    and goes without a substitute, says more about the proposer than about the product.
+    """
+    present = np.zeros((images, clusters.max(initial=0) + 1), bool)
+    present[image_of, clusters] = True
+    present = present[:, 1:]
+    share = present.mean(0)
+    together = (present.T.astype(float) @ present) / images
+    exclusive = together < EXCLUSIVE * np.minimum(share[:, None], share)
+    np.fill_diagonal(exclusive, True)  # a part stands in for itself
+    regular = np.array([present[:, row].any(1).mean() >= ALWAYS for row in exclusive], bool)
+    if not regular.any():
+        return clusters
+    return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
+
+
+def split_lookalikes(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float) -> np.ndarray:
+    """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
+
+    One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
+    that lie four times their spread apart, each large enough for a label, and where four of five images show both in the
+    same numbers. Both figures lie amid ranges (3.5..4.5, 0.7..0.9) that give the same labels on the built-in data set.
+
+    Args:
+        features: (n, D).
+        found: (n,) clusters 0..
+        image_of: (n,) index of each component's image.
+        least: members of a group.
+
+    Returns:
+        (n,) clusters 0.., in another numbering.
+    """
+    found, pending = found.copy(), list(range(found.max() + 1))
+    while pending:
+        cluster = pending.pop()
+        members = np.flatnonzero(found == cluster)
+        if len(members) < 2 * least:
+            continue
+        splits = [(apart, upper) for upper, apart in map(_two_groups, features[members].T)
+                  if apart > LOOKALIKES_APART and min(upper.sum(), (~upper).sum()) >= least
+                  and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER]
+        if splits:
+            _, upper = max(splits, key=lambda split: split[0])
+            found[members[upper]] = found.max() + 1
+            pending += [cluster, int(found.max())]
+    return found
+
+
+def _side_by_side(ones: np.ndarray, others: np.ndarray) -> float:
+    """How regularly two groups, lists of image numbers, appear together, 0..1.
+
+    Of the images that show the usual number of both together (proposals failed in the others), the share in which each
+    group has its usual number, at least one.
+    """
+    counts = np.stack([np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1)
+    totals = counts.sum(1)
+    usual = np.bincount(totals[totals > 0]).argmax()
+    pairs, often = np.unique(counts[totals == usual], axis=0, return_counts=True)
+    return float(often.max() / often.sum()) if pairs[often.argmax()].all() else 0.0
+
+
+def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Cut values (n,) in two where that leaves the least variance: which are in the upper group, and how far apart they are.
+
+    The distance of the groups' medians is in units of their mean spread (1.48 MAD, a standard deviation without outliers).
+    """
+    ordered = np.sort(values)
+    tail = int(TAIL * len(ordered))
+    ordered = ordered[tail:len(ordered) - tail]
+    below = np.arange(1, len(ordered))
+    sums = np.cumsum(ordered)[:-1]
+    gain = (sums / below - (ordered.sum() - sums) / (len(ordered) - below)) ** 2 * below * (len(ordered) - below)
+    cut = gain.argmax()
+    upper = values > (ordered[cut] + ordered[cut + 1]) / 2
+    if not upper.any() or upper.all():
+        return upper, 0.0
+    medians = [np.median(values[side]) for side in (upper, ~upper)]
+    spreads = [1.48 * np.median(np.abs(values[side] - median)) for side, median in zip((upper, ~upper), medians)]
+    return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
+
+
+def with_nearest_kind(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Give images of no kind (-1) that whose mean histogram is nearest, by the largest absolute difference; (images,)."""
+    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1)])
+    nearest = np.abs(histograms[:, None] - means).max(2, initial=0).argmin(1)
+    return np.where(kinds < 0, nearest, kinds)
+
+
+def trusted_members(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Of each kind's own images the half nearest to its mean histogram (`clustering.apart`); indices, ascending."""
+    trusted: list[int] = []
+    for kind in range(kinds.max() + 1):
+        members = np.flatnonzero(kinds == kind)
+        distances = clustering.apart(histograms[members], histograms[members].mean(0))
+        trusted += members[np.argsort(distances, kind="stable")[:int(np.ceil(TRUSTED * len(members)))]].tolist()
+    return np.array(sorted(trusted), np.int64)
+
+
+def labels_of_any_kind(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """New number of each label, (K + 1,): 1..L for those with over 0.1 % mean area in any kind of images, else 0."""
+    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1)])
+    return clustering.renumbered(means.max(0) > LEAST_AREA)
+
+
+def estimate_bandwidth(features: np.ndarray, images: int) -> float:
+    """A MeanShift bandwidth for components (n, D) of so many images.
+
+    scikit-learn's estimate, the mean distance to the k-th nearest neighbour, with k = the members of the smallest cluster
+    that counts as a label instead of 30 % of everything, which joins parts as soon as an image has more than three.
+    """
+    share = min(max(LEAST_MEMBERS * images / len(features), 1 / min(len(features), NEIGHBOURS_OF)), 1)
+    found = sklearn_estimate(features, quantile=share, n_samples=NEIGHBOURS_OF, random_state=0)
+    return float(max(found, np.finfo(np.float32).eps))
+
+
+def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
+    """Bring component features (docs/METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
+
+    Of shape_hu the first two moments count, the others are noise in small components: the first tells a disc from a
+    ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its
+    principal components are taken.
+    """
+    columns = {
+        "lab": lambda values: values / (LIGHTNESS_UNIT, CHROMA_UNIT, CHROMA_UNIT),
+        "area": lambda values: np.log(values) / LOG_AREA_UNIT,
+        "color": lambda values: np.log(np.maximum(values, 1e-3)) / LOG_COLOR_UNIT,
+        "position": lambda values: values / POSITION_UNIT,
+        "shape_hu": lambda values: np.stack([values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT], 1),
+        "cnn_image": _principal_components,
+    }
+    return np.concatenate([columns[name](values) for name, values in features.items()], axis=1)
+
+
+def _elongation(shape_hu: np.ndarray) -> np.ndarray:
+    """sqrt(second) / first Hu moment, from their logarithms (n, 7): 0 for a disc or a ring, near 1 for a rod; (n,)."""
+    ratio = 10 ** (shape_hu[:, 0] - shape_hu[:, 1] / 2)
+    return np.where(shape_hu[:, 1] == 0, 0, np.minimum(ratio, 1))
+
+
+def _principal_components(deep: np.ndarray) -> np.ndarray:
+    deep = deep.astype(np.float64)
+    deep /= np.maximum(np.linalg.norm(deep, axis=1, keepdims=True), 1e-12)
+    deep -= deep.mean(0)
+    _, _, axes = np.linalg.svd(deep.T @ deep)
+    reduced = deep @ axes[:DEEP_DIMENSIONS].T
+    return reduced * (DEEP_SPREAD / np.sqrt(max((reduced ** 2).sum(1).mean(), 1e-12)))

@@ -1,0 +1,98 @@
+"""From a request's body to a picture, with a sentence for everything that is none."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+from csad.data import images
+from csad.errors import UserError
+from csad.inference.engines import Engine
+from csad.inference.inspection import InMemory, Picture, read_picture
+from csad.station.gate import Refusal
+
+from fastapi import Request
+from PIL import UnidentifiedImageError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+LONGEST_NAME = 200  # characters of a picture's name
+
+
+def plain_name(text: str) -> Path:
+    """What a sender calls a picture, without folders and whatever does not print."""
+    last = text.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    name = "".join(letter for letter in last if letter.isprintable())[-LONGEST_NAME:].strip()
+    return Path(name if name not in ("", ".", "..") else "unnamed")
+
+
+async def received_from(request: Request) -> tuple[bytes, str]:
+    """The picture's bytes and the file name that comes with them."""
+    name = ""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
+        try:
+            form = await request.form(max_files=1, max_fields=10)
+        except (HTTPException, ClientDisconnect):
+            raise
+        except Exception as problem:  # a character set that is none, a header that the parser did not expect
+            raise Refusal(400, "the form cannot be read; send one file as multipart/form-data") from problem
+        try:
+            file = next((value for value in form.values() if isinstance(value, UploadFile)), None)
+            if file is None:
+                raise Refusal(422, "there is no file in the form; send the picture as a file")
+            content, name = await file.read(), file.filename or ""
+        finally:
+            await form.close()
+    else:
+        content = await request.body()
+    if not content:
+        raise Refusal(422, "there is no picture: the body is empty")
+    return content, name
+
+
+def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
+    """Bytes of a picture once decoded, from its header.
+
+    Args:
+        max_pixels: limit; the limit on bytes is that of as many pixels in 8-bit RGBA.
+
+    Raises:
+        Refusal: the picture is larger, is in no format that is read, or has a damaged header.
+    """
+    try:
+        with images.opened(InMemory(content, name), "picture", "send another one") as image:
+            (width, height), size = image.size, images.decoded_bytes(image)
+    except UserError as problem:
+        status = 413 if isinstance(problem, images.TooLarge) else (
+            415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
+        raise Refusal(status, str(problem)) from problem
+    if width * height > max_pixels:
+        raise Refusal(413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller")
+    if size > 4 * max_pixels:
+        raise Refusal(413, f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
+                           f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel")
+    return size
+
+
+def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+    """Decode a picture.
+
+    Raises:
+        Refusal: it is damaged, or neither it nor the model says which value is white.
+    """
+    picture = read_picture(InMemory(content, name), name, engine, shown_side)
+    if picture.view is None:
+        raise Refusal(422, picture.problem)
+    return picture
+
+
+def decoded_alone(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
+    """`decoded`, then give freed memory back to the system, which glibc else keeps: for large pictures."""
+    try:
+        return decoded(content, name, engine, shown_side)
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
