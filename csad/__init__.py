@@ -18,7 +18,7 @@ from types import TracebackType
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what decides it; the second, where somebody set it, decides alone
 SPINS = "1000"  # instead of 300,000; what GNU's OpenMP takes itself where it sees more threads of its own than cores
 ROOT = Path(__file__).resolve().parents[1]
-FEW_PACKAGES = ("predict.py", "serve.py")  # do with those of requirements-predict.txt
+FEW_PACKAGES = ("predict.py", "serve.py", "csad-predict", "csad-serve")  # do without PyTorch
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -30,12 +30,12 @@ def explain_missing_package(kind: type[BaseException], problem: BaseException, t
     if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
         sys.__excepthook__(kind, problem, traceback)
         return
-    few = Path(sys.argv[0]).name in FEW_PACKAGES
+    requirements = "'.[station]'" if Path(sys.argv[0]).name in FEW_PACKAGES else "-r requirements.txt"
     environment = ROOT / ".venv"
     activate = f"source {environment}/bin/activate"
     print(f"error: the package '{package}' is not installed for {sys.executable}; activate an environment that has everything:\n"
           f"    {activate if (environment / 'bin/activate').exists() else f'python3 -m venv {environment} && {activate}'}\n"
-          f"    pip install -r {ROOT / ('requirements-predict.txt' if few else 'requirements.txt')}", file=sys.stderr)
+          f"    cd {ROOT} && pip install {requirements}", file=sys.stderr)
     sys.stderr.flush()
     raise SystemExit(2)
 

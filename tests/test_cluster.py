@@ -164,7 +164,7 @@ def test_a_second_driver_is_refused(run, tmp_path):
 
 def test_without_ray(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "--ray needs Ray; pip install -r requirements-cluster.txt" in run("CSAD", tmp_path, "--ray", "local")
+    assert "--ray needs Ray; pip install 'csad[cluster]'" in run("CSAD", tmp_path, "--ray", "local")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in (".csad.lock", "backbone.json")]
 
 

@@ -26,8 +26,8 @@ from csad.cluster.sources import Image as Listed  # noqa: E402
 from csad.cluster.sources import Sources  # noqa: E402
 from csad.data import files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
+from csad.inference import score_images as predict  # noqa: E402
 
-import predict  # noqa: E402
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
 
 HISTOGRAM = {"mean": [0.9, 0.1], "std": [0.02, 0.01], "quarter_mean": [[0.9, 0.1]] * 4, "quarter_std": [[0.02, 0.01]] * 4}
@@ -150,7 +150,7 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(nodes, run, tmp_path, m
     folder = many(tmp_path / "photos", 48)
     command = [folder, "--batch_size", 2, "--shard_size", 2, "--ray", nodes.address]
     driver = subprocess.Popen([sys.executable, "predict.py", *map(str, command), "--model", model, "--threshold", "50",
-                               "--output", tmp_path / "out"], cwd=Path(predict.__file__).parent)
+                               "--output", tmp_path / "out"], cwd=Path(__file__).parents[1])
     try:
         wait_for(lambda: len(parts(tmp_path)) >= 2)
     finally:
@@ -167,7 +167,7 @@ def test_a_killed_worker_loses_nothing(nodes, run, tmp_path, model):
     folder = many(tmp_path / "photos", 48)
     driver = subprocess.Popen([sys.executable, "predict.py", folder, "--batch_size", "2", "--shard_size", "2", "--ray",
                                nodes.address, "--model", model, "--threshold", "50", "--output", tmp_path / "out"],
-                              cwd=Path(predict.__file__).parent)
+                              cwd=Path(__file__).parents[1])
     try:
         wait_for(lambda: len(parts(tmp_path)) >= 2)
         os.kill(workers_of(nodes)[0], signal.SIGKILL)
@@ -224,7 +224,7 @@ def test_mistakes_get_a_sentence(run, photos, tmp_path, monkeypatch, capsys, arg
 def test_without_ray(run, photos, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "find_spec", lambda name: None if name == "ray" else name)
     assert run(photos, "--ray", "local") == 2
-    assert "pip install -r requirements-cluster.txt" in capsys.readouterr().err
+    assert "pip install 'csad[cluster]'" in capsys.readouterr().err
     assert run(photos, "--format", "parquet") == 2
     assert "--format is for --ray" in capsys.readouterr().err
     assert run("s3://bucket/photos") == 2

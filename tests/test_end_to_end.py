@@ -499,8 +499,8 @@ def test_outside_of_the_environment_a_sentence_says_what_to_do(script):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     sentence, activate, install = done.stderr.splitlines()
     assert re.fullmatch(r"error: the package '\w+' is not installed for .*; activate an environment .*:", sentence)
-    assert "bin/activate" in activate and "pip install -r " in install
-    assert install.endswith("requirements-predict.txt" if script in ("predict.py", "serve.py") else "requirements.txt")
+    assert "bin/activate" in activate and "pip install " in install
+    assert install.endswith("'.[station]'" if script in ("predict.py", "serve.py") else "requirements.txt")
 
 
 @pytest.mark.parametrize("script, given, expected", [

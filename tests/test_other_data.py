@@ -12,14 +12,13 @@ from csad import settings
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import localisation
+from csad.inference import score_images as predict
 
 import numpy as np
 import pytest
 from conftest import draw_parts, status_of
 from PIL import Image
 from test_end_to_end import ROOT, STAGES, arguments
-
-import predict
 
 CASES = Path(__file__).parent / "cases"
 FOUR_STEPS = {"CSAD": ("--lgst.steps", "4")}

@@ -15,6 +15,7 @@ from csad.data import files
 from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, Deviation, deviations
 from csad.inference import inspection
+from csad.inference import score_images as predict
 from csad.inference.engines import Engine
 
 import cv2
@@ -22,7 +23,6 @@ import numpy as np
 import pytest
 from conftest import exit_status
 
-import predict
 from models.prediction import Prediction
 
 HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
@@ -288,14 +288,15 @@ def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
 
 def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     """In a process of its own, with files that appear while it runs."""
-    script = ("import sys; sys.path[:0] = ['.', 'tests']; import predict, test_predict; from csad.errors import run_script\n"
+    script = ("import sys; sys.path[:0] = ['.', 'tests']; import test_predict\n"
+              "from csad.errors import run_script; from csad.inference import score_images as predict\n"
               "predict.POLL_SECONDS = 0.05\n"
               "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
               "run_script(predict.main)")
     folder = tmp_path / "in"
     folder.mkdir()
     process = subprocess.Popen([sys.executable, "-c", script, str(folder), "--model", "x", "--watch", "--output",
-                                str(tmp_path / "out")], cwd=Path(predict.__file__).parent, stdout=subprocess.PIPE, text=True)
+                                str(tmp_path / "out")], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
     assert "threshold" in process.stdout.readline()
     write(folder / "first.png", 10)
     assert "first.png" in process.stdout.readline()
@@ -376,7 +377,7 @@ def test_a_second_process_is_refused_and_harms_nothing(engine, run, photos, tmp_
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from pathlib import Path; from csad.data.locks import FileLock\n"
          "with FileLock(Path(sys.argv[1])).acquire():\n print(flush=True); sys.stdin.read()",
-         str(tmp_path / "out/.predict.lock")], cwd=Path(predict.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+         str(tmp_path / "out/.predict.lock")], cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
         assert run(photos) == 2

@@ -316,7 +316,7 @@ def test_outlines_and_overlays_keep_the_image_elsewhere():
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium: the one on this machine, or playwright's own."""
-    api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (requirements-dev.txt)")
+    api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])")
     path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     with api.sync_playwright() as started:
         try:

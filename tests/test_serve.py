@@ -25,24 +25,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fastapi (requirements-predict.txt)")
+testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fastapi (csad[station])")
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
 from csad.data import images, records  # noqa: E402
 from csad.data.images import SIZE  # noqa: E402
 from csad.errors import UserError  # noqa: E402
+from csad.inference import score_images as predict  # noqa: E402
 from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
 from csad.inference.inspection import judge, read_picture  # noqa: E402
 from csad.station import connections, daily_log, server  # noqa: E402
+from csad.station import run_station as serve  # noqa: E402
 from csad.station.batching import Batcher, QueueFull  # noqa: E402
 from csad.station.daily_log import DailyLog  # noqa: E402
 from csad.station.server import create_app  # noqa: E402
 from csad.station.station import Options  # noqa: E402
 from csad.station.upload import plain_name  # noqa: E402
 
-import predict  # noqa: E402
-import serve  # noqa: E402
 from models.prediction import MAP_SIZE, Prediction  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -791,7 +791,9 @@ def test_a_verdict_that_cannot_be_logged_is_not_given(station, tmp_path):
 
 
 START = """
-import sys, serve, errors
+import sys
+from csad import errors
+from csad.station import run_station as serve
 sys.path.insert(0, "tests")
 from test_serve import BrightEngine
 serve.open_model = lambda path, device: BrightEngine(seconds={seconds})
@@ -914,5 +916,5 @@ def test_mistakes_get_a_sentence(monkeypatch, args, words):
 
 
 def test_nothing_here_imports_torch():
-    code = "import sys; sys.modules['torch'] = None; import serve, predict, csad.station.server"
+    code = "import sys; sys.modules['torch'] = None; from csad.inference import score_images; from csad.station import run_station, server"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -10,6 +10,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.export import exporters
 from csad.inference import engines, thresholds
+from csad.inference import score_images as predict
 from csad.inference.engines import OnnxEngine, open_model
 from csad.station.station import Options, Station
 
@@ -17,7 +18,6 @@ import numpy as np
 import pytest
 
 import export_model
-import predict
 from models.fused import attach_metadata, metadata
 from tests.test_deploy import state_of
 

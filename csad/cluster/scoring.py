@@ -53,7 +53,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         UserError: nothing to score, no Ray or no cluster, another run writes there, or workers died again and again.
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
-        raise UserError("--ray needs Ray with Ray Data; pip install -r requirements-cluster.txt")
+        raise UserError("--ray needs Ray with Ray Data; pip install 'csad[cluster]'")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would warn of what Ray Data does, and rightly so
     sources = Sources(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
