@@ -916,5 +916,6 @@ def test_mistakes_get_a_sentence(monkeypatch, args, words):
 
 
 def test_nothing_here_imports_torch():
-    code = "import sys; sys.modules['torch'] = None; from csad.inference import score_images; from csad.station import run_station, server"
+    code = "import sys; sys.modules['torch'] = None\n"
+    code += "from csad.inference import score_images; from csad.station import run_station, server"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
