@@ -20,7 +20,14 @@ from csad.progress import ProgressBar
 from csad.pseudo_labels.checkpoints import obtain
 from csad.standins import penalty_pictures
 from csad.standins.penalty_pictures import PenaltyPictures
-from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
+from csad.training.best_on_test import (
+    BEST_ON_TEST,
+    BestOnTest,
+    mean_auroc,
+    read_scored,
+    selection,
+    with_checkpoint,
+)
 from csad.training.lgst_step import (
     Batches,
     EncodedImages,

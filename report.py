@@ -21,7 +21,15 @@ from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation.deviations import deviations
 from csad.evaluation.localisation import read_maps
-from csad.evaluation.scores import MANY, Scores, by_split, digest_scores, fused_mean, lowest_first, normalised_scores
+from csad.evaluation.scores import (
+    MANY,
+    Scores,
+    by_split,
+    digest_scores,
+    fused_mean,
+    lowest_first,
+    normalised_scores,
+)
 from csad.export.assembly import sources, versions
 from csad.inference import overlays
 from csad.progress import ProgressBar

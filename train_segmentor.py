@@ -23,7 +23,14 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.progress import ProgressBar
 from csad.settings import SegmentorSettings
-from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, mean_auroc, read_scored, selection, with_checkpoint
+from csad.training.best_on_test import (
+    BEST_ON_TEST,
+    BestOnTest,
+    mean_auroc,
+    read_scored,
+    selection,
+    with_checkpoint,
+)
 from csad.training.loop import TrainingLoop
 from csad.training.pseudo_label_files import (
     digest_of_label_maps,
@@ -32,7 +39,14 @@ from csad.training.pseudo_label_files import (
     stand_ins_of_stage_1,
     training_data,
 )
-from csad.training.segmentor_step import Batches, Sample, TrainingData, draw_sample, learning_rate, step_losses
+from csad.training.segmentor_step import (
+    Batches,
+    Sample,
+    TrainingData,
+    draw_sample,
+    learning_rate,
+    step_losses,
+)
 from csad.training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
 
 import numpy as np

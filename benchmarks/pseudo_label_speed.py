@@ -20,7 +20,13 @@ from csad import settings
 from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
 from csad.errors import run_script
 from csad.pseudo_labels import beyond_clustering, clustering, components, masks
-from csad.pseudo_labels.grounded_sam import PROMPTS_PER_BATCH, GroundingDino, SamHQ, build_grounding_dino, build_sam
+from csad.pseudo_labels.grounded_sam import (
+    PROMPTS_PER_BATCH,
+    GroundingDino,
+    SamHQ,
+    build_grounding_dino,
+    build_sam,
+)
 from csad.standins.classical import ClassicalProposer
 
 import cv2

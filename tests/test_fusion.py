@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fusion import EXPORTED_STD_FLOOR, apply_z, choose_threshold, fit_normalisation, fit_trimmed_z, fit_z, fuse, share
+from models.fusion import (
+    EXPORTED_STD_FLOOR,
+    apply_z,
+    choose_threshold,
+    fit_normalisation,
+    fit_trimmed_z,
+    fit_z,
+    fuse,
+    share,
+)
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 

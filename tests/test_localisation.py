@@ -8,7 +8,16 @@ import time
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import metrics
-from csad.evaluation.localisation import FPR_LIMITS, Region, Sweep, area_up_to, enlarge, measure, read_regions, read_saturations
+from csad.evaluation.localisation import (
+    FPR_LIMITS,
+    Region,
+    Sweep,
+    area_up_to,
+    enlarge,
+    measure,
+    read_regions,
+    read_saturations,
+)
 
 import cv2
 import numpy as np
