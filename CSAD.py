@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csad.cli import select, training_options
-from csad.cluster.jobs import Task
 from csad.data import files, layouts, records
+from csad.data.downloads import obtain
 from csad.errors import UserError, run_script
 from csad.progress import ProgressBar
-from csad.pseudo_labels.checkpoints import obtain
 from csad.standins import penalty_pictures
 from csad.standins.penalty_pictures import PenaltyPictures
 from csad.training.best_on_test import (
@@ -28,6 +27,7 @@ from csad.training.best_on_test import (
     selection,
     with_checkpoint,
 )
+from csad.training.jobs import Task, run_jobs
 from csad.training.lgst_step import (
     Batches,
     EncodedImages,
@@ -39,7 +39,7 @@ from csad.training.lgst_step import (
     warm_cosine,
 )
 from csad.training.loop import TrainingLoop
-from csad.training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+from csad.training.stage import Job, adam, begin, on_cpu, training_jobs, write_scores
 
 import numpy as np
 import torch

@@ -15,7 +15,6 @@ from typing import Any
 from csad import settings
 from csad.cli import common_options, select, with_branches, with_seeds
 from csad.data import files, layouts, records
-from csad.data.images import SIZE
 from csad.data.roi import read_roi
 from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError, run_script
@@ -41,6 +40,7 @@ from csad.progress import ProgressBar
 import numpy as np
 from tabulate import tabulate
 
+from models.constants import SIZE
 from models.fusion import fuse
 
 NO_COMPONENT_MAP = "the patch histogram has no map, as the exported model has none without --segmentor.evidence"

@@ -23,19 +23,18 @@ from typing import Any
 
 from csad import settings
 from csad.cli import common_options, select, with_branches, with_cluster, with_seeds
-from csad.cluster.jobs import Task
 from csad.data import files, images, layouts
 from csad.data.workspace import FORMATS, PRECISIONS, Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_choice, export_tables, seeds
 from csad.evaluation.metrics import auroc, mean_known
-from csad.export import agreement, exporters, fresh_process, quantisation
+from csad.export import agreement, exporters, fresh_process, quantisation, thresholds
 from csad.export.assembly import fused_state, require_up_to_date
-from csad.inference import thresholds
 from csad.inference.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from csad.progress import ProgressBar
+from csad.training.jobs import Task, run_jobs
 from csad.training.logical_synthesis import label_parts, synthesise
-from csad.training.stage import job_name, run_jobs, view_of
+from csad.training.stage import job_name, view_of
 from csad.training.structural_synthesis import plant
 
 import numpy as np

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from csad import settings
 from csad.cli import common_options, select, with_cluster
-from csad.cluster.jobs import Task
-from csad.data import files, images, layouts, records
+from csad.data import downloads, files, images, layouts, records
 from csad.data.checks import quick_check
 from csad.data.workspace import PseudoLabels, Workspace
 from csad.errors import UserError, run_script
@@ -33,7 +32,8 @@ from csad.pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from csad.pseudo_labels.proposers import Proposals, Proposer
 from csad.pseudo_labels.saving import GROUNDING, REFINED, grounding_map, save_info, save_label_map, save_masks
 from csad.standins.classical import ClassicalProposer
-from csad.training.stage import agreed_backbone, run_jobs, view_of
+from csad.training.jobs import Task, run_jobs
+from csad.training.stage import agreed_backbone, view_of
 
 import numpy as np
 import torch
@@ -231,12 +231,12 @@ def choose_proposer(category: str, chosen: settings.PseudoLabelSettings, folder:
     if kind == "classical":
         return ClassicalProposer(chosen.container)
     if kind == "sam":
-        return SamProposer(chosen, checkpoints.obtain(sam, folder, download), device, bool(chosen.text_prompt))
+        return SamProposer(chosen, downloads.obtain(sam, folder, download), device, bool(chosen.text_prompt))
     if not chosen.text_prompt:
         raise UserError(f"{category}: Grounding DINO has to be told what the parts are called; say so with "
                         "--pseudo_labels.text_prompt 'screw . nut .' or in the category's file, or take --proposer sam")
-    return GroundedSamProposer(chosen, checkpoints.obtain(sam, folder, download),
-                               checkpoints.obtain(grounding_dino, folder, download),
+    return GroundedSamProposer(chosen, downloads.obtain(sam, folder, download),
+                               downloads.obtain(grounding_dino, folder, download),
                                checkpoints.obtain_text_encoder(folder, download), device)
 
 

@@ -30,6 +30,7 @@ from csad.evaluation.scores import (
     lowest_first,
     normalised_scores,
 )
+from csad.evaluation.thresholds import Threshold, choose_threshold
 from csad.export.assembly import sources, versions
 from csad.inference import overlays
 from csad.progress import ProgressBar
@@ -38,7 +39,7 @@ from csad.report import figures, page
 import numpy as np
 
 from models.fused import metadata
-from models.fusion import BRANCHES, Threshold, choose_threshold, fuse, share
+from models.fusion import BRANCHES, fuse, share
 
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit

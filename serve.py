@@ -1,7 +1,7 @@
 """An inspection station: scores over HTTP, and a page for people; csad-serve where the package is installed."""
 
+from csad.commands.run_station import main
 from csad.errors import run_script
-from csad.station.run_station import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -31,6 +31,7 @@ from csad.training.best_on_test import (
     selection,
     with_checkpoint,
 )
+from csad.training.jobs import run_jobs
 from csad.training.loop import TrainingLoop
 from csad.training.pseudo_label_files import (
     digest_of_label_maps,
@@ -47,7 +48,7 @@ from csad.training.segmentor_step import (
     learning_rate,
     step_losses,
 )
-from csad.training.stage import Job, adam, begin, on_cpu, run_jobs, training_jobs, write_scores
+from csad.training.stage import Job, adam, begin, on_cpu, training_jobs, write_scores
 
 import numpy as np
 import torch

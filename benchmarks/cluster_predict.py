@@ -21,7 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from csad.data import files, records
+import csad
+from csad.data import files
 from csad.data.files import place
 from csad.errors import UserError, run_script
 from csad.inference.engines import METADATA_KEY, require_package
@@ -153,7 +154,7 @@ def tiny_model(**known: object) -> bytes:
     graph = onnx.helper.make_graph(nodes, "tiny", [images], outputs,
                                    [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    metadata = {"format_version": records.FORMAT_VERSION, "with_map": True, "raw_input": True,
+    metadata = {"format_version": csad.FORMAT_VERSION, "with_map": True, "raw_input": True,
                 "validation_scores": list(range(101)), **known}
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     return model.SerializeToString()

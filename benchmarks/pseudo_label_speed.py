@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csad import settings
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
 from csad.errors import run_script
 from csad.pseudo_labels import beyond_clustering, clustering, components, masks
 from csad.pseudo_labels.grounded_sam import (
@@ -38,6 +37,7 @@ from sklearn.cluster import MeanShift
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from models.backbone import PUBLISHED, TIMM_NAMES, Encoder
+from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.device import choose_device
 
 PARTS = 8  # components per image

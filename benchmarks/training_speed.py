@@ -21,7 +21,6 @@ from pathlib import Path
 from csad import settings
 from csad.cli import common_options, overrides
 from csad.data import files
-from csad.data.images import SIZE
 from csad.data.workspace import Workspace
 from csad.errors import run_script
 from csad.progress import ProgressBar
@@ -33,6 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import PUBLISHED, Encoder, empty_encoder
+from models.constants import SIZE
 from models.device import choose_device, choose_precision, forbid_tf32, memory_format
 from models.lgst import LGST
 from models.lgst import losses as plain_losses

@@ -11,9 +11,11 @@ import struct
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import csad
 from csad.progress import ProgressBar
 
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
@@ -26,6 +28,18 @@ _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt 
 
 class UserError(Exception):
     """A mistake the user can mend; the message says what was expected, where, and what to do."""
+
+
+def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
+    """Refuse what another version of this code wrote.
+
+    Raises:
+        UserError: the versions differ.
+    """
+    version = provenance.get("format_version")
+    if version != csad.FORMAT_VERSION:
+        raise UserError(f"{name} was written by another version of this code (format {version}, expected {csad.FORMAT_VERSION}); "
+                        f"{advice}")
 
 
 def disk_is_full(problem: Exception) -> bool:

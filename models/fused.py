@@ -10,21 +10,21 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from csad.data import records
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD, OUTSIDE, SIZE
-from csad.errors import UserError
+import csad
+from csad.errors import UserError, require_version
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import PUBLISHED, Encoder, empty_encoder
+from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE, OUTSIDE, SIZE
 from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector
 from models.patch_memory import PatchMemory
-from models.prediction import MAP_SIZE, Prediction
+from models.prediction import Prediction
 from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
@@ -144,7 +144,7 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
             wrote the metadata.
     """
     if known := metadata(state):
-        records.require_version(known, "this model", "export it again with export_model.py --format torch")
+        require_version(known, "this model", "export it again with export_model.py --format torch")
     try:
         encoder = empty_encoder(known.get("backbone", PUBLISHED))
         segmentor = detector = lgst = memory = evidence = None
@@ -211,4 +211,4 @@ def attach_metadata(state: Mapping[str, Tensor], content: dict[str, Any]) -> Non
     """
     if not hasattr(state, "_metadata"):
         state._metadata = OrderedDict()
-    state._metadata[METADATA_KEY] = content | {"format_version": records.FORMAT_VERSION}
+    state._metadata[METADATA_KEY] = content | {"format_version": csad.FORMAT_VERSION}

@@ -1,10 +1,8 @@
-"""How branches are made comparable and added, and the one threshold (docs/METHOD.md sections 2, 4 and 6). NumPy only."""
+"""How branches are made comparable and added (docs/METHOD.md sections 2, 4 and 6). NumPy only."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,36 +10,6 @@ TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
 SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS: what is usual adds next to nothing
 BRANCHES = {"patchhist": "patch histogram", "LGST": "LGST", "memory": "patch memory"}  # and what people call them
-FALSE_POSITIVE_RATE = 0.01  # of good images, over the threshold that a model suggests
-
-
-class Threshold(NamedTuple):
-    """A score over which an image is called anomalous.
-
-    Attributes:
-        value: the score.
-        asked: the share of good images that may lie over it.
-        promised: the share that so many validation images can promise, in expectation over their choice.
-        images: number of validation images.
-    """
-
-    value: float
-    asked: float
-    promised: float
-    images: int
-
-    @property
-    def kept(self) -> bool:
-        """Whether what was asked for is promised."""
-        return self.promised <= self.asked + 1e-12
-
-    @property
-    def words(self) -> str:
-        """What the threshold promises, for people."""
-        text = f"at most {100 * self.promised:.3g} % false positives in expectation, from {self.images} validation images"
-        if self.kept:
-            return text
-        return f"{text}; {100 * self.asked:.3g} % would take {math.ceil(1 / self.asked) - 1 if self.asked else 'infinitely many'}"
 
 
 def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
@@ -104,22 +72,3 @@ def share(normalised: np.ndarray, rule: str) -> np.ndarray:
 def fuse(scores: Mapping[str, np.ndarray], branches: Iterable[str], rule: str) -> np.ndarray:
     """The sum of the branches' shares, (n,)."""
     return np.sum([share(scores[branch], rule) for branch in branches], axis=0)
-
-
-def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) -> Threshold:
-    """The order statistic of the validation scores over which, in expectation, at most a share ``rate`` of good images lies.
-
-    With n scores that is the ceil((n + 1)(1 - rate))-th smallest one (split conformal prediction); where n is too small for
-    the rate it is the largest, which promises 1 / (n + 1).
-
-    Raises:
-        ValueError: no score, one that is not finite, or a rate that is no share.
-    """
-    scores = np.sort(np.asarray(validation, dtype=np.float64))
-    if scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError("a threshold needs at least one validation score, and all of them finite")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"a rate of {rate} is no share")
-    n = scores.size
-    rank = min(max(math.ceil((n + 1) * (1 - rate) - 1e-9), 1), n)
-    return Threshold(float(scores[rank - 1]), rate, 1 - rank / (n + 1), n)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csad.data.images import SIZE
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.constants import MAP_SIZE, SIZE
 from models.fusion import EXPORTED_STD_FLOOR, fit_z
-from models.prediction import MAP_SIZE
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
 FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side

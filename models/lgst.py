@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Encoder, Normalise, resize
-from models.prediction import MAP_QUANTILES, MAP_SIZE
+from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_QUANTILES, MAP_SIZE
 
 _DECODER_SIZES = (3, 8, 15, 32, 63, 127)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
+from models.constants import MAP_SIZE
 from models.lgst import Differences, MapNormalisation
-from models.prediction import MAP_SIZE
 
 RIDGE = 1e-3  # added to the eigenvalues of the correlation matrix, whose mean is 1, before whitening
 SMOOTHING = 5  # side of the mean taken over the global difference

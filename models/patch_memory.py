@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
-from models.prediction import MAP_QUANTILES, MAP_SIZE
+from models.constants import MAP_QUANTILES, MAP_SIZE
 
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-MAP_SIZE = 64  # side of every anomaly map
-MAP_QUANTILES = (0.9, 0.995)  # of the validation maps, by which maps are scaled
-
 
 class Prediction(NamedTuple):
     """Everything that a model knows about a batch; tensors inside a model, NumPy arrays from an engine.

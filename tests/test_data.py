@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import nullcontext
 
+import csad
 from csad import settings
 from csad.cli import common_options, overrides, training_options, with_branches
 from csad.data import files, records
@@ -266,7 +267,7 @@ def made(tmp_path):
     outputs = [tmp_path / "made.pth", tmp_path / "made.npy"]
 
     def record(scored="1", **used):
-        given = {"format_version": records.FORMAT_VERSION, "seed": 0, "names": ("a", "b")} | used
+        given = {"format_version": csad.FORMAT_VERSION, "seed": 0, "names": ("a", "b")} | used
         return records.Record(tmp_path / "made.json", given, outputs, {"validation": scored}, outputs[0])
 
     def write(record):
@@ -308,9 +309,9 @@ def test_outputs_of_others_are_used_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    ({"state": {}, "meta": {"format_version": records.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
+    ({"state": {}, "meta": {"format_version": csad.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
      "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
-    ({"state": {}, "meta": {"seed": 0, "names": ("a", "b")}}, f"made.pth .*format_version: None -> {records.FORMAT_VERSION}"),
+    ({"state": {}, "meta": {"seed": 0, "names": ("a", "b")}}, f"made.pth .*format_version: None -> {csad.FORMAT_VERSION}"),
     ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
     (torch.zeros(1), "made.pth does not say what it was made from"),
 ])
@@ -322,7 +323,7 @@ def test_a_checkpoint_without_a_record_has_to_fit(made, content, said):
 
 def test_a_record_of_another_version_is_refused_and_overwritten(made, monkeypatch):
     made.write(made())
-    monkeypatch.setattr(records, "FORMAT_VERSION", records.FORMAT_VERSION + 1)
+    monkeypatch.setattr(csad, "FORMAT_VERSION", csad.FORMAT_VERSION + 1)
     with pytest.raises(UserError, match="made.json was written by another version .*--overwrite"):
         made().begin(False)
     with pytest.raises(UserError, match="another version"):

@@ -14,15 +14,16 @@ from csad.errors import UserError
 from csad.evaluation import export_tables
 from csad.export import exporters, quantisation
 from csad.export.assembly import require_finite
-from csad.export.folded import FoldedModel
 from csad.inference.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
+from csad.inference.folded import FoldedModel
+from csad.training.backbone_weights import build_backbone
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from models.backbone import build_backbone, empty_encoder
+from models.backbone import empty_encoder
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.lgst import LGST

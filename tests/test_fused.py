@@ -4,10 +4,10 @@ import json
 import zlib
 
 from csad.data import files
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD, small_views
+from csad.data.images import small_views
 from csad.errors import UserError
-from csad.export.folded import FoldedModel
 from csad.inference import engines
+from csad.inference.folded import FoldedModel
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.fused import attach_metadata, block_means, from_state, metadata, published_state, to_rgb
 
 

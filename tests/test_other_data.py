@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from csad import settings
+from csad.commands import score_images as predict
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import localisation
-from csad.inference import score_images as predict
 
 import numpy as np
 import pytest

@@ -17,12 +17,12 @@ pytest.importorskip("fastapi", reason="serving needs fastapi (csad[station])")
 pytest.importorskip("uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])")
 
-from csad.station import run_station as serve  # noqa: E402
+from csad.commands import run_station as serve  # noqa: E402
+from csad.evaluation.thresholds import choose_threshold  # noqa: E402
 from csad.station.connections import make_server  # noqa: E402
 from csad.station.server import create_app  # noqa: E402
 from csad.station.station import Options  # noqa: E402
 
-from models.fusion import choose_threshold  # noqa: E402
 from tests.test_serve import BrightEngine, picture  # noqa: E402
 
 # What a drop from the desktop does: a DataTransfer with files in it.

@@ -11,11 +11,11 @@ import sys
 import threading
 from pathlib import Path
 
+from csad.commands import score_images as predict
 from csad.data import files
 from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, Deviation, deviations
 from csad.inference import inspection
-from csad.inference import score_images as predict
 from csad.inference.engines import Engine
 
 import cv2
@@ -289,7 +289,7 @@ def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
 def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     """In a process of its own, with files that appear while it runs."""
     script = ("import sys; sys.path[:0] = ['.', 'tests']; import test_predict\n"
-              "from csad.errors import run_script; from csad.inference import score_images as predict\n"
+              "from csad.errors import run_script; from csad.commands import score_images as predict\n"
               "predict.POLL_SECONDS = 0.05\n"
               "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
               "run_script(predict.main)")

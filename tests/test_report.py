@@ -10,7 +10,8 @@ import sys
 import weakref
 from pathlib import Path
 
-from csad.data import files, layouts, records
+import csad
+from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import seeds
 from csad.inference import overlays
@@ -62,7 +63,7 @@ def results(make_dataset, tmp_path):
     files.write_array(made.histogram, np.full((12, 2), 0.1))
     for path in category.train:
         files.write_image(made.image(category.key(path)) / "filtered_cluster_map.png", np.ones((256, 256), np.uint8))
-    used = {"format_version": records.FORMAT_VERSION, "segmentor": {"lr": 0.123, "evidence": True}, "seed": 7,
+    used = {"format_version": csad.FORMAT_VERSION, "segmentor": {"lr": 0.123, "evidence": True}, "seed": 7,
             "lgst": {"penalty_images": "/home/me/pictures"}, "stand_ins": ["backbone tiny"]}
     noted = {"used": used, "scored": None, "outputs": {}}
     files.write_json(workspace.lgst(name).with_suffix(".json"), noted)

@@ -29,21 +29,22 @@ testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fas
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
-from csad.data import images, records  # noqa: E402
-from csad.data.images import SIZE  # noqa: E402
+import csad  # noqa: E402
+from csad.commands import run_station as serve  # noqa: E402
+from csad.commands import score_images as predict  # noqa: E402
+from csad.data import images  # noqa: E402
 from csad.errors import UserError  # noqa: E402
-from csad.inference import score_images as predict  # noqa: E402
 from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
 from csad.inference.inspection import judge, read_picture  # noqa: E402
 from csad.station import connections, daily_log, server  # noqa: E402
-from csad.station import run_station as serve  # noqa: E402
 from csad.station.batching import Batcher, QueueFull  # noqa: E402
 from csad.station.daily_log import DailyLog  # noqa: E402
 from csad.station.server import create_app  # noqa: E402
 from csad.station.station import Options  # noqa: E402
 from csad.station.upload import plain_name  # noqa: E402
 
-from models.prediction import MAP_SIZE, Prediction  # noqa: E402
+from models.constants import MAP_SIZE, SIZE  # noqa: E402
+from models.prediction import Prediction  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FLAT = [0.6, 0.4]
@@ -120,7 +121,7 @@ def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
         "mean", [make.make_tensor_value_info("images", kinds.UINT8, ["B", 3, SIZE, SIZE])],
         [make.make_tensor_value_info("score", kinds.FLOAT, ["B"])], [make.make_tensor("axes", kinds.INT64, [3], [1, 2, 3])])
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
-    known = {"format_version": records.FORMAT_VERSION, "raw_input": True, "with_map": False,
+    known = {"format_version": csad.FORMAT_VERSION, "raw_input": True, "with_map": False,
              "validation_scores": [float(value) for value in range(1, 101)]}
     make.set_model_props(model, {METADATA_KEY: json.dumps(known)})
     onnx.save(model, tmp_path / "mean.onnx")
@@ -793,7 +794,7 @@ def test_a_verdict_that_cannot_be_logged_is_not_given(station, tmp_path):
 START = """
 import sys
 from csad import errors
-from csad.station import run_station as serve
+from csad.commands import run_station as serve
 sys.path.insert(0, "tests")
 from test_serve import BrightEngine
 serve.open_model = lambda path, device: BrightEngine(seconds={seconds})
@@ -917,5 +918,6 @@ def test_mistakes_get_a_sentence(monkeypatch, args, words):
 
 def test_nothing_here_imports_torch():
     code = "import sys; sys.modules['torch'] = None\n"
-    code += "from csad.inference import score_images; from csad.station import run_station, server"
+    code += "from csad.commands import score_images; from csad.commands import run_station\n"
+    code += "from csad.station import server"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
+from csad.commands import score_images as predict
 from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.export import exporters
 from csad.inference import engines, thresholds
-from csad.inference import score_images as predict
 from csad.inference.engines import OnnxEngine, open_model
 from csad.station.station import Options, Station
 

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import csad
 from csad import settings
-from csad.data import files, layouts, records
+from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.training import feature_cache, loop, pseudo_label_files, stage
@@ -24,7 +25,7 @@ from models.segmentor import losses as train_segmentor_losses
 
 CATEGORY, PARTS = "discs", 4
 CPU = torch.device("cpu")
-PROVENANCE = {"format_version": records.FORMAT_VERSION, "stand_ins": []}
+PROVENANCE = {"format_version": csad.FORMAT_VERSION, "stand_ins": []}
 TINY = {"segmentor.width": 16, "segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 1, "segmentor.batch_size": 2}
 
 

@@ -10,8 +10,7 @@ import argparse
 import hashlib
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -19,11 +18,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
-from csad.data import layouts
 from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
 from csad.data.workspace import Workspace
-from csad.errors import UserError, disk_is_full, in_a_sentence, interrupts_wait
+from csad.errors import UserError, disk_is_full, interrupts_wait
 from csad.progress import ProgressBar
+from csad.training.jobs import Jobs, Task, reason, told_if_ours
 
 RETRIES = 20  # of a job whose node or worker died
 TAKE_OVER_SECONDS = STALE_SECONDS + 60  # for which a job waits until its predecessor, whose driver or node was lost, has ended
@@ -31,26 +30,6 @@ SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
 SHOWN = 20  # bars at a time
-
-
-class Task(NamedTuple):
-    """One job of a stage.
-
-    Attributes:
-        seed: None where the command line names no several.
-        do: does it, in this process.
-        images: that it holds in memory; None for all of the category.
-        after: names of jobs that come first; where one fails, or returns False, this one is not done.
-    """
-
-    category: layouts.Category
-    seed: int | None
-    do: Callable[[], Any]
-    images: int | None = None
-    after: tuple[str, ...] = ()
-
-
-Jobs = Callable[[argparse.Namespace], dict[str, Task]]  # a stage's jobs by name, in an order that keeps to ``after``
 
 
 class Outcome(NamedTuple):
@@ -150,16 +129,6 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
                 return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
         except Exception as problem:
             return Outcome(said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem))
-
-
-def reason(problem: Exception) -> str:
-    """Why a job failed, on one line."""
-    return in_a_sentence(problem) or f"{type(problem).__name__}: {problem}".splitlines()[0]
-
-
-def told_if_ours(problem: Exception) -> str:
-    """The traceback of a programming error; nothing where a sentence tells all."""
-    return "" if in_a_sentence(problem) else "".join(traceback.format_exception(problem))
 
 
 def place_of(folder: Path, name: str) -> Path:

@@ -22,12 +22,10 @@ from csad.progress import ProgressBar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-SIZE = 256  # side that every network of the paper sees; file names carry the number
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from models.constants import OUTSIDE, SIZE
+
 TRANSPARENCY_BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, like paper or a web page
 ORIENTATION_TAG = 0x0112
-OUTSIDE = 127  # grey of what lies outside the region of interest
 
 # Still-image formats whose decoders read pixels and nothing else: none that runs a program (EPS, PDF), follows references
 # (WMF, FITS) or packs sizes of one icon.

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import csad
 from csad.data import files
-from csad.errors import UserError
+from csad.errors import UserError, require_version
 
-# Of everything that one run writes and another reads: provenance, checkpoints, progress, and exported models. Raise it with every
-# change after which older files would mean something else, also where only what is computed changes.
-FORMAT_VERSION = 1
 SKIP, SCORE, TRAIN = "skip", "score", "train"
 
 
@@ -118,18 +116,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
-    """Refuse what another version of this code wrote.
-
-    Raises:
-        UserError: the versions differ.
-    """
-    version = provenance.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{name} was written by another version of this code (format {version}, expected {FORMAT_VERSION}); "
-                        f"{advice}")
-
-
 def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
     """The fields that every training stage's record has: what it was made from.
 
@@ -138,7 +124,7 @@ def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iter
         stand_ins: what other than the backbone stood in for the real thing.
     """
     own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
-    return {"format_version": FORMAT_VERSION, "seed": seed,
+    return {"format_version": csad.FORMAT_VERSION, "seed": seed,
             "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
             "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
 

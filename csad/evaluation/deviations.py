@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from csad.data.images import SIZE
-
 import numpy as np
+
+from models.constants import SIZE
 
 QUARTERS = 4
 PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/METHOD.md's order

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from sklearn.metrics import auc
 
-from models.prediction import MAP_SIZE
+from models.constants import MAP_SIZE
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold

@@ -9,7 +9,6 @@ from typing import Any
 
 from csad import settings
 from csad.data import files, images, layouts, records
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
 from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError
 from csad.evaluation.scores import read_scores
@@ -17,6 +16,7 @@ from csad.evaluation.scores import read_scores
 import torch
 
 from models.backbone import empty_encoder, fingerprint
+from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.fused import (
     STATISTICS,
     FusedModel,

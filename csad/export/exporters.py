@@ -12,15 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from csad.data import files, records
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD
+import csad
+from csad.data import files
 from csad.errors import UserError
-from csad.export.folded import SCORE_ONLY, FoldedModel
 from csad.inference.engines import METADATA_KEY, NODES, in_openvino_thread, read_openvino, require_package
+from csad.inference.folded import SCORE_ONLY, FoldedModel
 
 import numpy as np
 import torch
 
+from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.fused import from_state, metadata
 from models.prediction import Prediction
 
@@ -40,7 +41,7 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         raw_input: takes uint8 RGB.
     """
     fused = from_state(state)
-    known = {"format_version": records.FORMAT_VERSION, "category": category, "input_size": fused.size,
+    known = {"format_version": csad.FORMAT_VERSION, "category": category, "input_size": fused.size,
              "branches": fused.branches, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
     content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from csad.evaluation.metrics import auroc
+from csad.evaluation.thresholds import choose_threshold
 from csad.inference.engines import Engine
 
 import numpy as np
-
-from models.fusion import choose_threshold
 
 # Cumulative. The student's trunk, three quarters of the published model's arithmetic, is int8 in any case. The output layers
 # never are: what they give is subtracted from one another or compared, and eight bits of it moved the scores by ten standard

@@ -20,12 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from csad.data import files, records
-from csad.data.images import IMAGENET_MEAN, IMAGENET_STD, SIZE
-from csad.errors import UserError
+from csad.data import files
+from csad.errors import UserError, require_version
 
 import numpy as np
 
+from models.constants import IMAGENET_MEAN, IMAGENET_STD, SIZE
 from models.prediction import Prediction
 
 Result = TypeVar("Result")
@@ -139,7 +139,7 @@ class TorchEngine(Engine):
 
     def __init__(self, state: dict, device: str, precision: str | None = None):
         torch = require_package("torch")
-        from csad.export.folded import FoldedModel
+        from csad.inference.folded import FoldedModel
 
         from models.device import keep_freed_memory
         from models.fused import from_state, metadata
@@ -360,7 +360,7 @@ def _decoded(text: str | None, kind: str) -> dict[str, Any]:
     if text is None:
         raise UserError(f"this {kind} model was not exported by export_model.py")
     metadata = json.loads(text)
-    records.require_version(metadata, f"this {kind} model", f"export it again with export_model.py --format {kind.lower()}")
+    require_version(metadata, f"this {kind} model", f"export it again with export_model.py --format {kind.lower()}")
     return metadata
 
 

@@ -22,8 +22,8 @@ from csad.inference.overlays import heat_overlay, label_overlay, shrink, side_by
 
 import numpy as np
 
+from models.constants import MAP_SIZE
 from models.fusion import BRANCHES
-from models.prediction import MAP_SIZE
 
 NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
 VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)

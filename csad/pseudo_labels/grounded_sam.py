@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from csad.data import downloads
 from csad.errors import DAMAGED, UserError
 from csad.pseudo_labels import checkpoints
 from csad.pseudo_labels.masks import PackedMasks
@@ -49,7 +50,7 @@ class SamProposer:
         self.half = in_half_precision(chosen, device)
         self.name = ("sam" if chosen.sam == PUBLISHED_SAM else f"sam {chosen.sam}") + " fp16" * self.half
         self.is_stand_in = is_stand_in or chosen.sam != PUBLISHED_SAM
-        self.checkpoints = {sam.name: checkpoints.digest(sam)}
+        self.checkpoints = {sam.name: downloads.digest(sam)}
 
     def load(self) -> None:
         load_sam(self.chosen.sam, self.sam, self.device, self.half)
@@ -81,7 +82,7 @@ class GroundedSamProposer:
         self.is_stand_in = (chosen.sam, chosen.grounding_dino) != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
         self.name = (f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
                      ) + " fp16" * self.half
-        self.checkpoints = {path.name: checkpoints.digest(path) for path in (sam, grounding_dino)}
+        self.checkpoints = {path.name: downloads.digest(path) for path in (sam, grounding_dino)}
 
     def load(self) -> None:
         self._networks()

@@ -13,8 +13,8 @@ from io import BytesIO
 from pathlib import Path
 
 from csad.data import images
+from csad.data.downloads import Checkpoint, obtain, sha256
 from csad.errors import UserError
-from csad.pseudo_labels.checkpoints import Checkpoint, obtain, sha256
 
 import numpy as np
 from PIL import Image

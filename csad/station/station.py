@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from csad.evaluation.thresholds import threshold_of
 from csad.inference.engines import Engine
 from csad.inference.inspection import VERDICTS, Picture, Verdict, judge
-from csad.inference.thresholds import threshold_of
 from csad.station.batching import Batcher
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram

@@ -1,30 +1,28 @@
-"""What the training stages have in common around a training: options, device, backbone, seeds, and doing the jobs."""
+"""What the training stages have in common around a training: options, device, backbone, seeds."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import csad.cluster.jobs
 from csad import settings
 from csad.cli import select, training_options
-from csad.cluster.jobs import Jobs, Task
 from csad.data import files, images, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import STAGES, Workspace
-from csad.errors import UserError, disk_is_full
-from csad.progress import ProgressBar
+from csad.errors import UserError
+from csad.training.backbone_weights import build_backbone
+from csad.training.jobs import Task, run_jobs
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbone import Backbone, build_backbone
+from models.backbone import Backbone
 from models.device import choose_precision, choose_training_device
 
 LARGEST_VIEW = 4096
@@ -191,40 +189,3 @@ def write_scores(category: layouts.Category, workspace: Workspace, branches: Seq
             files.write_array(workspace.scores(category.name, branch, part), values.astype(np.float64))
     if maps:
         files.write_arrays(workspace.anomaly_maps(category.name, branches[0]), **maps)
-
-
-def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None) -> None:
-    """Hold the workspace and do every job, one after another or on a Ray cluster; one that fails does not stop the others.
-
-    Args:
-        summarise: is told what finished jobs returned, by their names.
-
-    Raises:
-        UserError: another run holds the workspace; or some jobs failed: names them, with their reasons. A single job's own
-            error comes through as it is.
-        OSError: the disk is full, which ends the whole run.
-    """
-    workspace = select(args).workspace
-    if args.dry_run:
-        print("\n".join(jobs(args)))
-        return
-    with workspace.lock_with(workspace.of_seeds(getattr(args, "seeds", None)).values()):
-        results, failures = csad.cluster.jobs.run(args, jobs) if args.ray else one_after_another(jobs(args))
-        summarise(results)
-    if failures:
-        total, told = len(results) + len(failures), "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise UserError(told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}")
-
-
-def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Do every job in this process; see `csad.cluster.jobs.run`."""
-    results, failures = {}, {}
-    for name, task in tasks.items():
-        try:
-            results[name] = task.do()
-        except Exception as problem:
-            if disk_is_full(problem) or len(tasks) == 1:
-                raise
-            failures[name] = csad.cluster.jobs.reason(problem)
-            ProgressBar.write(f"{csad.cluster.jobs.told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
-    return results, failures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,10 @@ from xml.etree import ElementTree
 
 from csad.data import files
 from csad.errors import UserError
+from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, promised
 from csad.inference.engines import METADATA_KEY, open_model
 
 import numpy as np
-
-from models.fusion import FALSE_POSITIVE_RATE, Threshold, choose_threshold
-
-
-def threshold_of(known: dict[str, Any], given: float | None, rate: float | None, model: str) -> tuple[float, str | None]:
-    """The threshold to judge by, and what it promises in words; None where it was given as a number.
-
-    Args:
-        known: the model's metadata.
-        given: a threshold of the user's own.
-        rate: share of good images that may be called anomalous; None: what the model says.
-
-    Raises:
-        UserError: a number is not finite, the rate is no share, or the model does not know its validation scores.
-    """
-    if given is not None:
-        return _finite(given, "--threshold"), None
-    if rate is None and known.get("threshold") is not None:
-        return _finite(known["threshold"], f"the threshold in {model}"), known.get("threshold_words", "set in the model")
-    chosen = _promised(known, FALSE_POSITIVE_RATE if rate is None else _share(rate, "--false_positive_rate"), model)
-    return chosen.value, chosen.words
 
 
 def with_validation_scores(known: dict[str, Any], scores: np.ndarray, category: str) -> dict[str, Any]:
@@ -77,25 +56,15 @@ def write_beside(path: Path, known: dict[str, Any]) -> None:
 def _with_threshold(known: dict[str, Any], value: float | None, rate: float | None, model: str) -> dict[str, Any]:
     scores = np.array(known.get("validation_scores", []))
     if value is None:
-        chosen = _promised(known, _share(rate, "--set_false_positive_rate"), model)
+        chosen = promised(known, fraction(rate, "--set_false_positive_rate"), model)
         value, rate, words = chosen.value, chosen.promised, chosen.words
     else:
-        _finite(value, "--set_threshold")
+        finite(value, "--set_threshold")
         rate, words = None, "set in the model"
         if len(scores):
             rate = 1 - int((scores <= value).sum()) / (len(scores) + 1)
             words = f"{words}: {Threshold(value, rate, rate, len(scores)).words}"
     return known | {"threshold": value, "threshold_rate": rate, "threshold_words": words}
-
-
-def _promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
-    if not len(known.get("validation_scores", [])):
-        raise UserError(f"{model} does not know the scores of validation images; name a --threshold, set one with "
-                        "export_model.py --set_threshold, or export it again from the stages' files")
-    try:
-        return choose_threshold(np.array(known["validation_scores"]), rate)
-    except ValueError as problem:
-        raise UserError(f"{model}: {problem}; export it again") from problem
 
 
 def write_metadata(path: Path, known: dict[str, Any]) -> None:
@@ -112,15 +81,3 @@ def write_metadata(path: Path, known: dict[str, Any]) -> None:
         model = ElementTree.fromstring(path.read_bytes())
         model.find(f"rt_info/{METADATA_KEY}").set("value", json.dumps(known))
         files.write_bytes(path, b'<?xml version="1.0"?>\n' + ElementTree.tostring(model))
-
-
-def _share(rate: float, what: str) -> float:
-    if not 0 < rate < 1:
-        raise UserError(f"{what} is {rate}; it must lie between 0 and 1")
-    return rate
-
-
-def _finite(value: float, what: str) -> float:
-    if not math.isfinite(value):
-        raise UserError(f"{what} is {value}; it must be a finite number")
-    return value

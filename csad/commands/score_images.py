@@ -35,6 +35,7 @@ from csad.data import files
 from csad.data.files import place
 from csad.data.listing import short_name
 from csad.errors import UNUSABLE, UserError, interrupts_wait, run_script
+from csad.evaluation.thresholds import threshold_of
 from csad.inference.engines import device_name, open_model
 from csad.inference.folders import NO_STATE, Found, State, identity, images_in, only_writer, place_or_url
 from csad.inference.inspection import (
@@ -50,7 +51,6 @@ from csad.inference.inspection import (
     state_of,
     verdicts_on,
 )
-from csad.inference.thresholds import threshold_of
 
 from models.fusion import BRANCHES
 

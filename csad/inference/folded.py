@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 
-from csad.data.images import SIZE
 from csad.inference.engines import NODES
 
 import torch
@@ -29,9 +28,10 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.backbone import Encoder, resize, to_grids
+from models.constants import MAP_SIZE, SIZE
 from models.fused import STATISTICS, FusedModel, to_rgb
 from models.lgst import LGST, Student
-from models.prediction import MAP_SIZE, Prediction
+from models.prediction import Prediction
 from models.segmentor import ConvBnRelu, Segmentor
 
 SCORE_ONLY = Prediction._fields[:1]

@@ -1,0 +1,104 @@
+"""The score over which an image is called anomalous, and what it promises (docs/METHOD.md section 6). NumPy only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from csad.errors import UserError
+
+import numpy as np
+
+FALSE_POSITIVE_RATE = 0.01  # of good images, over the threshold that a model suggests
+
+
+class Threshold(NamedTuple):
+    """A score over which an image is called anomalous.
+
+    Attributes:
+        value: the score.
+        asked: the share of good images that may lie over it.
+        promised: the share that so many validation images can promise, in expectation over their choice.
+        images: number of validation images.
+    """
+
+    value: float
+    asked: float
+    promised: float
+    images: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was asked for is promised."""
+        return self.promised <= self.asked + 1e-12
+
+    @property
+    def words(self) -> str:
+        """What the threshold promises, for people."""
+        text = f"at most {100 * self.promised:.3g} % false positives in expectation, from {self.images} validation images"
+        if self.kept:
+            return text
+        return f"{text}; {100 * self.asked:.3g} % would take {math.ceil(1 / self.asked) - 1 if self.asked else 'infinitely many'}"
+
+
+def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) -> Threshold:
+    """The order statistic of the validation scores over which, in expectation, at most a share ``rate`` of good images lies.
+
+    With n scores that is the ceil((n + 1)(1 - rate))-th smallest one (split conformal prediction); where n is too small for
+    the rate it is the largest, which promises 1 / (n + 1).
+
+    Raises:
+        ValueError: no score, one that is not finite, or a rate that is no share.
+    """
+    scores = np.sort(np.asarray(validation, dtype=np.float64))
+    if scores.size == 0 or not np.isfinite(scores).all():
+        raise ValueError("a threshold needs at least one validation score, and all of them finite")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"a rate of {rate} is no share")
+    n = scores.size
+    rank = min(max(math.ceil((n + 1) * (1 - rate) - 1e-9), 1), n)
+    return Threshold(float(scores[rank - 1]), rate, 1 - rank / (n + 1), n)
+
+
+def threshold_of(known: dict[str, Any], given: float | None, rate: float | None, model: str) -> tuple[float, str | None]:
+    """The threshold to judge by, and what it promises in words; None where it was given as a number.
+
+    Args:
+        known: the model's metadata.
+        given: a threshold of the user's own.
+        rate: share of good images that may be called anomalous; None: what the model says.
+
+    Raises:
+        UserError: a number is not finite, the rate is no share, or the model does not know its validation scores.
+    """
+    if given is not None:
+        return finite(given, "--threshold"), None
+    if rate is None and known.get("threshold") is not None:
+        return finite(known["threshold"], f"the threshold in {model}"), known.get("threshold_words", "set in the model")
+    chosen = promised(known, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model)
+    return chosen.value, chosen.words
+
+
+def promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
+    """The threshold for a rate, from the validation scores in a model's metadata; errors as of `threshold_of`."""
+    if not len(known.get("validation_scores", [])):
+        raise UserError(f"{model} does not know the scores of validation images; name a --threshold, set one with "
+                        "export_model.py --set_threshold, or export it again from the stages' files")
+    try:
+        return choose_threshold(np.array(known["validation_scores"]), rate)
+    except ValueError as problem:
+        raise UserError(f"{model}: {problem}; export it again") from problem
+
+
+def fraction(rate: float, what: str) -> float:
+    """The rate itself; UserError where it is none."""
+    if not 0 < rate < 1:
+        raise UserError(f"{what} is {rate}; it must lie between 0 and 1")
+    return rate
+
+
+def finite(value: float, what: str) -> float:
+    """The value itself; UserError where it is none that one can compare with."""
+    if not math.isfinite(value):
+        raise UserError(f"{what} is {value}; it must be a finite number")
+    return value
