@@ -117,7 +117,7 @@ def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(k
     train(category, last, kind, "last")
     meta = files.read_state(last.lgst("discs"))["meta"]
     assert not {"selection", "selected_on", "evaluations"} & meta.keys()
-    with pytest.raises(UserError, match="settings.checkpoint: last -> best_on_test"):
+    with pytest.raises(UserError, match="checkpoint: last -> best_on_test"):
         train(category, last, kind)
 
 
