@@ -89,7 +89,8 @@ def rehearse(args: argparse.Namespace) -> None:
                             "--pseudo_labels.stability_score_thresh", 0, "--pseudo_labels.box_threshold", 0,
                             "--pseudo_labels.text_threshold", 0, "--pseudo_labels.background_prompt", "null",
                             "--pseudo_labels.inside_grounding", "false", "--pseudo_labels.bandwidth", "auto"],
-           "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch", 1],
+           "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch",
+                               min(1, args.epochs - 1)],
            "CSAD": ["--lgst.steps", args.lgst_steps]}
     for stage in STAGES:
         common = ["--dataset_root", workspace / "data", "--categories", CATEGORY, "--backbone", "wide_resnet50_2", "--overwrite"]
