@@ -9,9 +9,10 @@ under the published names and loaded by the stages themselves; the data set is t
 and two of every other kind. Every stage runs in a process of its own with the preset paper, so that its peak memory is its
 own. What is in the results means nothing; that they come out, how long each step takes and what memory it needs, does.
 
-Three things are not as in the stages alone, because random weights find random things: these ask for four training images and
+Some things are not as in the stages alone, because random weights find random things: these ask for four training images and
 are given two; of the 900 boxes that Grounding DINO finds the first eight are kept, and of the background that SAM-HQ
-finds, most of the picture, ten pixels along its border. On a CPU the automatic masks are asked for at few points
+finds, most of the picture, ten pixels along its border; components are what the boxes hold, and the automatic masks, which may
+be none, are made beside them (no_sam, save_all_masks). On a CPU the automatic masks are asked for at few points
 and without crops, and crops of components are turned to few sides, or a picture would take hours.
 """
 
@@ -41,8 +42,8 @@ from models.device import choose_device
 from pseudo_labels import checkpoints, components, grounded_sam
 
 ROOT = Path(__file__).resolve().parent.parent
-CATEGORY = "screw_bag"  # with automatic masks, of which three of the five categories have no need
-SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD are 1100 and 1600; the largest category has these
+CATEGORY = "breakfast_box"
+SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD
 PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
@@ -88,6 +89,7 @@ def rehearse(args: argparse.Namespace) -> None:
                             "--pseudo_labels.pred_iou_thresh", 0,
                             "--pseudo_labels.stability_score_thresh", 0, "--pseudo_labels.box_threshold", 0,
                             "--pseudo_labels.text_threshold", 0, "--pseudo_labels.background_prompt", "null",
+                            "--pseudo_labels.no_sam", "true", "--pseudo_labels.save_all_masks", "true",
                             "--pseudo_labels.inside_grounding", "false", "--pseudo_labels.bandwidth", "auto"],
            "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch",
                                min(1, args.epochs - 1)],
