@@ -16,7 +16,7 @@ from test_checkpoints import server as server  # a fixture
 
 import CSAD
 import settings
-from data import files, layouts
+from data import layouts
 from data.workspace import Workspace
 from errors import UserError
 from standins import penalty_pictures
@@ -116,7 +116,6 @@ def test_download_fetches_the_archive_continues_it_and_trains_with_it(archive, s
     assert server.asked_for == ["bytes=1000-"] and archive.read_bytes() == content
     noted = json.loads((archive.parent / "best_discs.json").read_text())["used"]
     assert noted["stand_ins"] == ["backbone tiny"]
-    assert files.read_state(archive.parent / "best_discs.pth")["meta"]["settings"]["penalty_images"] == "auto"
 
 
 def test_the_published_archive_is_named_with_its_checksum():
