@@ -9,9 +9,10 @@ under the published names and loaded by the stages themselves; the data set is t
 and two of every other kind. Every stage runs in a process of its own with the preset paper, so that its peak memory is its
 own. What is in the results means nothing; that they come out, how long each step takes and what memory it needs, does.
 
-Three things are not as in the stages alone, because random weights find random things: these ask for four training images and
+Some things are not as in the stages alone, because random weights find random things: these ask for four training images and
 are given two; of the 900 boxes that Grounding DINO finds the first eight are kept, and of the background that SAM-HQ
-finds, most of the picture, ten pixels along its border. On a CPU the automatic masks are asked for at few points
+finds, most of the picture, ten pixels along its border; components are what the boxes hold, and the automatic masks, which may
+be none, are made beside them (no_sam, save_all_masks). On a CPU the automatic masks are asked for at few points
 and without crops, and crops of components are turned to few sides, or a picture would take hours.
 """
 
@@ -40,8 +41,8 @@ from benchmarks.processes import measured
 from models.device import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
-CATEGORY = "screw_bag"  # with automatic masks, of which three of the five categories have no need
-SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD are 1100 and 1600; the largest category has these
+CATEGORY = "breakfast_box"
+SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD
 PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
@@ -87,8 +88,10 @@ def rehearse(args: argparse.Namespace) -> None:
                             "--pseudo_labels.pred_iou_thresh", 0,
                             "--pseudo_labels.stability_score_thresh", 0, "--pseudo_labels.box_threshold", 0,
                             "--pseudo_labels.text_threshold", 0, "--pseudo_labels.background_prompt", "null",
+                            "--pseudo_labels.no_sam", "true", "--pseudo_labels.save_all_masks", "true",
                             "--pseudo_labels.inside_grounding", "false", "--pseudo_labels.bandwidth", "auto"],
-           "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch", 1],
+           "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch",
+                               min(1, args.epochs - 1)],
            "CSAD": ["--lgst.steps", args.lgst_steps]}
     for stage in STAGES:
         common = ["--dataset_root", workspace / "data", "--categories", CATEGORY, "--backbone", "wide_resnet50_2", "--overwrite"]
@@ -161,7 +164,10 @@ def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
     finally:
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
         files.write_json(workspace / f"{stage}.rehearsal.json", {
-            "steps": {name: (len(seconds), sum(seconds)) for name, seconds in steps.items()}, "gpu_peak_mb": peak})
+            # What is loaded is kept: later calls take no time.
+            "steps": {name: (len(seconds), sum(seconds)) for name, seconds in (
+                (name, seconds[:1] if name.startswith("load") else seconds) for name, seconds in steps.items())},
+            "gpu_peak_mb": peak})
 
 
 def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
@@ -182,8 +188,8 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         setattr(owner, name, clocked)
 
     if stage == "pseudo_label":
-        timed(grounded_sam, "load_sam", "load SAM-HQ (the first call)")
-        timed(grounded_sam, "load_grounding_dino", "load Grounding DINO (the first call)")
+        timed(grounded_sam, "load_sam", "load SAM-HQ")
+        timed(grounded_sam, "load_grounding_dino", "load Grounding DINO")
         timed(grounded_sam.GroundingDino, "detect", "Grounding DINO, a picture",
               lambda found: (found[0][:BOXES], found[1][:BOXES]))
         timed(grounded_sam.SamHQ, "look_at", "SAM-HQ's image encoder, a picture")

@@ -30,7 +30,7 @@ def best_iou(proposals, true):
 def test_whole_parts_are_found_and_nothing_else():
     image, labels = draw_parts(np.random.default_rng(0), 4, SIDE)
     proposals = ClassicalProposer().propose(image)
-    assert proposals.masks.dtype == bool and proposals.background.shape == (SIDE, SIDE)
+    assert proposals.masks.shape == proposals.background.shape == (SIDE, SIDE)
     assert all(best_iou(proposals, labels == part) > 0.9 for part in range(1, 5))
     assert len(proposals.masks) == 4
     assert np.mean(proposals.background == (labels == 0)) > 0.97
@@ -78,12 +78,12 @@ def test_a_container_is_background_on_request(container, found):
 
 def test_a_uniform_image_holds_no_parts():
     proposals = ClassicalProposer().propose(np.full((64, 64, 3), 90, np.uint8))
-    assert proposals.masks.shape == (0, 64, 64) and proposals.background.all()
+    assert len(proposals.masks) == 0 and proposals.background.all()
 
 
 def test_the_same_image_gives_the_same_masks():
     image, _ = draw_parts(np.random.default_rng(3), 4, SIDE)
-    np.testing.assert_array_equal(ClassicalProposer().propose(image).masks, ClassicalProposer().propose(image).masks)
+    np.testing.assert_array_equal(*(ClassicalProposer().propose(image).masks.bits for _ in range(2)))
 
 
 def test_merging_stops_where_colours_differ():

@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import replace
 
 from csad import settings
-from csad.data import files, layouts
+from csad.data import layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.standins import penalty_pictures
@@ -117,7 +117,6 @@ def test_download_fetches_the_archive_continues_it_and_trains_with_it(archive, s
     assert server.asked_for == ["bytes=1000-"] and archive.read_bytes() == content
     noted = json.loads((archive.parent / "best_discs.json").read_text())["used"]
     assert noted["stand_ins"] == ["backbone tiny"]
-    assert files.read_state(archive.parent / "best_discs.pth")["meta"]["settings"]["penalty_images"] == "auto"
 
 
 def test_the_published_archive_is_named_with_its_checksum():

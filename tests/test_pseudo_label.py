@@ -398,6 +398,16 @@ def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(
     assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
 
+def test_cnn_image_by_other_weights_is_named_as_a_stand_in(category, tmp_path):
+    network = Deepest(nn.Conv2d(3, 5, 3))
+    for origin, expected in (("wide_resnet50_2.tv2_in1k", ["cnn_image by wide_resnet50_2.tv2_in1k"]),
+                             ("wide_resnet50_2.racm_in1k", [])):
+        labelling = pseudo_label.Labelling(
+            category, Workspace(tmp_path), settings.load("discs", "paper", {"images.size": 256}),
+            Backbone("wide_resnet50_2", network, "", network, deepest_origin=origin), torch.device("cpu"), Namespace())
+        assert labelling.stand_ins(Drawn(tiles(1))) == expected and list(labelling.crop_weights()) == [origin]
+
+
 def test_the_command_line_tells_a_mistake(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pseudo_label.py", "--workspace", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:

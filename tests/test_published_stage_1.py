@@ -200,6 +200,11 @@ def test_labels_and_trusted_images_are_the_published_ones(made, name):
         np.testing.assert_allclose(found[:, order[0]], expected[:, order[1]], rtol=0, atol=1e-12)
 
 
+def test_nothing_stood_in_and_the_record_names_the_weights_of_cnn_image(made):
+    used = files.read_json(made("screw_bag").record)["used"]
+    assert used["stand_ins"] == [] and CROP_WEIGHTS in used["checkpoints"] and used["picture_size"] is None
+
+
 @pytest.mark.parametrize("kind", ["", "_shallow"])
 def test_clustering_of_the_published_vectors(name, kind):
     components_of, published = load(name), load(name + kind)
