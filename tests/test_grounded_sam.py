@@ -282,7 +282,7 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(we
     state["mask_decoder.hf_token.weight"] += 1
     torch.save(state, workspace / "ckpt" / "sam_hq_vit_tiny.pth")
     for changes, sentence in (([], "checkpoints.sam_hq_vit_tiny.pth: "), (["--proposer", "sam"], "proposer: auto -> sam"),
-                              (["--pseudo_labels.text_prompt", "bag ."], "settings.text_prompt: ")):
+                              (["--pseudo_labels.text_prompt", "bag ."], "pseudo_labels.text_prompt: ")):
         with pytest.raises(SystemExit):
             run_stage(monkeypatch, workspace, dataset, *changes)
         assert sentence in capsys.readouterr().err

@@ -33,7 +33,7 @@ def eight_bits(values: np.ndarray, white: float = 65535) -> np.ndarray:
 
 
 def test_neither_torch_nor_opencv_is_needed():
-    code = "import sys; from data import images, layouts, roi; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    code = "import sys; from csad.data import images, layouts, roi; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 

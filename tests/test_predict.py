@@ -152,7 +152,7 @@ def test_ctrl_c_says_what_is_kept(engine, run, photos, tmp_path, capsys, monkeyp
 
     engine.metadata["with_map"] = False
     monkeypatch.setattr(engine, "_run", score)
-    assert run(photos, "--batch_size", 1) == 2
+    assert run(photos, "--batch_size", 1) == 130
     assert len(rows(tmp_path)) == 1
     said = capsys.readouterr().err
     assert "predictions.csv" in said and "starts anew" in said and "continues" not in said

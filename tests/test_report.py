@@ -242,7 +242,7 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
     assert all("the exported model has none" in one["missing"] for one in alone.values())
 
     def measure(category, maps, split, roi):
-        lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split] / 0.1
+        lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split]
         np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
         return script.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
     monkeypatch.setattr(script.localisation, "measure", measure)

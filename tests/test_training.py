@@ -218,7 +218,7 @@ def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, wi
     files.write_array(workspace.pseudo_labels("discs").trusted, np.array([2, 0]))
     trusted, classes = read_stage_1(category, workspace)
     assert trusted.tolist() == [0, 2] and classes == 3
-    data = training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes)
+    data = training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes, False)
     assert set(np.unique(data.labels[0])) == {0, 1, 2}
     assert ("2 of 2 trusted images have no background.jpg" in capsys.readouterr().out) != with_background
     expected = data.labels[0] == (2 if with_background else 0)
@@ -239,7 +239,7 @@ def test_maps_of_another_size_than_the_image_get_a_sentence(make_dataset, tmp_pa
             size = sizes.get(f"{path.stem}/{file}", sizes.get(path.stem, (128, 128)))
             files.write_image(folder / file, np.ones(size, np.uint8))
     with pytest.raises(UserError, match=sentence):
-        training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), np.array([0, 2]), 3)
+        training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), np.array([0, 2]), 3, False)
 
 
 # Memory

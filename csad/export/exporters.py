@@ -41,7 +41,7 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         raw_input: takes uint8 RGB.
     """
     fused = from_state(state)
-    known = {"format_version": csad.FORMAT_VERSION, "category": category, "input_size": fused.size,
+    known = {"category": category, "input_size": fused.size,
              "branches": fused.branches, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
     content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)
@@ -277,13 +277,17 @@ def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:
     """The same ONNX model with other metadata."""
     onnx = require_package("onnx")
     model = onnx.load_from_string(content)
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(known)})
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(_stamped(known))})
     return model.SerializeToString()
 
 
 def note_metadata(model: Any, known: dict[str, Any]) -> None:
     """Keep metadata with an `openvino.Model`."""
-    model.set_rt_info(json.dumps(known), METADATA_KEY)
+    model.set_rt_info(json.dumps(_stamped(known)), METADATA_KEY)
+
+
+def _stamped(metadata: dict[str, Any]) -> dict[str, Any]:
+    return metadata | {"format_version": csad.FORMAT_VERSION}
 
 
 def require_category(known: dict[str, Any], category: str, path: Path) -> None:
