@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,16 +34,18 @@ from deploy import exporters, quantisation, thresholds
 from deploy.assembly import fused_state, require_up_to_date
 from deploy.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from errors import UserError, run_script
-from evaluation import branch_choice, export_tables, seeds
+from evaluation import branch_weights, export_tables, seeds
 from evaluation.metrics import auroc, mean_known
 from models.device import choose_device
 from models.fused import attach_metadata, metadata
 from training.logical_synthesis import synthesise
 from training.stage import job_name, run_jobs, view_of
-from training.structural_synthesis import plant
+from training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
+BATCH = 8  # images scored at a time where nothing is timed
+GOOD_IMAGES, SYNTHETIC_DEFECTS = 64, 60  # the latter of each kind, structural and logical
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
     ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
@@ -133,35 +136,50 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
     view, fusion = view_of(category, chosen), chosen.fusion
-    if offered := branch_choice.on_offer(category.name, workspace, fusion):
-        everything = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, *offered])})
-        found = aurocs_on_planted_defects(TorchEngine(fused_state(category, workspace, everything, view), device), category,
-                                          chosen, args.seed)
-        branches = branch_choice.helpful(found, fusion)
-        branch_choice.write(category.name, workspace, fusion, found, branches)
-        fusion = fusion.model_copy(update={"branches": branches})
-        print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
-              + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
-    state = fused_state(category, workspace, fusion, view, args.precision)
+    weights = branch_weights.equal(fusion.branches)
+    branches = branch_weights.candidates(category.name, workspace, fusion)
+    if fusion.weights == "synthetic_defects" and len(branches) > 1:
+        state = fused_state(category, workspace, fusion, view, weights=branch_weights.equal(branches))
+        engine = TorchEngine(state, device)
+        decision = branch_weights.choose(*contributions_on_defects(engine, category, args.seed), engine.branches)
+        branch_weights.write(category.name, workspace, fusion, decision)
+        weights = decision.weights
+        print(f"{category.name}: {decision.description}")
+    state = fused_state(category, workspace, fusion, view, args.precision, weights)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
 
 
-def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen: settings.Settings, seed: int
-                              ) -> dict[str, float]:
-    """See `branch_choice.aurocs`; of validation images as they are, with a defect each, and with a part too many each."""
-    paths = category.validation[::math.ceil(len(category.validation) / branch_choice.PLANTED)]
-    rng = np.random.default_rng(seed)
-    good, structural, logical = [], [], []
-    for index, path in enumerate(tqdm(paths, desc=f"{category.name}: plant defects", unit="image", leave=False)):
-        image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
-        found = engine.predict(image)
-        good.append(found.branch_scores)
-        for _ in range(index, branch_choice.PLANTED, len(paths)):
-            damaged = plant(image[0].transpose(1, 2, 0), found.label_map[0], rng).transpose(2, 0, 1)
-            structural.append(engine.predict(damaged[None]).branch_scores)
-            logical.append(engine.predict(with_a_part_too_many(image[0], found.label_map[0], rng, chosen)[None]).branch_scores)
-    return branch_choice.aurocs(*map(np.concatenate, (good, structural, logical)), engine.branches, chosen.fusion)
+def contributions_on_defects(engine: Engine, category: layouts.Category, seed: int
+                             ) -> tuple[np.ndarray, dict[str, branch_weights.Defects]]:
+    """What each branch adds to the score of validation images, as they are (n, K) and with synthetic defects of each kind."""
+    paths = category.validation[::math.ceil(len(category.validation) / GOOD_IMAGES)]
+    batch = 1 if engine.metadata.get("tiles", 1) > 1 else BATCH
+    good, label_maps = [], []
+    for first in tqdm(range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False):
+        prediction = engine.predict(read(engine, paths[first:first + batch]))
+        good.append(prediction.branch_scores)
+        label_maps += list(prediction.label_map)
+    rng, defects = np.random.default_rng(seed), {}
+    for name, kinds in {"structural": STRUCTURAL, "logical": LOGICAL}.items():
+        # Each kind at all strengths, on images spread over the list.
+        order = rng.permutation(SYNTHETIC_DEFECTS)
+        strengths = (order + rng.random(SYNTHETIC_DEFECTS)) / SYNTHETIC_DEFECTS
+        contributions = []
+        for first in tqdm(range(0, SYNTHETIC_DEFECTS, batch), desc=f"{category.name}: {name} defects", unit="batch", leave=False):
+            defective = []
+            for index in range(first, min(first + batch, SYNTHETIC_DEFECTS)):
+                image = int(rng.integers(len(paths)))
+                defective.append(synthesise_defect(read(engine, [paths[image]])[0].transpose(1, 2, 0), label_maps[image],
+                                                   list(kinds)[index % len(kinds)], strengths[index], rng).transpose(2, 0, 1))
+            contributions.append(engine.predict(np.stack(defective)).branch_scores)
+        defects[name] = branch_weights.Defects(np.concatenate(contributions), strengths)
+    return np.concatenate(good), defects
+
+
+def read(engine: Engine, paths: Sequence[Path]) -> np.ndarray:
+    """Images on disk as the engine takes them, (B, 3, size, size) uint8."""
+    return images.read_views(paths, engine.size, "", engine.metadata.get("white_level"))
 
 
 def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
@@ -318,7 +336,7 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     if not reference.exists() or not reference.with_suffix(".json").exists():
         return None
     evaluated = files.read_json(reference.with_suffix(".json"), keys=("model",))["model"]
-    if evaluated.get("weights") != engine.metadata.get("weights"):
+    if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     with open(reference, newline="", encoding="utf-8") as handle:
         expected = {row["image"]: float(row["score"]) for row in csv.DictReader(handle)}

@@ -23,10 +23,8 @@ def render(**content: Any) -> str:
     environment.filters["mean"] = mean
     detections = [metrics["detection"] for metrics in content["metrics"]]
     shared = [key for key in detections[0] if all(key in one for one in detections)]
-    fused = ["+".join(metrics["fused"]) for metrics in content["metrics"]]
-    own_sums = [one[key] for one, key in zip(detections, fused)] if len(set(fused)) > 1 else None  # where categories differ
     return environment.get_template("page.html").render(
-        content | {"shared": shared, "own_sums": own_sums, "detections": detections,
+        content | {"shared": shared, "detections": detections,
                    "policy": POLICY, "published": PUBLISHED_AVERAGE,
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
