@@ -45,7 +45,7 @@ from training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
 BATCH = 8  # images scored at a time where nothing is timed
-GOOD_IMAGES, SYNTHETIC_DEFECTS = 64, 60  # the latter of each kind, structural and logical
+GOOD_IMAGES, SYNTHETIC_DEFECTS = 64, 48  # the latter of each kind, structural and logical
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
     ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",

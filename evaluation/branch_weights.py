@@ -1,7 +1,8 @@
-"""How much each branch counts in a category, 0 among the values: decided by stage 4, without any anomalous picture.
+"""The weight of each branch in a category, 0 among the values: decided by stage 4, without any anomalous picture.
 
-The weighted sum has to tell validation images from the same with synthetic defects (training.synthetic_defects).
-Stage 5 takes the weights that stage 4 decided on. Beyond the paper (docs/METHOD.md section 6).
+The weighted sum has to tell validation images from the same images with synthetic defects
+(training.synthetic_defects). Stage 5 takes the weights that stage 4 decided on. Beyond the paper
+(docs/METHOD.md section 6).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from evaluation.metrics import auroc
 from settings import FusionSettings
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
-DIFFICULTY = 90.0  # image AUROC of the best branch on the synthetic defects that count, as nearly as their strengths allow
+DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
 MAX_COST = 2.5  # of the same points, which the patch histogram may take away
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
@@ -41,7 +42,8 @@ class Decision(NamedTuple):
 
     Attributes:
         weights: of the branches that count, by name.
-        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, for `EQUAL` and for `FUSED`.
+        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the sums
+            `EQUAL` and `FUSED`.
         strengths: the smallest and the largest strength of these, by kind.
     """
 
@@ -52,8 +54,10 @@ class Decision(NamedTuple):
     @property
     def description(self) -> str:
         """In a line, for people."""
-        aurocs = "; ".join(f"{kind} " + ", ".join(f"{name} {value:.1f}" for name, value in by_sum.items())
-                           for kind, by_sum in self.aurocs.items())
+        aurocs = "; ".join(
+            f"{kind} " + ", ".join(f"{name} {value:.1f}" for name, value in by_sum.items())
+            for kind, by_sum in self.aurocs.items()
+        )
         return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}"
 
 
@@ -64,17 +68,22 @@ def describe(weights: Mapping[str, float]) -> str:
 
 def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> list[str]:
     """The settings' branches, and the optional ones whose stage was run, as all tables list them."""
-    optional = [branch for branch in fusion.optional if workspace.checkpoint(category, branch).exists()
-                and workspace.scores(category, branch, "val").exists()]
+    optional = [
+        branch
+        for branch in fusion.optional
+        if workspace.checkpoint(category, branch).exists()
+        and workspace.scores(category, branch, "val").exists()
+    ]
     return [branch for branch in STAGES if branch in (*fusion.branches, *optional)]
 
 
 def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str]) -> Decision:
     """Weigh branches by what their sums find of synthetic defects.
 
-    Among the weights of all branches but the patch histogram those with the highest image AUROC are taken, mean of the kinds of
-    defects. The histogram sees the arrangement alone, and no synthetic defect is wrong in its arrangement without traces that
-    the other branches see; so it need not add anything: it gets the largest weight that costs at most `MAX_COST`.
+    The weights of all branches but the patch histogram are those with the highest image AUROC, mean of the kinds of
+    defects. The histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves traces
+    that the other branches see. Thus it need not add anything: it gets the largest weight that costs at most
+    `MAX_COST`.
 
     Args:
         good: (n, K), what each branch adds to the score of each good image at weight 1.
@@ -92,25 +101,35 @@ def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[
     # Largest weights first: of equally good ones these are kept.
     values = [WEIGHTS[::-1] if branch != HISTOGRAM else (0.0,) for branch in branches]
     surface = [weights for weights in itertools.product(*values) if max(weights) == 1]
-    best = max(surface, key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights), default=(0.0,) * len(branches))
+    best = max(
+        surface,
+        key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights),
+        default=(0.0,) * len(branches),
+    )
     if HISTOGRAM in branches:
         place = list(branches).index(HISTOGRAM)
-        options = [(*best[:place], weight, *best[place + 1:]) for weight in WEIGHTS[::-1]]
-        best = next(weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST)
+        options = [(*best[:place], weight, *best[place + 1 :]) for weight in WEIGHTS[::-1]]
+        best = next(
+            weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
+        )
     named = {branch: np.eye(len(branches))[index] for index, branch in enumerate(branches)}
     named |= {EQUAL: np.ones(len(branches)), FUSED: np.array(best)}
     measured = {name: aurocs(weights) for name, weights in named.items()}
-    return Decision({branch: weight for branch, weight in zip(branches, best) if weight},
-                    {kind: {name: of_sum[kind] for name, of_sum in measured.items()} for kind in counted},
-                    {kind: (float(of_kind.strengths.min()), float(of_kind.strengths.max()))
-                     for kind, of_kind in counted.items()})
+    return Decision(
+        {branch: weight for branch, weight in zip(branches, best) if weight},
+        {kind: {name: of_sum[kind] for name, of_sum in measured.items()} for kind in counted},
+        {
+            kind: (float(of_kind.strengths.min()), float(of_kind.strengths.max()))
+            for kind, of_kind in counted.items()
+        },
+    )
 
 
 def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
-    """Half of the defects, neighbours by strength: those of which the best branch finds about `DIFFICULTY`."""
+    """Half of the defects, neighbours by strength, on which the best branch is nearest to `DIFFICULTY`."""
     ranks = np.argsort(defects.strengths, kind="stable")
     count = -(-len(ranks) // 2)
-    windows = [ranks[first:first + count] for first in range(0, len(ranks) - count + 1, max(count // 6, 1))]
+    windows = [ranks[first : first + count] for first in range(0, len(ranks) - count + 1, max(count // 6, 1))]
 
     def distance(window: np.ndarray) -> float:
         best = max(auroc(*columns) for columns in zip(good.T, defects.contributions[window].T))
@@ -121,9 +140,16 @@ def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
 
 
 def write(category: str, workspace: Workspace, fusion: FusionSettings, decision: Decision) -> None:
-    files.write_json(workspace.branch_weights(category), {
-        "weights": decision.weights, "auroc_on_synthetic_defects": decision.aurocs, "strengths": decision.strengths,
-        "settings": fusion.model_dump(), "scores": _digests(category, workspace, fusion)})
+    files.write_json(
+        workspace.branch_weights(category),
+        {
+            "weights": decision.weights,
+            "auroc_on_synthetic_defects": decision.aurocs,
+            "strengths": decision.strengths,
+            "settings": fusion.model_dump(),
+            "scores": _digests(category, workspace, fusion),
+        },
+    )
 
 
 def equal(branches: Sequence[str]) -> dict[str, float]:
@@ -132,11 +158,13 @@ def equal(branches: Sequence[str]) -> dict[str, float]:
 
 
 def read(category: str, workspace: Workspace, fusion: FusionSettings) -> dict[str, float]:
-    """What stage 4 decided by the present settings and validation scores; 1 for each of the settings' branches otherwise."""
+    """What stage 4 decided by the present settings and validation scores; otherwise `equal` weights."""
     path = workspace.branch_weights(category)
     if fusion.weights != "equal" and path.exists():
         decided = files.read_json(path, keys=("weights", "settings", "scores"))
-        if decided["settings"] == fusion.model_dump() and decided["scores"] == _digests(category, workspace, fusion):
+        if decided["settings"] == fusion.model_dump() and decided["scores"] == _digests(
+            category, workspace, fusion
+        ):
             return {branch: decided["weights"][branch] for branch in STAGES if branch in decided["weights"]}
     return equal(fusion.branches)
 

@@ -1,7 +1,7 @@
 """Deep feature modelling: what of an image can combinations of good images not explain?
 
 DFM (Ahuja et al., 2019): a PCA of an encoder's map, pooled and flattened, and the length of what it cannot
-reconstruct. It sees what is wrong with an image as a whole where parts lie at the same positions in all of them.
+reconstruct. It sees what is wrong with an image as a whole if parts lie at the same positions in all images.
 Closed form, beyond the paper (docs/METHOD.md section 6).
 """
 
@@ -91,7 +91,9 @@ def model_from_state(state: Mapping[str, Tensor], channels: int, prefix: str = "
         KeyError, RuntimeError: it holds no such model, or one of other shapes.
     """
     model = DeepFeatureModel(channels, len(state[f"{prefix}components"]))
-    model.load_state_dict({key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)})
+    model.load_state_dict(
+        {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}
+    )
     return model
 
 
@@ -118,7 +120,8 @@ def fit_pca(pooled: Tensor) -> tuple[Tensor, Tensor]:
 def held_out_errors(pooled: Tensor) -> Tensor:
     """Errors (N, 8, 8) of training images (N, C, 8, 8), each by a PCA of the other folds.
 
-    Of the images that a PCA was fitted to they would be far smaller than of any other good image. Zeros for a single image.
+    The errors of the images that a PCA was fitted to are far smaller than those of any other good image.
+    Zeros for a single image.
     """
     fold = torch.arange(len(pooled), device=pooled.device) % FOLDS
     held_out = torch.zeros(len(pooled), SIDE, SIDE, device=pooled.device)

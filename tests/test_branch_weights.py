@@ -11,10 +11,11 @@ from evaluation.branch_weights import Defects, choose
 from evaluation.metrics import auroc
 from settings import FusionSettings
 
-WEIGHED = FusionSettings(branches=["patchhist", "memory"], optional=["LGST", "DFM"], rule="softplus", weights="synthetic_defects")
+WEIGHED = FusionSettings(
+    branches=["patchhist", "memory"], optional=["LGST", "DFM"], rule="softplus", weights="synthetic_defects"
+)
 BRANCHES = ["patchhist", "LGST", "memory", "DFM"]
 GOOD, DEFECTS = 60, 60
-
 
 
 def drawn(structural, logical, seed=0, noise=(1, 1, 1, 1)):
@@ -23,7 +24,9 @@ def drawn(structural, logical, seed=0, noise=(1, 1, 1, 1)):
     good = np.abs(rng.normal(size=(GOOD, 4))) * noise
     for kind, lifts in (("structural", structural), ("logical", logical)):
         strengths = rng.random(DEFECTS)
-        kinds[kind] = Defects(np.abs(rng.normal(size=(DEFECTS, 4))) * noise + np.outer(strengths, lifts), strengths)
+        kinds[kind] = Defects(
+            np.abs(rng.normal(size=(DEFECTS, 4))) * noise + np.outer(strengths, lifts), strengths
+        )
     return good, kinds
 
 
@@ -44,9 +47,13 @@ def test_a_branch_that_sees_nothing_and_is_loud_is_left_out(seed):
 def test_branches_that_see_different_things_are_all_taken(seed):
     decision = choose(*drawn([0, 0, 5, 0], [0, 0, 0, 5], seed), BRANCHES)
     assert {"memory", "DFM"} <= decision.weights.keys()
-    assert max(decision.weights.values()) == 1 and set(decision.weights.values()) <= set(branch_weights.WEIGHTS)
+    assert max(decision.weights.values()) == 1 and set(decision.weights.values()) <= set(
+        branch_weights.WEIGHTS
+    )
     for kind, seeing in (("structural", "memory"), ("logical", "DFM")):
-        assert decision.aurocs[kind]["fused"] > decision.aurocs[kind][seeing] - 12  # on both kinds something is found
+        assert (
+            decision.aurocs[kind]["fused"] > decision.aurocs[kind][seeing] - 12
+        )  # on both kinds something is found
         assert decision.aurocs[kind]["fused"] > 75
 
 
@@ -71,13 +78,17 @@ def test_the_best_branch_finds_about_nine_of_ten_of_the_defects_that_count():
 def test_few_branches_are_weighed_too(branches):
     good, kinds = drawn([0, 0, 5, 0], [0, 0, 5, 0])
     columns = [BRANCHES.index(branch) for branch in branches]
-    decision = choose(good[:, columns], {kind: Defects(one.contributions[:, columns], one.strengths)
-                                         for kind, one in kinds.items()}, branches)
+    decision = choose(
+        good[:, columns],
+        {kind: Defects(one.contributions[:, columns], one.strengths) for kind, one in kinds.items()},
+        branches,
+    )
     assert decision.weights and decision.weights.keys() <= set(branches)
     assert "fuses " in decision.description and "on synthetic defects: structural" in decision.description
 
 
 # Who keeps to it
+
 
 @pytest.fixture
 def workspace(tmp_path):

@@ -16,7 +16,9 @@ from models import dfm
 CATEGORY = "discs"
 
 
-def drawn(count: int, seed: int = 0, channels: int = 3, directions: int = 4, noise: float = 0.1) -> torch.Tensor:
+def drawn(
+    count: int, seed: int = 0, channels: int = 3, directions: int = 4, noise: float = 0.1
+) -> torch.Tensor:
     """Pooled maps (N, C, 8, 8) that vary in a few directions, and a little in all."""
     basis = torch.randn(directions, channels * 64, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
@@ -34,7 +36,9 @@ def test_it_is_the_reconstruction_error_of_a_pca():
     errors = model(test)
     np.testing.assert_allclose(errors, np.sqrt((residual.reshape(5, 3, 8, 8) ** 2).sum(1)), rtol=1e-3)
     np.testing.assert_allclose(model.score(errors), np.linalg.norm(residual, axis=1), rtol=1e-4)
-    torch.testing.assert_close(model.components @ model.components.T, torch.eye(len(model.components)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.components @ model.components.T, torch.eye(len(model.components)), atol=1e-5, rtol=0
+    )
 
 
 def test_the_map_is_largest_where_something_is_new():
@@ -53,8 +57,10 @@ def test_errors_of_held_out_images_are_those_of_other_good_images():
     """Of the images that a PCA was fitted to they are far smaller, which would pass for what is usual."""
     train, others = drawn(40, noise=1.0), drawn(60, seed=1, noise=1.0)
     model = dfm.fit(train, 3)
-    fitted, new, held_out = (float(errors.square().sum((1, 2)).sqrt().mean())
-                             for errors in (model(train), model(others), dfm.held_out_errors(train)))
+    fitted, new, held_out = (
+        float(errors.square().sum((1, 2)).sqrt().mean())
+        for errors in (model(train), model(others), dfm.held_out_errors(train))
+    )
     assert fitted < 0.7 * new and held_out == pytest.approx(new, rel=0.25)
     torch.testing.assert_close(model.baseline, dfm.held_out_errors(train).mean(0, keepdim=True))
 
@@ -64,7 +70,9 @@ def test_few_or_equal_images_give_finite_numbers(train):
     model = dfm.fit(train, 3)
     model.fit_map_normalisation(model(train))
     errors = model(drawn(2, seed=1))
-    assert all(values.isfinite().all() for values in (*model.state_dict().values(), errors, model.scaled(errors)))
+    assert all(
+        values.isfinite().all() for values in (*model.state_dict().values(), errors, model.scaled(errors))
+    )
     torch.testing.assert_close(model(train), torch.zeros(len(train), 8, 8), atol=1e-4, rtol=0)
 
 
@@ -76,6 +84,7 @@ def test_a_state_dict_gives_the_same_model():
 
 
 # The stage
+
 
 @pytest.fixture
 def category(make_dataset):
@@ -91,15 +100,21 @@ def fit(category, root, overwrite=False):
 
 def test_the_stage_writes_scores_and_maps(category, tmp_path):
     workspace = fit(category, tmp_path)
-    scores = {part: files.read_array(workspace.scores(CATEGORY, "DFM", part)) for part in ("logi", "struc", "val")}
+    scores = {
+        part: files.read_array(workspace.scores(CATEGORY, "DFM", part)) for part in ("logi", "struc", "val")
+    }
     assert [len(scores[part]) for part in ("logi", "struc", "val")] == [4, 4, 5]
     assert scores["struc"][2:].min() > scores["struc"][:2].max()  # scratched
     maps = files.read_arrays(workspace.anomaly_maps(CATEGORY, "DFM"))
     assert {split: values.shape for split, values in maps.items()} == {
-        "val": (5, 64, 64), **{split: (2, 64, 64) for split in layouts.SPLITS}}
+        "val": (5, 64, 64),
+        **{split: (2, 64, 64) for split in layouts.SPLITS},
+    }
 
 
-def test_finished_work_is_skipped_and_scored_anew_for_other_validation_images(category, tmp_path, capsys, monkeypatch):
+def test_finished_work_is_skipped_and_scored_anew_for_other_validation_images(
+    category, tmp_path, capsys, monkeypatch
+):
     workspace = fit(category, tmp_path)
     before = files.read_state(workspace.dfm(CATEGORY))["state"]
     with monkeypatch.context() as patched:
@@ -114,8 +129,15 @@ def test_finished_work_is_skipped_and_scored_anew_for_other_validation_images(ca
 
 
 def test_errors_that_are_no_numbers_are_not_written(category, tmp_path, monkeypatch):
-    monkeypatch.setattr(patch_memory, "pooled_maps", lambda job, paths, what: torch.full((5, 8, 8, 8), 1.0) if "train" in what
-                        else torch.full((len(paths), 8, 8, 8), float("nan")))
+    monkeypatch.setattr(
+        patch_memory,
+        "pooled_maps",
+        lambda job, paths, what: (
+            torch.full((5, 8, 8, 8), 1.0)
+            if "train" in what
+            else torch.full((len(paths), 8, 8, 8), float("nan"))
+        ),
+    )
     with pytest.raises(UserError, match="errors that are not finite"):
         fit(category, tmp_path)
     assert not Workspace(tmp_path).dfm(CATEGORY).exists()

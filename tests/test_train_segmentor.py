@@ -437,3 +437,22 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
     images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
     found, _ = steps.augment(images, images[:, 0], movement, torch.tensor([[1.0, 0.0]]))
     assert (found[0].permute(1, 2, 0).numpy() - expected).__abs__().mean() < 1
+
+
+def test_pictures_that_are_segmented_twice_are_moved_and_moved_back(prepared, backbone, monkeypatch):
+    """Noise, light and place differ, so a segmentation that minds none of them says the same twice."""
+    category, workspace = prepared[:2]
+    job = job_for(category, workspace, backbone, settings.load(category.name, "quick", {"images.size": 256}))
+    pictures = torch.zeros(70, 3, 256, 256, dtype=torch.uint8)
+    pictures[:, :, 50:90, 100:180] = 200
+    seen = []
+
+    def label_maps(segmentor, job, changed, what):
+        seen.append(changed)
+        return (changed[:, 0] > 100).byte()
+
+    monkeypatch.setattr(train_segmentor, "label_maps", label_maps)
+    plain, undone = train_segmentor.segment_twice(None, job, pictures, (pictures[:, 0] > 100).byte())
+    assert 16 <= len(plain) <= train_segmentor.RELIABILITY_IMAGES and torch.equal(plain, undone)
+    assert len({tuple((picture[0] > 100).nonzero()[0].tolist()) for picture in seen[0]}) > 5  # moved
+    assert seen[0][:, :, 60:80, 110:170].float().mean((1, 2, 3)).std() > 1  # another light

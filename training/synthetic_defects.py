@@ -1,9 +1,9 @@
-"""Synthetic defects in good pictures: they decide, without any anomalous picture, how much each branch counts.
+"""Synthetic defects in good pictures: they decide the branches' weights, without any anomalous picture.
 
-Structural ones change the surface (scratch, stain, foreign piece, blur, missing texture), logical ones the arrangement of parts
-(removed, moved, turned, doubled, exchanged). Every kind has a strength, so that they can be made as faint as the decision needs
-them (evaluation.branch_weights). No network is trained on them, so they need not look like real ones. Beyond the paper
-(docs/METHOD.md section 6).
+Structural ones change the surface (scratch, stain, foreign piece, blur, missing texture), logical ones the
+arrangement of parts (removed, moved, turned, doubled, exchanged). Every kind has a strength, thus they can be made
+as faint as the decision needs them (evaluation.branch_weights). No network is trained on them, so they need not
+look like real ones. Beyond the paper (docs/METHOD.md section 6).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ PIECE = (0.04, 0.12)  # half axes of such a piece, in image sides
 INPAINTING_SIDE = 128  # pixels; parts are filled in on a smaller picture, which takes milliseconds
 
 
-def synthesise_defect(image: np.ndarray, labels: np.ndarray, kind: str, strength: float,
-                      rng: np.random.Generator) -> np.ndarray:
+def synthesise_defect(
+    image: np.ndarray, labels: np.ndarray, kind: str, strength: float, rng: np.random.Generator
+) -> np.ndarray:
     """A copy of a good picture with one defect, on a component if there is any.
 
     Args:
@@ -39,7 +40,9 @@ def synthesise_defect(image: np.ndarray, labels: np.ndarray, kind: str, strength
     else:
         on = labels > 0 if (labels > 0).any() else np.ones_like(labels, dtype=bool)
         positions = np.argwhere(on)
-        centre = (positions[rng.integers(len(positions))] + rng.random(2)) * (len(image) / len(labels))  # (y, x)
+        centre = (positions[rng.integers(len(positions))] + rng.random(2)) * (
+            len(image) / len(labels)
+        )  # (y, x)
         outline, content = STRUCTURAL[kind](image.astype(np.float32), centre, strength, rng)
         defective = _blend(image, outline * _between(0.1, 0.9, strength), content)
     return np.clip(defective, 0, 255).round().astype(np.uint8)
@@ -47,56 +50,76 @@ def synthesise_defect(image: np.ndarray, labels: np.ndarray, kind: str, strength
 
 # Structural: image (H, W, 3) float32 in 0..255, centre (y, x) -> outline (H, W) in 0..1, content (H, W, 3)
 
-def foreign_piece(image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
-                  ) -> tuple[np.ndarray, np.ndarray]:
+
+def foreign_piece(
+    image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """An ellipse of what lies elsewhere in the picture, in another light."""
     side = len(image)
     moved = np.roll(image, tuple(rng.integers(side // 8, 7 * side // 8, 2)), (0, 1))
-    return _ellipse(side, centre, strength, side / 64, side / 16, rng), moved * rng.uniform(0.6, 1.4) + rng.uniform(-30, 30)
+    return _ellipse(side, centre, strength, side / 64, side / 16, rng), moved * rng.uniform(
+        0.6, 1.4
+    ) + rng.uniform(-30, 30)
 
 
-def scratch(image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
-            ) -> tuple[np.ndarray, np.ndarray]:
+def scratch(
+    image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A line with a few bends, of one colour."""
     side = len(image)
     steps = rng.normal(0, side / 24, (rng.integers(1, 4), 2))
     points = centre[::-1] + np.concatenate([np.zeros((1, 2)), steps]).cumsum(0)
-    outline = cv2.polylines(np.zeros((side, side), np.float32), [points.astype(np.int32)[:, None]], False, 1,
-                            int(rng.integers(max(side // 256, 1), max(side // 72, 2))))
+    outline = cv2.polylines(
+        np.zeros((side, side), np.float32),
+        [points.astype(np.int32)[:, None]],
+        False,
+        1,
+        int(rng.integers(max(side // 256, 1), max(side // 72, 2))),
+    )
     return outline, np.full(image.shape, rng.uniform(0, 255, 3), np.float32)
 
 
-def stain(image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def stain(
+    image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A blot with ragged edges, of one grainy colour."""
     side = len(image)
     grains = int(rng.integers(12, 48))
-    rough = 0.5 + 0.5 * cv2.resize(rng.random((grains, grains), np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+    rough = 0.5 + 0.5 * cv2.resize(
+        rng.random((grains, grains), np.float32), (side, side), interpolation=cv2.INTER_CUBIC
+    )
     y, x = np.ogrid[:side, :side]
-    near = np.exp(-((y - centre[0])**2 + (x - centre[1])**2) / (2 * rng.uniform(side / 60, side / 16)**2))
+    near = np.exp(
+        -((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * rng.uniform(side / 60, side / 16) ** 2)
+    )
     colour = rng.uniform(0, 255, 3) * 0.7 + 30 * rng.random((side, side, 1))
     return (rough * near > 0.35).astype(np.float32), colour.astype(np.float32)
 
 
-def blur(image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
-         ) -> tuple[np.ndarray, np.ndarray]:
+def blur(
+    image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """An ellipse out of focus."""
     side = len(image)
     soft = cv2.GaussianBlur(image, (0, 0), _between(0.003, 0.012, strength) * side)
     return _ellipse(side, centre, strength, side / 32, side / 10, rng), soft
 
 
-def missing_texture(image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
-                    ) -> tuple[np.ndarray, np.ndarray]:
+def missing_texture(
+    image: np.ndarray, centre: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """An ellipse of the mean colour that it had."""
     outline = _ellipse(len(image), centre, strength, len(image) / 40, len(image) / 12, rng)
     return outline, np.broadcast_to(image[outline > 0].mean(0) if outline.any() else image, image.shape)
 
 
-STRUCTURAL: dict[str, Callable] = {function.__name__: function
-                                   for function in (foreign_piece, scratch, stain, blur, missing_texture)}
+STRUCTURAL: dict[str, Callable] = {
+    function.__name__: function for function in (foreign_piece, scratch, stain, blur, missing_texture)
+}
 
 
 # Logical: image (H, W, 3) float32 in 0..255, part (H, W) bool -> image
+
 
 def removed(image: np.ndarray, part: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """The part, or as much of it as the strength says, filled in from what is around it."""
@@ -130,7 +153,9 @@ def exchanged(image: np.ndarray, part: np.ndarray, strength: float, rng: np.rand
     return _blend(image, part * np.float32(_between(0.15, 1, strength)), mirrored)
 
 
-LOGICAL: dict[str, Callable] = {function.__name__: function for function in (removed, moved, turned, doubled, exchanged)}
+LOGICAL: dict[str, Callable] = {
+    function.__name__: function for function in (removed, moved, turned, doubled, exchanged)
+}
 
 
 def _between(low: float, high: float, strength: float) -> float:
@@ -142,16 +167,25 @@ def _blend(image: np.ndarray, opacity: np.ndarray, content: np.ndarray) -> np.nd
     return image * (1 - opacity) + content * opacity
 
 
-def _ellipse(side: int, centre: np.ndarray, strength: float, smallest: float, largest: float,
-             rng: np.random.Generator) -> np.ndarray:
-    """(H, W) in 0..1, the larger the stronger; smallest and largest are half axes in pixels of one of strength 0.4."""
+def _ellipse(
+    side: int, centre: np.ndarray, strength: float, smallest: float, largest: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(H, W) in 0..1, the larger the stronger; smallest and largest half axis in pixels, at strength 0.4."""
     axes = (_between(0.6, 1.6, strength) * rng.uniform(smallest, largest, 2)).round().astype(int)
-    return cv2.ellipse(np.zeros((side, side), np.float32), centre[::-1].astype(int).tolist(), axes.tolist(),
-                       rng.uniform(0, 180), 0, 360, 1, -1)
+    return cv2.ellipse(
+        np.zeros((side, side), np.float32),
+        centre[::-1].astype(int).tolist(),
+        axes.tolist(),
+        rng.uniform(0, 180),
+        0,
+        360,
+        1,
+        -1,
+    )
 
 
 def _part(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(H, W) bool: one of the picture's components, or a piece of it if it is large; of a picture without any, just a piece."""
+    """(H, W) bool: a component of the picture, or a piece of it if it is large; without components, any piece."""
     side = len(image)
     components = find_components(labels.astype(np.uint8), fill_holes=False)
     mask = components[rng.integers(len(components))].mask if components else np.ones(labels.shape, bool)
@@ -174,7 +208,7 @@ def _cut(part: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndar
 
 
 def _filled_in(image: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """The picture with a part inpainted (Telea), at a low resolution, and with grain as the picture has it elsewhere."""
+    """The picture with a part inpainted (Telea) at a low resolution, with grain as the picture has it elsewhere."""
     side = len(image)
     small = cv2.resize(image, (INPAINTING_SIDE,) * 2, interpolation=cv2.INTER_AREA)
     covered = cv2.resize(part.astype(np.float32), (INPAINTING_SIDE,) * 2, interpolation=cv2.INTER_AREA)
@@ -190,7 +224,11 @@ def _filled_in(image: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def _pasted(onto: np.ndarray, image: np.ndarray, part: np.ndarray, movement: np.ndarray) -> np.ndarray:
-    return _blend(onto, warp(part.astype(np.float32), movement, cv2.INTER_LINEAR), warp(image, movement, cv2.INTER_LINEAR))
+    return _blend(
+        onto,
+        warp(part.astype(np.float32), movement, cv2.INTER_LINEAR),
+        warp(image, movement, cv2.INTER_LINEAR),
+    )
 
 
 def _centre(part: np.ndarray) -> tuple[float, float]:
