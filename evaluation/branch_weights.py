@@ -1,4 +1,4 @@
-"""The weight of each branch in a category, 0 among the values: decided by stage 4, without any anomalous picture.
+"""The weight of each branch in a category, 0 among the values: decided by stage 4, without anomalous pictures.
 
 The weighted sum has to tell validation images from the same images with synthetic defects
 (training.synthetic_defects). Stage 5 takes the weights that stage 4 decided on. Beyond the paper
@@ -42,8 +42,8 @@ class Decision(NamedTuple):
 
     Attributes:
         weights: of the branches that count, by name.
-        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the sums
-            `EQUAL` and `FUSED`.
+        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the
+            sums `EQUAL` and `FUSED`.
         strengths: the smallest and the largest strength of these, by kind.
     """
 
@@ -80,10 +80,10 @@ def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> l
 def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str]) -> Decision:
     """Weigh branches by what their sums find of synthetic defects.
 
-    The weights of all branches but the patch histogram are those with the highest image AUROC, mean of the kinds of
-    defects. The histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves traces
-    that the other branches see. Thus it need not add anything: it gets the largest weight that costs at most
-    `MAX_COST`.
+    The weights of all branches but the patch histogram are those with the highest image AUROC, mean of the kinds
+    of defects. The histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
+    traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at
+    most `MAX_COST`.
 
     Args:
         good: (n, K), what each branch adds to the score of each good image at weight 1.

@@ -1,9 +1,9 @@
 """Synthetic defects in good pictures: they decide the branches' weights, without any anomalous picture.
 
 Structural ones change the surface (scratch, stain, foreign piece, blur, missing texture), logical ones the
-arrangement of parts (removed, moved, turned, doubled, exchanged). Every kind has a strength, thus they can be made
-as faint as the decision needs them (evaluation.branch_weights). No network is trained on them, so they need not
-look like real ones. Beyond the paper (docs/METHOD.md section 6).
+arrangement of parts (removed, moved, turned, doubled, exchanged). Every kind has a strength, thus they can be
+made as faint as the decision needs them (evaluation.branch_weights). No network is trained on them, so they need
+not look like real ones. Beyond the paper (docs/METHOD.md section 6).
 """
 
 from __future__ import annotations
