@@ -136,16 +136,16 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
 def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
                  chosen: settings.Settings, device: str) -> None:
     view, fusion = view_of(category, chosen), chosen.fusion
-    weights = branch_weights.equal(fusion.branches)
+    weights, weighed = branch_weights.equal(fusion.branches), None
     branches = branch_weights.candidates(category.name, workspace, fusion)
     if fusion.weights == "synthetic_defects" and len(branches) > 1:
         state = fused_state(category, workspace, fusion, view, weights=branch_weights.equal(branches))
         engine = TorchEngine(state, device)
         decision = branch_weights.choose(*contributions_on_defects(engine, category, args.seed), engine.branches)
         branch_weights.write(category.name, workspace, fusion, decision)
-        weights = decision.weights
+        weights, weighed = decision.weights, branches
         print(f"{category.name}: {decision.description}")
-    state = fused_state(category, workspace, fusion, view, args.precision, weights)
+    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed)
     attach_metadata(state, judged(metadata(state), TorchEngine(state, device), category))
     files.write_state(path, state)
 

@@ -107,7 +107,8 @@ class Measured:
             return None, "no reasons: there is no exported torch model; run export_model.py"
         known = metadata(files.read_state(model))
         try:
-            current = known.get("made_of") == sources(self.category.name, self.workspace, known.get("branches", []))
+            weighed = known.get("weighed", known.get("branches", []))
+            current = known.get("made_of") == sources(self.category.name, self.workspace, weighed)
         except UserError:
             current = False
         if not current:

@@ -62,7 +62,7 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
     if "made_of" not in known:  # a published file
         return
     try:
-        now = sources(category, workspace, known["branches"])
+        now = sources(category, workspace, known.get("weighed", known["branches"]))
     except UserError:
         return  # only the exported model was brought here
     if now != known["made_of"]:
@@ -71,7 +71,8 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
 
 
 def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,
-                precision: str = "fp32", weights: Mapping[str, float] | None = None) -> dict:
+                precision: str = "fp32", weights: Mapping[str, float] | None = None,
+                weighed: list[str] | None = None) -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
@@ -79,13 +80,15 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         view: how the category's pictures are seen, by the stages, too.
         precision: in which the model is to run; the weights stay in fp32.
         weights: of the branches in the sum, by their names; the others are left out. None: 1 for each of the settings' branches.
+        weighed: the branches among which the weights were decided, those left out included; None: those with weights.
 
     Raises:
         UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
             belong together.
     """
     branches = list(chosen.branches if weights is None else weights)
-    name, made_of = category.name, sources(category.name, workspace, branches)
+    weighed = branches if weighed is None else weighed
+    name, made_of = category.name, sources(category.name, workspace, weighed)
     saved, digests = {}, {"train_images": records.digest_images(category.train),
                           "validation": records.digest_images(category.validation)}
     for branch in branches:
@@ -144,7 +147,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     require_finite(state, name)
     attach_metadata(state, {
         "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "fusion_rule": chosen.rule,
-        "branch_weights": model.weights,
+        "branch_weights": model.weights, "weighed": weighed,
         "input_size": view.size, "tiles": view.tiles,
         "white_level": view.white_level, "raw_input": False, "with_map": True,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
