@@ -1,9 +1,10 @@
 """Stage 5: fuse the scores of the branches and report how well they detect and localise.
 
-Reads anomaly_score/{category}_{patchhist,LGST,memory}_{logi,struc,val}_score.npy, the branches' maps and the ground truth.
-Writes score_combine_result.txt: for each category one line per branch and one for each sum, logical then structural
-image AUROC in percent; everything else (averages, stand-ins, average precision, F1-max, single defects, pixel metrics and
-saturated per-region overlap) stands on lines of its own. The same numbers per category: anomaly_score/{category}_metrics.json.
+Reads anomaly_score/{category}_{patchhist,LGST,memory,DFM}_{logi,struc,val}_score.npy, the branches' maps and the ground truth.
+Writes score_combine_result.txt: for each category one line per branch, the published sum, that of all at
+equal weights and the fused one, logical then structural image AUROC in percent; everything else (averages,
+stand-ins, average precision, F1-max, single defects, pixel metrics and saturated per-region overlap) stands
+on lines of its own. The same numbers per category: anomaly_score/{category}_metrics.json.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from csad.data import files, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError, run_script
-from csad.evaluation import localisation, seeds
-from csad.evaluation.branch_choice import fused_branches, in_order
+from csad.evaluation import branch_weights, localisation, seeds
 from csad.evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
 from csad.evaluation.scores import (
+    FUSED,
     MANY,
     PAPER_BRANCHES,
     Scores,
@@ -46,7 +47,6 @@ from models.fusion import fuse
 NO_COMPONENT_MAP = "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
 ANOMALIES = {split.removesuffix("_anomalies"): split for split in (layouts.LOGICAL, layouts.STRUCTURAL)}
-Branches = tuple[str, ...]
 
 
 def main() -> None:
@@ -83,31 +83,31 @@ def main() -> None:
 
 def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    (fused, undecided), rule = fused_branches(category.name, workspace, chosen.fusion), chosen.fusion.rule
+    (weights, undecided), rule = branch_weights.read(category.name, workspace, chosen.fusion), chosen.fusion.rule
     if undecided:
         ProgressBar.write(f"{category.name}: {undecided}", file=sys.stderr)
+    fused = list(weights)
     roi = read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
-    sums = {some: fused_by_split(category, scores, some, rule)
-            for some in combinations(branches, in_order(chosen.fusion.branches), fused)}
+    sums = {name: fused_by_split(category, scores, of_branches, rule)
+            for name, of_branches in (equal_sums(branches) | {FUSED: weights}).items()}
     return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
-            "undecided": undecided,
+            "undecided": undecided, "weights": weights,
             "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
             "chosen_on_test": chosen_on_test(category.name, workspace, branches),
             "measured": digest_scores(category, workspace, branches),
-            "detection": {"+".join(some): detection(split_scores) for some, split_scores in sums.items()},
+            "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
             "defects": single_defects(category, sums),
-            "localisation": {"+".join(some): where(category, workspace, some, roi) for some in sums
-                             if len(some) == 1 or list(some) == fused}}
+            "localisation": {name: where(category, workspace, of_branches, roi)
+                             for name, of_branches in ({branch: [branch] for branch in branches} | {FUSED: fused}).items()}}
 
 
-def combinations(branches: list[str], named: list[str], fused: list[str]) -> list[Branches]:
-    """Whose sums are measured: the published three first, further branches, those that the settings name, what is fused, all."""
-    paper = tuple(branch for branch in branches if branch in PAPER_BRANCHES)
-    found = [*((branch,) for branch in paper), paper, *((branch,) for branch in branches), tuple(named), tuple(fused),
-             tuple(branches)]
-    return list(dict.fromkeys(some for some in found if some))
+def equal_sums(branches: list[str]) -> dict[str, dict[str, float]]:
+    """Which plain sums are measured besides the weighted one: the published three first, further branches, all of them."""
+    paper = [branch for branch in branches if branch in PAPER_BRANCHES]
+    sums = [*([branch] for branch in paper), paper, *([branch] for branch in branches), branches]
+    return {"+".join(some): dict.fromkeys(some, 1.0) for some in sums if some}
 
 
 def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
@@ -121,12 +121,13 @@ def detection(split_scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]
                    "f1_max": f1_max(good, split_scores[split])} for name, split in ANOMALIES.items()}
 
 
-def fused_by_split(category: layouts.Category, scores: Scores, branches: Branches, rule: str) -> dict[str, np.ndarray]:
-    parts = {part: fuse({branch: scores[branch][part] for branch in branches}, branches, rule) for part in scores[branches[0]]}
+def fused_by_split(category: layouts.Category, scores: Scores, weights: dict[str, float], rule: str) -> dict[str, np.ndarray]:
+    parts = {part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
+             for part in scores[next(iter(weights))]}
     return by_split(category, parts)
 
 
-def single_defects(category: layouts.Category, sums: dict[Branches, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+def single_defects(category: layouts.Category, sums: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
     named = {kind: [category.defect_of(split, path) for path in category.test(split)] for kind, split in ANOMALIES.items()}
@@ -136,12 +137,12 @@ def single_defects(category: layouts.Category, sums: dict[Branches, dict[str, np
             chosen = np.array([one == name for one in names])
             found[f"{kind} {name}" if name in of_both_kinds else name] = {
                 "kind": kind, "images": int(chosen.sum()),
-                "auroc": {"+".join(branches): auroc(split_scores[layouts.GOOD], split_scores[ANOMALIES[kind]][chosen])
-                          for branches, split_scores in sums.items()}}
+                "auroc": {name: auroc(split_scores[layouts.GOOD], split_scores[ANOMALIES[kind]][chosen])
+                          for name, split_scores in sums.items()}}
     return found
 
 
-def where(category: layouts.Category, workspace: Workspace, branches: Branches, roi: np.ndarray | None) -> dict[str, dict]:
+def where(category: layouts.Category, workspace: Workspace, branches: list[str], roi: np.ndarray | None) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
     drawing = [branch for branch in branches if has_map(category, workspace, branch)]
     if not drawing:
@@ -187,12 +188,13 @@ def overview(measured: dict[str, dict]) -> list[str]:
     lines = ["", f"data set: {contents[0]['dataset']}"]
     for branches in [one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)]:
         lines.append(average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents]))
-    by_fused: dict[str, list[str]] = {}
+    by_weights: dict[str, list[str]] = {}
     for content in contents:
-        by_fused.setdefault(f"{', '.join(content['fused'])} ({content['rule']})", []).append(content["category"])
-    lines += [f"fused: {fused}" + (f" in {', '.join(names)}" if len(by_fused) > 1 else "") for fused, names in by_fused.items()]
-    if len(by_fused) > 1:
-        lines.append(average("of what is fused", [content["detection"]["+".join(content["fused"])] for content in contents]))
+        weights = f"{branch_weights.describe(content['weights'])} ({content['rule']})"
+        by_weights.setdefault(weights, []).append(content["category"])
+    lines += [f"fused: {text}" + (f" in {', '.join(names)}" if len(by_weights) > 1 else "") for text, names in by_weights.items()]
+    if len(by_weights) > 1:
+        lines.append(average("of what is fused", [content["detection"][FUSED] for content in contents]))
     lines += [f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]]
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
@@ -200,7 +202,7 @@ def overview(measured: dict[str, dict]) -> list[str]:
     lines.append(PUBLISHED)
     if len(contents) > MANY:
         lines += ["", f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
-                  *_table([(one["category"], *(found["auroc"] for found in one["detection"]["+".join(one["fused"])].values()),
+                  *_table([(one["category"], *(found["auroc"] for found in one["detection"][FUSED].values()),
                             fused_mean(one)) for one in lowest_first(contents)[:MANY]], ("", *ANOMALIES, "mean"))]
     return lines
 
@@ -217,10 +219,10 @@ def details(measured: dict[str, dict]) -> list[str]:
     """Further metrics of each category."""
     rows = [(name, kind, *(found[metric] for metric in ("average_precision", "f1_max")))
             for name, content in measured.items()
-            for kind, found in content["detection"]["+".join(content["fused"])].items()]
+            for kind, found in content["detection"][FUSED].items()]
     lines = ["", "image level, fused branches, in percent", *_table(rows, ("", "", "average precision", "F1-max"))]
 
-    rows = [(name, entry["kind"], defect, entry["images"], entry["auroc"]["+".join(content["fused"])])
+    rows = [(name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
             for name, content in measured.items() for defect, entry in content["defects"].items()]
     if rows:
         lines += ["", "single defects, fused branches, image AUROC in percent",
@@ -230,7 +232,7 @@ def details(measured: dict[str, dict]) -> list[str]:
               "this false-positive rate)"]
     rows, notes = [], []
     for name, content in measured.items():
-        found = content["localisation"]["+".join(content["fused"])]
+        found = content["localisation"][FUSED]
         rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()
                  if "spro" in one]
         notes += [f"{name}, {kind}: not measured: {one['missing']}" for kind, one in found.items() if "missing" in one]

@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from csad.cli import common_options, select, with_branches, with_cluster, with_s
 from csad.data import files, images, layouts
 from csad.data.workspace import FORMATS, PRECISIONS, Workspace
 from csad.errors import UserError, run_script
-from csad.evaluation import branch_choice, export_tables, seeds
+from csad.evaluation import branch_weights, export_tables, seeds
 from csad.evaluation.metrics import auroc, mean_known
 from csad.export import agreement, exporters, fresh_process, quantisation, thresholds
 from csad.export.assembly import fused_state, require_up_to_date
@@ -35,7 +36,7 @@ from csad.progress import ProgressBar
 from csad.training.jobs import Task, run_jobs
 from csad.training.logical_synthesis import label_parts, synthesise
 from csad.training.stage import job_name, view_of
-from csad.training.structural_synthesis import plant
+from csad.training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 
 import numpy as np
 
@@ -44,6 +45,8 @@ from models.fused import metadata
 
 WARM_UP = 3  # images scored before the clock counts
 CALIBRATION_IMAGES = 64
+BATCH = 8  # images scored at a time where nothing is timed
+GOOD_IMAGES, SYNTHETIC_DEFECTS = 64, 48  # the latter of each kind, structural and logical
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
     ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
@@ -138,63 +141,77 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
                  chosen: settings.Settings, device: str) -> TorchEngine:
     """Write the model; returns it in fp32, as all of these do."""
     view, fusion = view_of(category, chosen), chosen.fusion
-    if branch_choice.on_offer(category.name, workspace, fusion):
-        everything = with_optional_branches(category, workspace, fusion, view)
-        found = aurocs_on_planted_defects(TorchEngine(everything, device), category, chosen, args.seed) if everything else {}
-        branches = branch_choice.helpful(found, fusion) if found else branch_choice.in_order(fusion.branches)
-        branch_choice.write(category.name, workspace, fusion, found, branches)
-        fusion = fusion.model_copy(update={"branches": branches})
-        if found:
-            print(f"{category.name}: fuses {', '.join(branches)}; image AUROC on planted defects: "
-                  + ", ".join(f"{some} {value:.1f}" for some, value in found.items()))
-    state = fused_state(category, workspace, fusion, view, args.precision)
+    weights, weighed = branch_weights.equal(fusion.branches), None
+    if fusion.weights == "synthetic_defects" and len(branch_weights.candidates(category.name, workspace, fusion)) > 1:
+        state, weighed = with_optional_branches(category, workspace, fusion, view)
+        engine = TorchEngine(state, device)
+        decision = branch_weights.choose(*contributions_on_defects(engine, category, args.seed), engine.branches)
+        branch_weights.write(category.name, workspace, fusion, decision)
+        weights = decision.weights
+        print(f"{category.name}: {decision.description}")
+    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed)
     files.write_state(path, state)
     return TorchEngine(state, "cpu", "fp32")
 
 
 def with_optional_branches(category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
-                           ) -> dict | None:
+                           ) -> tuple[dict, list[str]]:
     """State of a model with every optional branch whose files fit to those of the settings' branches; says which do not.
 
     Returns:
-        None if no optional branch fits.
+        The state, in which each branch has weight 1, and its branches.
 
     Raises:
         UserError: the settings' own branches do not fit together, or cannot be read.
     """
-    state = None
-    for branch in branch_choice.on_offer(category.name, workspace, fusion):
-        more = fusion.model_copy(update={"branches": branch_choice.in_order([*fusion.branches, branch])})
+    weights = branch_weights.equal(fusion.branches)
+    state = fused_state(category, workspace, fusion, view, weights=weights)
+    for branch in branch_weights.candidates(category.name, workspace, fusion):
+        if branch in weights:
+            continue
+        more = branch_weights.equal([*weights, branch])
         try:
-            state = fused_state(category, workspace, more, view)
+            state, weights = fused_state(category, workspace, fusion, view, weights=more), more
         except UserError as problem:
-            fused_state(category, workspace, fusion, view)  # raises what is not this branch's fault
             print(f"{category.name}: {branch} is left out: {problem}")
-        else:
-            fusion = more
-    return state
+    return state, list(weights)
 
 
-def aurocs_on_planted_defects(engine: Engine, category: layouts.Category, chosen: settings.Settings, seed: int
-                              ) -> dict[str, float]:
-    """See `branch_choice.aurocs`; of validation images as they are, with a defect each, and with a part too many each."""
-    paths = category.validation[::math.ceil(len(category.validation) / branch_choice.PLANTED)]
-    rng = np.random.default_rng(seed)
-    good, structural, logical = [], [], []
-    for index, path in enumerate(ProgressBar(paths, desc=f"{category.name}: plant defects", unit="image", leave=False)):
-        image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
-        found = engine.predict(image)
-        good.append(found.branch_scores)
-        for _ in range(index, branch_choice.PLANTED, len(paths)):
-            damaged = plant(image[0].transpose(1, 2, 0), found.label_map[0], rng).transpose(2, 0, 1)
-            structural.append(engine.predict(damaged[None]).branch_scores)
-            planted = with_a_part_too_many(image[0], found.label_map[0], rng, chosen)
-            if planted is not None:
-                logical.append(engine.predict(planted[None]).branch_scores)
-    say_left_out(category, len(structural) - len(logical), len(structural))
-    none = np.zeros((0, len(engine.branches)))
-    return branch_choice.aurocs(*(np.concatenate([none, *some]) for some in (good, structural, logical)), engine.branches,
-                                chosen.fusion)
+def contributions_on_defects(engine: Engine, category: layouts.Category, seed: int
+                             ) -> tuple[np.ndarray, dict[str, branch_weights.Defects]]:
+    """What each branch adds to the score of validation images, as they are (n, K) and with synthetic defects of each kind."""
+    paths = category.validation[::math.ceil(len(category.validation) / GOOD_IMAGES)]
+    batch = 1 if engine.metadata.get("tiles", 1) > 1 else BATCH
+    good, label_maps = [], []
+    for first in ProgressBar(range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False):
+        prediction = engine.predict(read(engine, paths[first:first + batch]))
+        good.append(prediction.branch_scores)
+        label_maps += list(prediction.label_map)
+    rng, defects = np.random.default_rng(seed), {}
+    for name, kinds in {"structural": STRUCTURAL, "logical": LOGICAL}.items():
+        # Each kind at all strengths, on images spread over the list.
+        order = rng.permutation(SYNTHETIC_DEFECTS)
+        strengths = (order + rng.random(SYNTHETIC_DEFECTS)) / SYNTHETIC_DEFECTS
+        contributions, visible = [], []
+        for first in ProgressBar(range(0, SYNTHETIC_DEFECTS, batch), desc=f"{category.name}: {name} defects", unit="batch",
+                                 leave=False):
+            defective = []
+            for index in range(first, min(first + batch, SYNTHETIC_DEFECTS)):
+                chosen = int(rng.integers(len(paths)))
+                image = read(engine, [paths[chosen]])[0].transpose(1, 2, 0)
+                changed = synthesise_defect(image, label_maps[chosen], list(kinds)[index % len(kinds)], strengths[index], rng)
+                if not np.array_equal(changed, image):  # a defect too faint for whole numbers is none
+                    defective.append(changed.transpose(2, 0, 1))
+                    visible.append(index)
+            if defective:
+                contributions.append(engine.predict(np.stack(defective)).branch_scores)
+        defects[name] = branch_weights.Defects(np.concatenate(contributions), strengths[visible])
+    return np.concatenate(good), defects
+
+
+def read(engine: Engine, paths: Sequence[Path]) -> np.ndarray:
+    """Images on disk as the engine takes them, (B, 3, size, size) uint8."""
+    return images.read_views(paths, engine.size, "", engine.metadata.get("white_level"))
 
 
 def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
@@ -379,7 +396,7 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     if not reference.exists() or not reference.with_suffix(".json").exists():
         return None
     evaluated = files.read_json(reference.with_suffix(".json"), keys=("model",))["model"]
-    if evaluated.get("weights") != engine.metadata.get("weights"):
+    if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     with open(reference, newline="", encoding="utf-8") as handle:
         expected = {files.from_csv_text(row["image"]): float(row["score"]) for row in csv.DictReader(handle)}

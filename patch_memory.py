@@ -1,9 +1,12 @@
-"""Stage 3b, beyond the paper: remember what patches of good images look like, and find those that look like none of them.
+"""Stage 3b, beyond the paper: fit the two branches that nothing is trained for (docs/METHOD.md section 6).
 
-Nothing is trained: patches of a frozen encoder's maps, at a higher resolution than the other branches see, are thinned out to a
-memory, and a patch's distance to the nearest remembered one is how unusual it is (docs/METHOD.md section 6). Writes
-ckpt/memory_{category}.pth, the scores anomaly_score/{category}_memory_{logi,struc,val}_score.npy, and the anomaly maps
-({category}_memory_maps.npz). Time and memory to fit do not grow with the number of images beyond reading each once.
+The patch memory remembers what patches of good images look like: patches of a frozen encoder's maps, at a higher resolution than
+the other branches see, are thinned out to a memory, and a patch's distance to the nearest remembered one is how unusual it is.
+DFM, deep feature modelling, is a PCA of the maps of whole images, and what it cannot reconstruct is unusual.
+
+Writes ckpt/memory_{category}.pth and ckpt/dfm_{category}.pth, the scores
+anomaly_score/{category}_{memory,DFM}_{logi,struc,val}_score.npy, and the anomaly maps ({category}_{memory,DFM}_maps.npz).
+Time and memory to fit do not grow with the number of images beyond reading each once.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from csad.training.stage import Job, begin, on_cpu, run_stage, write_scores
 import torch
 from torch import Tensor
 
+from models import dfm
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
 
 BATCH = 4
+DFM_BATCH = 16  # of views 256 wide
 CANDIDATES = 100_000  # patches from which rows are chosen
 USUAL_IMAGES = 34  # training images whose distances say what is usual
 
@@ -33,6 +38,11 @@ def main() -> None:
 
 
 def fit_category(job: Job) -> None:
+    fit_memory(job)
+    fit_dfm(job)
+
+
+def fit_memory(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.memory
     checkpoint = workspace.memory(category.name)
     used = {"memory": chosen.model_dump(exclude={"tiles"}), "images": job.view.record,
@@ -62,6 +72,32 @@ def fit_category(job: Job) -> None:
     memory.cpu()  # where the maps are
     write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
                  {split: memory.scaled(one).numpy() for split, one in maps.items()})
+    record.finish()
+
+
+def fit_dfm(job: Job) -> None:
+    category, workspace = job.category, job.workspace
+    checkpoint = workspace.dfm(category.name)
+    used = {"dfm": {"pooling": dfm.POOLING, "variance": dfm.VARIANCE}, "images": job.view.record,
+            **records.inputs(category.train, job.seed, job.backbone)}
+    record, to_do = begin(job, ["DFM"], used, "the deep feature model is fitted")
+    if to_do == records.SKIP:
+        return
+
+    # Fitted in seconds, so also where only the scores are missing.
+    paths = category.train[::-(-len(category.train) // dfm.MAX_IMAGES)]
+    model = dfm.fit(pooled_maps(job, paths, "read training images"), job.backbone.channels[2])
+    errors = {"val": model(pooled_maps(job, category.validation, "score validation images"))}
+    if not errors["val"].isfinite().all():
+        raise UserError(f"{category.name}: DFM gives errors that are not finite; the backbone's weights may be damaged")
+    model.fit_map_normalisation(errors["val"])
+    files.write_state(checkpoint, {
+        "state": on_cpu(model), "encoder": on_cpu(job.backbone.encoder),
+        "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")}})
+    for split, paths in layouts.test_splits(category).items():
+        errors[split] = model(pooled_maps(job, paths, f"score test images, {split}"))
+    write_scores(category, workspace, ["DFM"], {split: model.score(one).cpu().numpy() for split, one in errors.items()},
+                 {split: model.anomaly_map(one).cpu().numpy() for split, one in errors.items()})
     record.finish()
 
 
@@ -137,6 +173,16 @@ def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str
     return torch.cat([torch.zeros(0, side, side), *(
         memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu()
         for views in read(job, paths, f"score {what}"))])
+
+
+@torch.no_grad()
+def pooled_maps(job: Job, paths: Sequence[Path], what: str) -> Tensor:
+    """What DFM sees (N, C, 8, 8) of images on disk."""
+    pooled = []
+    for first in ProgressBar(range(0, len(paths), DFM_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
+        views = torch.from_numpy(job.view.read_small(paths[first:first + DFM_BATCH])).to(job.device).float()
+        pooled.append(dfm.pool(job.backbone.encoder(views)))
+    return torch.cat(pooled)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from csad.data import files, images, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError, run_script
+from csad.evaluation import branch_weights
 from csad.evaluation.deviations import deviations
 from csad.evaluation.localisation import read_maps
 from csad.evaluation.scores import (
+    FUSED,
     MANY,
     Scores,
     by_split,
@@ -47,9 +49,7 @@ QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
 PSEUDO_LABEL_SIDE = 160
-METRICS = ("category", "fused", "rule", "detection", "measured")  # what is needed of stage 5's
-
-FUSED = "fused"
+METRICS = ("category", "weights", "rule", "detection", "measured")  # what is needed of stage 5's
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ class Measured:
     """What stage 5 measured of a category (``metrics``), and the scores that it measured.
 
     Attributes:
-        branches: whose scores there are; fused: whose are added, with ``rule``.
+        branches: whose scores there are; weights: of those that are added, with ``rule``.
         threshold: of the fused scores.
 
     Raises:
@@ -89,7 +89,7 @@ class Measured:
 
     def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, metrics: dict[str, Any]):
         self.category, self.workspace, self.metrics = category, workspace, metrics
-        self.fused, self.rule = self.metrics["fused"], self.metrics["rule"]
+        self.weights, self.rule = self.metrics["weights"], self.metrics["rule"]
         self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
         self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
@@ -99,7 +99,7 @@ class Measured:
         self.roi, self.white_level = read_roi(category, images.SIZE, chosen.roi), chosen.images.white_level
 
     def sum_of(self, part: str) -> np.ndarray:
-        return fuse({branch: self.scores[branch][part] for branch in self.fused}, self.fused, self.rule)
+        return fuse({branch: self.scores[branch][part] for branch in self.weights}, self.weights, self.rule)
 
     def shares(self) -> dict[str, dict[str, np.ndarray]]:
         """Per branch and, as "fused", their sum: scores by split of test images."""
@@ -116,7 +116,8 @@ class Measured:
             return None, "no reasons: there is no exported torch model; run export_model.py"
         known = metadata(files.read_state(model))
         try:
-            current = known.get("made_of") == sources(self.category.name, self.workspace, known.get("branches", []))
+            weighed = known.get("weighed", known.get("branches", []))
+            current = known.get("made_of") == sources(self.category.name, self.workspace, weighed)
         except UserError:
             current = False
         if not current:
@@ -165,7 +166,7 @@ class TestImage(NamedTuple):
 
 def test_images(one: Measured) -> list[TestImage]:
     maps: dict[str, dict[str, np.ndarray]] = {}
-    for branch in one.fused:
+    for branch in one.weights:
         path = one.workspace.anomaly_maps(one.category.name, branch)
         if path.exists():
             maps[branch] = read_maps(path)
@@ -174,7 +175,8 @@ def test_images(one: Measured) -> list[TestImage]:
         paths = one.category.test(split)
         for index, path in enumerate(paths):
             found.append(TestImage(
-                one, split, path, {branch: float(shares[branch][split][index]) for branch in one.fused},
+                one, split, path,
+                {branch: weight * float(shares[branch][split][index]) for branch, weight in one.weights.items()},
                 {branch: by[split][index] for branch, by in maps.items() if len(by.get(split, ())) == len(paths)}))
     return found
 
@@ -229,7 +231,7 @@ def summary(one: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
               for split in layouts.SPLITS if category.test(split)}
     return {
         "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.reasons[1],
-        "branches": one.branches, "fused": "+".join(one.fused),
+        "branches": one.branches, "weights": branch_weights.describe(one.weights),
         "images": {split: len(found[FUSED]) for split, found in splits.items()},
         "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
                    for split, found in splits.items() if split != "good"},
@@ -263,7 +265,9 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
-    noted |= {stage: workspace.record(category.name, branch) for branch, stage in STAGES.items()}
+    for branch, stage in STAGES.items():
+        stage = stage if stage not in noted else f"{stage}, {BRANCHES[branch]}"
+        noted[stage] = workspace.record(category.name, branch)
     return {stage: listed(records.read_record(path)["used"]) for stage, path in noted.items() if path.exists()}
 
 

@@ -61,6 +61,9 @@ from models.segmentor import Segmentor
 
 SCORING_BATCH = 8
 EVALUATED_EVERY = 2  # epochs, where the test images choose the weights
+# By what training images are changed to see how reliably they are segmented: pixels of 256, share, grey levels.
+MAX_SHIFT, LIGHT, NOISE = 2, 0.03, 2.0
+RELIABILITY_IMAGES = 64
 
 
 def main() -> None:
@@ -108,12 +111,13 @@ def train_category(job: Job) -> None:
 
     train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
     validation_maps = torch.cat([train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")])
-    parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
+    twice = segment_twice(segmentor, job, train_images, train_maps) if chosen.reliability else None
+    parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor, twice)
     files.write_arrays(parameter_file, **parameters)
     detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
     evidence = None
     if chosen.evidence:
-        evidence, evidence_parameters = HistogramEvidence(classes), fit_evidence(train_maps, validation_maps, classes)
+        evidence, evidence_parameters = HistogramEvidence(classes), fit_evidence(train_maps, validation_maps, classes, twice)
         evidence.load_parameters(evidence_parameters)
         files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
     scores, drawn = {}, {}
@@ -195,6 +199,23 @@ def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path]
         if not isinstance(batch, Tensor):
             batch = torch.from_numpy(job.view.read_small(batch))
         yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
+
+
+def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Label maps of some training images (N, 3, 256, 256) as they are, and of the same slightly changed.
+
+    The changes say nothing about components: a shift by up to two pixels, which is undone in the label map, light, and noise.
+    """
+    some = torch.arange(0, len(pictures), -(-len(pictures) // RELIABILITY_IMAGES))
+    generator = torch.Generator().manual_seed(job.seed)
+    shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(some), 2), generator=generator).tolist()
+    light = 1 + LIGHT * (2 * torch.rand(len(some), 1, 1, 1, generator=generator) - 1)
+    changed = torch.stack([torch.roll(picture, shift, (1, 2)) for picture, shift in zip(pictures[some], shifts)])
+    changed = changed * light + NOISE * torch.randn(changed.shape, generator=generator)
+    segmented = torch.cat([*label_maps(segmentor, job, changed.clamp(0, 255).round().byte(),
+                                       "segment changed training images")])
+    undone = torch.stack([torch.roll(label_map, (-shift[0], -shift[1]), (0, 1)) for label_map, shift in zip(segmented, shifts)])
+    return maps[some], undone
 
 
 def written(batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str) -> Iterator[Tensor]:

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
-BRANCHES = ("patchhist", "LGST", "memory")
+BRANCHES = ("patchhist", "LGST", "memory", "DFM")
+Branch = Literal["patchhist", "LGST", "memory", "DFM"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -104,6 +105,8 @@ class SegmentorSettings(Section):
     fill_holes: bool = Field(False, description="fill the holes of each label in the pseudo-label maps")
     histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
                                    "covariance (published: 0, where a fraction that never varies is not looked at)")
+    reliability: bool = Field(False, description="the patch histogram takes into account by how much components' areas vary when "
+                              "good images change a little, and shrinks covariances of few images (published: no)")
     evidence: bool = Field(False, description="the patch histogram also scores finer grids, and the exported model says where "
                            "components are too many or missing (the paper: no; the state dict has the published keys only)")
 
@@ -151,13 +154,15 @@ class MemorySettings(Section):
 class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
-    branches: list[Literal["patchhist", "LGST", "memory"]] = Field(["patchhist", "LGST"], min_length=1)
-    offered: list[Literal["patchhist", "LGST", "memory"]] = Field([], description="further "
-        "branches; each is fused, too, where with it defects that are planted in validation images are found better "
-        "(csad.evaluation.branch_choice); none where branches are named and these are not")
+    branches: list[Branch] = Field(["patchhist", "LGST"], min_length=1)
+    optional: list[Branch] = Field([], description="further branches, weighted with the others if their stage was run; none "
+                                   "where branches are named and these are not")
+    weights: Literal["equal", "synthetic_defects"] = Field(
+        "equal", description="of the branches in the sum: 1 each (the paper), or for each category what finds synthetic defects "
+        "in validation images best, 0 among the values (csad.evaluation.branch_weights)")
     rule: Literal["sum", "softplus"] = Field(
-        "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp z), in which what is "
-        "all too usual for one branch cannot hide what another one sees")
+        "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), "
+        "in which a very normal score of one branch cannot cancel an anomalous score of another")
 
 
 class Settings(Section):
@@ -200,7 +205,7 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         given = _merge(given, {section: {key: value}})
     for layer in (*(_read_yaml(path) for path in paths if path.exists()), given):
         if "branches" in layer.get("fusion", {}):
-            layer["fusion"].setdefault("offered", [])
+            layer["fusion"].setdefault("optional", [])
         merged = _merge(merged, layer)
     try:
         settings = Settings(**merged)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE, OUTSIDE, SIZE
+from models.dfm import DeepFeatureModel, model_from_state, pool
 from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
@@ -28,7 +29,7 @@ from models.prediction import Prediction
 from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
-STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory"}  # beginnings of buffers with trimmed z
+STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory", "DFM": "dfm"}  # beginnings of buffers with z
 _LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_", "fourth_", "sixteenth_")
 
 
@@ -38,12 +39,13 @@ class FusedModel(nn.Module):
     Args:
         encoder: see `models.backbone.Encoder`.
         segmentor, detector: the patch histogram, both or neither.
-        lgst, memory: the other branches.
+        lgst, memory, dfm: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
         tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
         roi: (size, size) bool, what is inspected (csad.data.images.View); None: everything.
         evidence: the patch histogram's map, and a part of its score; None: it has neither.
         rule: how scores are added, see `models.fusion.share`.
+        weights: of the branches in the sum, by their names; None: 1 each.
 
     Attributes:
         branches: names of the fused branches, in the order of `Prediction`'s K.
@@ -52,18 +54,21 @@ class FusedModel(nn.Module):
     def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
                  lgst: LGST | FeatureLGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
                  roi: Tensor | None = None, evidence: HistogramEvidence | None = None, rule: str = "sum",
-                 tiles: int = 1):
+                 tiles: int = 1, dfm: DeepFeatureModel | None = None, weights: Mapping[str, float] | None = None):
         super().__init__()
         self.register_buffer("roi", roi)  # in no published state dict, nor in ours where there is none
         self.size, self.rule, self.tiles = size, rule, tiles
         self.encoder, self.segmentor, self.patch_hist_detector = encoder, segmentor, detector
-        self.lgst, self.memory, self.evidence = lgst, memory, evidence
+        self.lgst, self.memory, self.dfm, self.evidence = lgst, memory, dfm, evidence
         self.sees_large = (memory is not None and tiles == 1) or (lgst is not None and lgst.on_features)
-        present = {"patchhist": detector, "LGST": lgst, "memory": memory}
+        present = {"patchhist": detector, "LGST": lgst, "memory": memory, "DFM": dfm}
         self.branches = [branch for branch, module in present.items() if module is not None]
         for branch in self.branches:
             self.register_buffer(f"{STATISTICS[branch]}_mean", torch.tensor(0.0))
             self.register_buffer(f"{STATISTICS[branch]}_std", torch.tensor(1.0))
+        self.weights = {branch: 1.0 if weights is None else weights[branch] for branch in self.branches}
+        # Not persistent: the published state dicts have none.
+        self.register_buffer("branch_weights", torch.tensor(list(self.weights.values())), persistent=False)
         for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -96,7 +101,11 @@ class FusedModel(nn.Module):
                 self.memory.image_distances(self.encoder, rgb))
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
-        branch_scores = torch.stack([self.normalised(*each) for each in zip(self.branches, scores)], 1)
+        if self.dfm is not None:
+            errors = self.dfm(pool(maps))
+            scores.append(self.dfm.score(errors))
+            branch_maps.append(self.dfm.scaled(errors))
+        branch_scores = torch.stack([self.normalised(*each) for each in zip(self.branches, scores)], 1) * self.branch_weights
         branch_maps = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
 
@@ -147,7 +156,7 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         require_version(known, "this model", "export it again with export_model.py --format torch")
     try:
         encoder = empty_encoder(known.get("backbone", PUBLISHED))
-        segmentor = detector = lgst = memory = evidence = None
+        segmentor = detector = lgst = memory = dfm = evidence = None
         if "segmentor.fc2.conv3.weight" in state:
             segmentor, detector = empty_patch_histogram(encoder, state, "segmentor.")
             evidence = HistogramEvidence(detector.classes) if "evidence.frequency" in state else None
@@ -156,9 +165,11 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "memory.rows" in state:
             memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known["tiles"],
                                  known["memory_border"])
+        if "dfm.components" in state:
+            dfm = model_from_state(state, encoder.channels[2], "dfm.")
         model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
                            torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
-                           known.get("fusion_rule", "sum"), known.get("tiles", 1))
+                           known.get("fusion_rule", "sum"), known.get("tiles", 1), dfm, known.get("branch_weights"))
         if not model.branches:
             raise KeyError("it has no branch")
         model.load_state_dict({_own_key(key): value for key, value in state.items()})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
-SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS: what is usual adds next to nothing
-BRANCHES = {"patchhist": "patch histogram", "LGST": "LGST", "memory": "patch memory"}  # and what people call them
+SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS
+DEAD_ZONE = 1.5  # stds over the mean from which softplus counts: what good images reach adds next to nothing
+BRANCHES = {"patchhist": "patch histogram", "LGST": "LGST", "memory": "patch memory", "DFM": "DFM"}  # and what people call them
 
 
 def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
@@ -52,10 +53,10 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
 
 
 def fit_normalisation(validation: np.ndarray, rule: str, std_floor: float = 0.0) -> tuple[float, float]:
-    """By what a branch's scores are normalised before they are added: trimmed z (sum), or z in thirds of a std (softplus)."""
+    """By what a branch's scores are normalised before they are added: trimmed z (sum), or 3 (z - 1.5), z by all (softplus)."""
     if rule == "softplus":
         mean, std = fit_z(validation, std_floor)
-        return mean, std / SHARPNESS
+        return mean + DEAD_ZONE * std, std / SHARPNESS
     return fit_trimmed_z(validation, std_floor)
 
 
@@ -69,6 +70,6 @@ def share(normalised: np.ndarray, rule: str) -> np.ndarray:
     return np.logaddexp(0, normalised) if rule == "softplus" else normalised
 
 
-def fuse(scores: Mapping[str, np.ndarray], branches: Iterable[str], rule: str) -> np.ndarray:
-    """The sum of the branches' shares, (n,)."""
-    return np.sum([share(scores[branch], rule) for branch in branches], axis=0)
+def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], rule: str) -> np.ndarray:
+    """The weighted sum of the branches' shares, (n,); a branch without a weight is left out."""
+    return np.sum([weight * share(scores[branch], rule) for branch, weight in weights.items()], axis=0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.constants import MAP_SIZE, SIZE
 from models.fusion import EXPORTED_STD_FLOOR, fit_z
+from models.patch_histogram import sample_covariance
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
 FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side
@@ -84,12 +85,14 @@ class HistogramEvidence(nn.Module):
             buffer.copy_(torch.from_numpy(parameters[name]))
 
 
-def fit_evidence(train: Tensor, validation: Tensor, classes: int) -> dict[str, np.ndarray]:
+def fit_evidence(train: Tensor, validation: Tensor, classes: int, segmented_twice: tuple[Tensor, Tensor] | None = None
+                 ) -> dict[str, np.ndarray]:
     """Fit `HistogramEvidence` in float64.
 
     Args:
         train, validation: label maps (N, 256, 256) of good images, uint8.
         classes: components and background.
+        segmented_twice: see `models.patch_histogram.fit_parameters`.
 
     Returns:
         Its parameters, float32, by name.
@@ -106,8 +109,11 @@ def fit_evidence(train: Tensor, validation: Tensor, classes: int) -> dict[str, n
     for grid in GRIDS:
         fitted, judged = (shares(labels, grid).flatten(1).numpy() for labels in (train, validation))
         mean = fitted.mean(0)
-        covariance = np.cov(fitted, rowvar=False).reshape(len(mean), -1) if len(fitted) > 1 else np.zeros((len(mean),) * 2)
-        precision = np.linalg.inv(covariance + (FLOOR * grid) ** 2 * np.eye(len(mean)))
+        floor = np.full(len(mean), (FLOOR * grid) ** 2)
+        if segmented_twice is not None:
+            plain, changed = (shares(labels, grid).flatten(1).numpy() for labels in segmented_twice)
+            floor += np.square(changed - plain).mean(0)
+        precision = np.linalg.inv(sample_covariance(fitted) + np.diag(floor))
         # What is left of a share's deviation once all other shares are known, in standard deviations.
         deviation = precision / np.sqrt(np.diagonal(precision))
         usual = np.abs((judged - mean) @ deviation).max(1).mean() if len(judged) else 1.0

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 
 QUARTERS = 4
+FEW_IMAGES, FOLDS = 50, 5  # covariances of fewer images are shrunk, by cross-validation with so many folds
+SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",
                    "hist_val_score", "patch_hist_val_score")
 
@@ -144,7 +146,8 @@ class PatchHistogramDetector(nn.Module):
             getattr(self, f"{name}_val_std").fill_(std)
 
 
-def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float = 0.0) -> dict[str, np.ndarray]:
+def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float = 0.0,
+                   segmented_twice: tuple[Tensor, Tensor] | None = None) -> dict[str, np.ndarray]:
     """Fit the detector in float64 (docs/METHOD.md section 2).
 
     Args:
@@ -152,6 +155,9 @@ def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float
         classes: components and background.
         floor: standard deviation added to every area fraction's own; 0 as published, where the pseudo-inverse does not look at
             fractions that never vary in training.
+        segmented_twice: label maps (M, 256, 256) of the same good images, as they are and slightly changed. What the fractions
+            differ by is what segmentation itself wavers by, and joins the covariance; that of few images is shrunk, too. None,
+            as published: neither.
 
     Returns:
         hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
@@ -159,17 +165,61 @@ def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float
     """
     parameters = {}
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
-    for name, fitted, judged in zip(("hist", "patch_hist"), train_histograms, validation_histograms):
-        covariance = np.cov(fitted, rowvar=False).reshape(fitted.shape[1], -1) if len(fitted) > 1 else np.zeros(
-            (fitted.shape[1],) * 2)
+    wavering = [np.zeros_like(fitted[:1]) for fitted in train_histograms]
+    if segmented_twice is not None:
+        wavering = [changed - plain for plain, changed in zip(*(_stacked(maps, classes) for maps in segmented_twice))]
+    for name, fitted, judged, differences in zip(("hist", "patch_hist"), train_histograms, validation_histograms, wavering):
         components = np.arange(fitted.shape[1]) % classes > 0
-        covariance[components, components] += floor**2
+        added = differences.T @ differences / len(differences)
+        added[components, components] += floor**2
+        covariance = sample_covariance(fitted) + added
+        if segmented_twice is not None:
+            covariance[np.ix_(components, components)] = regularised_covariance(
+                fitted[:, components], added[np.ix_(components, components)])
         mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
         inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
         distances = mahalanobis(*(torch.from_numpy(values) for values in (judged, mean, inverse)))
         parameters[f"{name}_val_score"] = distances.numpy()
     return parameters
+
+
+def sample_covariance(samples: np.ndarray) -> np.ndarray:
+    """Of (n, d) samples, divisor n - 1, (d, d); zeros for a single one."""
+    if len(samples) < 2:
+        return np.zeros((samples.shape[1],) * 2)
+    return np.cov(samples, rowvar=False).reshape(samples.shape[1], -1)
+
+
+def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Sample covariance plus what is known besides; of few samples, shrunk towards its diagonal.
+
+    Args:
+        samples: (n, d).
+        added: (d, d), positive definite.
+
+    Returns:
+        (d, d). Of fewer than `FEW_IMAGES` samples, by that of `SHRINKAGES` with which held-out samples are likeliest
+        (five folds, Gaussian).
+    """
+    def shrunk(some: np.ndarray, shrinkage: float) -> np.ndarray:
+        covariance = sample_covariance(some)
+        return (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)) + added
+
+    def log_likelihood(shrinkage: float) -> float:
+        total = 0.0
+        for number in range(FOLDS):
+            others, held_out = samples[fold != number], samples[fold == number]
+            covariance = shrunk(others, shrinkage)
+            difference = held_out - others.mean(0)
+            total -= len(held_out) * np.linalg.slogdet(covariance)[1]
+            total -= (difference * np.linalg.solve(covariance, difference.T).T).sum()
+        return total
+
+    if not 2 * FOLDS <= len(samples) < FEW_IMAGES:
+        return shrunk(samples, 0.0 if len(samples) >= FEW_IMAGES else 1.0)
+    fold = np.arange(len(samples)) % FOLDS
+    return shrunk(samples, max(SHRINKAGES, key=log_likelihood))
 
 
 def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[str, list]:

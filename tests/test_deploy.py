@@ -23,6 +23,7 @@ import onnx
 import pytest
 import torch
 
+from models import dfm as deep_features
 from models.backbone import empty_encoder
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 from models.histogram_evidence import HistogramEvidence, fit_evidence
@@ -32,6 +33,7 @@ from models.patch_histogram import PatchHistogramDetector, area_statistics, fit_
 from models.patch_memory import PatchMemory
 from models.segmentor import Segmentor
 
+WEIGHTS = {"patchhist": 0.5, "LGST": 0.25, "memory": 1.0, "DFM": 0.5}
 CLASSES, SIZES = 4, {"paper": 256, "all": 512, "tiles": 512}
 
 
@@ -54,10 +56,11 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
         memory.rows.normal_()
         roi = torch.ones(512, 512, dtype=torch.bool)
         roi[:, 480:] = False
+        drawn = torch.rand(8, encoder.channels[2], 8, 8, generator=torch.Generator().manual_seed(0))
         model = FusedModel(encoder, segmentor, detector, FeatureLGST(encoder.channels, 16, 24), memory, 512, roi, evidence,
-                           "softplus", tiles)
+                           "softplus", tiles, deep_features.fit(drawn, encoder.channels[2]), WEIGHTS)
     for name, buffer in model.named_buffers():
-        if name.startswith(("encoder", "evidence", "memory", "image_", "roi")) or not buffer.is_floating_point():
+        if name.startswith(("encoder", "evidence", "memory", "dfm.", "image_", "roi")) or not buffer.is_floating_point():
             continue
         if name.endswith("invcov"):
             factor = torch.randn(buffer.shape)
@@ -74,7 +77,8 @@ def state_of(kind: str) -> dict:
     content = published_state(draw_model(kind))
     attach_metadata(content, {
         "category": "discs", "backbone": "efficientnet_lite0", "stand_ins": ["backbone efficientnet_lite0"],
-        "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] + ["memory"] * (kind != "paper"),
+        "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] if kind == "paper" else list(WEIGHTS),
+        "branch_weights": {"patchhist": 1.0, "LGST": 1.0} if kind == "paper" else WEIGHTS,
         "memory_score_share": 0.005, "memory_border": "zeros", "tiles": 1 + (kind == "tiles"),
         "fusion_rule": "sum" if kind == "paper" else "softplus"})
     return content
@@ -165,7 +169,7 @@ def test_a_batch_gives_the_single_scores(suffix, paths, raw):
 
 def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
     paper, everything = state_of("paper"), state_of("all")
-    further = ("memory", "evidence", "roi")
+    further = ("memory", "dfm", "evidence", "roi")
     lgst = ("teacher", "local_st", "autoencoder", "q_", "fourth_", "sixteenth_")  # its networks may be others
     assert not [key for key in paper if key.startswith(further)]
     assert {key for key in everything if not key.startswith((*further, *lgst))} == {
@@ -205,7 +209,7 @@ def test_what_lies_outside_the_region_of_interest_changes_no_branch(suffix, kind
     inside[:, :, 20:500, 20:460] = 255
     engine = open_model(paths[suffix], "cpu")
     plain, outside, inside = (engine.predict(one) for one in (raw[:1], outside, inside))
-    assert plain.branch_scores.shape == (1, 3)
+    assert plain.branch_scores.shape == (1, 4)
     for found, expected in zip(outside, plain):
         np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     assert (abs(inside.branch_scores - plain.branch_scores) > 1e-3).all()

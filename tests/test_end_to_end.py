@@ -99,10 +99,11 @@ def test_every_file_of_the_contract_is_there(finished):
         assert (masks / name).exists(), name
     for name in ("ckpt/segmentor_discs_256.pth", "ckpt/best_discs.pth", "ckpt/pytorch_models/discs.pth",
                  "anomaly_score/discs_patchhist_params.npz", "anomaly_score/discs_patchhist_maps.npz",
-                 "anomaly_score/discs_memory_maps.npz", "ckpt/memory_discs.pth", "anomaly_score/discs_torch_scores.csv",
+                 "anomaly_score/discs_memory_maps.npz", "ckpt/memory_discs.pth",
+                 "anomaly_score/discs_DFM_maps.npz", "ckpt/dfm_discs.pth", "anomaly_score/discs_torch_scores.csv",
                  "score_combine_result.txt"):
         assert (work / name).exists(), name
-    for branch in ("patchhist", "LGST", "CSAD", "memory"):
+    for branch in ("patchhist", "LGST", "CSAD", "memory", "DFM"):
         for part, count in (("logi", 8), ("struc", 8), ("val", 6)):
             scores = np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy")
             assert scores.shape == (count,)
@@ -115,25 +116,27 @@ def test_result_file_reads_as_peoples_scripts_expect(finished):
     lines = (finished[0] / "score_combine_result.txt").read_text().splitlines()
     assert lines[0] == "DISCS:"
     for line, branches in zip(lines[1:], ("('patchhist',)", "('LGST',)", "('patchhist', 'LGST')", "('memory',)",
-                                         "('patchhist', 'memory')", "('patchhist', 'LGST', 'memory')")):
+                                         "('DFM',)", "('patchhist', 'LGST', 'memory', 'DFM')", "('fused',)")):
         assert re.fullmatch(re.escape(branches) + r" AUC: \d+\.\d{3} \d+\.\d{3}", line)
     assert any("stand-ins" in line and "efficientnet_lite0" in line for line in lines)
 
 
-def decided(work: Path) -> list[str]:
-    """The branches that stage 4 decided to fuse."""
-    return json.loads((work / "anomaly_score/discs_branches.json").read_text())["branches"]
+def decided(work: Path) -> dict[str, float]:
+    """The weights that stage 4 decided on."""
+    return json.loads((work / "anomaly_score/discs_branches.json").read_text())["weights"]
 
 
 def test_stages_4_and_5_fuse_the_same_branches(finished):
     work, _ = finished
-    assert json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())["branches"] == decided(work)
+    exported = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())
+    assert exported["branches"] == list(decided(work)) and exported["model"]["branch_weights"] == decided(work)
     metrics = json.loads((work / "anomaly_score/discs_metrics.json").read_text())
-    assert metrics["fused"] == decided(work)
+    assert metrics["weights"] == decided(work) and metrics["fused"] == list(decided(work))
     lines = (work / "score_combine_result.txt").read_text().splitlines()
-    assert f"fused: {', '.join(decided(work))} (softplus)" in lines
+    weights = ", ".join(f"{branch} {weight:g}" for branch, weight in decided(work).items())
+    assert f"fused: {weights} (softplus)" in lines
     exported = json.loads((work / "export_report.json").read_text())[0]
-    measured = metrics["detection"]["+".join(decided(work))]
+    measured = metrics["detection"]["fused"]
     assert [exported[f"auroc_{kind}"] for kind in ("logical", "structural")] == pytest.approx(
         [measured[kind]["auroc"] for kind in ("logical", "structural")], abs=7)  # of 4 by 4 pairs one may change
 
@@ -145,9 +148,10 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     assert rows[0].keys() == {"image", "split", "score"}
     from models.fusion import EXPORTED_STD_FLOOR, apply_z, fit_normalisation, share
     fused = 0
-    for branch in decided(work):
+    for branch, weight in decided(work).items():
         logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
-        fused = fused + share(apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR)), "softplus")
+        z = apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR))
+        fused = fused + weight * share(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
     report = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())

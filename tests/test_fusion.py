@@ -2,6 +2,8 @@
 
 import math
 
+from csad.evaluation.thresholds import choose_threshold
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,6 @@ from hypothesis import strategies as st
 from models.fusion import (
     EXPORTED_STD_FLOOR,
     apply_z,
-    choose_threshold,
     fit_normalisation,
     fit_trimmed_z,
     fit_z,
@@ -61,7 +62,7 @@ def test_softplus_normalises_by_all_scores_and_the_sum_by_those_in_the_middle():
     few = np.array([0.0, 1.9, 2.0, 2.1, 2.2, 9.0])
     assert fit_normalisation(few, "sum") == fit_trimmed_z(few)
     mean, std = fit_normalisation(few, "softplus")
-    assert mean == pytest.approx(few.mean()) and std == pytest.approx(few.std() / 3)
+    assert mean == pytest.approx(few.mean() + 1.5 * few.std()) and std == pytest.approx(few.std() / 3)
     assert std > 5 * fit_trimmed_z(few)[1]
     assert fit_z([4.0, 4.0]) == (4, 1)
 
@@ -80,8 +81,9 @@ def test_the_units_of_a_branch_do_not_matter(values, unit):
 
 def test_the_sum_adds_and_softplus_forgets_what_is_all_too_usual():
     branches = {"patchhist": np.array([5.0, -50.0]), "memory": np.array([1.0, 3.0]), "LGST": np.array([9.0, 9.0])}
-    np.testing.assert_allclose(fuse(branches, ["patchhist", "memory"], "sum"), [6, -47])
-    found = fuse(branches, ["patchhist", "memory"], "softplus")
+    np.testing.assert_allclose(fuse(branches, {"patchhist": 1, "memory": 1}, "sum"), [6, -47])
+    np.testing.assert_allclose(fuse(branches, {"memory": 0.5, "LGST": 2}, "sum"), [18.5, 19.5])
+    found = fuse(branches, {"patchhist": 1, "memory": 1}, "softplus")
     np.testing.assert_allclose(found, [math.log1p(math.exp(5)) + math.log1p(math.exp(1)), math.log1p(math.exp(3))])
 
 

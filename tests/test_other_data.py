@@ -68,11 +68,11 @@ def test_every_defect_of_mvtec_ad_is_measured(mvtec_ad):
     measured = json.loads((work / "anomaly_score/cup_metrics.json").read_text())
     assert {name: (entry["kind"], entry["images"]) for name, entry in measured["defects"].items()} == {
         "crack": ("structural", 1), "missing_pin": ("logical", 1)}
-    sums = ("patchhist", "LGST", "patchhist+LGST", "memory", "patchhist+memory", "patchhist+LGST+memory")
+    sums = ("patchhist", "LGST", "patchhist+LGST", "memory", "DFM", "patchhist+LGST+memory+DFM", "fused")
     for entry in measured["defects"].values():
         assert set(entry["auroc"]) == set(sums) and all(0 <= value <= 100 for value in entry["auroc"].values())
     for kind in ("logical", "structural"):
-        found = measured["localisation"]["patchhist+memory"][kind]
+        found = measured["localisation"]["fused"][kind]
         assert 0 <= found["pixel_auroc"] <= 100 and len(found["spro"]) == 5
     said = (work / "score_combine_result.txt").read_text()
     assert "missing_pin" in said and "not measured" not in said
@@ -85,7 +85,7 @@ def test_localisation_is_measured_for_whichever_kind_has_masks(mvtec_ad, tmp_pat
     work, dataset = (shutil.copytree(folder, tmp_path / folder.name) for folder in mvtec_ad)
     shutil.rmtree(dataset / "cup/ground_truth/missing_pin")
     assert run("benchmark_performance", work, dataset) == 0
-    measured = json.loads((work / "anomaly_score/cup_metrics.json").read_text())["localisation"]["patchhist+memory"]
+    measured = json.loads((work / "anomaly_score/cup_metrics.json").read_text())["localisation"]["fused"]
     assert "spro" in measured["structural"]
     assert measured["logical"] == {"missing": "cup: test/missing_pin/000.png has no ground-truth mask"}
 

@@ -9,10 +9,13 @@ from hypothesis.extra.numpy import arrays
 
 from models.patch_histogram import (
     PatchHistogramDetector,
+    area_statistics,
     fit_parameters,
     fitted_detector,
     label_histograms,
     mahalanobis,
+    regularised_covariance,
+    sample_covariance,
 )
 
 CLASSES = 5
@@ -150,3 +153,54 @@ def test_parameters_for_another_number_of_classes_are_refused(fitted):
     with pytest.raises(ValueError, match="lack 'patch_hist_val_score'"):
         incomplete = {name: values for name, values in fitted.items() if name != "patch_hist_val_score"}
         PatchHistogramDetector(CLASSES).load_parameters(incomplete)
+
+
+# What segmentation itself wavers by
+
+def wavering_maps(count, seed, jitter):
+    """Two components side by side in (N, 256, 256); the second one's edge lies anywhere within so many rows."""
+    rng, maps = np.random.default_rng(seed), torch.zeros(count, 256, 256, dtype=torch.uint8)
+    for label_map in maps:
+        label_map[20:int(100 + rng.integers(-2, 3)), 20:100] = 1
+        label_map[140:int(220 + rng.integers(-jitter, jitter + 1)), 140:220] = 2
+    return maps
+
+
+def test_a_deviation_that_segmentation_itself_wavers_by_is_no_score():
+    train, validation = wavering_maps(60, 0, 2), wavering_maps(30, 1, 2)
+    twice = wavering_maps(60, 2, 0), wavering_maps(60, 3, 20)  # of the same pictures the second component flickers
+    flickers, missing = validation[:1].clone(), validation[:1].clone()
+    flickers[:, 200:] = 0
+    missing[:, :128] = 0
+    plain, reliable = (fitted_detector(fit_parameters(train, validation, 3, 0.0005, pairs), 3, trimmed=False)
+                       for pairs in (None, twice))
+
+    def distance(detector, maps):
+        return float(detector.distances(maps)[0])
+
+    assert distance(reliable, flickers) < 3 < 0.4 * distance(plain, flickers)
+    assert distance(reliable, missing) > 10  # the first component can be trusted as before
+
+
+def test_findings_respect_it_too():
+    train = wavering_maps(60, 0, 2)
+    twice = wavering_maps(60, 2, 0), wavering_maps(60, 3, 20)
+    stds = [area_statistics(fit_parameters(train, train, 3, 0.0005, pairs), 3)["std"] for pairs in (None, twice)]
+    assert stds[1][2] > 3 * stds[0][2] and stds[1][1] < 2 * stds[0][1]
+
+
+def test_covariances_of_few_images_are_shrunk_by_what_is_likeliest_out_of_sample():
+    rng, added = np.random.default_rng(0), 1e-3 * np.eye(8)
+    correlated = rng.normal(size=(8, 8))
+
+    def off_diagonal(samples):
+        ratio = regularised_covariance(samples, added) - added
+        plain = sample_covariance(samples)
+        return ratio[0, 1] / plain[0, 1]
+
+    independent = rng.normal(size=(20, 8))
+    assert off_diagonal(independent) < 0.7  # what is correlated by chance
+    assert off_diagonal(rng.normal(size=(45, 8)) @ correlated) > off_diagonal(independent)
+    assert off_diagonal(rng.normal(size=(60, 8))) == 1  # enough images
+    for count in (1, 3):
+        assert np.isfinite(np.linalg.inv(regularised_covariance(rng.normal(size=(count, 8)), added))).all()

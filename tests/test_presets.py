@@ -9,7 +9,6 @@ from pathlib import Path
 
 from csad import settings
 from csad.errors import run_script
-from csad.evaluation import branch_choice
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "benchmark_performance")
@@ -34,16 +33,17 @@ def test_the_full_preset_runs_whole(make_dataset, tmp_path, monkeypatch):
             "patch_memory": ("--memory.rows", "20")}
     common = ("--workspace", str(work), "--dataset_root", str(dataset), "--preset", "full", "--backbone", "efficientnet_lite0",
               "--device", "cpu")
-    monkeypatch.setattr(branch_choice, "PLANTED", 4)
+    monkeypatch.setattr("export_model.SYNTHETIC_DEFECTS", 6)
     for stage in STAGES:
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *common, *tiny.get(stage, ())])
         run_script(importlib.import_module(stage).main)
     subprocess.run([sys.executable, "report.py", *common], cwd=ROOT, check=True)
     exported = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())
     assert exported["model"]["input_size"] == 512 and exported["model"]["fusion_rule"] == "softplus"
-    assert {"patchhist", "memory"} <= set(exported["branches"])
+    assert exported["branches"]
     decided = json.loads((work / "anomaly_score/discs_branches.json").read_text())
-    assert "patchhist+LGST+memory" in decided["auroc_on_planted_defects"]  # LGST was offered, and looked at
+    for kind in ("structural", "logical"):
+        assert {"patchhist", "LGST", "memory", "DFM"} <= decided["auroc_on_synthetic_defects"][kind].keys()
     result = (work / "score_combine_result.txt").read_text()
-    assert re.search(r"\('patchhist', 'memory'\) AUC: \d", result) and "(softplus)" in result
+    assert re.search(r"\('memory',\) AUC: \d", result) and "(softplus)" in result
     assert (work / "anomaly_score/discs_patchhist_maps.npz").exists() and (work / "report.html").exists()

@@ -98,8 +98,8 @@ def test_the_page_says_everything_and_needs_nothing(page):
 def test_branches_stand_in_the_order_of_the_result_file(page):
     listed = re.findall(r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE)
     branches = [line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ") for line in listed]
-    assert branches == ["patch histogram", "LGST", "patch histogram + LGST"]
-    assert re.findall(r"<td>((?:patch histogram|LGST)[^<]*)</td>", page.read_text())[:3] == branches
+    assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "fused"]
+    assert re.findall(r"<td>((?:patch histogram|LGST|fused)[^<]*)</td>", page.read_text())[:4] == branches
 
 
 def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
@@ -118,7 +118,7 @@ def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, p
 def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page, capsys):
     measured = files.read_json(Workspace(results[0]).metrics("discs <b>"))
     assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
-    assert "defects_config.json" in measured["localisation"]["patchhist+LGST"]["logical"]["missing"]
+    assert "defects_config.json" in measured["localisation"]["fused"]["logical"]["missing"]
     said = (results[0] / "score_combine_result.txt").read_text()
     assert "not measured" in said
     (results[0] / "anomaly_score/discs <b>_LGST_maps.npz").unlink()
@@ -214,20 +214,19 @@ def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_sa
     assert lowest in said and "BETTER:" not in said and "average ('patchhist', 'LGST')" in said
 
 
-def test_where_categories_fuse_different_branches_the_average_is_of_what_each_fuses(many, run):
+def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, run):
     script = SCRIPTS["benchmark_performance"]
     assert run("benchmark_performance", *many) == 0
     path = many[0] / "anomaly_score/same_metrics.json"
-    one = json.loads(path.read_text()) | {"fused": ["patchhist"]}
-    path.write_text(json.dumps(one))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": {"patchhist": 0.25}}))
     contents = {path.stem: json.loads(path.read_text()) for path in (many[0] / "anomaly_score").glob("*_metrics.json")}
-    own = [content["detection"]["+".join(content["fused"])]["logical"]["auroc"] for content in contents.values()]
     said = script.overview(contents)
-    assert any(line.startswith(f"average of what is fused logical {np.mean(own):.3f}") for line in said)
-    assert "fused: patchhist (sum) in same" in said
+    own = np.mean([content["detection"]["fused"]["logical"]["auroc"] for content in contents.values()])
+    assert any(line.startswith(f"average ('fused',) logical {own:.3f}") for line in said)
+    assert "fused: patchhist 0.25 (sum) in same" in said
     assert run("report", *many) == 0
-    shown = re.search(r"<td>what is fused in each</td><td>([\d.]+)</td>", (many[0] / "report.html").read_text())
-    assert shown[1] == f"{np.mean(own):.1f}"
+    page = (many[0] / "report.html").read_text()  # of so many, the lowest in full
+    assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(rf"<td>fused</td><td>{own:.1f}</td>", page)
 
 
 def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
@@ -278,7 +277,7 @@ class OneDefectOfBothKinds:
 
 def test_a_defect_that_is_logical_and_structural_is_measured_as_each():
     scores = {"good": np.array([0.0, 1]), "logical_anomalies": np.array([2.0, 3]), "structural_anomalies": np.array([-1.0, -2])}
-    found = SCRIPTS["benchmark_performance"].single_defects(OneDefectOfBothKinds(), {("memory",): scores})
+    found = SCRIPTS["benchmark_performance"].single_defects(OneDefectOfBothKinds(), {"memory": scores})
     assert {name: (one["kind"], one["auroc"]["memory"]) for name, one in found.items()} == {
         "logical anomaly": ("logical", 100.0), "structural anomaly": ("structural", 0.0)}
 

@@ -9,8 +9,9 @@ from csad.commands import score_images as predict
 from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.export import exporters
-from csad.inference import engines, thresholds
+from csad.evaluation.thresholds import threshold_of
+from csad.export import exporters, thresholds
+from csad.inference import engines
 from csad.inference.engines import OnnxEngine, open_model
 from csad.station.station import Options, Station
 
@@ -65,10 +66,10 @@ def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, cap
     for path, score in zip(paths, before):
         engine = open_model(path, "cpu")
         assert engine.score(image) == score and engine.metadata["category"] == "discs"
-        threshold, words = thresholds.threshold_of(engine.metadata, None, None, "")
+        threshold, words = threshold_of(engine.metadata, None, None, "")
         assert threshold == -12.5 and words.startswith("set in the model: at most 100 %")
         assert Station("discs", engine, Options(), print).threshold == -12.5
-        assert thresholds.threshold_of(engine.metadata, None, 0.01, "")[0] == 99  # asked for here, this is what counts
+        assert threshold_of(engine.metadata, None, 0.01, "")[0] == 99  # asked for here, this is what counts
         beside = json.loads(path.with_name(f"{path.stem}.threshold.json").read_text())
         assert (beside["threshold"], beside["false_positive_rate"], beside["validation_images"]) == (-12.5, 1.0, 99)
     assert paths[-1].with_suffix(".bin").read_bytes() == weights
@@ -116,6 +117,6 @@ def test_a_published_file_gets_its_threshold(run, tmp_path):
     with pytest.raises(UserError, match="does not know the scores of validation images"):
         run(export_model.main, "--workspace", tmp_path, "--set_false_positive_rate", 0.1)
     run(export_model.main, "--workspace", tmp_path, "--categories", "discs", "--set_threshold", 3)
-    assert thresholds.threshold_of(open_model(path, "cpu").metadata, None, None, "") == (3, "set in the model")
+    assert threshold_of(open_model(path, "cpu").metadata, None, None, "") == (3, "set in the model")
     with pytest.raises(UserError, match="finite"):
-        thresholds.threshold_of({"threshold": float("nan")}, None, None, "discs.pth")
+        threshold_of({"threshold": float("nan")}, None, None, "discs.pth")

@@ -568,3 +568,22 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
     assert (found[0].permute(1, 2, 0).numpy() - expected).__abs__().mean() < 1
     outside = cv2.warpAffine(np.full((64, 64), 7, np.uint8), matrix, (64, 64), flags=cv2.INTER_NEAREST) == 0
     assert (labels[0].numpy()[outside] == 0).mean() > 0.9 and (labels[0].numpy()[~outside] == 7).mean() > 0.99
+
+
+def test_pictures_that_are_segmented_twice_are_moved_and_moved_back(prepared, backbone, monkeypatch):
+    """Noise, light and place differ, so a segmentation that minds none of them says the same twice."""
+    category, workspace = prepared[:2]
+    job = job_for(category, workspace, backbone, settings.load(category.name, "quick", {"images.size": 256}))
+    pictures = torch.zeros(70, 3, 256, 256, dtype=torch.uint8)
+    pictures[:, :, 50:90, 100:180] = 200
+    seen = []
+
+    def label_maps(segmentor, job, changed, what):
+        seen.append(changed)
+        yield (changed[:, 0] > 100).byte()
+
+    monkeypatch.setattr(train_segmentor, "label_maps", label_maps)
+    plain, undone = train_segmentor.segment_twice(None, job, pictures, (pictures[:, 0] > 100).byte())
+    assert 16 <= len(plain) <= train_segmentor.RELIABILITY_IMAGES and torch.equal(plain, undone)
+    assert len({tuple((picture[0] > 100).nonzero()[0].tolist()) for picture in seen[0]}) > 5  # moved
+    assert seen[0][:, :, 60:80, 110:170].float().mean((1, 2, 3)).std() > 1  # another light

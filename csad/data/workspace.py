@@ -14,7 +14,8 @@ SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + struc
 EXPORTED = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"), "openvino": ("openvino_models", ".xml")}
 FORMATS = tuple(EXPORTED)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py"}  # by branch, in all tables' order
+# By branch, in all tables' order.
+STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py", "DFM": "patch_memory.py"}
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,18 @@ class Workspace:
     def memory(self, category: str) -> Path:
         return self.root / "ckpt" / f"memory_{category}.pth"
 
+    def dfm(self, category: str) -> Path:
+        return self.root / "ckpt" / f"dfm_{category}.pth"
+
     def checkpoint(self, category: str, branch: str) -> Path:
         """What the branch's stage trained or fitted."""
-        return {"patchhist": self.segmentor, "LGST": self.lgst, "memory": self.memory}[branch](category)
+        return {"patchhist": self.segmentor, "LGST": self.lgst, "memory": self.memory, "DFM": self.dfm}[branch](category)
 
     def record(self, category: str, branch: str) -> Path:
         """What the branch's stage noted (csad.data.records)."""
         return self.checkpoint(category, branch).with_suffix(".json")
 
-    # Stages 2, 3 and 3b: branch is "patchhist", "LGST" (or its published alias "CSAD") or "memory"
+    # Stages 2, 3 and 3b: branch is "patchhist", "LGST" (or its published alias "CSAD"), "memory" or "DFM"
     def scores(self, category: str, branch: str, part: str) -> Path:
         """``part`` is one of `SCORE_PARTS`."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
@@ -157,8 +161,8 @@ class Workspace:
         chosen = {stem for category in categories or () for stem in _with_precisions(category)}
         return [path for path in found if not categories or path.stem in chosen]
 
-    def branch_choice(self, category: str) -> Path:
-        """Which branches stage 4 decided to fuse, and by what (csad.evaluation.branch_choice)."""
+    def branch_weights(self, category: str) -> Path:
+        """How much stage 4 decided that each branch counts, and by what (csad.evaluation.branch_weights)."""
         return self.root / "anomaly_score" / f"{category}_branches.json"
 
     def evaluation(self, category: str, runtime: str, precision: str = "fp32") -> Path:

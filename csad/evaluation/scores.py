@@ -17,6 +17,7 @@ from models.fusion import apply_z, fit_normalisation
 PAPER_BRANCHES = ("patchhist", "LGST")
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
 Scores = dict[str, dict[str, np.ndarray]]
+FUSED = "fused"  # the key of the weighted sum among single branches and other sums
 MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line
 
 
@@ -76,7 +77,7 @@ def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[s
 
 def fused_mean(metrics: dict[str, Any]) -> float:
     """A category's image AUROC by the fused branches, mean of logical and structural; NaN where neither was measured."""
-    return mean_known(found["auroc"] for found in metrics["detection"]["+".join(metrics["fused"])].values())
+    return mean_known(found["auroc"] for found in metrics["detection"][FUSED].values())
 
 
 def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from models.backbone import empty_encoder, fingerprint
 from models.constants import IMAGENET_MEAN, IMAGENET_STD
+from models.dfm import model_from_state
 from models.fused import (
     STATISTICS,
     FusedModel,
@@ -32,7 +34,8 @@ from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
 
-KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows"}  # by which a checkpoint is known
+# By which a checkpoint is known.
+KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows", "DFM": "components"}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
@@ -60,7 +63,7 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
     if "made_of" not in known:  # a published file
         return
     try:
-        now = sources(category, workspace, known["branches"])
+        now = sources(category, workspace, known.get("weighed", known["branches"]))
     except UserError:
         return  # only the exported model was brought here
     if now != known["made_of"]:
@@ -69,20 +72,24 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
 
 
 def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,
-                precision: str = "fp32") -> dict:
+                precision: str = "fp32", weights: Mapping[str, float] | None = None,
+                weighed: list[str] | None = None) -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
         chosen: which branches to fuse, and how.
         view: how the category's pictures are seen, by the stages, too.
         precision: in which the model is to run; the weights stay in fp32.
+        weights: of the branches in the sum, by their names; the others are left out. None: 1 for each of the settings' branches.
+        weighed: the branches among which the weights were decided, those left out included; None: those with weights.
 
     Raises:
         UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
             belong together.
     """
-    branches = chosen.branches
-    name, made_of = category.name, sources(category.name, workspace, branches)
+    branches = list(chosen.branches if weights is None else weights)
+    weighed = branches if weighed is None else weighed
+    name, made_of = category.name, sources(category.name, workspace, weighed)
     saved, digests = {}, {"train_images": records.digest_images(category.train),
                           "validation": records.digest_images(category.validation)}
     for branch in branches:
@@ -96,7 +103,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
-    segmentor = detector = lgst = memory = parameters = evidence = None
+    segmentor = detector = lgst = memory = dfm = parameters = evidence = None
     if "patchhist" in branches:
         segmentor, detector = empty_patch_histogram(encoder, saved["patchhist"]["state"])
         fitted = workspace.patch_histogram_parameters(name)
@@ -115,13 +122,16 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     if "memory" in branches:
         its = saved["memory"]["meta"]["memory"]
         memory = PatchMemory(*memory_shape(saved["memory"]["state"]), its["score_share"], view.tiles,
-                             its["border"])
+                              its["border"])
+    if "DFM" in branches:
+        dfm = model_from_state(saved["DFM"]["state"], encoder.channels[2])
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
         raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
                         "interest, or run the stages again")
     roi = None if view.roi is None else torch.from_numpy(view.roi)
-    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule, view.tiles)
+    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule, view.tiles, dfm,
+                       weights)
     try:
         encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
@@ -138,6 +148,7 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     require_finite(state, name)
     attach_metadata(state, {
         "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "fusion_rule": chosen.rule,
+        "branch_weights": model.weights, "weighed": weighed,
         "input_size": view.size, "tiles": view.tiles,
         "white_level": view.white_level, "raw_input": False, "with_map": True,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,

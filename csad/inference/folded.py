@@ -134,7 +134,7 @@ class FoldedModel(FusedModel):
         lgst = FoldedLgst(model.lgst, model.encoder.channels[1:], dtype) if isinstance(model.lgst, LGST) else model.lgst
         segmentor = None if model.segmentor is None else FoldedSegmentor(model.segmentor, dtype)
         super().__init__(FoldedEncoder(model.encoder, dtype), segmentor, model.patch_hist_detector, lgst, model.memory,
-                         model.size, model.roi, model.evidence, model.rule, model.tiles)
+                         model.size, model.roi, model.evidence, model.rule, model.tiles, model.dfm, model.weights)
         if segmentor is not None:
             self.patch_hist_detector.whiten()
         for branch in self.branches:

@@ -25,12 +25,10 @@ def render(**content: Any) -> str:
     environment.filters["mean"] = mean
     detections = [metrics["detection"] for metrics in content["metrics"]]
     shared = [key for key in detections[0] if all(key in one for one in detections)]
-    fused = ["+".join(metrics["fused"]) for metrics in content["metrics"]]
-    own_sums = [one[key] for one, key in zip(detections, fused)] if len(set(fused)) > 1 else None  # where categories differ
-    averaged = counted({kind: [one[key][kind]["auroc"] for one, key in zip(detections, fused)]
+    averaged = counted({kind: [one[key][kind]["auroc"] for one in detections for key in ("fused",) if key in one]
                         for kind in ("logical", "structural")})
     return environment.get_template("page.html").render(
-        content | {"averaged": averaged, "shared": shared, "own_sums": own_sums, "detections": detections,
+        content | {"averaged": averaged, "shared": shared, "detections": detections,
                    "policy": POLICY, "published": PUBLISHED_AVERAGE,
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})

@@ -1,0 +1,181 @@
+"""The weight of each branch in a category, 0 among the values: decided by stage 4, without anomalous pictures.
+
+The weighted sum has to tell validation images from the same images with synthetic defects
+(csad.training.synthetic_defects). Stage 5 takes the weights that stage 4 decided on. Beyond the paper
+(docs/METHOD.md section 6).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from csad.data import files, records
+from csad.data.workspace import STAGES, Workspace
+from csad.evaluation.metrics import auroc
+from csad.settings import FusionSettings
+
+import numpy as np
+
+WEIGHTS = (0.0, 0.25, 0.5, 1.0)
+DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
+MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
+MAX_COST = 2.5  # of the same points, which the patch histogram may take away
+HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
+
+
+class Defects(NamedTuple):
+    """Synthetic defects of one kind, structural or logical.
+
+    Attributes:
+        contributions: (n, K), what each of the K branches adds to the score of each image at weight 1.
+        strengths: (n,) in 0..1.
+    """
+
+    contributions: np.ndarray
+    strengths: np.ndarray
+
+
+class Decision(NamedTuple):
+    """The weights, and what speaks for them.
+
+    Attributes:
+        weights: of the branches that count, by name.
+        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the
+            sums `EQUAL` and `FUSED`.
+        strengths: the smallest and the largest strength of these, by kind.
+    """
+
+    weights: dict[str, float]
+    aurocs: dict[str, dict[str, float]]
+    strengths: dict[str, tuple[float, float]]
+
+    @property
+    def description(self) -> str:
+        """In a line, for people."""
+        aurocs = "; ".join(
+            f"{kind} " + ", ".join(f"{name} {value:.1f}" for name, value in by_sum.items())
+            for kind, by_sum in self.aurocs.items()
+        )
+        return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}"
+
+
+def describe(weights: Mapping[str, float]) -> str:
+    """For example: patchhist 0.5, memory 1."""
+    return ", ".join(f"{branch} {weight:g}" for branch, weight in weights.items())
+
+
+def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> list[str]:
+    """The settings' branches, and the optional ones whose stage was run, as all tables list them."""
+    optional = [
+        branch
+        for branch in fusion.optional
+        if workspace.checkpoint(category, branch).exists()
+        and workspace.scores(category, branch, "val").exists()
+    ]
+    return [branch for branch in STAGES if branch in (*fusion.branches, *optional)]
+
+
+def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str]) -> Decision:
+    """Weigh branches by what their sums find of synthetic defects.
+
+    The weights of all branches but the patch histogram are those with the highest image AUROC, mean of the kinds
+    of defects. The histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
+    traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at
+    most `MAX_COST`.
+
+    Args:
+        good: (n, K), what each branch adds to the score of each good image at weight 1.
+        defects: structural and logical ones.
+        branches: the K branches' names.
+    """
+    counted = {kind: _of_difficulty(good, of_kind) for kind, of_kind in defects.items()}
+
+    def aurocs(weights: Sequence[float]) -> dict[str, float]:
+        return {kind: auroc(good @ weights, counted[kind].contributions @ weights) for kind in counted}
+
+    def value(weights: Sequence[float]) -> float:
+        return float(np.mean(list(aurocs(weights).values())))
+
+    # Largest weights first: of equally good ones these are kept.
+    values = [WEIGHTS[::-1] if branch != HISTOGRAM else (0.0,) for branch in branches]
+    surface = [weights for weights in itertools.product(*values) if max(weights) == 1]
+    best = max(
+        surface,
+        key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights),
+        default=(0.0,) * len(branches),
+    )
+    if HISTOGRAM in branches:
+        place = list(branches).index(HISTOGRAM)
+        options = [(*best[:place], weight, *best[place + 1 :]) for weight in WEIGHTS[::-1]]
+        best = next(
+            weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
+        )
+    named = {branch: np.eye(len(branches))[index] for index, branch in enumerate(branches)}
+    named |= {EQUAL: np.ones(len(branches)), FUSED: np.array(best)}
+    measured = {name: aurocs(weights) for name, weights in named.items()}
+    return Decision(
+        {branch: weight for branch, weight in zip(branches, best) if weight},
+        {kind: {name: of_sum[kind] for name, of_sum in measured.items()} for kind in counted},
+        {
+            kind: (float(of_kind.strengths.min()), float(of_kind.strengths.max()))
+            for kind, of_kind in counted.items()
+        },
+    )
+
+
+def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
+    """Half of the defects, neighbours by strength, on which the best branch is nearest to `DIFFICULTY`."""
+    ranks = np.argsort(defects.strengths, kind="stable")
+    count = -(-len(ranks) // 2)
+    windows = [ranks[first : first + count] for first in range(0, len(ranks) - count + 1, max(count // 6, 1))]
+
+    def distance(window: np.ndarray) -> float:
+        best = max(auroc(*columns) for columns in zip(good.T, defects.contributions[window].T))
+        return abs(best - DIFFICULTY)
+
+    window = min(windows, key=distance)
+    return Defects(defects.contributions[window], defects.strengths[window])
+
+
+def write(category: str, workspace: Workspace, fusion: FusionSettings, decision: Decision) -> None:
+    files.write_json(
+        workspace.branch_weights(category),
+        {
+            "weights": decision.weights,
+            "auroc_on_synthetic_defects": decision.aurocs,
+            "strengths": decision.strengths,
+            "settings": fusion.model_dump(),
+            "scores": _digests(category, workspace, fusion),
+        },
+    )
+
+
+def equal(branches: Sequence[str]) -> dict[str, float]:
+    """1 for each."""
+    return {branch: 1.0 for branch in STAGES if branch in branches}
+
+
+def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[dict[str, float], str]:
+    """The weights that stage 4 decided on by the present settings and validation scores, and an empty sentence.
+
+    Where it has not decided, or by something else, `equal` weights, and a sentence that says so.
+    """
+    if fusion.weights == "equal" or len(candidates(category, workspace, fusion)) < 2:
+        return equal(fusion.branches), ""
+    path, reason = workspace.branch_weights(category), "has not weighed the branches yet"
+    if path.exists():
+        decided = files.read_json(path, keys=("weights", "settings", "scores"))
+        if decided["settings"] != fusion.model_dump():
+            reason = "weighed the branches with other fusion settings than there are now"
+        elif decided["scores"] != _digests(category, workspace, fusion):
+            reason = "weighed the branches by other validation scores than there are now"
+        else:
+            return {branch: decided["weights"][branch] for branch in STAGES if branch in decided["weights"]}, ""
+    return equal(fusion.branches), f"export_model.py {reason}, so each counts the same here; run export_model.py again"
+
+
+def _digests(category: str, workspace: Workspace, fusion: FusionSettings) -> dict[str, str]:
+    paths = [workspace.scores(category, branch, "val") for branch in (*fusion.branches, *fusion.optional)]
+    return {path.name: records.digest(path) for path in paths if path.exists()}

@@ -1,0 +1,134 @@
+"""How much each branch counts: the decision by synthetic defects, and who keeps to it."""
+
+from csad import settings
+from csad.data import files
+from csad.data.workspace import Workspace
+from csad.evaluation import branch_weights
+from csad.evaluation.branch_weights import Defects, choose
+from csad.evaluation.metrics import auroc
+from csad.settings import FusionSettings
+
+import numpy as np
+import pytest
+
+WEIGHED = FusionSettings(
+    branches=["patchhist", "memory"], optional=["LGST", "DFM"], rule="softplus", weights="synthetic_defects"
+)
+BRANCHES = ["patchhist", "LGST", "memory", "DFM"]
+GOOD, DEFECTS = 60, 60
+
+
+def drawn(structural, logical, seed=0, noise=(1, 1, 1, 1)):
+    """Good images' contributions and defects that lift each branch by strength times so much."""
+    rng, kinds = np.random.default_rng(seed), {}
+    good = np.abs(rng.normal(size=(GOOD, 4))) * noise
+    for kind, lifts in (("structural", structural), ("logical", logical)):
+        strengths = rng.random(DEFECTS)
+        kinds[kind] = Defects(
+            np.abs(rng.normal(size=(DEFECTS, 4))) * noise + np.outer(strengths, lifts), strengths
+        )
+    return good, kinds
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_branch_that_sees_nothing_and_is_loud_is_left_out(seed):
+    """Whatever it is: noise in one branch must not hide what another one sees."""
+    for loud in (0, 1, 3):
+        noise = np.ones(4)
+        noise[loud] = 8
+        decision = choose(*drawn([0, 0, 4, 0], [0, 0, 4, 0], seed, noise), BRANCHES)
+        assert decision.weights.get(BRANCHES[loud], 0) == 0, BRANCHES[loud]
+        assert decision.weights["memory"] == 1
+        for by_sum in decision.aurocs.values():
+            assert by_sum["fused"] > by_sum["equal weights"] + 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_branches_that_see_different_things_are_all_taken(seed):
+    decision = choose(*drawn([0, 0, 5, 0], [0, 0, 0, 5], seed), BRANCHES)
+    assert {"memory", "DFM"} <= decision.weights.keys()
+    assert max(decision.weights.values()) == 1 and set(decision.weights.values()) <= set(
+        branch_weights.WEIGHTS
+    )
+    for kind, seeing in (("structural", "memory"), ("logical", "DFM")):
+        assert (
+            decision.aurocs[kind]["fused"] > decision.aurocs[kind][seeing] - 12
+        )  # on both kinds something is found
+        assert decision.aurocs[kind]["fused"] > 75
+
+
+def test_the_histogram_need_not_add_anything_as_long_as_it_costs_next_to_nothing():
+    quiet = choose(*drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(0.1, 1, 1, 1)), BRANCHES)
+    assert quiet.weights["patchhist"] == 1
+    assert "LGST" not in quiet.weights or "DFM" not in quiet.weights
+
+
+def test_the_best_branch_finds_about_nine_of_ten_of_the_defects_that_count():
+    """Too easy ones say nothing about the difference between branches, and too faint ones nothing at all."""
+    for lift in (40, 1.5):
+        good, kinds = drawn([0, 0, lift, 0], [0, 0, lift, 0])
+        decision = choose(good, kinds, BRANCHES)
+        for kind, of_kind in kinds.items():
+            all_of_them = auroc(good[:, 2], of_kind.contributions[:, 2])
+            assert abs(decision.aurocs[kind]["memory"] - 90) < abs(all_of_them - 90)
+            assert 0.2 < np.ptp(decision.strengths[kind]) < 0.8
+
+
+@pytest.mark.parametrize("branches", [["memory"], ["patchhist"], ["patchhist", "DFM"]])
+def test_few_branches_are_weighed_too(branches):
+    good, kinds = drawn([0, 0, 5, 0], [0, 0, 5, 0])
+    columns = [BRANCHES.index(branch) for branch in branches]
+    decision = choose(
+        good[:, columns],
+        {kind: Defects(one.contributions[:, columns], one.strengths) for kind, one in kinds.items()},
+        branches,
+    )
+    assert decision.weights and decision.weights.keys() <= set(branches)
+    assert "fuses " in decision.description and "on synthetic defects: structural" in decision.description
+
+
+# Who keeps to it
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """One in which all stages have run, as far as the choice looks."""
+    made = Workspace(tmp_path)
+    for branch in settings.BRANCHES:
+        made.checkpoint("discs", branch).parent.mkdir(exist_ok=True)
+        made.checkpoint("discs", branch).touch()
+        files.write_array(made.scores("discs", branch, "val"), np.arange(4.0))
+    return made
+
+
+def test_what_was_decided_holds_for_these_scores_and_settings_only(workspace):
+    def decided(fusion=WEIGHED):
+        weights, undecided = branch_weights.read("discs", workspace, fusion)
+        assert bool(undecided) == (weights == equal and fusion.weights != "equal")
+        return weights
+
+    equal, weights = {"patchhist": 1.0, "memory": 1.0}, {"patchhist": 0.25, "memory": 1.0, "DFM": 0.5}
+    assert decided() == equal  # nothing is decided yet
+    branch_weights.write("discs", workspace, WEIGHED, branch_weights.Decision(weights, {}, {}))
+    assert decided() == weights and list(decided()) == ["patchhist", "memory", "DFM"]
+    assert decided(WEIGHED.model_copy(update={"rule": "sum"})) == equal
+    assert decided(WEIGHED.model_copy(update={"weights": "equal"})) == equal
+    assert decided(FusionSettings(branches=["memory"])) == {"memory": 1.0}
+    files.write_array(workspace.scores("discs", "LGST", "val"), np.arange(4.0) + 1)
+    assert decided() == equal
+
+
+def test_a_branch_whose_stage_was_not_run_is_no_candidate(workspace):
+    assert branch_weights.candidates("discs", workspace, WEIGHED) == BRANCHES
+    workspace.checkpoint("discs", "LGST").unlink()
+    assert branch_weights.candidates("discs", workspace, WEIGHED) == ["patchhist", "memory", "DFM"]
+
+
+def test_who_names_branches_gets_these_and_the_paper_weighs_nothing():
+    quick = settings.load("discs", "quick").fusion
+    assert quick.optional == ["LGST", "DFM"] and quick.weights == "synthetic_defects"
+    assert settings.load("discs", "quick", {"fusion.branches": ["memory"]}).fusion.optional == []
+    named = settings.load("discs", "quick", {"fusion.branches": ["memory"], "fusion.optional": ["LGST"]})
+    assert named.fusion.optional == ["LGST"]
+    paper = settings.load("discs").fusion
+    assert (paper.optional, paper.weights, paper.rule) == ([], "equal", "sum")
