@@ -67,8 +67,6 @@ class FusedModel(nn.Module):
             self.register_buffer(f"{STATISTICS[branch]}_mean", torch.tensor(0.0))
             self.register_buffer(f"{STATISTICS[branch]}_std", torch.tensor(1.0))
         self.weights = {branch: 1.0 if weights is None else weights[branch] for branch in self.branches}
-        # Not persistent: the published state dicts have none.
-        self.register_buffer("branch_weights", torch.tensor(list(self.weights.values())), persistent=False)
         for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -105,7 +103,7 @@ class FusedModel(nn.Module):
             errors = self.dfm(pool(maps))
             scores.append(self.dfm.score(errors))
             branch_maps.append(self.dfm.scaled(errors))
-        branch_scores = torch.stack([self.normalised(*each) for each in zip(self.branches, scores)], 1) * self.branch_weights
+        branch_scores = torch.stack([self.contribution(*each) for each in zip(self.branches, scores)], 1)
         branch_maps = torch.stack(branch_maps, 1)
         return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
 
@@ -117,10 +115,11 @@ class FusedModel(nn.Module):
         evidence = self.evidence(label_map)
         return score + self.evidence.score(evidence), evidence
 
-    def normalised(self, branch: str, score: Tensor) -> Tensor:
+    def contribution(self, branch: str, score: Tensor) -> Tensor:
         """A branch's scores (B,) -> what it adds to the fused ones, (B,)."""
         mean, std = (getattr(self, f"{STATISTICS[branch]}_{end}") for end in ("mean", "std"))
-        return F.softplus((score - mean) / std) if self.rule == "softplus" else (score - mean) / std
+        z = (score - mean) / std
+        return self.weights[branch] * (F.softplus(z) if self.rule == "softplus" else z)
 
 
 def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:

@@ -170,7 +170,7 @@ class TorchEngine(Engine):
         """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
         with self.torch.inference_mode():
             score, _ = self.model.arrangement(self.torch.from_numpy(label_map).long().to(self.device))
-            return self.model.normalised("patchhist", score).cpu().numpy()
+            return self.model.contribution("patchhist", score).cpu().numpy()
 
 
 class OnnxEngine(Engine):
