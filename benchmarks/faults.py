@@ -68,9 +68,8 @@ WORK = [
     *("benchmark_performance", "report", f"predict data/{CATEGORY}/test --output out --save_maps"),
 ]
 MAX_SECONDS = 120.0  # of any of these
-TIMINGS = re.compile(
-    rb'"(ms_per_image|preprocessing_ms)": [0-9.]+|\d+\.\d\d +\||[ -]+'
-)  # in reports of exports
+# In reports of exports.
+TIMINGS = re.compile(rb'"(ms_per_image|preprocessing_ms)": [0-9.]+|\d+\.\d\d +\||[ -]+')
 LOCKS = (".csad.lock", ".predict.lock")
 HOME = "home"  # in which runtimes keep what is theirs
 
