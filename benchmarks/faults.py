@@ -39,7 +39,7 @@ from csad.errors import UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "torch timm cv2 sklearn.cluster onnx onnxruntime openvino skimage.segmentation uvicorn.logging logging.config "
-    "encodings.idna csad.station.server csad.synthetic.writer benchmarks.faults pseudo_label train_segmentor CSAD "
+    "encodings.idna csad.station.server csad.synthetic.writer csad.training.loop pseudo_label train_segmentor CSAD "
     "patch_memory export_model benchmark_performance report check_dataset"
 ).split()
 CATEGORY = "pushpins"

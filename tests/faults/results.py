@@ -114,6 +114,11 @@ GROUPS = [
         (f"{at.MASKS}.unfinished/begun.json", "pseudo_label"),
         ("data_components/dataset.json", "make_synthetic_loco"))
      for row in rows(f"{content} in {name}", commands, "does not hold", write(name, content))],
+    rows("an export report of something else", ["report", "export_model --inference_only"], "does not hold",
+         write("work/export_report.json", '[{"category": "pushpins"}]')),
+    [row for damage in (cut(f"{SCORES}_torch_scores.csv"), write(f"{SCORES}_torch_scores.csv", "image\n"))
+     for row in rows("a damaged table of scores", "export_model --inference_only --format onnx", "cannot be read",
+                     damage)],
     [row for model in (ONNX, XML)
      for row in rows("half a model", [f"{PREDICT} --model {model}", f"serve --model {model}"], "cannot",
                      cut(model))],
