@@ -81,6 +81,8 @@ def main() -> None:
 def jobs(args: argparse.Namespace) -> dict[str, Task]:
     workspace, _, categories, chosen = select(args)
     device = str(choose_device(args.device))
+    for place in workspace.of_seeds(args.seeds).values():
+        export_tables.read(place)  # what is wrong with it should not come out after all the work
     return {job_name(category, seed): Task(category, seed, partial(
         export_and_evaluate, category, place, argparse.Namespace(**vars(args) | ({} if seed is None else {"seed": seed})),
         chosen[category.name], device))
@@ -398,8 +400,7 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     evaluated = files.read_json(reference.with_suffix(".json"), keys=("model",))["model"]
     if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
-    with open(reference, newline="", encoding="utf-8") as handle:
-        expected = {files.from_csv_text(row["image"]): float(row["score"]) for row in csv.DictReader(handle)}
+    expected = files.read_scores(reference)
     return max((abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None)
 
 

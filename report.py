@@ -19,7 +19,7 @@ from csad.data import files, images, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import STAGES, Workspace
 from csad.errors import UserError, run_script
-from csad.evaluation import branch_weights
+from csad.evaluation import branch_weights, export_tables
 from csad.evaluation.deviations import deviations
 from csad.evaluation.localisation import read_maps
 from csad.evaluation.scores import (
@@ -127,7 +127,7 @@ class Measured:
 
 def write_page(dataset: str, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace) -> None:
     """The page about the categories in ``measured``, and of all that there are their ``metrics``."""
-    models = files.read_json(workspace.export_report) if workspace.export_report.exists() else []
+    models = export_tables.read(workspace)
     summaries = [summary(one, models) for one in measured]
     shown = [tested for one in measured for tested in test_images(one)]
     side, shown, left_out = choose_side(shown)

@@ -32,6 +32,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-faults", action="store_true", help="tests/faults: every bad input, not one of each group alone")
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped where there is no CUDA device."""
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ workspace or an output folder holds its lock.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -83,6 +84,22 @@ def to_csv_text(text: str) -> str:
 def from_csv_text(cell: str) -> str:
     """What `to_csv_text` was given."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def read_scores(path: str | Path) -> dict[str, float]:
+    """Scores by image, of a CSV file with these columns.
+
+    Raises:
+        UserError: the file is missing, lacks a column, or holds something else than finite numbers.
+    """
+    with _named_mistakes(path), open(path, newline="", encoding="utf-8") as handle:
+        table = csv.DictReader(handle)
+        if not {"image", "score"} <= set(table.fieldnames or ()):
+            raise ValueError("it does not hold image, score")
+        scores = {from_csv_text(row["image"]): float(row["score"]) for row in table}
+        if not all(map(math.isfinite, scores.values())):
+            raise ValueError("it holds numbers that are not finite")
+        return scores
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:

@@ -6,16 +6,35 @@ from typing import Any
 
 from csad.data import files
 from csad.data.workspace import Workspace
+from csad.errors import UserError
 from csad.evaluation.metrics import counted, mean_known
 from csad.evaluation.scores import MANY, said_of_choice
 
 from tabulate import tabulate
 
+AUROCS, TIMES = ("auroc_logical", "auroc_structural", "auroc_mean"), ("ms_per_image", "preprocessing_ms")
+NUMBER = (int, float)
+FIELDS = (dict.fromkeys(("category", "format", "precision", "ran_in"), str) | {"networks": dict, "stand_ins": list}
+          | dict.fromkeys((*AUROCS, "largest_difference"), (*NUMBER, type(None))) | dict.fromkeys(TIMES, NUMBER))
+
+
+def read(workspace: Workspace) -> list[dict]:
+    """What earlier runs came to.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    path = workspace.export_report
+    reports = files.read_json(path) if path.exists() else []
+    if not (isinstance(reports, list) and all(isinstance(one, dict) for one in reports) and all(
+            isinstance(one.get(name, ()), kind) for one in reports for name, kind in FIELDS.items())):
+        raise UserError(f"{path} cannot be read (it does not hold a list of evaluations); {files.MAKE_AGAIN}")
+    return reports
+
 
 def write(reports: list[dict], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
-    target, key = workspace.export_report, ("category", "format", "precision")
-    known = files.read_json(target) if target.exists() else []
+    target, key, known = workspace.export_report, ("category", "format", "precision"), read(workspace)
     replaced = {tuple(report[name] for name in key) for report in reports}
     known = sorted([one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
                    key=lambda one: [one[name] for name in key])
@@ -30,12 +49,11 @@ def table_of(reports: list[dict], short: bool = False) -> str:
     for kind in sorted({(one["format"], one["precision"]) for one in reports}):
         same = [one for one in reports if (one["format"], one["precision"]) == kind]
         if len(same) > 1:
-            numbers = ("auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image", "preprocessing_ms")
             differences = [one["largest_difference"] for one in same]
             rows.append({"category": "average", "format": kind[0], "precision": kind[1],
                          "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
                          "largest_difference": None if None in differences else max(differences)}
-                        | {name: mean_known(one[name] for one in same) for name in numbers})
+                        | {name: mean_known(one[name] for one in same) for name in AUROCS + TIMES})
     columns = {"category": "category", "format": "format", "precision": "precision", "ran_in": "ran in",
                "auroc_logical": "logical", "auroc_structural": "structural", "auroc_mean": "mean", "ms_per_image": "ms/image",
                "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
@@ -63,4 +81,4 @@ def _cell(name: str, value: Any) -> str:
         return "not known" if value is None else f"{value:.2g}"
     if name.startswith("auroc"):
         return f"{mean_known([value]):.3f}"  # null is NaN
-    return f"{value:.2f}" if name in ("ms_per_image", "preprocessing_ms") else value
+    return f"{value:.2f}" if name in TIMES else value
