@@ -19,7 +19,7 @@ def test_the_full_preset_is_the_published_stages_and_what_section_6_adds():
     full, paper, quick = (settings.load("none", name) for name in ("full", "paper", "quick"))
     for section in PUBLISHED:
         assert getattr(full, section) == getattr(paper, section)
-    assert full.segmentor == paper.segmentor.model_copy(update={"evidence": True})
+    assert full.segmentor == paper.segmentor.model_copy(update={"evidence": True, "reliability": True})
     assert full.images == quick.images and full.images.size == 512 and full.fusion == quick.fusion
     for category in ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"):
         assert settings.load(category, "full").pseudo_labels == settings.load(category, "paper").pseudo_labels
