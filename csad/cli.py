@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import csad
 from csad import settings
 from csad.data import layouts
 from csad.data.files import place
@@ -40,7 +41,9 @@ def select(args: argparse.Namespace) -> Selection:
 
 def common_options(story: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
-    parser = argparse.ArgumentParser(description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=story, usage="%(prog)s [options]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     common = parser.add_argument_group("common options")
     common.add_argument("--workspace", type=place, default=Path("."),
                         help="folder under which everything is written (default: the current one)")
@@ -58,12 +61,20 @@ def common_options(story: str) -> argparse.ArgumentParser:
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)
     common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
-    single = parser.add_argument_group("single settings", "defaults: csad/settings.py, preset, category file")
+    single = parser.add_argument_group("single settings", "in brackets the value of the preset paper; other presets and the category's file change some")
     for section, model in settings.SECTIONS.items():
         for key, field in model.model_fields.items():
-            single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS,
-                                metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+            meaning = f"{field.description or ''} ({in_words(field.default)})".strip()
+            single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS, metavar="VALUE",
+                                help=meaning.replace("%", "%%"))
     return parser
+
+
+def in_words(default: Any) -> str:
+    """A setting's default, as one would type it."""
+    if isinstance(default, list):
+        return " ".join(map(str, default)) or "none"
+    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def training_options(story: str) -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+import csad
 from csad.errors import UserError, run_script
 from csad.inference.engines import Engine, device_name, open_model
 from csad.station.daily_log import DailyLog
@@ -42,6 +43,7 @@ def main() -> None:
         raise UserError(f"{problem.name} is not installed; install what serving needs with: {INSTALL}") from problem
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument("--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")

@@ -31,6 +31,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+import csad
 from csad.data import files
 from csad.data.files import place
 from csad.data.listing import short_name
@@ -67,6 +68,7 @@ COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_contribution" 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument("images", nargs="+", type=place_or_url, metavar="IMAGE_OR_FOLDER",
                         help="folders are searched with all below; with --ray lists (.csv, .parquet) and URLs, too")
     parser.add_argument("--model", type=place, required=True, help=".pth, .onnx or .xml written by export_model.py")

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import csad
 from csad import settings
 from csad.data import files, images, layouts, records
 from csad.data.workspace import STAGES, Workspace
@@ -188,8 +189,8 @@ def _require_same(name: str, saved: dict[str, dict]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that make or run exported models, those that are installed."""
-    found = {"python": platform.python_version()}
+    """Of this code, of Python, and of the packages that make or run exported models, those that are installed."""
+    found = {"csad": csad.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
