@@ -61,7 +61,8 @@ def common_options(story: str) -> argparse.ArgumentParser:
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)
     common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
-    single = parser.add_argument_group("single settings", "in brackets the value of the preset paper; other presets and the category's file change some")
+    single = parser.add_argument_group("single settings", "in brackets the value of the preset paper; other presets and "
+                                       "the category's file change some")
     for section, model in settings.SECTIONS.items():
         for key, field in model.model_fields.items():
             meaning = f"{field.description or ''} ({in_words(field.default)})".strip()

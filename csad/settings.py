@@ -81,20 +81,20 @@ class SegmentorSettings(Section):
     """Stage 2 (docs/METHOD.md section 2)."""
 
     width: int = Field(256, ge=8, description="channels of ASPP and decoder")
-    epochs: int = Field(120, ge=1)
+    epochs: int = Field(120, ge=1, description="passes over the trusted images")
     unsupervised_from_epoch: int = Field(50, ge=0, description="epoch in which the unsupervised losses join")
     batch_size: int = Field(4, ge=2, description="trusted images per step; as many unlabelled ones join them")
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.01, gt=0, description="Adam's learning rate")
     final_lr_share: Share = Field(1.0, description="of lr, reached along a cosine (the paper: 1, constant)")
-    weight_decay: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(1e-5, ge=0, description="Adam's weight decay")
     joint_pass: bool = Field(False, description="trusted and unlabelled images pass the segmentor in one "
                              "batch, once the unsupervised losses join (published: one after the other, from the "
                              "first epoch)")
-    weight_ce: float = Field(0.5, ge=0)
-    weight_focal: float = Field(10.0, ge=0)
-    weight_dice: float = Field(1.0, ge=0)
-    weight_histogram: float = Field(10.0, ge=0)
-    weight_entropy: float = Field(1.0, ge=0)
+    weight_ce: float = Field(0.5, ge=0, description="of the cross-entropy in the loss")
+    weight_focal: float = Field(10.0, ge=0, description="of the focal loss")
+    weight_dice: float = Field(1.0, ge=0, description="of the class-balanced dice loss")
+    weight_histogram: float = Field(10.0, ge=0, description="of the histogram loss on unlabelled images")
+    weight_entropy: float = Field(1.0, ge=0, description="of the entropy loss")
     checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
                                                         "with the best AUROC on the test images, looked at every two epochs, as "
                                                         "published; what these score is no estimate of performance")
@@ -123,10 +123,10 @@ class LgstSettings(Section):
                                                         "published; what these score is no estimate of performance")
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
-    steps: int = Field(60000, ge=1)
-    batch_size: int = Field(2, ge=1)
-    lr: float = Field(2e-4, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    steps: int = Field(60000, ge=1, description="training steps")
+    batch_size: int = Field(2, ge=1, description="training images per step")
+    lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
     hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
     he_initialisation: bool = Field(False, description="He's initial weights instead of PyTorch's: for short runs")
     penalty_images: str = Field("auto", description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
@@ -154,7 +154,8 @@ class MemorySettings(Section):
 class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
-    branches: list[Branch] = Field(["patchhist", "LGST"], min_length=1)
+    branches: list[Branch] = Field(["patchhist", "LGST"], min_length=1,
+                                   description="whose scores are added")
     optional: list[Branch] = Field([], description="further branches, weighted with the others if their stage was run; none "
                                    "where branches are named and these are not")
     weights: Literal["equal", "synthetic_defects"] = Field(
