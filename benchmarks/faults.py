@@ -160,7 +160,12 @@ def finish(folder: Path) -> tuple[list[Path], list[float]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
+    """Put a copy of a folder in another one's place, whatever its permissions are."""
+    if target.exists():
+        for path in (target, *target.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
+        shutil.rmtree(target)
     shutil.copytree(source, target, symlinks=True)
 
 
@@ -189,7 +194,8 @@ def preloaded() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Killed processes leave semaphores behind, which the standard library removes with a warning.
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     forkserver.ensure_running()
