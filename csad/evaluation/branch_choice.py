@@ -80,7 +80,7 @@ def fused_branches(category: str, workspace: Workspace, chosen: FusionSettings) 
         return in_order(chosen.branches), ""
     undecided = "has not decided yet"
     if path.exists():
-        decision = files.read_json(path, keys=("branches", "settings", "scores"))
+        decision = files.read_json(path, keys={"branches": list, "settings": dict, "scores": object})
         if decision["settings"] == chosen.model_dump() and decision["scores"] == _digests(category, workspace, chosen):
             return in_order(decision["branches"]), ""
         undecided = ("decided with other fusion settings" if decision["settings"] != chosen.model_dump()
