@@ -397,7 +397,7 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     reference = workspace.evaluation(category, "torch")
     if not reference.exists() or not reference.with_suffix(".json").exists():
         return None
-    evaluated = files.read_json(reference.with_suffix(".json"), keys=("model",))["model"]
+    evaluated = files.read_json(reference.with_suffix(".json"), keys={"model": dict})["model"]
     if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     expected = files.read_scores(reference)

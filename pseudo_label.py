@@ -147,7 +147,7 @@ class Labelling:
         return crops + ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
 
     def used(self) -> dict:
-        return files.read_json(self.begun, keys=("used", "overwrites"))["used"]
+        return files.read_json(self.begun, keys={"used": dict, "overwrites": (str, type(None))})["used"]
 
     def record(self, used: dict) -> records.Record:
         outputs = [self.finished.image(folder.name) / "filtered_cluster_map.png" for folder in self.folders]

@@ -2,11 +2,12 @@
 
     python -m benchmarks.faults --kills 60
 
-A kill passes if the same command, run again, ends well and leaves the files of an uninterrupted run, byte by byte; only
-measured milliseconds may differ. Stages that replace what is finished (--overwrite) are killed, too.
+A kill passes if the same command, run again, ends well and leaves the files of an uninterrupted run, byte by byte;
+only measured milliseconds may differ. Stages that replace what is finished (--overwrite) are killed, too.
 
-Everything happens in copies of one tiny workspace. Scripts run in processes forked from one in which everything heavy is
-imported, but no thread was started: each costs its work instead of seconds of imports. tests/faults runs bad inputs so.
+Everything happens in copies of one tiny workspace. Scripts run in processes forked from one in which everything
+heavy is imported, but no thread was started: each costs its work instead of seconds of imports. tests/faults runs
+bad inputs in the same way.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from csad.errors import UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "torch timm cv2 sklearn.cluster onnx onnxruntime openvino skimage.segmentation uvicorn.logging logging.config "
-    "encodings.idna csad.station.server csad.synthetic.writer csad.training.loop pseudo_label train_segmentor CSAD "
-    "patch_memory export_model benchmark_performance report check_dataset"
+    "encodings.idna csad.station.server csad.synthetic.writer pseudo_label train_segmentor CSAD patch_memory "
+    "export_model benchmark_performance report check_dataset"
 ).split()
 CATEGORY = "pushpins"
 MODEL = f"work/ckpt/pytorch_models/{CATEGORY}.pth"
 # Options that scripts get before those of a command, which therefore count.
 STAGE = shlex.split(
-    "--workspace work --dataset_root data --preset quick --backbone efficientnet_lite0 --device cpu --images.size 256 "
-    "--pseudo_labels.rotations 2 --segmentor.epochs 4 --segmentor.unsupervised_from_epoch 2 --segmentor.width 16 "
-    "--lgst.steps 20 --lgst.width 16 --lgst.teacher_channels 16 --memory.rows 50"
+    "--workspace work --dataset_root data --preset quick --backbone efficientnet_lite0 --device cpu "
+    "--images.size 256 --pseudo_labels.rotations 2 --segmentor.epochs 4 --segmentor.unsupervised_from_epoch 2 "
+    "--segmentor.width 16 --lgst.steps 20 --lgst.width 16 --lgst.teacher_channels 16 --memory.rows 50"
 )
 DATASET = shlex.split(
     f"--dataset_root data --categories {CATEGORY} --image_size 256 --train 10 --validation 5 --test_good 3 "
@@ -160,12 +161,17 @@ def finish(folder: Path) -> tuple[list[Path], list[float]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
+    """Put a copy of a folder in another one's place, whatever its permissions are."""
+    if target.exists():
+        for path in (target, *target.rglob("*")):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
+        shutil.rmtree(target)
     shutil.copytree(source, target, symlinks=True)
 
 
 def contents(lab: Path) -> dict[str, bytes]:
-    """Every file in a folder's folders with its content, or where a link leads, without `LOCKS`, `HOME` and `TIMINGS`."""
+    """Every file in a folder's folders with its content, or where a link leads; no `LOCKS`, `HOME` and `TIMINGS`."""
     files = {}
     for path in sorted(lab.rglob("*")):
         name = str(path.relative_to(lab))
@@ -189,7 +195,8 @@ def preloaded() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Killed processes leave semaphores behind, which the standard library removes with a warning.
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     forkserver.ensure_running()

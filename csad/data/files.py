@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from PIL import Image
 
 # How formulas begin in spreadsheets (OWASP's list, full-width letters included).
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+Fields = Mapping[str, type | tuple[type, ...]]  # names and types of values
 MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
 
 
@@ -133,20 +134,26 @@ def write_state(path: str | Path, state: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] = ()) -> Any:
+def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] | Fields = ()) -> Any:
     """Read what a stage wrote or, with other ``advice``, what a person did.
 
     Args:
-        keys: what it has to hold, if it is a mapping.
+        keys: what it has to hold, if it is a mapping; with the values' types, if these are given.
 
     Raises:
-        UserError: the file is missing, no JSON, or lacks a key; ends with the advice.
+        UserError: the file is missing, no JSON, lacks a key, or has a value of another type; ends with the advice.
     """
     with _named_mistakes(path, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-        if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
+        if keys and not holds(content, keys if isinstance(keys, Mapping) else dict.fromkeys(keys, object)):
             raise ValueError(f"it does not hold {', '.join(keys)}")
         return content
+
+
+def holds(content: Any, fields: Fields) -> bool:
+    """Whether this is a mapping with such values."""
+    return isinstance(content, dict) and all(
+        name in content and isinstance(content[name], kind) for name, kind in fields.items())
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

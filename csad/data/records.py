@@ -96,7 +96,7 @@ class Record:
     def _checkpoint_meta(self) -> dict[str, Any] | None:
         """What the checkpoint says of itself; None for published ones, which say nothing."""
         saved = files.read_state(self.checkpoint) if self.checkpoint is not None else None
-        return saved["meta"] if isinstance(saved, dict) and {"state", "meta"} <= saved.keys() else None
+        return saved["meta"] if files.holds(saved, {"state": dict, "meta": dict}) else None
 
     @staticmethod
     def _refuse(changes: list[str], place: Path | None) -> None:
@@ -111,7 +111,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or none, or of another version.
     """
-    record = files.read_json(path, keys=("used", "scored", "outputs"))
+    record = files.read_json(path, keys={"used": dict, "scored": (dict, type(None)), "outputs": dict})
     require_version(record["used"], str(path), "run its stage again with --overwrite")
     return record
 

@@ -166,7 +166,7 @@ def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[d
         return equal(fusion.branches), ""
     path, reason = workspace.branch_weights(category), "has not weighed the branches yet"
     if path.exists():
-        decided = files.read_json(path, keys=("weights", "settings", "scores"))
+        decided = files.read_json(path, keys={"weights": dict, "settings": dict, "scores": dict})
         if decided["settings"] != fusion.model_dump():
             reason = "weighed the branches with other fusion settings than there are now"
         elif decided["scores"] != _digests(category, workspace, fusion):

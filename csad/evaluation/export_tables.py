@@ -26,8 +26,7 @@ def read(workspace: Workspace) -> list[dict]:
     """
     path = workspace.export_report
     reports = files.read_json(path) if path.exists() else []
-    if not (isinstance(reports, list) and all(isinstance(one, dict) for one in reports) and all(
-            isinstance(one.get(name, ()), kind) for one in reports for name, kind in FIELDS.items())):
+    if not (isinstance(reports, list) and all(files.holds(report, FIELDS) for report in reports)):
         raise UserError(f"{path} cannot be read (it does not hold a list of evaluations); {files.MAKE_AGAIN}")
     return reports
 

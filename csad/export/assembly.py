@@ -35,8 +35,9 @@ from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
 
-# By which a checkpoint is known.
-KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows", "DFM": "components"}
+# By which a checkpoint is known: a key of its "state", and one of its "meta".
+KEYS = {"patchhist": ("fc2.conv3.weight", "segmentor"), "LGST": ("local_st.conv_st.weight", "lgst"), "memory": ("rows", "memory"),
+        "DFM": ("components", "dfm")}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
@@ -96,8 +97,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     for branch in branches:
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
-        if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
-                and KEYS[branch] in saved[branch]["state"]):
+        if not (files.holds(saved[branch], {"state": dict, "meta": dict}) and KEYS[branch][0] in saved[branch]["state"]
+                and KEYS[branch][1] in saved[branch]["meta"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
         records.require_current(workspace.record(name, branch), digests,
                                 [path, workspace.scores(name, branch, "val")], STAGES[branch])

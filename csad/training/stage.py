@@ -103,7 +103,7 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, device: torc
         return None
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
-        name = files.read_json(workspace.backbone, keys=("name",))["name"]
+        name = files.read_json(workspace.backbone, keys={"name": str})["name"]
     backbone = build_backbone(name, weights, workspace.downloads, with_deepest, getattr(args, "download", False))
     agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     if not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed:
@@ -150,10 +150,10 @@ def require_same_inputs(job: Job, branch: str, used: dict[str, Any]) -> None:
         if other == branch or job.overwrite or not record.exists():
             continue
         theirs = records.read_record(record)["used"]
-        if theirs["backbone_fingerprint"] != used["backbone_fingerprint"]:
-            raise UserError(f"{job.name}: {script} worked on the backbone {theirs['backbone']}, this is {used['backbone']}; name "
-                            f"the same with --backbone, or run {script} --overwrite with this one first")
-        if theirs["train_images"] != used["train_images"]:
+        if theirs.get("backbone_fingerprint") != used["backbone_fingerprint"]:
+            raise UserError(f"{job.name}: {script} worked on the backbone {theirs.get('backbone')}, this is "
+                            f"{used['backbone']}; name the same with --backbone, or run {script} --overwrite with this one first")
+        if theirs.get("train_images") != used["train_images"]:
             raise UserError(f"{job.name}: {script} saw other training images than there are now; run {script} --overwrite first")
 
 

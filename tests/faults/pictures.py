@@ -84,8 +84,8 @@ def encodings(rgb: np.ndarray) -> list[tuple[str, bytes, np.ndarray | str]]:
     lossless, quarter_turns = {"lossless": True}, {3: 2, 6: 1, 8: 3}  # that undo an orientation
     listed = [
         *((f"lossless{suffix}", encoded(rgb, kind, **options), rgb) for suffix, kind, options in (
-            (".png", "PNG", {"optimize": True}), (".bmp", "BMP", {}), (".ppm", "PPM", {}), (".tga", "TGA", {}),
-            (".tif", "TIFF", {}), (".tiff", "TIFF", {"compression": "tiff_lzw"}), (".webp", "WEBP", lossless),
+            (".png", "PNG", {"optimize": True}), (".bmp", "BMP", {}), (".ppm", "PPM", {}), (".tif", "TIFF", {}),
+            (".tiff", "TIFF", {"compression": "tiff_lzw"}), (".webp", "WEBP", lossless), (".tga", "TGA", {}),
             (".jp2", "JPEG2000", {}))),
         *((f"turned{tag}{suffix}",
            encoded(np.rot90(rgb, quarter_turns[tag]), kind, exif=_turned(tag), **options), rgb)

@@ -79,7 +79,7 @@ GROUPS = [
            "so it is not kept", inside=processes.damaged_export),
      *(row for damage in (cut(f"{LGST}.pth"), take(f"{LGST}.pth", "memory_pushpins.pth"))
        for row in rows("an optional branch that does not fit", "export_model", "LGST is left out", damage,
-                       status=0, rewrites=[f"{at.CKPT}/pytorch_models/", "work/export_report", f"{SCORES}_"]))],
+                       status=0, rewrites=[f"{at.CKPT}/pytorch_", "work/export_report", f"{SCORES}_"]))],
 
     # Another version of the code.
     [row for name, command in ((LGST, "CSAD"), (LGST, "report"), (MEMORY, "export_model"),
@@ -114,11 +114,20 @@ GROUPS = [
         (f"{at.MASKS}.unfinished/begun.json", "pseudo_label"),
         ("data_components/dataset.json", "make_synthetic_loco"))
      for row in rows(f"{content} in {name}", commands, "does not hold", write(name, content))],
+    [row for name, content, commands in (
+        (f"{LGST}.json", '{"used": 3, "scored": null, "outputs": {}}', ["CSAD", *LATER[1:]]),
+        (f"{LGST}.json", '{"used": {}, "scored": 3, "outputs": {}}', ["report"]),
+        (f"{at.MASKS}.unfinished/begun.json", '{"used": 3, "overwrites": null}', "pseudo_label"),
+        (f"{at.CKPT}/backbone.json", '{"name": 3}', ["CSAD --backbone auto"]))
+     for row in rows(f"values of other types in {name}", commands, "does not hold", write(name, content))],
+    [row for change in (lambda saved: saved.update(meta=3), lambda saved: saved["meta"].pop("memory"))
+     for row in rows("a checkpoint without what it was made from", "export_model", "not written by",
+                     do.state(f"{MEMORY}.pth", change), *at.without_records(MEMORY))],
     rows("an export report of something else", ["report", "export_model --inference_only"], "does not hold",
          write("work/export_report.json", '[{"category": "pushpins"}]')),
     [row for damage in (cut(f"{SCORES}_torch_scores.csv"), write(f"{SCORES}_torch_scores.csv", "image\n"))
-     for row in rows("a damaged table of scores", "export_model --inference_only --format onnx", "cannot be read",
-                     damage)],
+     for row in rows("half of a table of scores", "export_model --inference_only --format onnx",
+                     "cannot be read", damage)],
     [row for model in (ONNX, XML)
      for row in rows("half a model", [f"{PREDICT} --model {model}", f"serve --model {model}"], "cannot",
                      cut(model))],
@@ -131,7 +140,7 @@ GROUPS = [
     [*rows("weights that are none", "CSAD --backbone_weights data/x", "does not hold",
            write("data/x", "none")),
      *rows("foreign weights", f"CSAD --backbone_weights {TORCH}", "does not hold"),
-     *rows("weights of another training", "CSAD --overwrite --backbone wide_resnet50_2", "its name stands for",
+     *rows("weights of another training", "CSAD --backbone wide_resnet50_2", "its name stands for",
            do.weights_of_v1(f"{at.CKPT}/wide_resnet50_2.pth"))],
     rows("a damaged archive of penalty pictures", "CSAD --overwrite --lgst.student pixels",
          "is not the published archive", write(f"{at.CKPT}/tiny-imagenet-200.zip", "PK")),

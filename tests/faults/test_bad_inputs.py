@@ -1,7 +1,7 @@
 """Bad inputs to every script: each ends with the expected status and a sentence, and harms nothing finished.
 
 Of each group of rows, the same fault in several places or for several scripts, ./test.sh runs the first one;
-`pytest tests/faults --all-faults` runs all. Where status 2 is expected there has to be exactly one sentence, and
+`pytest tests/faults --all-faults` runs all. Where status 2 is expected there has to be exactly one sentence;
 nowhere a traceback, or a file of other bytes than before.
 """
 
