@@ -19,7 +19,7 @@ from typing import Any
 from csad import settings
 from csad.data.locks import FileLock
 from csad.export import exporters
-from csad.inference import score_images
+from csad.commands import score_images
 from csad.training.loop import TrainingLoop
 
 import onnx
