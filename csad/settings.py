@@ -128,15 +128,11 @@ class LgstSettings(Section):
     lr: float = Field(2e-4, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
-    he_initialisation: bool = Field(False, description="He's initial weights instead of PyTorch's: for short runs")
     penalty_images: str = Field("auto", description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
                                 "crops of photographs that scikit-image and scikit-learn bring along; auto takes the first "
                                 "where its archive is in ckpt/, else the last")
-    penalty_every: int = Field(1, ge=1, description="steps from one penalty image to the next")
     global_every: int = Field(1, ge=1, description="steps from one that trains the autoencoder and the student's global head "
                               "to the next; the others train the local head alone")
-    cosine: bool = Field(False, description="the learning rate falls to nothing along half a cosine, instead of to a tenth after "
-                         "95 % of the steps: for short runs")
 
 
 class MemorySettings(Section):
