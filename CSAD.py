@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from csad.branches import BRANCHES
 from csad.cli import select, training_options
 from csad.data import files, layouts, records
 from csad.data.downloads import obtain
@@ -49,7 +50,7 @@ from models.lgst_on_features import FeatureLGST
 
 SCORING_BATCH = 8
 EVALUATED_EVERY = 1000  # steps, where the test images choose the weights
-BRANCHES = ("LGST", "CSAD")  # the second is the published README's name for the same scores
+SCORE_NAMES = BRANCHES["LGST"].score_names
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def train_category(job: Job) -> None:
     used = {"lgst": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **selection(job, chosen.checkpoint),
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
-    record, to_do = begin(job, BRANCHES, used, "LGST is trained")
+    record, to_do = begin(job, SCORE_NAMES, used, "LGST is trained")
     if to_do == records.SKIP:
         return
 
@@ -108,7 +109,7 @@ def train_category(job: Job) -> None:
     maps = {"val": model.anomaly_map(found).cpu().numpy()}
     for split, paths in layouts.test_splits(category).items():
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).cpu().numpy()
-    write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()},
+    write_scores(category, workspace, SCORE_NAMES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()},
                  {split: model.scaled(one) for split, one in maps.items()})
     progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
     record.finish()

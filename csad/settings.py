@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from csad.branches import PAPER_BRANCHES, BranchName
 from csad.errors import UserError
 
 import yaml
@@ -23,8 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
-BRANCHES = ("patchhist", "LGST", "memory", "DFM")
-Branch = Literal["patchhist", "LGST", "memory", "DFM"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -150,8 +149,8 @@ class MemorySettings(Section):
 class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
-    branches: list[Branch] = Field(["patchhist", "LGST"], min_length=1)
-    optional: list[Branch] = Field([], description="further branches, weighted with the others if their stage was run; none "
+    branches: list[BranchName] = Field([*PAPER_BRANCHES], min_length=1)
+    optional: list[BranchName] = Field([], description="further branches, weighted with the others if their stage was run; none "
                                    "where branches are named and these are not")
     weights: Literal["equal", "synthetic_defects"] = Field(
         "equal", description="of the branches in the sum: 1 each (the paper), or for each category what finds synthetic defects "

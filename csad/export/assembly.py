@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
+from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.scores import read_scores
 
@@ -20,7 +21,6 @@ from models.backbone import empty_encoder, fingerprint
 from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.dfm import model_from_state
 from models.fused import (
-    STATISTICS,
     FusedModel,
     attach_metadata,
     empty_lgst,
@@ -34,8 +34,6 @@ from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
 
-# By which a checkpoint is known.
-KEYS = {"patchhist": "fc2.conv3.weight", "LGST": "local_st.conv_st.weight", "memory": "rows", "DFM": "components"}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
@@ -45,12 +43,12 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     Raises:
         UserError: one is missing; names the stage that makes it.
     """
-    paths = [(workspace.checkpoint(category, branch), STAGES[branch]) for branch in branches]
-    paths += [(workspace.scores(category, branch, "val"), STAGES[branch]) for branch in branches]
+    paths = [(workspace.checkpoint(category, branch), BRANCHES[branch].stage) for branch in branches]
+    paths += [(workspace.scores(category, branch, "val"), BRANCHES[branch].stage) for branch in branches]
     if "patchhist" in branches:
-        paths.append((workspace.patch_histogram_parameters(category), STAGES["patchhist"]))
+        paths.append((workspace.patch_histogram_parameters(category), BRANCHES["patchhist"].stage))
         if workspace.evidence_parameters(category).exists():
-            paths.append((workspace.evidence_parameters(category), STAGES["patchhist"]))
+            paths.append((workspace.evidence_parameters(category), BRANCHES["patchhist"].stage))
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
 
 
@@ -96,10 +94,10 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
         if not (isinstance(saved[branch], dict) and {"state", "meta"} <= saved[branch].keys()
-                and KEYS[branch] in saved[branch]["state"]):
+                and BRANCHES[branch].state_key in saved[branch]["state"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
         records.require_current(workspace.record(name, branch), digests,
-                                [path, workspace.scores(name, branch, "val")], STAGES[branch])
+                                [path, workspace.scores(name, branch, "val")], BRANCHES[branch].stage)
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
@@ -142,8 +140,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
                         "make them again with --overwrite") from problem
     for branch in branches:
         mean, std = fit_normalisation(read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR)
-        getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
-        getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
+        getattr(model, f"{BRANCHES[branch].statistics}_mean").fill_(mean)
+        getattr(model, f"{BRANCHES[branch].statistics}_std").fill_(std)
     state = published_state(model)
     require_finite(state, name)
     attach_metadata(state, {
@@ -183,8 +181,8 @@ def _require_same(name: str, saved: dict[str, dict]) -> None:
                             ("images", "views of the images")):
             if one["meta"][what] != other["meta"][what]:
                 told = f" ({one['meta']['backbone']}, {other['meta']['backbone']})" if words == "backbones" else ""
-                raise UserError(f"{name}: {STAGES[first]} and {STAGES[branch]} were run on different {words}{told}; run both "
-                                "with the same options and data")
+                raise UserError(f"{name}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {words}"
+                                f"{told}; run both with the same options and data")
 
 
 def versions() -> dict[str, str]:
