@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from csad.branches import BRANCHES
 from csad.cli import select, training_options
 from csad.data import files, layouts, records
 from csad.data.downloads import obtain
@@ -27,18 +28,16 @@ from csad.training.best_on_test import (
     selection,
     with_checkpoint,
 )
+from csad.training.draws import shuffled_epochs
 from csad.training.jobs import Task, run_jobs
 from csad.training.lgst_step import (
     Batches,
     EncodedImages,
     Sample,
-    draw_indices,
     draw_sample,
-    fast_losses,
-    learning_rate,
-    warm_cosine,
 )
 from csad.training.loop import TrainingLoop
+from csad.training.schedules import step_decay, warm_cosine
 from csad.training.stage import Job, adam, begin, on_cpu, training_jobs, write_scores
 
 import numpy as np
@@ -46,13 +45,12 @@ import torch
 from torch import Tensor
 
 from models.device import autocast, describe_device, memory_format
-from models.lgst import LGST, Differences
+from models.lgst import LGST, Differences, losses
 from models.lgst_on_features import FeatureLGST
-from models.lgst_on_features import losses as feature_losses
 
 SCORING_BATCH = 8
 EVALUATED_EVERY = 1000  # steps, where the test images choose the weights
-BRANCHES = ("LGST", "CSAD")  # the second is the published README's name for the same scores
+SCORE_NAMES = BRANCHES["LGST"].score_names
 
 
 def main() -> None:
@@ -80,7 +78,7 @@ def train_category(job: Job) -> None:
     used = {"lgst": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
             **selection(job, chosen.checkpoint),
             **records.inputs(category.train, job.seed, job.backbone, penalties.stand_ins if penalties else [])}
-    record, to_do = begin(job, BRANCHES, used, "LGST is trained")
+    record, to_do = begin(job, SCORE_NAMES, used, "LGST is trained")
     if to_do == records.SKIP:
         return
 
@@ -111,7 +109,7 @@ def train_category(job: Job) -> None:
     maps = {"val": model.anomaly_map(found).cpu().numpy()}
     for split, paths in layouts.test_splits(category).items():
         maps[split] = model.anomaly_map(differences(model, job, paths, f"score {split}")).cpu().numpy()
-    write_scores(category, workspace, BRANCHES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()},
+    write_scores(category, workspace, SCORE_NAMES, {split: one.max((1, 2), initial=-np.inf) for split, one in maps.items()},
                  {split: model.scaled(one) for split, one in maps.items()})
     progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
     record.finish()
@@ -138,14 +136,12 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, record: records.
     train_images = torch.from_numpy(job.view.read_small(job.category.train, f"{job.name}: read training images"))
     torch.manual_seed(job.seed)
     model = LGST(backbone.channels, chosen.width, chosen.teacher_channels)
-    if chosen.he_initialisation:
-        model.initialise_for_short_runs()
     model.to(device, memory_format=memory_format(job.precision)).train()
     optimizer = adam(model, chosen, device)
     loop = TrainingLoop(chosen.steps, progress, record.used, f"{job.name}: train LGST", f"--lgst.lr (it was {chosen.lr})",
                         record.superseded() if job.overwrite else None, model=model, optimizer=optimizer,
                         **({"best": best} if best else {}))
-    batches = Batches(train_images, model, backbone.encoder, device, f"{job.name}: teacher features")
+    batches = Batches(train_images, model, backbone.encoder, device, job.precision, f"{job.name}: teacher features")
     if loop.done == 0:
         batches.fit_teacher_normalisation()
 
@@ -153,12 +149,15 @@ def train(job: Job, penalties: PenaltyPictures, progress: Path, record: records.
         return draw_sample(len(train_images), penalties, chosen, step, job.name, job.seed)
 
     for step, sample in loop.samples(draw):
-        losses = fast_losses(model, backbone.encoder, batches.batch(sample), chosen.hard_quantile, job.precision)
-        optimizer.param_groups[0]["lr"] = learning_rate(chosen, step)
+        batch = batches.batch(sample)
+        with autocast(device, job.precision):
+            features = model.training_features(*batch)
+        parts = losses(features, chosen.hard_quantile)
+        optimizer.param_groups[0]["lr"] = chosen.lr * step_decay(step, chosen.steps)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        sum(parts.values()).backward()
         optimizer.step()
-        loop.report(losses)
+        loop.report(parts)
         if best is not None:
             best.after(step + 1, model)
     return model.to(memory_format=torch.contiguous_format)
@@ -179,13 +178,14 @@ def train_on_features(job: Job, progress: Path, record: records.Record, best: Be
         maps.fit(model)
 
     def draw(step: int) -> Tensor:
-        return draw_indices(len(job.category.train), chosen.batch_size, step, job.name, job.seed)
+        return shuffled_epochs(len(job.category.train), chosen.batch_size, step, job.name, job.seed)
 
     for step, indices in loop.samples(draw):
-        fourth, teacher, sixteenth = maps.batch(indices, model)
+        stride4, teacher, stride16 = maps.batch(indices, model)
         with autocast(device, job.precision):
-            parts = feature_losses(model, teacher, fourth, sixteenth if step % chosen.global_every == 0 else None)
-        optimizer.param_groups[0]["lr"] = warm_cosine(chosen, step)
+            features = model.training_features(stride4, teacher, stride16 if step % chosen.global_every == 0 else None)
+        parts = losses(features)
+        optimizer.param_groups[0]["lr"] = chosen.lr * warm_cosine(step, chosen.steps)
         optimizer.zero_grad()
         sum(parts.values()).backward()
         optimizer.step()

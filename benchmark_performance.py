@@ -14,17 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 from csad import settings
+from csad.branches import BRANCHES, PAPER_BRANCHES
 from csad.cli import common_options, select, with_branches, with_seeds
 from csad.data import files, layouts, records
 from csad.data.roi import read_roi
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_weights, localisation, seeds
 from csad.evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
 from csad.evaluation.scores import (
     FUSED,
     MANY,
-    PAPER_BRANCHES,
     Scores,
     by_split,
     chosen_on_test,
@@ -150,7 +150,7 @@ def where(category: layouts.Category, workspace: Workspace, branches: list[str],
     for branch in drawing:
         path = workspace.anomaly_maps(category.name, branch)
         if not path.exists():
-            why = f"{path.relative_to(workspace.root)} is missing; {STAGES[branch]} adds it without training again"
+            why = f"{path.relative_to(workspace.root)} is missing; {BRANCHES[branch].stage} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
     by_branch = {branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing}
     for branch in set(branches) - set(drawing):  # as in the exported model

@@ -29,7 +29,7 @@ from csad.data.workspace import FORMATS, PRECISIONS, Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_weights, export_tables, seeds
 from csad.evaluation.metrics import auroc, mean_known
-from csad.export import agreement, exporters, fresh_process, quantisation, thresholds
+from csad.export import agreement, exported_thresholds, exporters, fresh_process, quantisation
 from csad.export.assembly import fused_state, require_up_to_date
 from csad.inference.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
 from csad.progress import ProgressBar
@@ -112,7 +112,7 @@ def change_thresholds(args: argparse.Namespace) -> None:
     places = (workspace := Workspace(args.workspace)).of_seeds(args.seeds).values()
     paths = [path for place in places for path in place.exported_models(args.categories)]
     with workspace.lock_with(places):
-        for path, known in thresholds.change(paths, args.set_threshold, args.set_false_positive_rate):
+        for path, known in exported_thresholds.change(paths, args.set_threshold, args.set_false_positive_rate):
             print(f"{path}: threshold {known['threshold']:.6g}, {known['threshold_words']}")
 
 
@@ -131,7 +131,7 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
     files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
     engine = open_model(path, device)
     if not args.inference_only:
-        thresholds.write_beside(path, engine.metadata)
+        exported_thresholds.write_beside(path, engine.metadata)
     exporters.require_category(engine.metadata, category.name, path)
     if not category.tested:
         print(f"{category.name}: there are no good test images, so nothing to evaluate")
@@ -280,12 +280,12 @@ def accept(path: Path, reference: TorchEngine, category: layouts.Category, devic
     found = fresh_process.score(path, paths, compared, device, f"{category.name}: score validation images")
     known = {"networks": found.networks} | found.metadata
     # First, as it is the stages that are to be trained again where PyTorch's scores are not finite, either.
-    known = thresholds.with_validation_scores(known, found.scores, category.name)
+    known = exported_thresholds.with_validation_scores(known, found.scores, category.name)
     exactly = known.get("precision", "fp32") == "fp32" and found.device.startswith("cpu")
     if problem := agreement.disagreement(reference, [paths[index] for index in compared], found, exactly):
         raise UserError(f"{category.name}: the new {path.name} does not give PyTorch's scores of {len(compared)} validation "
                         f"images, so it is not kept and an earlier one stays as it is: {problem}")
-    thresholds.write_metadata(path, known)
+    exported_thresholds.write_metadata(path, known)
 
 
 def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.ndarray:

@@ -26,6 +26,7 @@ from torch import Tensor
 from models import dfm
 from models.device import describe_device
 from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
+from models.statistics import ChannelMoments
 
 BATCH = 4
 DFM_BATCH = 16  # of views 256 wide
@@ -117,17 +118,14 @@ def fit(job: Job) -> PatchMemory:
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
     each = min(-(-max(CANDIDATES, chosen.rows) // len(paths)), places)  # of one image
     candidates = torch.empty(len(paths), each, channels)
-    total, squares = torch.zeros(2, channels, dtype=torch.float64)
+    moments = ChannelMoments()
     images = iter(candidates)
     for views in read(job, paths, "read training images"):
         found = in_tiles(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
+        moments.add(found)
         for image in found.flatten(2).transpose(1, 2).cpu():  # (places, C)
-            total += image.double().sum(0)
-            squares += image.double().square().sum(0)
             next(images).copy_(image[torch.randperm(places, generator=generator)[:each]])
-    mean = total / count
-    std = (squares / count - mean**2).clamp(min=0).sqrt()
-    std = torch.where(std > 1e-6, std, 1)
+    mean, std = moments.mean, torch.where(moments.std > 1e-6, moments.std, 1)
 
     memory = empty_memory(job)
     memory.mean.copy_(mean.view(1, -1, 1, 1))

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csad import settings
+from csad.branches import BRANCHES
 from csad.cli import common_options, select, with_branches, with_seeds
 from csad.data import files, images, layouts, records
 from csad.data.roi import read_roi
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_weights, export_tables
 from csad.evaluation.deviations import deviations
@@ -41,7 +42,7 @@ from csad.report import figures, page
 import numpy as np
 
 from models.fused import metadata
-from models.fusion import BRANCHES, fuse, share
+from models.fusion import fuse, share
 
 PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
@@ -90,7 +91,7 @@ class Measured:
     def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, metrics: dict[str, Any]):
         self.category, self.workspace, self.metrics = category, workspace, metrics
         self.weights, self.rule = self.metrics["weights"], self.metrics["rule"]
-        self.branches = [branch for branch in STAGES if branch in self.metrics["detection"]]
+        self.branches = [branch for branch in BRANCHES if branch in self.metrics["detection"]]
         self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
             raise UserError(f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
@@ -135,7 +136,8 @@ def write_page(dataset: str, measured: list[Measured], metrics: list[dict[str, A
     content = page.render(
         dataset=dataset, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
         cards=sorted(cards, key=lambda one: -one["score"]), side=side,
-        titles={FUSED: FUSED} | {branch: BRANCHES[branch] for branch in STAGES}, left_out=left_out, versions=versions())
+        titles={FUSED: FUSED} | {branch.name: branch.title for branch in BRANCHES.values()},
+        left_out=left_out, versions=versions())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
@@ -216,9 +218,9 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
             words = [deviation.words for deviation in deviations(label_map, histogram)]
     alarm = max(tested.shares, key=tested.shares.get)
     if alarm in tested.anomaly_maps:
-        drawn.append((f"map of the {BRANCHES[alarm]}", overlays.heat_overlay(image, tested.anomaly_maps[alarm])))
+        drawn.append((f"map of the {BRANCHES[alarm].title}", overlays.heat_overlay(image, tested.anomaly_maps[alarm])))
     return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
-            "score": tested.score, "branches": tested.shares, "anomalous": tested.anomalous, "alarm": BRANCHES[alarm],
+            "score": tested.score, "branches": tested.shares, "anomalous": tested.anomalous, "alarm": BRANCHES[alarm].title,
             "error": tested.error, "words": words,
             "pictures": [(title, overlays.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
@@ -265,8 +267,8 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What each stage noted about how it was run, by stage."""
     noted = {"pseudo_label.py": workspace.pseudo_labels(category.name).record}
-    for branch, stage in STAGES.items():
-        stage = stage if stage not in noted else f"{stage}, {BRANCHES[branch]}"
+    for branch, row in BRANCHES.items():
+        stage = row.stage if row.stage not in noted else f"{row.stage}, {row.title}"
         noted[stage] = workspace.record(category.name, branch)
     return {stage: listed(records.read_record(path)["used"]) for stage, path in noted.items() if path.exists()}
 

@@ -40,12 +40,12 @@ from csad.training.pseudo_label_files import (
     stand_ins_of_stage_1,
     training_data,
 )
+from csad.training.schedules import cosine
 from csad.training.segmentor_step import (
     Batches,
     Sample,
     TrainingData,
     draw_sample,
-    learning_rate,
     step_losses,
 )
 from csad.training.stage import Job, adam, begin, on_cpu, training_jobs, write_scores
@@ -181,7 +181,7 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, record: re
 
     for step, sample in loop.samples(draw):
         losses = step_losses(segmentor, backbone.encoder, batches.batch(sample), chosen, job.precision)
-        optimizer.param_groups[0]["lr"] = learning_rate(chosen, step, steps)
+        optimizer.param_groups[0]["lr"] = chosen.lr * cosine(step, steps, chosen.final_lr_share)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()

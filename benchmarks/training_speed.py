@@ -1,11 +1,12 @@
 """Time one training step of LGST or of the segmentor: as plainly as docs/METHOD.md says it, and as the stages do it.
 
-The plain step is models/lgst.py's in fp32. Steps of all variants take turns in one run, so that whatever else
-the machine does strikes them alike; the median counts. Pictures are noise and the encoder has random weights, because
-neither changes the time: nothing is downloaded. Prints a table and writes benchmark_training_{stage}.json into the
-workspace: milliseconds per step (by the clock, and of all processor cores together, which other work on the machine
-stretches less), hours for all steps of the preset, the memory that a step takes on top of what is held between steps,
-and the floor: the step's multiply-adds at the rate of this machine's large matrix products.
+The plain step is in fp32 and sends every image through the encoder anew. Steps of all variants take turns in
+one run, so that whatever else the machine does strikes them alike; the median counts. Pictures are noise and
+the encoder has random weights, because neither changes the time: nothing is downloaded. Prints a table and
+writes benchmark_training_{stage}.json into the workspace: milliseconds per step (by the clock, and of all
+processor cores together, which other work on the machine stretches less), hours for all steps of the preset,
+the memory that a step takes on top of what is held between steps, and the floor: the step's multiply-adds at
+the rate of this machine's large matrix products.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import SIZE
-from models.device import choose_device, choose_precision, forbid_tf32, memory_format
-from models.lgst import LGST
-from models.lgst import losses as plain_losses
+from models.device import autocast, choose_device, choose_precision, forbid_tf32, memory_format
+from models.lgst import LGST, losses
 from models.segmentor import Segmentor
 
 IMAGES = 16  # training images; how many there are does not change the time of a step
@@ -110,22 +110,26 @@ def main() -> None:
 def lgst_variants(chosen: settings.LgstSettings, encoder: Encoder, precisions: list[str],
                   device: torch.device) -> dict[str, Step]:
     """Name -> a function that trains one step, plain and in each precision."""
-    chosen = chosen.model_copy(update={"penalty_every": 1, "global_every": 1})  # whole steps, whatever the preset leaves out
+    chosen = chosen.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
     penalties = PenaltyPictures(chosen.penalty_images)
     first = LGST(encoder.channels, chosen.width, chosen.teacher_channels).train()
 
     def variant(precision: str, plain: bool = False) -> Step:
         model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
-        batches = lgst_step.Batches(pictures, model, encoder, device, "teacher features")
+        batches = lgst_step.Batches(pictures, model, encoder, device, precision, "teacher features")
         optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
                                      weight_decay=chosen.weight_decay, fused=not plain and device.type != "mps")
         numbers = itertools.count()
 
         def step() -> None:
             batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, chosen, next(numbers), "", 0))
-            descend(plain_losses(model, encoder, batch.images, batch.augmented, batch.penalty, chosen.hard_quantile) if plain
-                    else lgst_step.fast_losses(model, encoder, batch, chosen.hard_quantile, precision), optimizer)
+            if plain:
+                with torch.no_grad():
+                    batch = batch._replace(teacher=model.teacher_features(encoder(batch.images)))
+            with autocast(device, precision):
+                features = model.training_features(*batch)
+            descend(losses(features, chosen.hard_quantile), optimizer)
         return step
 
     return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
@@ -160,9 +164,9 @@ def segmentor_variants(chosen: settings.SegmentorSettings, encoder: Encoder, pre
     return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
 
 
-def descend(losses: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def descend(parts: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    sum(losses.values()).backward()
+    sum(parts.values()).backward()
     optimizer.step()
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import csad
 from csad import settings
+from csad.branches import BRANCHES
 from csad.data import layouts
 from csad.data.files import place
 from csad.data.workspace import Workspace
@@ -108,7 +109,7 @@ def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def with_branches(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--branches``, for the stages that fuse."""
     parser.add_argument("--branches", nargs="+", dest="fusion.branches", default=argparse.SUPPRESS, metavar="BRANCH",
-                        help=f"whose scores are added: {', '.join(settings.BRANCHES)}; the same as --fusion.branches")
+                        help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches")
     return parser
 
 

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from csad.branches import PAPER_BRANCHES, BranchName
 from csad.errors import UserError
 
 import yaml
@@ -23,8 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
-BRANCHES = ("patchhist", "LGST", "memory", "DFM")
-Branch = Literal["patchhist", "LGST", "memory", "DFM"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -128,15 +127,11 @@ class LgstSettings(Section):
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
     hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
-    he_initialisation: bool = Field(False, description="He's initial weights instead of PyTorch's: for short runs")
     penalty_images: str = Field("auto", description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
                                 "crops of photographs that scikit-image and scikit-learn bring along; auto takes the first "
                                 "where its archive is in ckpt/, else the last")
-    penalty_every: int = Field(1, ge=1, description="steps from one penalty image to the next")
     global_every: int = Field(1, ge=1, description="steps from one that trains the autoencoder and the student's global head "
                               "to the next; the others train the local head alone")
-    cosine: bool = Field(False, description="the learning rate falls to nothing along half a cosine, instead of to a tenth after "
-                         "95 % of the steps: for short runs")
 
 
 class MemorySettings(Section):
@@ -154,9 +149,8 @@ class MemorySettings(Section):
 class FusionSettings(Section):
     """Which branches' scores are added (docs/METHOD.md section 4)."""
 
-    branches: list[Branch] = Field(["patchhist", "LGST"], min_length=1,
-                                   description="whose scores are added")
-    optional: list[Branch] = Field([], description="further branches, weighted with the others if their stage was run; none "
+    branches: list[BranchName] = Field([*PAPER_BRANCHES], min_length=1, description="whose scores are added")
+    optional: list[BranchName] = Field([], description="further branches, weighted with the others if their stage was run; none "
                                    "where branches are named and these are not")
     weights: Literal["equal", "synthetic_defects"] = Field(
         "equal", description="of the branches in the sum: 1 each (the paper), or for each category what finds synthetic defects "

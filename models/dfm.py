@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
-from models.constants import MAP_QUANTILES, MAP_SIZE
+from models.constants import MAP_SIZE
+from models.statistics import map_range
 
 POOLING = 2  # positions of the map at 1/16 of the 256 view that are averaged, in each direction
 SIDE = 8  # of the pooled map
@@ -63,10 +64,9 @@ class DeepFeatureModel(nn.Module):
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the errors of all validation images (N, 8, 8)."""
-        ordered = self.anomaly_map(validation).flatten().sort().values
-        start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in MAP_QUANTILES)
+        start, end = map_range(self.anomaly_map(validation))
         self.q_start.copy_(start)
-        self.q_end.copy_(end if end > start else start + 1)
+        self.q_end.copy_(end)
 
 
 def pool(maps: tuple[Tensor, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import csad
+from csad.branches import BRANCHES
 from csad.errors import UserError, require_version
 
 import torch
@@ -29,7 +30,6 @@ from models.prediction import Prediction
 from models.segmentor import Segmentor
 
 METADATA_KEY = "csad"
-STATISTICS = {"patchhist": "patch_hist", "LGST": "lgst", "memory": "memory", "DFM": "dfm"}  # beginnings of buffers with z
 _LGST_KEYS = ("teacher", "local_st", "autoencoder", "q_st_", "q_ae_", "fourth_", "sixteenth_")
 
 
@@ -64,8 +64,8 @@ class FusedModel(nn.Module):
         present = {"patchhist": detector, "LGST": lgst, "memory": memory, "DFM": dfm}
         self.branches = [branch for branch, module in present.items() if module is not None]
         for branch in self.branches:
-            self.register_buffer(f"{STATISTICS[branch]}_mean", torch.tensor(0.0))
-            self.register_buffer(f"{STATISTICS[branch]}_std", torch.tensor(1.0))
+            self.register_buffer(f"{BRANCHES[branch].statistics}_mean", torch.tensor(0.0))
+            self.register_buffer(f"{BRANCHES[branch].statistics}_std", torch.tensor(1.0))
         self.weights = {branch: 1.0 if weights is None else weights[branch] for branch in self.branches}
         for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
@@ -117,7 +117,7 @@ class FusedModel(nn.Module):
 
     def contribution(self, branch: str, score: Tensor) -> Tensor:
         """A branch's scores (B,) -> what it adds to the fused ones, (B,)."""
-        mean, std = (getattr(self, f"{STATISTICS[branch]}_{end}") for end in ("mean", "std"))
+        mean, std = (getattr(self, f"{BRANCHES[branch].statistics}_{end}") for end in ("mean", "std"))
         z = (score - mean) / std
         return self.weights[branch] * (F.softplus(z) if self.rule == "softplus" else z)
 

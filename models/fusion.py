@@ -10,7 +10,6 @@ TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
 SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS
 DEAD_ZONE = 1.5  # stds over the mean from which softplus counts: what good images reach adds next to nothing
-BRANCHES = {"patchhist": "patch histogram", "LGST": "LGST", "memory": "patch memory", "DFM": "DFM"}  # and what people call them
 
 
 def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:

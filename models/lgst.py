@@ -4,7 +4,7 @@ A teacher of fixed random projections of encoder features; a student with two he
 (*local*), one imitating the autoencoder (*global*); and EfficientAD's autoencoder, which imitates the teacher.
 Where they disagree, the image is unlike the training images.
 
-The networks come first, then the losses, in the paper's order. csad/training/lgst_step.py has a faster form of the same losses.
+The networks come first, then the losses, in the paper's order. models/lgst_on_features.py is the same method on encoder maps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Encoder, Normalise, resize
-from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_QUANTILES, MAP_SIZE
+from models.backbone import Normalise, resize
+from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE
+from models.statistics import map_range, quantile
 
 _DECODER_SIZES = (3, 8, 15, 32, 63, 127)
 
@@ -33,23 +34,23 @@ class Teacher(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, 1)
 
-    def forward(self, eighth: Tensor, sixteenth: Tensor) -> Tensor:
+    def forward(self, stride8: Tensor, stride16: Tensor) -> Tensor:
         """(B, C2, H/8, W/8) and (B, C3, H/16, W/16) -> (B, channels, 64, 64), not yet normalised."""
-        return self.assemble(*self.project(eighth, sixteenth))
+        return self.merge_levels(*self.project_levels(stride8, stride16))
 
-    # Enlarging and averaging treat every channel alike and the projection every place alike, so the projection may as
+    # Enlarging and averaging treat every channel alike and the projection every position alike, so the projection may as
     # well come first, where the maps are small: the same sum for an eighth of the multiplications. What it gives is
     # also less to keep than the teacher's features: training keeps it for every image.
 
-    def project(self, eighth: Tensor, sixteenth: Tensor) -> tuple[Tensor, Tensor]:
-        """Each map's share of the projection, (B, channels, H/8, W/8) and (B, channels, H/16, W/16)."""
-        weight = self.proj.weight.split([eighth.shape[1], sixteenth.shape[1]], dim=1)
-        return F.conv2d(eighth, weight[0]), F.conv2d(sixteenth, weight[1])
+    def project_levels(self, stride8: Tensor, stride16: Tensor) -> tuple[Tensor, Tensor]:
+        """Each map's part of the projection, (B, channels, H/8, W/8) and (B, channels, H/16, W/16)."""
+        weight = self.proj.weight.split([stride8.shape[1], stride16.shape[1]], dim=1)
+        return F.conv2d(stride8, weight[0]), F.conv2d(stride16, weight[1])
 
-    def assemble(self, eighth: Tensor, sixteenth: Tensor) -> Tensor:
-        """Both shares -> (B, channels, 64, 64)."""
+    def merge_levels(self, stride8: Tensor, stride16: Tensor) -> Tensor:
+        """Both parts -> (B, channels, 64, 64)."""
         size = (MAP_SIZE, MAP_SIZE)
-        averaged = F.avg_pool2d(resize(eighth, size) + resize(sixteenth, size), 3, stride=1, padding=1)
+        averaged = F.avg_pool2d(resize(stride8, size) + resize(stride16, size), 3, stride=1, padding=1)
         return averaged + self.proj.bias.view(1, -1, 1, 1)
 
 
@@ -143,10 +144,9 @@ class MapNormalisation(nn.Module):
     def fit_map_normalisation(self, validation: Differences) -> None:
         """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
         for branch, maps in (("st", validation.local), ("ae", validation.global_)):
-            start, end = (_quantile(maps, fraction) for fraction in MAP_QUANTILES)
+            start, end = map_range(maps)
             getattr(self, f"q_{branch}_start").copy_(start)
-            # Constant maps have no spread to scale by.
-            getattr(self, f"q_{branch}_end").copy_(end if end > start else start + 1)
+            getattr(self, f"q_{branch}_end").copy_(end)
 
 
 class LGST(MapNormalisation):
@@ -171,15 +171,6 @@ class LGST(MapNormalisation):
         self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
 
-    def initialise_for_short_runs(self) -> None:
-        """Draw all weights before a ReLU by He's rule instead of PyTorch's default: short runs learn several times faster."""
-        heads = (self.local_st.conv_st, self.local_st.conv_ae, self.autoencoder.enconv6, self.autoencoder.deconv8)
-        for part in (self.local_st, self.autoencoder):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d) and module not in heads:
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                    nn.init.zeros_(module.bias)
-
     def teacher_features(self, maps: tuple[Tensor, ...]) -> Tensor:
         """The encoder's three maps -> normalised teacher features (B, channels, 64, 64)."""
         return self.normalise_teacher(self.teacher(maps[1], maps[2]))
@@ -199,48 +190,62 @@ class LGST(MapNormalisation):
         return Differences((self.teacher_features(maps) - local).square().mean(1),
                            (self.autoencoder(normalised) - global_).square().mean(1))
 
+    def training_features(self, images: Tensor, teacher: Tensor, augmented: Tensor | None, augmented_teacher: Tensor | None,
+                          penalty: Tensor) -> TrainingFeatures:
+        """What `losses` compares in one step.
+
+        Args:
+            images: training images, (B, 3, 256, 256) RGB in 0..255, like the two below.
+            teacher: `teacher_features` of them, (B, channels, 64, 64).
+            augmented: their colour-jittered views; None on steps that train the local head alone.
+            augmented_teacher: `teacher_features` of the views.
+            penalty: an ImageNet-like image.
+        """
+        local, _ = self.local_st(self.normalise(images))
+        local_of_penalty, _ = self.local_st(self.normalise(penalty))
+        if augmented is None:
+            return TrainingFeatures(teacher, local, local_of_penalty)
+        decoded = self.autoencoder(self.normalise(augmented))
+        _, global_ = self.local_st(self.normalise(augmented))
+        return TrainingFeatures(teacher, local, local_of_penalty, augmented_teacher, decoded, global_)
+
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
         self.teacher_mean.copy_(mean.view(1, -1, 1, 1))
         self.teacher_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
 
 
-def losses(model: LGST, encoder: Encoder, images: Tensor, augmented: Tensor, penalty: Tensor,
-           hard_quantile: float) -> dict[str, Tensor]:
-    """The losses of one training step, to be added with weight 1, as plainly as the paper says them.
+class TrainingFeatures(NamedTuple):
+    """What teacher, student and autoencoder make of the images of one step, each (B, channels, 64, 64)."""
+
+    teacher: Tensor  # of the training images
+    local: Tensor  # the student's first head on the same images
+    penalty: Tensor | None = None  # the student's first head on an image unlike them, if the step has one
+    augmented_teacher: Tensor | None = None  # the teacher on augmented views; None, like the next two, on local steps
+    decoded: Tensor | None = None  # the autoencoder on these views
+    global_: Tensor | None = None  # the student's second head on these views
+
+
+def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> dict[str, Tensor]:
+    """The losses of one training step, to be added with weight 1; in float32, whatever the networks multiplied in.
 
     Args:
-        images: training images, (B, 3, 256, 256) RGB in 0..255, like all pictures here.
-        augmented: their colour-jittered views; none on steps that train the local head alone.
-        penalty: an ImageNet-like picture, (1, 3, 256, 256), or none, (0, 3, 256, 256).
-        hard_quantile: the local loss averages the differences at or over it.
+        hard_quantile: the local loss averages the squared differences at or over it; None: all of them.
 
     Returns:
-        local: hard teacher-student difference; penalty: squared student output on the penalty picture; autoencoder:
-        teacher-autoencoder difference; global: autoencoder-student difference, the last two on the augmented views. 0 where
-        there is no such picture.
+        local: teacher-student difference; penalty: squared student output on the penalty image; autoencoder:
+        teacher-autoencoder difference; global: autoencoder-student difference. Without the features that they compare,
+        the last three are missing.
     """
-    def teacher(pictures: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.teacher_features(encoder(pictures))
-
-    local, _ = model.local_st(model.normalise(images))
-    difference = (teacher(images) - local).square()
-    found = {"local": difference[difference >= _quantile(difference.detach(), hard_quantile)].mean()}
-    nothing = local.new_zeros(())
-    found["penalty"] = model.local_st(model.normalise(penalty))[0].square().mean() if len(penalty) else nothing
-    if not len(augmented):
-        return found | {"autoencoder": nothing, "global": nothing}
-    decoded = model.autoencoder(model.normalise(augmented))
-    _, global_ = model.local_st(model.normalise(augmented))
-    return found | {"autoencoder": (teacher(augmented) - decoded).square().mean(),
-                    "global": (decoded - global_).square().mean()}
-
-
-def _quantile(values: Tensor, fraction: float) -> Tensor:
-    """Linear-interpolation quantile; torch.quantile refuses more than 2^24 values, which 4,096 maps exceed."""
-    ordered = values.flatten().sort().values
-    position = fraction * (ordered.numel() - 1)
-    below = ordered[int(position)]
-    above = ordered[min(int(position) + 1, ordered.numel() - 1)]
-    return torch.lerp(below, above, position - int(position))
+    teacher, local, penalty, augmented_teacher, decoded, global_ = (
+        None if maps is None else maps.float() for maps in features)
+    difference = (teacher - local).square()
+    if hard_quantile is not None:
+        difference = difference[difference >= quantile(difference.detach(), hard_quantile)]
+    parts = {"local": difference.mean()}
+    if penalty is not None:
+        parts["penalty"] = penalty.square().mean()
+    if decoded is not None:
+        parts["autoencoder"] = (augmented_teacher - decoded).square().mean()
+        parts["global"] = (decoded - global_).square().mean()
+    return parts

@@ -8,7 +8,6 @@ few directions in which good images vary do not drown all others. A thousand ste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,12 @@ from torch.nn import functional as F
 
 from models.backbone import resize
 from models.constants import MAP_SIZE
-from models.lgst import Differences, MapNormalisation
+from models.lgst import Differences, MapNormalisation, TrainingFeatures
 
 RIDGE = 1e-3  # added to the eigenvalues of the correlation matrix, whose mean is 1, before whitening
 SMOOTHING = 5  # side of the mean taken over the global difference
 _GRID = (MAP_SIZE, MAP_SIZE)
-_CODED = (32, 32)  # the autoencoder's input
+CODED_SIZE = (32, 32)  # the autoencoder's input
 
 
 class WhitenedTeacher(nn.Module):
@@ -55,8 +54,8 @@ class FeatureStudent(nn.Module):
         self.conv_st = nn.Conv2d(width, channels, 1)
         self.conv_ae = nn.Conv2d(width, channels, 1)
 
-    def forward(self, fourth: Tensor) -> tuple[Tensor, Tensor]:
-        x = resize(F.relu(self.conv2(F.relu(self.conv1(fourth)))), _GRID)
+    def forward(self, stride4: Tensor) -> tuple[Tensor, Tensor]:
+        x = resize(F.relu(self.conv2(F.relu(self.conv1(stride4)))), _GRID)
         return self.conv_st(x), self.conv_ae(x)
 
 
@@ -73,11 +72,11 @@ class FeatureAutoencoder(nn.Module):
         self.deconv3 = nn.Conv2d(width, width, 3, padding=1)
         self.deconv4 = nn.Conv2d(width, channels, 1)
 
-    def forward(self, sixteenth: Tensor) -> Tensor:
-        x = self.enconv3(F.relu(self.enconv2(F.relu(self.enconv1(sixteenth)))))
+    def forward(self, stride16: Tensor) -> Tensor:
+        x = self.enconv3(F.relu(self.enconv2(F.relu(self.enconv1(stride16)))))
         x = F.relu(self.deconv1(x))
         x = F.relu(self.deconv2(resize(x, (16, 16))))
-        return resize(self.deconv4(F.relu(self.deconv3(resize(x, _CODED)))), _GRID)
+        return resize(self.deconv4(F.relu(self.deconv3(resize(x, CODED_SIZE)))), _GRID)
 
 
 class FeatureLGST(MapNormalisation):
@@ -95,12 +94,12 @@ class FeatureLGST(MapNormalisation):
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
-        fourth, eighth, sixteenth = encoder_channels
-        channels = min(channels, eighth + sixteenth)
-        self.teacher = WhitenedTeacher(eighth + sixteenth, channels).requires_grad_(False)
-        self.local_st = FeatureStudent(fourth, width, channels)
-        self.autoencoder = FeatureAutoencoder(sixteenth, width, channels)
-        for name, count in (("fourth", fourth), ("sixteenth", sixteenth)):
+        stride4, stride8, stride16 = encoder_channels
+        channels = min(channels, stride8 + stride16)
+        self.teacher = WhitenedTeacher(stride8 + stride16, channels).requires_grad_(False)
+        self.local_st = FeatureStudent(stride4, width, channels)
+        self.autoencoder = FeatureAutoencoder(stride16, width, channels)
+        for name, count in (("fourth", stride4), ("sixteenth", stride16)):
             self.register_buffer(f"{name}_mean", torch.zeros(1, count, 1, 1))
             self.register_buffer(f"{name}_std", torch.ones(1, count, 1, 1))
         self._initialise()
@@ -119,13 +118,25 @@ class FeatureLGST(MapNormalisation):
             elif module is not self.autoencoder.enconv3:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-    def imitate(self, fourth: Tensor) -> tuple[Tensor, Tensor]:
+    def student_features(self, stride4: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's map at 1/4 -> the student's local and global features."""
-        return self.local_st((fourth - self.fourth_mean) / self.fourth_std)
+        return self.local_st((stride4 - self.fourth_mean) / self.fourth_std)
 
-    def reconstruct(self, sixteenth: Tensor) -> Tensor:
+    def autoencoder_features(self, stride16: Tensor) -> Tensor:
         """The encoder's map at 1/16 -> the autoencoder's features."""
-        return self.autoencoder((resize(sixteenth, _CODED) - self.sixteenth_mean) / self.sixteenth_std)
+        return self.autoencoder((resize(stride16, CODED_SIZE) - self.sixteenth_mean) / self.sixteenth_std)
+
+    def training_features(self, stride4: Tensor, teacher: Tensor, stride16: Tensor | None) -> TrainingFeatures:
+        """What `models.lgst.losses` compares in one step, without augmented views and penalty.
+
+        Args:
+            stride4, stride16: the encoder's maps of the images at 1/4 and 1/16; None for the latter trains the local head alone.
+            teacher: teacher features of the images, (B, channels, 64, 64).
+        """
+        local, global_ = self.student_features(stride4)
+        if stride16 is None:
+            return TrainingFeatures(teacher, local)
+        return TrainingFeatures(teacher, local, None, teacher, self.autoencoder_features(stride16), global_)
 
     def forward(self, images: Tensor, _: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> Tensor:
         """As `models.lgst.LGST.forward`, from the maps of the larger view alone."""
@@ -133,38 +144,12 @@ class FeatureLGST(MapNormalisation):
 
     def differences(self, maps: tuple[Tensor, ...]) -> Differences:
         """The encoder's three maps -> where student, teacher and autoencoder disagree, the global part averaged over 5x5."""
-        local, global_ = self.imitate(maps[0])
+        local, global_ = self.student_features(maps[0])
         local = (self.teacher(maps) - local).square().mean(1)
-        global_ = (self.reconstruct(maps[2]) - global_).square().mean(1, keepdim=True)
+        global_ = (self.autoencoder_features(maps[2]) - global_).square().mean(1, keepdim=True)
         return Differences(local, F.avg_pool2d(global_, SMOOTHING, stride=1, padding=SMOOTHING // 2)[:, 0])
 
 
 def averaged(maps: tuple[Tensor, ...]) -> Tensor:
     """The encoder's maps at 1/8 and 1/16, each averaged over 3x3, side by side, (B, C, 64, 64)."""
-    eighth, sixteenth = (resize(F.avg_pool2d(one, 3, stride=1, padding=1), _GRID) for one in maps[1:])
-    return torch.cat([eighth, sixteenth], 1)
-
-
-def losses(model: FeatureLGST, teacher: Tensor, fourth: Tensor, sixteenth: Tensor | None) -> dict[str, Tensor]:
-    """The losses of one training step, to be added with weight 1: as `models.lgst.losses`, without augmented views and penalty.
-
-    Args:
-        teacher: teacher features of the images, (B, channels, 64, 64).
-        fourth, sixteenth: the encoder's maps of them at 1/4 and 1/16; None for the latter trains the local head alone.
-    """
-    local, global_ = model.imitate(fourth)
-    found = {"local": (teacher - local.float()).square().mean()}
-    if sixteenth is None:
-        return found
-    decoded = model.reconstruct(sixteenth).float()
-    return found | {"autoencoder": (teacher - decoded).square().mean(), "global": (decoded - global_.float()).square().mean()}
-
-
-def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C) over all places of (B, C, H, W) batches, float64 on the CPU."""
-    count, total, products = 0, 0.0, 0.0
-    for batch in batches:
-        rows = batch.float().permute(0, 2, 3, 1).flatten(0, 2)
-        count, total, products = count + len(rows), total + rows.sum(0).cpu().double(), products + (rows.T @ rows).cpu().double()
-    mean = total / count
-    return mean, products / count - mean.outer(mean)
+    return torch.cat([resize(F.avg_pool2d(level, 3, stride=1, padding=1), _GRID) for level in maps[1:]], 1)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
-from models.constants import MAP_QUANTILES, MAP_SIZE
+from models.constants import MAP_SIZE
+from models.statistics import map_range
 
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
 USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
@@ -107,10 +108,9 @@ class PatchMemory(nn.Module):
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
-        ordered = self._shown(validation).flatten().sort().values
-        start, end = (ordered[round(fraction * (len(ordered) - 1))] for fraction in MAP_QUANTILES)
+        start, end = map_range(self._shown(validation))
         self.q_start.copy_(start)
-        self.q_end.copy_(end if end > start else start + 1)
+        self.q_end.copy_(end)
 
 
 def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:

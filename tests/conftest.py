@@ -135,3 +135,11 @@ def status_of(main) -> int:
     except SystemExit as ended:
         return ended.code
     return 0
+
+
+def initialise_by_he(*networks: torch.nn.Module) -> None:
+    """He's weights: PyTorch's own leave outputs and gradients of so small networks at mere rounding."""
+    for module in (module for network in networks for module in network.modules()):
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            torch.nn.init.zeros_(module.bias)

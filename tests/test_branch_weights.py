@@ -94,7 +94,7 @@ def test_few_branches_are_weighed_too(branches):
 def workspace(tmp_path):
     """One in which all stages have run, as far as the choice looks."""
     made = Workspace(tmp_path)
-    for branch in settings.BRANCHES:
+    for branch in BRANCHES:
         made.checkpoint("discs", branch).parent.mkdir(exist_ok=True)
         made.checkpoint("discs", branch).touch()
         files.write_array(made.scores("discs", branch, "val"), np.arange(4.0))

@@ -149,7 +149,7 @@ def test_stage_1_in_parts_gives_the_same_bytes_in_any_order(run, labelled, tmp_p
             done.append(name)
             jobs(args)[name].do()
         return {}, {}
-    monkeypatch.setattr("csad.cluster.jobs.run", on_a_cluster)
+    monkeypatch.setattr("csad.cluster.remote_jobs.run", on_a_cluster)
     run("pseudo_label", tmp_path, "--ray", "local", "--categories", "bolts", "discs")
     assert len(done) == 8
     assert contents(tmp_path) == labelled[0]

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import initialise_by_he
 
 from models import dfm as deep_features
 from models.backbone import empty_encoder
@@ -45,7 +46,7 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
     segmentor, detector = Segmentor(encoder.channels, 16, CLASSES), PatchHistogramDetector(CLASSES)
     if kind == "paper":
         lgst = LGST(encoder.channels, 16, 24)
-        lgst.initialise_for_short_runs()
+        initialise_by_he(lgst.local_st, lgst.autoencoder)
         model = FusedModel(encoder, segmentor, detector, lgst)
     else:
         rng = np.random.default_rng(0)

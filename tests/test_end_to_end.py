@@ -223,7 +223,7 @@ def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch
     import CSAD
     work, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
-    real, calls = CSAD.feature_losses, []
+    real, calls = CSAD.losses, []
 
     def killed_at_the_fourth(*args):
         calls.append(1)
@@ -231,11 +231,11 @@ def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch
             raise ZeroDivisionError
         return real(*args)
 
-    monkeypatch.setattr(CSAD, "feature_losses", killed_at_the_fourth)
+    monkeypatch.setattr(CSAD, "losses", killed_at_the_fourth)
     with pytest.raises(ZeroDivisionError):
         run("CSAD", tmp_path, dataset)
     assert (tmp_path / "ckpt/discs_lgst_progress.pth").exists()
-    monkeypatch.setattr(CSAD, "feature_losses", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr(CSAD, "losses", lambda *args: (calls.append(1), real(*args))[1])
     run("CSAD", tmp_path, dataset)
     assert len(calls) == 4 + 3  # steps 1 to 3 were not trained again
     first, second = (files.read_state(folder / "ckpt/best_discs.pth")["state"] for folder in (work, tmp_path))
@@ -248,7 +248,7 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
     import CSAD
     _, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
-    real = CSAD.feature_losses
+    real = CSAD.losses
     calls = []
 
     def killed(*args):
@@ -256,7 +256,7 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
         if len(calls) == 3:
             raise ZeroDivisionError
         return real(*args)
-    monkeypatch.setattr(CSAD, "feature_losses", killed)
+    monkeypatch.setattr(CSAD, "losses", killed)
     with pytest.raises(ZeroDivisionError):
         run("CSAD", tmp_path, dataset)
     assert "lr: 0.003 -> 0.1" in fails("CSAD", tmp_path, dataset, "--lgst.lr", "0.1")
@@ -264,12 +264,12 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
 
 def test_a_loss_that_is_no_number_ends_within_twenty_steps(finished, fails, tmp_path, monkeypatch):
     import CSAD
-    real, calls = CSAD.feature_losses, []
+    real, calls = CSAD.losses, []
 
     def broken(*args):
         calls.append(1)
         return {name: loss * float("nan") for name, loss in real(*args).items()}
-    monkeypatch.setattr(CSAD, "feature_losses", broken)
+    monkeypatch.setattr(CSAD, "losses", broken)
     assert "diverged" in fails("CSAD", tmp_path, finished[1], "--lgst.steps", "200")
     assert len(calls) <= 20 and not list(tmp_path.rglob("*progress*"))
 

@@ -1,35 +1,25 @@
 """LGST's networks, losses and draws."""
 
-import copy
-
 from csad import settings
 from csad.errors import UserError
 from csad.standins.penalty_pictures import PenaltyPictures
 from csad.training import feature_cache
-from csad.training import lgst_step as steps
-from csad.training.lgst_step import Batches, draw_indices, draw_sample, hard_mean, jitter_colour
+from csad.training.draws import shuffled_epochs
+from csad.training.lgst_step import Batches, draw_sample, jitter_colour
+from csad.training.schedules import cosine, step_decay, warm_cosine
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_parts
+from conftest import draw_parts, initialise_by_he
 from torchvision.transforms import functional as TF
 
-from models.lgst import LGST, Autoencoder, Differences, Student
-from models.lgst import losses as plain_losses
-from models.lgst_on_features import FeatureLGST, averaged, moments
-from models.lgst_on_features import losses as feature_losses
+from models.device import autocast
+from models.lgst import LGST, Autoencoder, Differences, Student, TrainingFeatures, losses
+from models.lgst_on_features import FeatureLGST, averaged
+from models.statistics import channel_covariance, quantile
 
 CHANNELS = (6, 8, 10)
-
-
-def assert_gradients_agree(fast, plain, step, relative=1e-3):
-    """Tensor by tensor within ``relative``; what is under 1e-5 of the whole gradient is rounding."""
-    whole = torch.cat([one.grad.flatten() for one in plain.parameters() if one.grad is not None]).norm()
-    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters()):
-        if theirs.grad is not None:
-            difference = (ours.grad - theirs.grad).norm()
-            assert difference <= relative * theirs.grad.norm() + 1e-5 * whole, (step, name, difference)
 
 
 class Encoder(torch.nn.Module):
@@ -53,11 +43,25 @@ def test_maps_are_64_by_64():
     assert local.shape == global_.shape == Autoencoder(12)(images).shape == (2, 12, 64, 64)
 
 
-def test_hard_mean_is_the_mean_at_or_over_the_quantile():
-    values = torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(1))
-    threshold = torch.quantile(values, 0.999)
-    torch.testing.assert_close(hard_mean(values, 0.999), values[values >= threshold].mean())
-    assert hard_mean(values, 0.0) == pytest.approx(values.mean().item(), abs=1e-6)
+def test_losses_are_the_papers():
+    draw = np.random.default_rng(0)
+    teacher, local, penalty, augmented_teacher, decoded, global_ = (
+        draw.standard_normal((2, 5, 64, 64)).astype(np.float32) for _ in range(6))
+    features = TrainingFeatures(*map(torch.from_numpy, (teacher, local, penalty, augmented_teacher, decoded, global_)))
+    found = losses(features, 0.999)
+    difference = (teacher - local) ** 2
+    assert {name: value.item() for name, value in found.items()} == pytest.approx({
+        "local": difference[difference >= np.quantile(difference, 0.999)].mean(), "penalty": (penalty**2).mean(),
+        "autoencoder": ((augmented_teacher - decoded) ** 2).mean(), "global": ((decoded - global_) ** 2).mean()}, rel=1e-5)
+    local_step = losses(TrainingFeatures(features.teacher, features.local))
+    assert local_step.keys() == {"local"}
+    assert local_step["local"].item() == pytest.approx(difference.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.999, 1.0])
+def test_quantile_is_numpys(fraction):
+    values = np.random.default_rng(1).standard_normal((3, 7, 11)).astype(np.float32)
+    assert quantile(torch.from_numpy(values), fraction).item() == pytest.approx(np.quantile(values, fraction), abs=1e-6)
 
 
 @pytest.fixture
@@ -65,53 +69,47 @@ def pictures():
     return torch.randint(0, 255, (5, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def two_models(chosen):
+def new_model(chosen):
     torch.manual_seed(0)
-    first = LGST(CHANNELS, chosen.width, chosen.teacher_channels)
-    first.initialise_for_short_runs()  # PyTorch's own leaves gradients of 1e-7, mere rounding
-    second = copy.deepcopy(first)
-    return first.train(), second.train()
+    model = LGST(CHANNELS, chosen.width, chosen.teacher_channels)
+    initialise_by_he(model.local_st, model.autoencoder)
+    return model.train()
+
+
+def step_losses(model, batch, chosen, precision="fp32"):
+    with autocast(torch.device("cpu"), precision):
+        features = model.training_features(*batch)
+    return losses(features, chosen.hard_quantile)
 
 
 def relative_difference(found, expected):
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("kept, count, every", [(True, 3, 1), (True, 2, 2), (False, 1, 1)])
-def test_fast_steps_are_the_plain_ones(pictures, kept, count, every, monkeypatch):
-    """From the same weights, images and draws: losses within 1e-4, gradients within 1e-3, tensor by tensor.
-
-    The plain model takes over the weights before every step: left to themselves the two drift apart, as any two orders of
-    summation do, because Adam divides by the size of the gradient, so that where there is next to none, rounding decides.
-    """
+@pytest.mark.parametrize("kept", [True, False])
+def test_kept_teacher_features_are_those_of_a_fresh_pass(pictures, kept, monkeypatch):
+    """And the three networks see what they should: original, augmented and penalty images."""
     if not kept:
         monkeypatch.setattr(feature_cache, "CACHE_BYTES", 0)
-    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12, "lgst.global_every": every,
-                                             "lgst.penalty_every": every}).lgst
-    encoder, penalties = Encoder(), PenaltyPictures("bundled")
-    fast, plain = two_models(chosen)
-    batches = Batches(pictures, fast, encoder, torch.device("cpu"), "teacher")
+    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12, "lgst.global_every": 2}).lgst
+    encoder, penalties, model = Encoder(), PenaltyPictures("bundled"), new_model(chosen).eval()
+    batches = Batches(pictures, model, encoder, torch.device("cpu"), "fp32", "teacher")
     batches.fit_teacher_normalisation()
-    features = plain.teacher(*encoder(pictures.float())[1:]).double()
-    torch.testing.assert_close(fast.teacher_mean.flatten(), features.mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fast.teacher_std.flatten(), features.std((0, 2, 3), correction=0).float(), rtol=1e-4, atol=1e-4)
-    optimizer = torch.optim.Adam([one for one in fast.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
-    for step in range(count):
-        plain.load_state_dict(fast.state_dict())
-        batch = batches.batch(draw_sample(len(pictures), penalties, chosen, step, "c", 0))
-        assert len(batch.augmented) == (0 if step % every else chosen.batch_size)
-        random_state = torch.get_rng_state()  # of the autoencoder's dropout
-        found = steps.fast_losses(fast, encoder, batch, chosen.hard_quantile, "fp32")
-        torch.set_rng_state(random_state)
-        expected = plain_losses(plain, encoder, batch.images, batch.augmented, batch.penalty, chosen.hard_quantile)
-        for parts, model in ((found, fast), (expected, plain)):
-            model.zero_grad()
-            sum(parts.values()).backward()
-        assert found.keys() == expected.keys()
-        for name in expected:
-            assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-4), (step, name)
-        assert_gradients_agree(fast, plain, step)
-        optimizer.step()
+    features = model.teacher(*encoder(pictures.float())[1:]).double()
+    torch.testing.assert_close(model.teacher_mean.flatten(), features.mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.teacher_std.flatten(), features.std((0, 2, 3), correction=0).float(), rtol=1e-4, atol=1e-4)
+    sample = draw_sample(len(pictures), penalties, chosen, 0, "c", 0)
+    batch = batches.batch(sample)
+    assert torch.equal(batch.images, pictures[sample.indices].float())
+    torch.testing.assert_close(batch.teacher, model.teacher_features(encoder(batch.images)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.augmented_teacher, model.teacher_features(encoder(batch.augmented)), rtol=1e-4, atol=1e-4)
+    compared = model.training_features(*batch)
+    torch.testing.assert_close(compared.local, model.local_st(model.normalise(batch.images))[0])
+    torch.testing.assert_close(compared.penalty, model.local_st(model.normalise(batch.penalty))[0])
+    torch.testing.assert_close(compared.global_, model.local_st(model.normalise(batch.augmented))[1])
+    torch.testing.assert_close(compared.decoded, model.autoencoder(model.normalise(batch.augmented)))
+    local_step = batches.batch(draw_sample(len(pictures), penalties, chosen, 1, "c", 0))
+    assert local_step.augmented is None and step_losses(model, local_step, chosen).keys() == {"local", "penalty"}
 
 
 def test_projecting_before_enlarging_changes_nothing(model):
@@ -124,15 +122,15 @@ def test_projecting_before_enlarging_changes_nothing(model):
 def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
     chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12}).lgst
     encoder = Encoder()
-    model, _ = two_models(chosen)
-    model.eval()  # dropout draws in the order in which memory lies, which channels last changes
-    batches = Batches(pictures, model, encoder, torch.device("cpu"), "teacher")
-    batches.fit_teacher_normalisation()
-    batch = batches.batch(draw_sample(len(pictures), PenaltyPictures("bundled"), chosen, 0, "c", 0))
+    chosen = chosen.model_copy(update={"hard_quantile": 0.9})
+    model = new_model(chosen).eval()  # dropout draws in the order in which memory lies, which channels last changes
     gradients, values = {}, {}
     for precision in ("fp32", "bf16"):
+        batches = Batches(pictures, model, encoder, torch.device("cpu"), precision, "teacher")
+        batches.fit_teacher_normalisation()
+        batch = batches.batch(draw_sample(len(pictures), PenaltyPictures("bundled"), chosen, 0, "c", 0))
         model.zero_grad()
-        parts = steps.fast_losses(model, encoder, batch, 0.9, precision)
+        parts = step_losses(model, batch, chosen, precision)
         assert all(part.dtype == torch.float32 for part in parts.values())
         sum(parts.values()).backward()
         values[precision] = sum(parts.values()).item()
@@ -144,21 +142,21 @@ def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
 
 
 def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
-    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 8, "lgst.lr": 0.001, "lgst.cosine": True,
+    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 8, "lgst.lr": 0.001,
                                              "lgst.steps": 100, "lgst.batch_size": 1, "lgst.hard_quantile": 0.9}).lgst
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(np.stack([draw_parts(rng, 4, 256)[0] for _ in range(5)])).permute(0, 3, 1, 2)
     encoder, penalties = Encoder(), PenaltyPictures("bundled")
     curves = {}
-    for precision, model in zip(("fp32", "bf16"), two_models(chosen)):
-        model.eval()  # without dropout, which channels last draws in another order
-        batches = Batches(pictures, model, encoder, torch.device("cpu"), "teacher")
+    for precision in ("fp32", "bf16"):
+        model = new_model(chosen).eval()  # without dropout, which channels last draws in another order
+        batches = Batches(pictures, model, encoder, torch.device("cpu"), precision, "teacher")
         batches.fit_teacher_normalisation()
         optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
         curves[precision] = []
         for step in range(12):
             batch = batches.batch(draw_sample(len(pictures), penalties, chosen, step, "c", 0))
-            loss = sum(steps.fast_losses(model, encoder, batch, chosen.hard_quantile, precision).values())
+            loss = sum(step_losses(model, batch, chosen, precision).values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -171,7 +169,7 @@ def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
 
 
 def test_draws_depend_on_seed_and_step_only(pictures):
-    chosen = settings.load("none", "quick", {"lgst.penalty_every": 1, "lgst.global_every": 1}).lgst
+    chosen = settings.load("none", "quick", {"lgst.global_every": 1}).lgst
     penalties = PenaltyPictures("bundled")
 
     def drawn(step, seed):
@@ -185,16 +183,11 @@ def test_draws_depend_on_seed_and_step_only(pictures):
     assert first.penalty.shape == (1, 3, 256, 256)
 
 
-def test_every_image_is_drawn_once_per_epoch():
-    chosen = settings.load("none", "quick", {"lgst.batch_size": 2, "lgst.penalty_every": 100}).lgst
-    seen = [int(index) for step in range(3) for index in draw_sample(6, PenaltyPictures("bundled"), chosen, step, "c", 0).indices]
-    assert sorted(seen) == list(range(6))
-
-
-@pytest.mark.parametrize("cosine, expected", [(False, [1, 1, 1, 0.1]), (True, [1, 0.5, 0.00886, 0.000247])])
-def test_learning_rate_falls(cosine, expected):
-    chosen = settings.load("none", "paper", {"lgst.steps": 100, "lgst.lr": 1, "lgst.cosine": cosine}).lgst
-    assert [steps.learning_rate(chosen, step) for step in (0, 50, 94, 99)] == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize("schedule, expected", [
+    (step_decay, [1, 1, 1, 0.1]), (cosine, [1, 0.5, 0.00886, 0.000247]), (warm_cosine, [0.02, 0.5, 0.00886, 0.000247])])
+def test_learning_rate_falls(schedule, expected):
+    assert [schedule(step, 100) for step in (0, 50, 94, 99)] == pytest.approx(expected, rel=0.01)
+    assert step_decay(0, 1) == 1
 
 
 def test_jitter_is_torchvisions(pictures):
@@ -238,7 +231,7 @@ def test_penalty_pictures_are_photographs_cut_and_sometimes_grey():
 
 
 def test_indices_are_shuffled_epochs():
-    seen = torch.cat([draw_indices(6, 4, step, "c", 0) for step in range(3)]).tolist()
+    seen = torch.cat([shuffled_epochs(6, 4, step, "c", 0) for step in range(3)]).tolist()
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
@@ -255,10 +248,10 @@ class Frozen(torch.nn.Module):
 def test_the_whitened_teacher_gives_features_of_variance_one():
     maps = Frozen.maps(3)
     model = FeatureLGST(CHANNELS, 8, 64)
-    model.teacher.fit(*moments([averaged(maps)]))
+    model.teacher.fit(*channel_covariance([averaged(maps)]))
     features = model.teacher(maps)
     assert features.shape == (3, CHANNELS[1] + CHANNELS[2], 64, 64)  # no more than there are directions
-    mean, covariance = moments([features])
+    mean, covariance = channel_covariance([features])
     torch.testing.assert_close(mean.float(), torch.zeros(len(mean)), atol=1e-3, rtol=0)
     torch.testing.assert_close(covariance.float(), torch.eye(len(mean)), atol=0.02, rtol=0)
 
@@ -267,12 +260,12 @@ def test_the_student_on_features_learns_and_its_maps_are_64_by_64():
     maps = Frozen.maps(2)
     torch.manual_seed(0)
     model = FeatureLGST(CHANNELS, 8, 8)
-    model.teacher.fit(*moments([averaged(maps)]))
+    model.teacher.fit(*channel_covariance([averaged(maps)]))
     teacher = model.teacher(maps).detach()
     optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.003)
     totals = []
     for step in range(12):
-        parts = feature_losses(model, teacher, maps[0], maps[2] if step % 2 == 0 else None)
+        parts = losses(model.training_features(maps[0], teacher, maps[2] if step % 2 == 0 else None))
         assert parts.keys() == ({"local", "autoencoder", "global"} if step % 2 == 0 else {"local"})
         totals.append(parts["local"].item())
         optimizer.zero_grad()

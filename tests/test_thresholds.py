@@ -10,7 +10,7 @@ from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.thresholds import threshold_of
-from csad.export import exporters, thresholds
+from csad.export import exported_thresholds, exporters
 from csad.inference import engines
 from csad.inference.engines import OnnxEngine, open_model
 from csad.station.station import Options, Station
@@ -30,7 +30,7 @@ def exported(tmp_path_factory):
     """A workspace with one model in three formats, and int8 by name."""
     workspace = Workspace(tmp_path_factory.mktemp("exported"))
     state = state_of("paper")
-    attach_metadata(state, thresholds.with_validation_scores(metadata(state), np.array(SCORES), "discs"))
+    attach_metadata(state, exported_thresholds.with_validation_scores(metadata(state), np.array(SCORES), "discs"))
     files.write_state(workspace.exported_model("discs", "torch"), state)
     content = exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False)
     for precision in ("fp32", "int8"):
@@ -51,9 +51,10 @@ def run(monkeypatch):
 
 
 def test_what_an_export_suggests():
-    assert thresholds.with_validation_scores({}, np.arange(99.0), "discs")["threshold"] == 98  # of 99 the largest promises 1 %
+    # Of 99 scores the largest promises 1 %.
+    assert exported_thresholds.with_validation_scores({}, np.arange(99.0), "discs")["threshold"] == 98
     with pytest.raises(UserError, match="not finite on validation images"):
-        thresholds.with_validation_scores({}, np.array([1.0, np.nan]), "discs")
+        exported_thresholds.with_validation_scores({}, np.array([1.0, np.nan]), "discs")
 
 
 def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, capsys):

@@ -12,6 +12,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.training import feature_cache, loop, pseudo_label_files, stage
 from csad.training import segmentor_step as steps
+from csad.training.schedules import cosine
 
 import cv2
 import numpy as np
@@ -450,14 +451,14 @@ def test_a_batch_depends_on_seed_category_and_step_alone(training_data):
 def test_the_learning_rate_falls_to_its_final_share(share):
     overrides = {"segmentor.lr": 0.01, "segmentor.final_lr_share": share}
     chosen = settings.load(CATEGORY, "paper", overrides).segmentor
-    rates = [steps.learning_rate(chosen, step, 100) for step in range(101)]
+    rates = [chosen.lr * cosine(step, 100, chosen.final_lr_share) for step in range(101)]
     assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01 * share)
     assert rates == sorted(rates, reverse=True)
 
 
 def test_the_paper_keeps_its_learning_rate():
     chosen = settings.load(CATEGORY, "paper").segmentor
-    assert {steps.learning_rate(chosen, step, 10) for step in range(10)} == {chosen.lr}
+    assert {chosen.lr * cosine(step, 10, chosen.final_lr_share) for step in range(10)} == {chosen.lr}
 
 
 @pytest.mark.parametrize("joint_pass", [True, False])

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import csad
+from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.files import place
 from csad.data.listing import short_name
@@ -52,8 +53,6 @@ from csad.inference.inspection import (
     state_of,
     verdicts_on,
 )
-
-from models.fusion import BRANCHES
 
 POLL_SECONDS = 1.0
 READ_ATTEMPTS = 3  # of --watch, one a poll, before a file is called unreadable: it may still be copied

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from csad.branches import BRANCHES
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
@@ -14,8 +15,6 @@ SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + struc
 EXPORTED = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"), "openvino": ("openvino_models", ".xml")}
 FORMATS = tuple(EXPORTED)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-# By branch, in all tables' order.
-STAGES = {"patchhist": "train_segmentor.py", "LGST": "CSAD.py", "memory": "patch_memory.py", "DFM": "patch_memory.py"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Workspace:
 
     # Stage 2
     def segmentor(self, category: str) -> Path:
-        return self.root / "ckpt" / f"segmentor_{category}_256.pth"
+        return self.checkpoint(category, "patchhist")
 
     def segmentation_output(self, category: str, split: str, key: str) -> Path:
         """Label map of one test image."""
@@ -102,24 +101,24 @@ class Workspace:
 
     # Stage 3
     def lgst(self, category: str) -> Path:
-        return self.root / "ckpt" / f"best_{category}.pth"
+        return self.checkpoint(category, "LGST")
 
     # Stage 3b
     def memory(self, category: str) -> Path:
-        return self.root / "ckpt" / f"memory_{category}.pth"
+        return self.checkpoint(category, "memory")
 
     def dfm(self, category: str) -> Path:
-        return self.root / "ckpt" / f"dfm_{category}.pth"
+        return self.checkpoint(category, "DFM")
 
     def checkpoint(self, category: str, branch: str) -> Path:
         """What the branch's stage trained or fitted."""
-        return {"patchhist": self.segmentor, "LGST": self.lgst, "memory": self.memory, "DFM": self.dfm}[branch](category)
+        return self.root / "ckpt" / BRANCHES[branch].checkpoint.format(category=category)
 
     def record(self, category: str, branch: str) -> Path:
         """What the branch's stage noted (csad.data.records)."""
         return self.checkpoint(category, branch).with_suffix(".json")
 
-    # Stages 2, 3 and 3b: branch is "patchhist", "LGST" (or its published alias "CSAD"), "memory" or "DFM"
+    # Stages 2, 3 and 3b: branch is a name in csad.branches, or an alias
     def scores(self, category: str, branch: str, part: str) -> Path:
         """``part`` is one of `SCORE_PARTS`."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"

@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from csad.branches import BRANCHES
 from csad.data import files, records
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.evaluation.metrics import auroc
 from csad.settings import FusionSettings
 
@@ -74,7 +75,7 @@ def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> l
         if workspace.checkpoint(category, branch).exists()
         and workspace.scores(category, branch, "val").exists()
     ]
-    return [branch for branch in STAGES if branch in (*fusion.branches, *optional)]
+    return [branch for branch in BRANCHES if branch in (*fusion.branches, *optional)]
 
 
 def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str]) -> Decision:
@@ -154,7 +155,7 @@ def write(category: str, workspace: Workspace, fusion: FusionSettings, decision:
 
 def equal(branches: Sequence[str]) -> dict[str, float]:
     """1 for each."""
-    return {branch: 1.0 for branch in STAGES if branch in branches}
+    return {branch: 1.0 for branch in BRANCHES if branch in branches}
 
 
 def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[dict[str, float], str]:
@@ -172,7 +173,7 @@ def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[d
         elif decided["scores"] != _digests(category, workspace, fusion):
             reason = "weighed the branches by other validation scores than there are now"
         else:
-            return {branch: decided["weights"][branch] for branch in STAGES if branch in decided["weights"]}, ""
+            return {branch: decided["weights"][branch] for branch in BRANCHES if branch in decided["weights"]}, ""
     return equal(fusion.branches), f"export_model.py {reason}, so each counts the same here; run export_model.py again"
 
 

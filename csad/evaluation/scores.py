@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from csad.branches import BRANCHES
 from csad.data import files, layouts, records
-from csad.data.workspace import SCORE_PARTS, STAGES, Workspace
+from csad.data.workspace import SCORE_PARTS, Workspace
 from csad.errors import UserError
 from csad.evaluation.metrics import mean_known
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from models.fusion import apply_z, fit_normalisation
 
-PAPER_BRANCHES = ("patchhist", "LGST")
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
 Scores = dict[str, dict[str, np.ndarray]]
 FUSED = "fused"  # the key of the weighted sum among single branches and other sums
@@ -29,8 +29,8 @@ def scored_branches(category: layouts.Category, workspace: Workspace, fused: lis
     """
     for branch in fused:
         for part in SCORE_PARTS:
-            files.require(workspace.scores(category.name, branch, part), STAGES[branch])
-    return [branch for branch in STAGES if branch in fused
+            files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
+    return [branch for branch in BRANCHES if branch in fused
             or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
 
 
@@ -40,12 +40,12 @@ def read_scores(category: layouts.Category, workspace: Workspace, branch: str, p
     Raises:
         UserError: the file is missing, holds numbers that are not finite, or another number of them than there are images.
     """
-    path = files.require(workspace.scores(category.name, branch, part), STAGES[branch])
+    path = files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
     scores = files.read_array(path)
     images = category.validation if part == "val" else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
     if scores.shape != (len(images),) or scores.dtype.kind != "f":
         raise UserError(f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
-                        f"run {STAGES[branch]} again")
+                        f"run {BRANCHES[branch].stage} again")
     return scores
 
 
@@ -59,7 +59,7 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
     digests = records.scored_images(category.validation, layouts.test_splits(category))
     normalised = {}
     for branch in branches:
-        stage, paths = STAGES[branch], {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
+        stage, paths = BRANCHES[branch].stage, {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
         scores = {part: read_scores(category, workspace, branch, part) for part in SCORE_PARTS}
         maps = workspace.anomaly_maps(category.name, branch)
         records.require_current(workspace.record(category.name, branch), digests,

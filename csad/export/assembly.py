@@ -10,8 +10,9 @@ from typing import Any
 
 import csad
 from csad import settings
+from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.scores import read_scores
 
@@ -21,7 +22,6 @@ from models.backbone import empty_encoder, fingerprint
 from models.constants import IMAGENET_MEAN, IMAGENET_STD
 from models.dfm import model_from_state
 from models.fused import (
-    STATISTICS,
     FusedModel,
     attach_metadata,
     empty_lgst,
@@ -35,9 +35,6 @@ from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
 
-# By which a checkpoint is known: a key of its "state", and one of its "meta".
-KEYS = {"patchhist": ("fc2.conv3.weight", "segmentor"), "LGST": ("local_st.conv_st.weight", "lgst"), "memory": ("rows", "memory"),
-        "DFM": ("components", "dfm")}
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
@@ -47,12 +44,12 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     Raises:
         UserError: one is missing; names the stage that makes it.
     """
-    paths = [(workspace.checkpoint(category, branch), STAGES[branch]) for branch in branches]
-    paths += [(workspace.scores(category, branch, "val"), STAGES[branch]) for branch in branches]
+    paths = [(workspace.checkpoint(category, branch), BRANCHES[branch].stage) for branch in branches]
+    paths += [(workspace.scores(category, branch, "val"), BRANCHES[branch].stage) for branch in branches]
     if "patchhist" in branches:
-        paths.append((workspace.patch_histogram_parameters(category), STAGES["patchhist"]))
+        paths.append((workspace.patch_histogram_parameters(category), BRANCHES["patchhist"].stage))
         if workspace.evidence_parameters(category).exists():
-            paths.append((workspace.evidence_parameters(category), STAGES["patchhist"]))
+            paths.append((workspace.evidence_parameters(category), BRANCHES["patchhist"].stage))
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
 
 
@@ -97,11 +94,12 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     for branch in branches:
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
-        if not (files.holds(saved[branch], {"state": dict, "meta": dict}) and KEYS[branch][0] in saved[branch]["state"]
-                and KEYS[branch][1] in saved[branch]["meta"]):
+        # A file of another stage has other keys, and other settings in its provenance.
+        if not (files.holds(saved[branch], {"state": dict, "meta": dict})
+                and BRANCHES[branch].state_key in saved[branch]["state"] and BRANCHES[branch].section in saved[branch]["meta"]):
             raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
         records.require_current(workspace.record(name, branch), digests,
-                                [path, workspace.scores(name, branch, "val")], STAGES[branch])
+                                [path, workspace.scores(name, branch, "val")], BRANCHES[branch].stage)
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
@@ -144,8 +142,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
                         "make them again with --overwrite") from problem
     for branch in branches:
         mean, std = fit_normalisation(read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR)
-        getattr(model, f"{STATISTICS[branch]}_mean").fill_(mean)
-        getattr(model, f"{STATISTICS[branch]}_std").fill_(std)
+        getattr(model, f"{BRANCHES[branch].statistics}_mean").fill_(mean)
+        getattr(model, f"{BRANCHES[branch].statistics}_std").fill_(std)
     state = published_state(model)
     require_finite(state, name)
     attach_metadata(state, {
@@ -185,8 +183,8 @@ def _require_same(name: str, saved: dict[str, dict]) -> None:
                             ("images", "views of the images")):
             if one["meta"][what] != other["meta"][what]:
                 told = f" ({one['meta']['backbone']}, {other['meta']['backbone']})" if words == "backbones" else ""
-                raise UserError(f"{name}: {STAGES[first]} and {STAGES[branch]} were run on different {words}{told}; run both "
-                                "with the same options and data")
+                raise UserError(f"{name}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {words}"
+                                f"{told}; run both with the same options and data")
 
 
 def versions() -> dict[str, str]:

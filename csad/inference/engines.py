@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from csad.branches import PAPER_BRANCHES
 from csad.data import files
 from csad.errors import UserError, require_version
 
@@ -34,7 +35,6 @@ NODES = {"encoder": ("/encoder/",), "segmentor": ("/segmentor/",), "LGST teacher
          "LGST student": ("/lgst/student/", "/lgst/local_st/"), "LGST autoencoder": ("/lgst/autoencoder/",),
          "memory": ("/memory/", "/Conv")}
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
-PAPER_BRANCHES = ["patchhist", "LGST"]  # of published files, which do not say
 ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))  # onnxruntime's
 _OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 
@@ -65,7 +65,7 @@ class Engine(ABC):
     @property
     def branches(self) -> list[str]:
         """Names of the fused branches, in the order of the predictions."""
-        return self.metadata.get("branches", PAPER_BRANCHES)
+        return self.metadata.get("branches", [*PAPER_BRANCHES])  # published files do not say
 
     @property
     def has_maps(self) -> bool:

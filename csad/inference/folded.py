@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 
+from csad.branches import BRANCHES
 from csad.inference.engines import NODES
 
 import torch
@@ -29,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.backbone import Encoder, resize, to_grids
 from models.constants import MAP_SIZE, SIZE
-from models.fused import STATISTICS, FusedModel, to_rgb
+from models.fused import FusedModel, to_rgb
 from models.lgst import LGST, Student
 from models.prediction import Prediction
 from models.segmentor import ConvBnRelu, Segmentor
@@ -138,8 +139,8 @@ class FoldedModel(FusedModel):
         if segmentor is not None:
             self.patch_hist_detector.whiten()
         for branch in self.branches:
-            for end in ("mean", "std"):
-                getattr(self, f"{STATISTICS[branch]}_{end}").copy_(getattr(model, f"{STATISTICS[branch]}_{end}"))
+            for name in (f"{BRANCHES[branch].statistics}_{end}" for end in ("mean", "std")):
+                getattr(self, name).copy_(getattr(model, name))
         self.with_map, self.raw_input = with_map, raw_input
         self.eval().requires_grad_(False)
 

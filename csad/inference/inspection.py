@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from csad.branches import BRANCHES
 from csad.data import images
 from csad.errors import UserError
 from csad.evaluation.deviations import Deviation, deviations
@@ -23,7 +24,6 @@ from csad.inference.overlays import heat_overlay, label_overlay, shrink, side_by
 import numpy as np
 
 from models.constants import MAP_SIZE
-from models.fusion import BRANCHES
 
 NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
 VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
@@ -117,7 +117,7 @@ class Verdict:
             return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
         score = f"{self.score:.2f}"
         if self.contributions:
-            score += " = " + " + ".join(f"{BRANCHES[branch]} {value:.2f}" for branch, value in self.contributions.items())
+            score += " = " + " + ".join(f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items())
         text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
 

@@ -1,37 +1,16 @@
-"""What a stage has to do, job by job, and doing it one after another; `csad.cluster` does the same jobs on several machines."""
+"""Doing what a stage has to do, one job after another; `csad.cluster` does the same jobs on several machines."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from csad.cli import select
-from csad.data import layouts
-from csad.errors import UserError, disk_is_full, in_a_sentence
+from csad.errors import UserError, disk_is_full
 from csad.progress import ProgressBar
-
-
-class Task(NamedTuple):
-    """One job of a stage.
-
-    Attributes:
-        seed: None where the command line names no several.
-        do: does it, in this process.
-        images: that it holds in memory; None for all of the category.
-        after: names of jobs that come first; where one fails, or returns False, this one is not done.
-    """
-
-    category: layouts.Category
-    seed: int | None
-    do: Callable[[], Any]
-    images: int | None = None
-    after: tuple[str, ...] = ()
-
-
-Jobs = Callable[[argparse.Namespace], dict[str, Task]]  # a stage's jobs by name, in an order that keeps to ``after``
+from csad.tasks import Jobs, Task, reason, told_if_ours
 
 
 def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None) -> None:
@@ -59,13 +38,13 @@ def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str
 
 def on_a_cluster(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
     """Do every job on the Ray cluster ``args.ray``; the only place at which a stage imports Ray's room."""
-    from csad.cluster.jobs import run
+    from csad.cluster.remote_jobs import run
 
     return run(args, jobs)
 
 
 def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Do every job in this process; see `csad.cluster.jobs.run`."""
+    """Do every job in this process; see `csad.cluster.remote_jobs.run`."""
     results, failures = {}, {}
     for name, task in tasks.items():
         try:
@@ -76,13 +55,3 @@ def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str,
             failures[name] = reason(problem)
             ProgressBar.write(f"{told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
     return results, failures
-
-
-def reason(problem: Exception) -> str:
-    """Why a job failed, on one line."""
-    return in_a_sentence(problem) or f"{type(problem).__name__}: {problem}".splitlines()[0]
-
-
-def told_if_ours(problem: Exception) -> str:
-    """The traceback of a programming error; nothing where a sentence tells all."""
-    return "" if in_a_sentence(problem) else "".join(traceback.format_exception(problem))

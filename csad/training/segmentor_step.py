@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from csad.settings import SegmentorSettings
+from csad.training.draws import shuffled_epochs, step_generator
 from csad.training.feature_cache import FeatureCache
 from csad.training.logical_synthesis import synthesise
 
@@ -70,10 +70,9 @@ class Batch(NamedTuple):
 def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str,
                 seed: int) -> Sample:
     """Make the random choices of one step, which depend on seed, category and step alone: a resumed run sees the same."""
-    key = [seed, zlib.crc32(category.encode())]
-    rng = np.random.default_rng([*key, step])
+    rng = step_generator(seed, category, step)
     images, labels, movements, light = [], [], [], []
-    for index in _shuffled(data.trusted, step, settings.batch_size, key):
+    for index in data.trusted[shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()]:
         image, label, _ = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
                                      data.instances[index], data.backgrounds[index], rng,
                                      settings.paste_distance, settings.paste_trials)
@@ -162,22 +161,6 @@ def _logits(segmentor: Segmentor, maps: tuple[Tensor, ...], precision: str) -> T
     with autocast(shallow.device, precision):
         logits = segmentor((shallow, None, deep))
     return logits.float()
-
-
-def learning_rate(settings: SegmentorSettings, step: int, steps: int) -> float:
-    """The learning rate of one step: from `lr` to its final share along half a cosine."""
-    left = (1 + math.cos(math.pi * step / steps)) / 2
-    return settings.lr * (settings.final_lr_share + (1 - settings.final_lr_share) * left)
-
-
-def _shuffled(indices: np.ndarray, step: int, count: int, key: list[int]) -> list[int]:
-    """The indices of one step from endless shuffled epochs: each is seen before any is seen twice."""
-    drawn = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, within = divmod(position, len(indices))
-        # The 1 keeps this generator apart from those of the steps.
-        drawn.append(int(np.random.default_rng([*key, epoch, 1]).permutation(indices)[within]))
-    return drawn
 
 
 def _draw_movement(rng: np.random.Generator) -> np.ndarray:

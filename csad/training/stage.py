@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
+from csad.branches import BRANCHES
 from csad.cli import select, training_options
 from csad.data import files, images, layouts, records
 from csad.data.roi import read_roi
-from csad.data.workspace import STAGES, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.training.backbone_weights import build_backbone
 from csad.training.jobs import Task, run_jobs
@@ -145,8 +146,8 @@ def require_same_inputs(job: Job, branch: str, used: dict[str, Any]) -> None:
     Raises:
         UserError: it was, and nothing says to start over.
     """
-    for other, script in STAGES.items():
-        record = job.workspace.record(job.category.name, other)
+    for other, row in BRANCHES.items():
+        record, script = job.workspace.record(job.category.name, other), row.stage
         if other == branch or job.overwrite or not record.exists():
             continue
         theirs = records.read_record(record)["used"]

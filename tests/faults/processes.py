@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
+from csad.commands import score_images
 from csad.data.locks import FileLock
 from csad.export import exporters
-from csad.commands import score_images
 from csad.training.loop import TrainingLoop
 
 import onnx

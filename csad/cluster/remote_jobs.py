@@ -22,7 +22,7 @@ from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
 from csad.data.workspace import Workspace
 from csad.errors import UserError, disk_is_full, interrupts_wait
 from csad.progress import ProgressBar
-from csad.training.jobs import Jobs, Task, reason, told_if_ours
+from csad.tasks import Jobs, Task, reason, told_if_ours
 
 RETRIES = 20  # of a job whose node or worker died
 TAKE_OVER_SECONDS = STALE_SECONDS + 60  # for which a job waits until its predecessor, whose driver or node was lost, has ended

@@ -1,0 +1,49 @@
+"""The branches of the detector, in all tables' order: their names, their stages, and how files show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BranchName = Literal["patchhist", "LGST", "memory", "DFM"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One row of the table.
+
+    Attributes:
+        name: in settings, metadata and the names of score files.
+        title: what people call it.
+        stage: the script that trains or fits it.
+        checkpoint: name of the file that this stage writes (csad.data.workspace knows where).
+        state_key: in that file's state dict; no other branch has it.
+        section: of the settings, under which its provenance has them.
+        statistics: how the exported model's buffers begin that normalise its score.
+        alias: a second name under which its scores are written.
+    """
+
+    name: BranchName
+    title: str
+    stage: str
+    checkpoint: str
+    state_key: str
+    section: str
+    statistics: str
+    alias: str = ""
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Under which its scores are written."""
+        return (self.name, self.alias) if self.alias else (self.name,)
+
+
+BRANCHES: dict[str, Branch] = {branch.name: branch for branch in (
+    Branch("patchhist", "patch histogram", "train_segmentor.py", "segmentor_{category}_256.pth", "fc2.conv3.weight",
+           "segmentor", "patch_hist"),
+    # The alias is the published README's name.
+    Branch("LGST", "LGST", "CSAD.py", "best_{category}.pth", "local_st.conv_st.weight", "lgst", "lgst", alias="CSAD"),
+    Branch("memory", "patch memory", "patch_memory.py", "memory_{category}.pth", "rows", "memory", "memory"),
+    Branch("DFM", "DFM", "patch_memory.py", "dfm_{category}.pth", "components", "dfm", "dfm"),
+)}
+PAPER_BRANCHES: tuple[BranchName, ...] = ("patchhist", "LGST")

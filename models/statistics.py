@@ -1,0 +1,60 @@
+"""Quantiles and moments of maps, by which all branches normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from models.constants import MAP_QUANTILES
+
+
+def quantile(values: Tensor, fraction: float) -> Tensor:
+    """Linear-interpolation quantile; torch.quantile refuses more than 2^24 values, which 4,096 maps exceed."""
+    ordered = values.flatten().sort().values
+    position = fraction * (ordered.numel() - 1)
+    below = ordered[int(position)]
+    above = ordered[min(int(position) + 1, ordered.numel() - 1)]
+    return torch.lerp(below, above, position - int(position))
+
+
+def map_range(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The `MAP_QUANTILES` of all values of validation maps, by which maps are scaled; they differ, also for constant maps."""
+    start, end = (quantile(maps, fraction) for fraction in MAP_QUANTILES)
+    return start, end if end > start else start + 1
+
+
+class ChannelMoments:
+    """Mean and standard deviation (divisor n) of channels over all positions of all maps that are added."""
+
+    def __init__(self) -> None:
+        self.count, self._total, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, maps: Tensor) -> ChannelMoments:
+        """Maps (B, C, H, W)."""
+        values = maps.detach().cpu().double()  # MPS has no float64
+        self.count += values.numel() // values.shape[1]
+        self._total = self._total + values.sum((0, 2, 3))
+        self._squares = self._squares + values.square().sum((0, 2, 3))
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float64 on the CPU, like `std`."""
+        return self._total / self.count
+
+    @property
+    def std(self) -> Tensor:
+        return (self._squares / self.count - self.mean**2).clamp(min=0).sqrt()
+
+
+def channel_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and covariance (C, C) over all positions of (B, C, H, W) batches; float64 on the CPU."""
+    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        rows = batch.float().permute(0, 2, 3, 1).flatten(0, 2)
+        count, total = count + len(rows), total + rows.sum(0).cpu().double()
+        products = products + (rows.T @ rows).cpu().double()
+    mean = total / count
+    return mean, products / count - mean.outer(mean)
