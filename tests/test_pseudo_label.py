@@ -8,8 +8,8 @@ from csad.data import files, images, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.label_matching import match_labels
-from csad.pseudo_labels import beyond_clustering
-from csad.pseudo_labels.components import CropEmbedding
+from csad.pseudo_labels import beyond_clustering, one_picture
+from csad.pseudo_labels.crop_embedding import CropEmbedding
 from csad.pseudo_labels.masks import PackedMasks
 from csad.pseudo_labels.proposers import Proposals
 
@@ -181,14 +181,14 @@ def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
 
     def refined(**changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
-        return pseudo_label.refine(proposals, settings.load("discs", "quick", named).pseudo_labels)
+        return one_picture.refine(proposals, settings.load("discs", "quick", named).pseudo_labels)
 
     candidates, labels = refined()
     assert len(candidates) == 2 and labels.max() == 2
     assert len(refined(inside_grounding=True)[0]) == 1
     candidates, labels = refined(no_sam=True)
     assert len(candidates) == 2 and labels.max() == 1 and labels[10, 10] == 1
-    pseudo_label.save_masks(tmp_path, proposals, candidates, labels)
+    one_picture.save_masks(tmp_path, proposals, candidates, labels)
     assert (tmp_path / "grounding_mask_color.png").exists() and (tmp_path / "grounding_background.png").exists()
 
 
