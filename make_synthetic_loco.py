@@ -1,12 +1,12 @@
 """Render the built-in data set: five categories with logical rules, in MVTec LOCO AD's own layouts."""
 
 import argparse
-import os
 from dataclasses import fields
 from pathlib import Path
 
 from csad.data.files import place
 from csad.errors import run_script
+from csad.processes import workers_option
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, components_root, write_dataset
 
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for setting in fields(Settings):
         parser.add_argument(f"--{setting.name}", type=int, default=setting.default, help=SETTING_HELP[setting.name])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes to render with")
+    workers_option(parser, "processes to render with")
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -22,15 +22,18 @@ from pathlib import Path
 
 from csad import settings
 from csad.cli import common_options, select, with_cluster
-from csad.data import downloads, files, images, layouts, records
+from csad.data import downloads, files, layouts, records
 from csad.data.checks import quick_check
 from csad.data.workspace import PseudoLabels, Workspace
 from csad.errors import UserError, run_script
+from csad.processes import map_pictures, workers_option
 from csad.progress import ProgressBar
-from csad.pseudo_labels import beyond_clustering, checkpoints, clustering, components, masks
+from csad.pseudo_labels import beyond_clustering, checkpoints, clustering, masks, one_picture
+from csad.pseudo_labels.crop_embedding import CropEmbedding, random_projection
 from csad.pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
-from csad.pseudo_labels.proposers import Proposals, Proposer
-from csad.pseudo_labels.saving import GROUNDING, REFINED, grounding_map, save_info, save_label_map, save_masks
+from csad.pseudo_labels.one_picture import COMPONENTS, REFINED, clustered_map, propose, save_label_map
+from csad.pseudo_labels.proposers import Proposer
+from csad.pseudo_labels.saving import save_info
 from csad.standins.classical import ClassicalProposer
 from csad.training.jobs import Task, run_jobs
 from csad.training.stage import agreed_backbone, view_of
@@ -41,7 +44,6 @@ import torch
 from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone, fingerprint
 from models.device import choose_training_device, forbid_tf32
 
-COMPONENTS = "components.npz"  # per image, its features: where it lies, the image is done
 IMAGES_PER_TASK = 64  # of a Ray cluster
 MOST_CLUSTERS = 30  # without a warning: few products have so many kinds of parts
 IMAGES_AT_ONCE = 16  # whose components are described together on a GPU; a CPU gains nothing from more than one
@@ -54,6 +56,7 @@ def main() -> None:
                      help="auto, grounded_sam, sam or classical; the same as --pseudo_labels.proposer")
     own.add_argument("--save_all_masks", dest="pseudo_labels.save_all_masks", action="store_const", const="true",
                      default=argparse.SUPPRESS, help="write all_masks.png also where it is not needed, which takes long")
+    workers_option(own, "processes that look at pictures where no network proposes")
     own.add_argument("--download", action="store_true", help="fetch missing checkpoints and backbone weights into WORKSPACE/ckpt")
     run_jobs(with_cluster(parser).parse_args(), jobs)
 
@@ -68,7 +71,8 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     backbone = agreed_backbone(args, workspace, device, with_deepest)
     tasks = {}
     for category in categories:
-        labelling = Labelling(category, workspace, chosen[category.name], backbone, device, args)
+        labelling = Labelling(category, workspace, chosen[category.name], backbone, device, args,
+                              1 if args.ray else args.workers)  # a cluster fills its cores by itself
         if not args.ray:
             tasks[category.name] = Task(category, None, labelling.run)
             continue
@@ -86,7 +90,8 @@ class Labelling:
     """Stage 1 of one category, in three steps that hand on nothing but files."""
 
     def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, backbone: Backbone,
-                 device: torch.device, args: argparse.Namespace):
+                 device: torch.device, args: argparse.Namespace, workers: int = 1):
+        self.workers = workers
         self.category, self.workspace, self.backbone, self.device, self.args = category, workspace, backbone, device, args
         self.chosen, self.paths, self.view = chosen.pseudo_labels, category.train, view_of(category, chosen)
         self.finished = workspace.pseudo_labels(category.name)
@@ -157,15 +162,20 @@ class Labelling:
         """Propose and describe the components of images that have none yet."""
         paths, folders, chosen = self.paths[part], self.folders[part], self.chosen
         proposer = self.proposer or self.choose_proposer(proposer=self.used()["proposer"].split()[0])  # not auto once more
-        embedding = components.CropEmbedding(self.backbone.deepest, chosen.rotations).to(self.device) if (
+        embedding = CropEmbedding(self.backbone.deepest, chosen.rotations).to(self.device) if (
             "cnn_image" in chosen.features) else None
+        if not proposer.checkpoints:  # no network, which would use all cores by itself, or the GPU
+            self.find_in_processes(paths, folders, proposer, with_features=embedding is None)
+            if embedding is None:
+                return
         at_once = 1 if self.device.type == "cpu" else IMAGES_AT_ONCE
-        with ProgressBar(total=len(paths), desc=f"{self.category.name}: find components", unit="image") as bar:
+        what = "find components" if proposer.checkpoints else "describe components"
+        with ProgressBar(total=len(paths), desc=f"{self.category.name}: {what}", unit="image") as bar:
             # Always the same images together, so that a resumed run repeats the very same numbers.
             for first in range(0, len(paths), at_once):
                 group = slice(first, first + at_once)
                 if not all((folder / COMPONENTS).exists() for folder in folders[group]):
-                    pictures = [self.read(path, proposer.working_size) for path in paths[group]]
+                    pictures = [one_picture.read(path, self.view, proposer.working_size) for path in paths[group]]
                     for picture, folder in zip(pictures, folders[group]):
                         propose(picture, folder, proposer, chosen)
                     label_maps = [clustered_map(folder, chosen) for folder in folders[group]]
@@ -173,9 +183,15 @@ class Labelling:
                         files.write_arrays(folder / COMPONENTS, **features)
                 bar.update(len(folders[group]))
 
-    def read(self, path: Path, size: int | None) -> np.ndarray:
-        """A picture (H, W, 3) uint8, squeezed to (size, size) or at its native size."""
-        return self.view.read_native(path) if size is None else self.view.read([path], size=size)[0].transpose(1, 2, 0)
+    def find_in_processes(self, paths: list[Path], folders: list[Path], proposer: Proposer, with_features: bool) -> None:
+        """`one_picture.find_components` of those pictures of which that is not done yet."""
+        last_written = COMPONENTS if with_features else REFINED
+        work = partial(one_picture.find_components, proposer=proposer, view=self.view, chosen=self.chosen,
+                       with_features=with_features)
+        pending = [(path, folder) for path, folder in zip(paths, folders) if not (folder / last_written).exists()]
+        with ProgressBar(total=len(paths), initial=len(paths) - len(pending), desc=f"{self.category.name}: find components",
+                         unit="image") as bar:
+            map_pictures(work, pending, self.workers, bar)
 
     def cluster(self) -> None:
         """Give the components of all images their labels, and put everything in its place."""
@@ -265,45 +281,10 @@ def replace(finished: PseudoLabels, folders: list[Path]) -> None:
         folder.rename(place)
 
 
-def propose(image: np.ndarray, folder: Path, proposer: Proposer, chosen: settings.PseudoLabelSettings) -> None:
-    """Propose and refine the masks of an image (H, W, 3), and save them; where that is done already, nothing happens."""
-    if not (folder / REFINED).exists():
-        proposals = proposer.propose(image)
-        save_masks(folder, proposals, *refine(proposals, chosen))
-
-
-def clustered_map(folder: Path, chosen: settings.PseudoLabelSettings) -> np.ndarray:
-    """The label map (H, W) whose components are clustered.
-
-    With ``no_sam`` it holds Grounding DINO's instances as they are; split and combined, they are for logical synthesis.
-    """
-    grounding = folder / GROUNDING
-    return images.read_mask(grounding if chosen.no_sam and grounding.exists() else folder / REFINED)
-
-
-def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[masks.PackedMasks | None, np.ndarray]:
-    """The order of operations of docs/METHOD.md: proposals -> candidate masks, if any, and label map (H, W)."""
-    candidates = None
-    if proposals.masks is not None:
-        candidates = masks.split_components(proposals.masks)
-        if proposals.grounding is not None and chosen.inside_grounding:
-            candidates = masks.inside_grounding(candidates, proposals.grounding.union())
-        candidates = masks.without_background(candidates, proposals.background)
-        if proposals.grounding_background is not None:
-            candidates = masks.without_background(candidates, proposals.grounding_background)
-        candidates = masks.largest(candidates)
-    if proposals.grounding is not None and chosen.no_sam:
-        instances = masks.split_components(masks.label_masks(grounding_map(proposals.grounding)))
-        return candidates, masks.merge(masks.combine(masks.largest(instances)))
-    return candidates, masks.merge(masks.combine(candidates))
-
-
 def describe(pictures: list[np.ndarray], label_maps: list[np.ndarray],
-             embedding: components.CropEmbedding | None) -> list[dict[str, np.ndarray]]:
+             embedding: CropEmbedding | None) -> list[dict[str, np.ndarray]]:
     """For each image the features of its components, each (n, ...), in the order of their indices in the label map."""
-    described, crops = zip(*(
-        components.shallow_features(picture, masks.label_masks(labels, masks.components_in_sight(labels)))
-        for picture, labels in zip(pictures, label_maps)))
+    described, crops = zip(*(one_picture.describe(picture, labels) for picture, labels in zip(pictures, label_maps)))
     if embedding is not None:
         deep = embedding(torch.from_numpy(np.concatenate(crops)).permute(0, 3, 1, 2)).cpu().numpy()
         for features, own in zip(described, np.split(deep, np.cumsum([len(one) for one in crops])[:-1])):
@@ -321,7 +302,7 @@ def feature_space(category: str, features: dict[str, np.ndarray], images: int, c
     """
     if backbone.name == PUBLISHED and chosen.features == ["cnn_image"]:
         deep = features["cnn_image"]
-        vectors = deep @ components.random_projection(deep.shape[1], seed)
+        vectors = deep @ random_projection(deep.shape[1], seed)
         if chosen.bandwidth != "auto" and backbone.has_published_crops:
             return vectors, chosen.bandwidth
         bandwidth = beyond_clustering.estimate_bandwidth(vectors, images)

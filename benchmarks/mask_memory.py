@@ -14,14 +14,12 @@ from collections.abc import Iterator
 
 from csad import settings
 from csad.errors import run_script
-from csad.pseudo_labels import components, masks
+from csad.pseudo_labels import components, masks, one_picture
 from csad.pseudo_labels.masks import PackedMasks
 from csad.pseudo_labels.proposers import Proposals
 
 import cv2
 import numpy as np
-
-import pseudo_label
 
 
 def main() -> None:
@@ -39,7 +37,7 @@ def main() -> None:
     report(f"{args.masks} masks and 40 instances of {args.width}x{args.height} drawn", start)
     for category in ("juice_bottle", "pushpins"):  # without and with no_sam
         start = time.process_time()
-        candidates, refined = pseudo_label.refine(proposals, settings.load(category, "paper").pseudo_labels)
+        candidates, refined = one_picture.refine(proposals, settings.load(category, "paper").pseudo_labels)
         report(f"mask algebra as in {category}: {len(candidates)} candidates", start)
     start = time.process_time()
     picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)

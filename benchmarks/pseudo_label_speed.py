@@ -18,7 +18,7 @@ from pathlib import Path
 
 from csad import settings
 from csad.errors import run_script
-from csad.pseudo_labels import beyond_clustering, clustering, components, masks
+from csad.pseudo_labels import beyond_clustering, clustering, components, crop_embedding, masks
 from csad.pseudo_labels.grounded_sam import (
     PROMPTS_PER_BATCH,
     GroundingDino,
@@ -133,7 +133,7 @@ def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
     yield Cost("features: all but cnn_image", seconds(lambda: components.shallow_features(image, parts), 3) / PARTS, "component")
     _, crops = components.shallow_features(image, parts)
     tensor = torch.from_numpy(crops).permute(0, 3, 1, 2)
-    embedding = components.CropEmbedding(deepest, ROTATIONS).to(device)
+    embedding = crop_embedding.CropEmbedding(deepest, ROTATIONS).to(device)
 
     @torch.inference_mode()
     def published() -> None:

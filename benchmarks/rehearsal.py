@@ -30,7 +30,7 @@ from typing import Any
 
 from csad.data import files, layouts
 from csad.errors import run_script
-from csad.pseudo_labels import checkpoints, components, grounded_sam
+from csad.pseudo_labels import checkpoints, crop_embedding, grounded_sam, one_picture
 
 import numpy as np
 import timm
@@ -196,8 +196,8 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         timed(grounded_sam.SamHQ, "inside", f"SAM-HQ, {BOXES} boxes")
         timed(grounded_sam.SamHQ, "background", "SAM-HQ, the background's eight points", only_border)
         timed(grounded_sam.SamHQ, "everything", "SAM-HQ, automatic masks of a picture")
-        timed(importlib.import_module(stage), "refine", "mask algebra, a picture")
-        timed(components.CropEmbedding, "forward", "cnn_image, all components of a call")
+        timed(one_picture, "refine", "mask algebra, a picture")
+        timed(crop_embedding.CropEmbedding, "forward", "cnn_image, all components of a call")
         return
     if stage in TRAINING:
         from csad.training.loop import TrainingLoop

@@ -1,6 +1,6 @@
 """Component features against the published implementation's results, and the deep one's invariances."""
 
-from csad.pseudo_labels import components
+from csad.pseudo_labels import components, crop_embedding
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_an_image_without_components_has_empty_features():
     features, crops = components.shallow_features(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8), bool))
     assert {name: values.shape for name, values in features.items()} == {
         "area": (0, 1), "color": (0, 1), "position": (0, 2), "shape_hu": (0, 7), "lab": (0, 3)}
-    empty = components.CropEmbedding(Deepest(nn.Conv2d(3, 7, 3)), 2)(torch.from_numpy(crops).permute(0, 3, 1, 2))
+    empty = crop_embedding.CropEmbedding(Deepest(nn.Conv2d(3, 7, 3)), 2)(torch.from_numpy(crops).permute(0, 3, 1, 2))
     assert empty.shape == (0, 7)
 
 
@@ -78,17 +78,17 @@ def crops():
 
 
 def test_embedding_averages_over_distinct_rotations(deepest, crops):
-    quarter_turns = components.CropEmbedding(deepest, 4)
-    by_hand = torch.stack([components.CropEmbedding(deepest, 1)(crops.rot90(turn, (2, 3))) for turn in range(4)]).mean(0)
+    quarter_turns = crop_embedding.CropEmbedding(deepest, 4)
+    by_hand = torch.stack([crop_embedding.CropEmbedding(deepest, 1)(crops.rot90(turn, (2, 3))) for turn in range(4)]).mean(0)
     torch.testing.assert_close(quarter_turns(crops), by_hand, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(quarter_turns(crops), quarter_turns(crops.rot90(1, (2, 3))), rtol=1e-3, atol=1e-4)
     assert len(quarter_turns.grids) == 4
 
 
 def test_embedding_of_a_crop_does_not_depend_on_its_batch(deepest, crops, monkeypatch):
-    together = components.CropEmbedding(deepest, 3)(crops)
-    monkeypatch.setattr(components, "CROPS_PER_BATCH", 3)
-    torch.testing.assert_close(components.CropEmbedding(deepest, 3)(crops), together)
+    together = crop_embedding.CropEmbedding(deepest, 3)(crops)
+    monkeypatch.setattr(crop_embedding, "CROPS_PER_BATCH", 3)
+    torch.testing.assert_close(crop_embedding.CropEmbedding(deepest, 3)(crops), together)
 
 
 def published_rotations(crop):
@@ -102,7 +102,7 @@ def test_sampled_rotations_give_the_published_feature(published):
     resnet = torchvision.models.resnet18(weights=None).eval()
     deepest = Deepest(nn.Sequential(*list(resnet.children())[:-2]))
     crops = published["aligned_images"][:4]
-    found = components.CropEmbedding(deepest, 60)(torch.from_numpy(crops).permute(0, 3, 1, 2))
+    found = crop_embedding.CropEmbedding(deepest, 60)(torch.from_numpy(crops).permute(0, 3, 1, 2))
     with torch.inference_mode():
         expected = torch.stack([deepest(published_rotations(crop))[0].mean((0, 2, 3)) for crop in crops])
     assert torch.cosine_similarity(found, expected).min() > 0.999
@@ -111,8 +111,8 @@ def test_sampled_rotations_give_the_published_feature(published):
 
 
 def test_projection_is_fixed_by_its_seed():
-    projection = components.random_projection(2048, seed=1)
+    projection = crop_embedding.random_projection(2048, seed=1)
     assert projection.shape == (2048, 512)
     assert abs(projection.std() - 0.01) < 1e-4 and abs(projection.mean()) < 1e-4
-    np.testing.assert_array_equal(projection, components.random_projection(2048, seed=1))
-    assert (projection != components.random_projection(2048, seed=2)).any()
+    np.testing.assert_array_equal(projection, crop_embedding.random_projection(2048, seed=1))
+    assert (projection != crop_embedding.random_projection(2048, seed=2)).any()

@@ -7,7 +7,7 @@ import sys
 from csad import settings
 from csad.data import files, images
 from csad.errors import UserError
-from csad.pseudo_labels import grounded_sam
+from csad.pseudo_labels import grounded_sam, one_picture
 
 import numpy as np
 import pytest
@@ -155,7 +155,7 @@ def test_an_empty_detection_leaves_empty_grounding_masks(weights, detector):
     proposals = proposer(weights, box_threshold=1, no_sam=True).propose(picture())
     assert proposals.masks is None and len(proposals.grounding) == 0
     assert not proposals.grounding_background.any()
-    candidates, refined = pseudo_label.refine(proposals, chosen(no_sam=True))
+    candidates, refined = one_picture.refine(proposals, chosen(no_sam=True))
     assert candidates is None and not refined.any()
 
 

@@ -3,13 +3,13 @@
 import sys
 from argparse import Namespace
 
-from csad import settings
+from csad import processes, settings
 from csad.data import files, images, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.label_matching import match_labels
-from csad.pseudo_labels import beyond_clustering
-from csad.pseudo_labels.components import CropEmbedding
+from csad.pseudo_labels import beyond_clustering, one_picture
+from csad.pseudo_labels.crop_embedding import CropEmbedding
 from csad.pseudo_labels.masks import PackedMasks
 from csad.pseudo_labels.proposers import Proposals
 
@@ -42,14 +42,14 @@ def label(category):
     network = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU()).eval()
     backbone = Backbone("tiny", network, fingerprint(network), Deepest(network))
 
-    def run(root, overwrite=False, seed=0, proposed_by=None, **changes):
+    def run(root, overwrite=False, seed=0, proposed_by=None, workers=1, **changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()} | {"images.size": 256}
         workspace = Workspace(root)
         with pytest.MonkeyPatch.context() as patch:
             if proposed_by:
                 patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposed_by)
             pseudo_label.Labelling(category, workspace, settings.load("discs", "quick", named), backbone, torch.device("cpu"),
-                                   Namespace(seed=seed, overwrite=overwrite, download=False)).run()
+                                   Namespace(seed=seed, overwrite=overwrite, download=False), workers).run()
         return workspace
     return run
 
@@ -104,6 +104,28 @@ def test_interrupted_and_resumed_gives_the_same_files(label, tmp_path, monkeypat
             patched.setattr(files, "write_bytes", stopping)
             label(tmp_path / str(stop_at), features=features)
         assert contents(label(tmp_path / str(stop_at), features=features)) == whole
+
+
+@pytest.mark.parametrize("features", [["lab", "position"], ["cnn_image", "lab"]])
+def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monkeypatch, features):
+    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    alone = contents(label(tmp_path / "1", features=features))
+    for workers in (2, 4):
+        assert contents(label(tmp_path / str(workers), features=features, workers=workers)) == alone
+
+
+def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(label, category, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    for path in category.train[4:6]:
+        path.write_bytes(path.read_bytes()[:-200])  # the header is whole: only who reads it all notices
+    told = set()
+    for workers in (1, 4):
+        with pytest.raises(UserError, match=category.train[4].name) as problem:
+            label(tmp_path / str(workers), features=["lab"], workers=workers)
+        told.add(str(problem.value))
+        unfinished = Workspace(tmp_path / str(workers)).unfinished_pseudo_labels("discs")
+        assert all((unfinished.image(path.stem) / "components.npz").exists() for path in category.train[:4])
+    assert len(told) == 1
 
 
 def test_a_finished_category_is_skipped_and_overwrite_starts_over(label, tmp_path, capsys):
@@ -181,14 +203,14 @@ def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
 
     def refined(**changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
-        return pseudo_label.refine(proposals, settings.load("discs", "quick", named).pseudo_labels)
+        return one_picture.refine(proposals, settings.load("discs", "quick", named).pseudo_labels)
 
     candidates, labels = refined()
     assert len(candidates) == 2 and labels.max() == 2
     assert len(refined(inside_grounding=True)[0]) == 1
     candidates, labels = refined(no_sam=True)
     assert len(candidates) == 2 and labels.max() == 1 and labels[10, 10] == 1
-    pseudo_label.save_masks(tmp_path, proposals, candidates, labels)
+    one_picture.save_masks(tmp_path, proposals, candidates, labels)
     assert (tmp_path / "grounding_mask_color.png").exists() and (tmp_path / "grounding_background.png").exists()
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from csad import settings
 from csad.data import files, images, layouts
 from csad.data.workspace import Workspace
-from csad.pseudo_labels import clustering, components, grounded_sam, masks
+from csad.pseudo_labels import clustering, components, crop_embedding, grounded_sam, masks, one_picture
 from csad.pseudo_labels.grounded_sam import GroundedSamProposer
 from csad.pseudo_labels.masks import PackedMasks
 from csad.training.pseudo_label_files import to_side
@@ -26,7 +26,7 @@ from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone
 
 CATEGORIES = ("screw_bag", "pushpins", "juice_bottle")
 SIZE = (288, 384)
-PROJECTED_BY = 1  # seed of the reference's projection, which is that of `components.random_projection`
+PROJECTED_BY = 1  # seed of the reference's projection, which is that of `crop_embedding.random_projection`
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_components_and_features_are_the_published_ones(made, name):
 def test_crops_turned_as_published_have_the_published_feature(native, made, name):
     labels, published = made(name), load(name)
     image_of = files.read_arrays(labels.info / "all_component_feats.npz")["image"]
-    embedding = components.CropEmbedding(Deepest(StubNetwork()).eval(), 1)
+    embedding = crop_embedding.CropEmbedding(Deepest(StubNetwork()).eval(), 1)
     for component, expected in list(zip(published["cnn_image_components"], published["cnn_image"]))[::4]:
         number = image_of[component]
         label_map = published["grounding_mask" if name == "pushpins" else "refined_masks"][number]
@@ -271,11 +271,11 @@ def test_small_pictures_with_hundreds_of_masks(tmp_path):
             networks = sam, StubGroundingDino(sam, np.full(len(small["boxes"]), "screw(0.40)"))
             proposals = proposer(tmp_path, chosen, networks).propose(small["images"][number])
             folder = tmp_path / category / str(number)
-            candidates, refined = pseudo_label.refine(proposals, chosen)
-            pseudo_label.save_masks(folder, proposals, candidates, refined)
+            candidates, refined = one_picture.refine(proposals, chosen)
+            one_picture.save_masks(folder, proposals, candidates, refined)
             for file in ("grounding_mask", "all_masks", "refined_masks"):
                 np.testing.assert_array_equal(images.read_mask(folder / f"{file}.png"), small[f"{category}_{file}"][number])
-            assert len(masks.components_in_sight(pseudo_label.clustered_map(folder, chosen))) == (
+            assert len(masks.components_in_sight(one_picture.clustered_map(folder, chosen))) == (
                 small[f"{category}_components"][number])
             if category == "screw_bag":
                 np.testing.assert_array_equal(masks.combine(candidates).bits, unpacked("combined_masks", number).bits)

@@ -16,6 +16,7 @@ from csad.data.listing import count
 from csad.data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from csad.data.roi import read_roi
 from csad.errors import UserError
+from csad.processes import cores
 from csad.progress import ProgressBar
 
 CONFIDENCE = 0.95
@@ -64,7 +65,7 @@ def check(category: layouts.Category, chosen: settings.Settings,
     about_number_of_images(category, findings)
     validation = set(findings.attempt(lambda: category.validation) or [])
     todo = [(folder, path, split_of(folder, path in validation)) for folder, paths in listed.items() for path in paths]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:  # decoding and hashing release Python's lock
         found = list(ProgressBar(pool.map(lambda one: examine(one[1], one[2], chosen.images.white_level), todo), total=len(todo),
                           unit="image", desc=f"{category.name}: read images", leave=False))
         pictures = {folder: [] for folder in listed}

@@ -1,7 +1,7 @@
 """What tells one component from another: the component features of docs/METHOD.md section 1.
 
-A component is a mask (H, W) in an RGB image (H, W, 3) uint8 of the same size; any non-zero pixel is inside. The shallow
-features are pure NumPy and OpenCV; ``CropEmbedding`` is the deep one, ``cnn_image``.
+A component is a mask (H, W) in an RGB image (H, W, 3) uint8 of the same size; any non-zero pixel is inside. These
+are the shallow features, of NumPy and OpenCV alone; the deep one, ``cnn_image``, is in `crop_embedding`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,10 @@ from collections.abc import Iterable
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from models.backbone import Encoder
 
 CROP = 65  # side of the aligned crop
 LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
 SHALLOW = {"area": 1, "color": 1, "position": 2, "shape_hu": 7, "lab": 3}  # values of each feature but cnn_image
-PROJECTED = 512  # values of cnn_image after the published network's random projection
-PROJECTION_STD = 0.01
-CROPS_PER_BATCH = 256  # turned ones; on a GPU eight times as many
 
 
 def area(mask: np.ndarray) -> np.ndarray:
@@ -84,43 +76,6 @@ def shape_hu(aligned_mask: np.ndarray) -> np.ndarray:
     return -np.sign(moments) * np.log10(np.abs(moments), where=nonzero, out=np.zeros(7))
 
 
-class CropEmbedding(nn.Module):
-    """cnn_image: deepest features of an aligned crop, averaged over space and over rotations.
-
-    Args:
-        deepest: RGB in 0..255 (B, 3, 65, 65) -> a tuple with maps (B, D, h, w).
-        rotations: number of equally spaced rotations from 0 on. The published code used 0 and 360 degrees both.
-    """
-
-    def __init__(self, deepest: Encoder, rotations: int):
-        super().__init__()
-        self.deepest = deepest
-        turns = torch.arange(rotations) * (2 * math.pi / rotations)
-        self.register_buffer("grids", _rotation_grids(turns), persistent=False)
-
-    @torch.inference_mode()
-    def forward(self, crops: Tensor) -> Tensor:
-        """(N, 3, 65, 65) RGB uint8 on any device -> (N, D) float32 on the module's device."""
-        crops = crops.to(self.grids.device).float()
-        # One batch per few crops: always cut the same way, so that a resumed run repeats the very same numbers.
-        rotations = len(self.grids)
-        per_batch = max(CROPS_PER_BATCH * (1 if crops.device.type == "cpu" else 8) // rotations, 1)
-        if not len(crops):
-            return self._embed(crops.new_zeros(1, 3, CROP, CROP), rotations)[:0]
-        return torch.cat([self._embed(batch, rotations) for batch in crops.split(per_batch)])
-
-    def _embed(self, crops: Tensor, rotations: int) -> Tensor:
-        turned = F.grid_sample(crops.repeat_interleave(rotations, 0), self.grids.repeat(len(crops), 1, 1, 1),
-                               mode="bilinear", padding_mode="zeros", align_corners=False)
-        features = self.deepest(turned)[0].mean((2, 3))
-        return features.view(len(crops), rotations, -1).mean(1)
-
-
-def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.ndarray:
-    """The fixed random projection behind cnn_image, (values, projected) float32, N(0, 0.01^2), without a bias."""
-    return np.random.default_rng(seed).normal(0, PROJECTION_STD, (values, projected)).astype(np.float32)
-
-
 def shallow_features(image: np.ndarray, masks: Iterable[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Every feature but cnn_image for the components of one image.
 
@@ -130,7 +85,7 @@ def shallow_features(image: np.ndarray, masks: Iterable[np.ndarray]) -> tuple[di
 
     Returns:
         {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64,
-        and the aligned image crops (N, 65, 65, 3) uint8 for ``CropEmbedding``.
+        and the aligned image crops (N, 65, 65, 3) uint8 for `crop_embedding.CropEmbedding`.
     """
     rows: dict[str, list[np.ndarray]] = {name: [] for name in SHALLOW}
     crops = []
@@ -149,11 +104,3 @@ def _around(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     x, y, width, height = cv2.boundingRect((mask != 0).astype(np.uint8))
     box = slice(y, y + height), slice(x, x + width)
     return image[box], mask[box]
-
-
-def _rotation_grids(angles: Tensor) -> Tensor:
-    """Sampling grids (R, 65, 65, 2) that turn a crop by each of the angles (R,) in radians."""
-    zeros = torch.zeros_like(angles)
-    matrices = torch.stack([torch.stack([angles.cos(), -angles.sin(), zeros], 1),
-                            torch.stack([angles.sin(), angles.cos(), zeros], 1)], 1)
-    return F.affine_grid(matrices, [len(angles), 1, CROP, CROP], align_corners=False)

@@ -1,41 +1,16 @@
-"""The files that stage 1 writes: about each image, and about the whole category."""
+"""The files that stage 1 writes about a whole category; those about each picture are written by `one_picture`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from csad.data import files, images
-from csad.pseudo_labels import clustering, masks
-from csad.pseudo_labels.proposers import Proposals
+from csad.pseudo_labels import clustering
 
 import cv2
 import numpy as np
 
 PICTURE = 640  # side of feature.png
-GROUNDING = "grounding_mask.png"
-REFINED = "refined_masks.png"  # per image, written last of the masks: where it lies, they are all there
-
-
-def grounding_map(instances: masks.PackedMasks) -> np.ndarray:
-    """Instances -> label map (H, W) with the 255 largest of them, small ones on top."""
-    return masks.merge(masks.largest(instances))
-
-
-def save_masks(folder: Path, proposals: Proposals, candidates: masks.PackedMasks | None, refined: np.ndarray) -> None:
-    if proposals.grounding is not None:
-        save_label_map(folder / GROUNDING, grounding_map(proposals.grounding))
-    if proposals.grounding_background is not None:
-        files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
-    if candidates is not None:
-        save_label_map(folder / "all_masks.png", masks.merge(candidates))
-    files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)
-    save_label_map(folder / REFINED, refined)
-
-
-def save_label_map(path: Path, labels: np.ndarray) -> None:
-    """Write a label map, and before it its preview in colour."""
-    files.write_image(path.with_name(f"{path.stem}_color.png"), images.colour_labels(labels))
-    files.write_image(path, labels)
 
 
 def save_info(info: Path, used: dict, features: dict[str, np.ndarray], vectors: np.ndarray, image_of: np.ndarray,

@@ -13,12 +13,9 @@ the number of workers nor on what was rendered before. A picture's image is writ
 last, so an image that exists is complete.
 """
 
-import multiprocessing
 import shutil
-import signal
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from csad.data.files import read_json, write_image, write_json
 from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL
 from csad.data.workspace import Workspace
 from csad.errors import UserError
+from csad.processes import map_pictures
 from csad.progress import ProgressBar
 from csad.synthetic import CATEGORIES
 from csad.synthetic.kit import Category, Defect, render
@@ -178,10 +176,8 @@ def _write_dataset(root: Path, names: list[str], settings: Settings, workers: in
         for index in range(count)
     ]
     missing = [task for task in tasks if not task.image_path.exists()]
-    for _ in ProgressBar(
-        _run(missing, workers), total=len(tasks), initial=len(tasks) - len(missing), unit="image", desc=str(root)
-    ):
-        pass
+    with ProgressBar(total=len(tasks), initial=len(tasks) - len(missing), unit="image", desc=str(root)) as bar:
+        map_pictures(write_picture, missing, workers, bar)
     return len(missing)
 
 
@@ -243,23 +239,3 @@ def _write_descriptions(root: Path, category: Category, settings: Settings) -> N
     write_json(
         components_root(root) / category.name / "classes.json", {"classes": category.classes, "anomalies": anomalies}
     )
-
-
-def _run(tasks: list[Task], workers: int) -> Iterator[None]:
-    """Render the tasks, yielding once for each that is done."""
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield write_picture(task)
-        return
-    # Ctrl-C is for this process alone to handle: the workers finish the picture in hand and go.
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        for done in as_completed([pool.submit(write_picture, task) for task in tasks]):
-            yield done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)

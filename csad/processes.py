@@ -1,0 +1,126 @@
+"""One piece of work for each of many pictures, in as many processes as there are cores.
+
+Results come in the order of the pictures, and so does the first error. Where the work on a picture depends on that
+picture alone, files and sentences are the same whatever the number of processes.
+
+Processes are spawned, since a fork of a process with threads (PyTorch's, OpenMP's) may hang, and some systems have
+none. They import the module in which the work is defined, not the script that runs: that would take each of them
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, TypeVar
+
+from csad.errors import UserError
+from csad.progress import ProgressBar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+LEAST_EACH = 8  # pictures for each process, or starting it takes longer than it saves
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_work: Callable[[Any], Any]  # of a worker process
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, meaning: str) -> None:
+    """The option ``--workers``."""
+    parser.add_argument("--workers", type=_number, default=cores(), metavar="N",
+                        help=f"{meaning}; the results do not depend on it, by default one for each core")
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; it must be 1 or more")
+    return int(text)
+
+
+def map_pictures(work: Callable[[Item], Result], pictures: Sequence[Item], workers: int,
+                 bar: ProgressBar) -> list[Result]:
+    """``work`` for each of the pictures; its results in their order.
+
+    Ctrl-C, an error or the end of this process lets workers finish the picture in hand, and no more.
+
+    Args:
+        work: a function of a module, or a `functools.partial` of one; it is pickled once for each process.
+        workers: processes at most; of fewer than `LEAST_EACH` pictures each there are fewer, and with one all is done here.
+        bar: is moved on by one for each picture.
+
+    Raises:
+        UserError: a worker was killed. Whatever ``work`` raises for the first picture that it cannot do is raised as it is.
+    """
+    def counted(result: Result) -> Result:
+        bar.update()
+        return result
+
+    workers = min(workers, len(pictures) // LEAST_EACH)
+    if workers < 2:
+        return [counted(work(picture)) for picture in pictures]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
+    try:
+        with _circumstances_of_workers():
+            results = [pool.submit(_do, picture) for picture in pictures]
+        return [counted(result.result()) for result in results]
+    except BrokenProcessPool as problem:
+        raise UserError("one of the processes that work on pictures was killed, as systems do where memory runs out; finished "
+                        "pictures are kept, so run the same command again, with fewer --workers where it has them") from problem
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _circumstances_of_workers() -> Iterator[None]:
+    """What processes that are started meanwhile inherit: one thread each, no script, and deafness to Ctrl-C.
+
+    Ctrl-C reaches all processes of a terminal, and is for their parent to handle.
+    """
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    threads = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    can_block = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+        for name, value in threads.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Prepare a worker."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "cv2" in sys.modules:  # heeds no variable; a work without OpenCV needs not load it
+        sys.modules["cv2"].setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright cannot tell its workers, which would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _do(picture: Any) -> Any:
+    return _work(picture)
