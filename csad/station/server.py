@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from csad.data.images import colour_labels
 from csad.inference.engines import Engine
 from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
@@ -113,6 +114,8 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
             metrics.verdicts.labels(station.name, verdict.verdict).inc()
             if overlay:
                 answer |= {"overlay": None if verdict.drawing is None else png_uri(verdict.drawing),
+                           "legend": [{"component": component, "title": title, "colour": label_colour(component)}
+                                      for component, title in verdict.legend],
                            "findings_if_anomalous": findings_if_anomalous(verdict)}
             return answer
 
@@ -140,6 +143,11 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         return JSONResponse(answer)
 
     return app
+
+
+def label_colour(component: int) -> str:
+    """The colour of a component in overlays, as style sheets write it."""
+    return "#" + colour_labels(np.array(component, np.uint8)).tobytes().hex()
 
 
 def png_uri(picture: np.ndarray) -> str:
