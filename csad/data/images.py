@@ -251,6 +251,11 @@ def colour_labels(labels: np.ndarray) -> np.ndarray:
     return _PALETTE[labels]
 
 
+def label_colour(label: int) -> str:
+    """The colour of an index in `colour_labels`, as style sheets write it."""
+    return "#" + colour_labels(np.array(label, np.uint8)).tobytes().hex()
+
+
 @contextmanager
 def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out") -> Iterator[Image.Image]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.

@@ -256,8 +256,7 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
         shown_map = found.branch_maps[index, engine.branches.index(alarm)]
         if not shown_map.any():
             shown_map = found.anomaly_map[index]
-        row, column = np.unravel_index(shown_map.argmax(), shown_map.shape)
-        unusual = tuple(int((place + 0.5) * side / MAP_SIZE) for place, side in zip((column, row), picture.size))
+        unusual = maximum_of(shown_map, picture.size)
         drawing = None if picture.shown is None else _drawing(
             picture, found.label_map[index], dict(zip(engine.branches, found.branch_maps[index])), contributions,
             unusual if verdict == ANOMALOUS else None)
@@ -274,9 +273,14 @@ def _drawing(picture: Picture, label_map: np.ndarray, maps: dict[str, np.ndarray
     parts = [image, label_overlay(image, label_map),
              heat_overlay(image, explaining_map(maps, contributions), anomalous=unusual is not None)]
     if unusual is not None:
-        x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(unusual, image.shape[1::-1], picture.size))
-        parts[0], parts[2] = ring(parts[0], x, y), ring(parts[2], x, y)
+        parts[0], parts[2] = (ring(part, unusual, picture.size) for part in (parts[0], parts[2]))
     return side_by_side(*parts)
+
+
+def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """Where a map (64, 64) is highest: x and y in the pixels of an image of that width and height."""
+    row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
+    return int((column + 0.5) * size[0] / MAP_SIZE), int((row + 0.5) * size[1] / MAP_SIZE)
 
 
 def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:

@@ -97,8 +97,14 @@ def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def ring(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Draw a ring around a place of an image (H, W, 3) uint8, which itself stays as it is; x and y in pixels."""
+def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Draw a ring around a spot of an image (H, W, 3) uint8, which itself stays as it is.
+
+    Args:
+        spot: x and y in pixels of the image before it was made smaller.
+        size: its width and height then.
+    """
+    x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(spot, image.shape[1::-1], size))
     rows, columns = np.ogrid[:image.shape[0], :image.shape[1]]
     distance = np.hypot(rows - y, columns - x)
     radius, width = max(6.0, max(image.shape) / 22), max(1.0, max(image.shape) / 250)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from csad.data.images import colour_labels
+from csad.data.images import label_colour
 from csad.inference.engines import Engine
 from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
@@ -143,11 +143,6 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         return JSONResponse(answer)
 
     return app
-
-
-def label_colour(component: int) -> str:
-    """The colour of a component in overlays, as style sheets write it."""
-    return "#" + colour_labels(np.array(component, np.uint8)).tobytes().hex()
 
 
 def png_uri(picture: np.ndarray) -> str:
