@@ -21,7 +21,7 @@ from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_weights, localisation, seeds
-from csad.evaluation.metrics import auroc, average_precision, counted, f1_max, mean_known
+from csad.evaluation.metrics import LOCO, auroc, average_precision, counted, f1_max, mean_known
 from csad.evaluation.scores import (
     FUSED,
     MANY,
@@ -199,7 +199,8 @@ def overview(measured: dict[str, dict]) -> list[str]:
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
-    lines.append(PUBLISHED)
+    if LOCO & {content["category"] for content in contents}:
+        lines.append(PUBLISHED)
     if len(contents) > MANY:
         lines += ["", f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
                   *_table([(one["category"], *(found["auroc"] for found in one["detection"][FUSED].values()),

@@ -151,7 +151,7 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
         branch_weights.write(category.name, workspace, fusion, decision)
         weights = decision.weights
         print(f"{category.name}: {decision.description}")
-    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed)
+    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed, chosen.names)
     files.write_state(path, state)
     return TorchEngine(state, "cpu", "fp32")
 

@@ -21,7 +21,7 @@ from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import branch_weights, export_tables
-from csad.evaluation.deviations import deviations
+from csad.evaluation.deviations import deviations, title_of
 from csad.evaluation.localisation import read_maps
 from csad.evaluation.scores import (
     FUSED,
@@ -35,9 +35,10 @@ from csad.evaluation.scores import (
 )
 from csad.evaluation.thresholds import Threshold, choose_threshold
 from csad.export.assembly import sources, versions
-from csad.inference import overlays
+from csad.inference import inspection, overlays
 from csad.progress import ProgressBar
 from csad.report import figures, page
+from csad.synthetic.writer import components_root
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def main() -> None:
                 measured = Measured(category, place, chosen[category.name], metrics[category.name])
                 if category.name in in_full:
                     in_full[category.name] = measured
-            write_page(dataset.root.resolve().name, list(in_full.values()), list(metrics.values()), place)
+            write_page(dataset.root.resolve(), list(in_full.values()), list(metrics.values()), place)
 
 
 class Measured:
@@ -97,6 +98,7 @@ class Measured:
             raise UserError(f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
                             "run benchmark_performance.py again")
         self.threshold: Threshold = choose_threshold(self.sum_of("val"))
+        self.names = chosen.names
         self.roi, self.white_level = read_roi(category, images.SIZE, chosen.roi), chosen.images.white_level
 
     def sum_of(self, part: str) -> np.ndarray:
@@ -108,6 +110,14 @@ class Measured:
                  for branch in self.branches}
         parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
         return {name: by_split(self.category, one) for name, one in parts.items()}
+
+    def outcome(self) -> page.Outcome:
+        """What the threshold does to the test images."""
+        over = {split: int((scores > self.threshold.value).sum()) for split, scores in self.shares()[FUSED].items()}
+        images = {split: len(scores) for split, scores in self.shares()[FUSED].items()}
+        defects = [split for split in layouts.SPLITS if split != layouts.GOOD]
+        return page.Outcome(over[layouts.GOOD], images[layouts.GOOD],
+                            sum(images[split] - over[split] for split in defects), sum(images[split] for split in defects))
 
     @cached_property
     def reasons(self) -> tuple[dict[str, Any] | None, str]:
@@ -126,18 +136,19 @@ class Measured:
         return known.get("histogram"), ""
 
 
-def write_page(dataset: str, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace) -> None:
+def write_page(root: Path, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace) -> None:
     """The page about the categories in ``measured``, and of all that there are their ``metrics``."""
     models = export_tables.read(workspace)
     summaries = [summary(one, models) for one in measured]
     shown = [tested for one in measured for tested in test_images(one)]
     side, shown, left_out = choose_side(shown)
-    cards = [card(tested, side) for tested in ProgressBar(shown, desc="draw test images", unit="image")]
+    cards = [card(tested, side) | {"anchor": f"image-{index}"}
+             for index, tested in enumerate(ProgressBar(shown, desc="draw test images", unit="image"))]
     content = page.render(
-        dataset=dataset, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
+        dataset=root.name, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
         cards=sorted(cards, key=lambda one: -one["score"]), side=side,
         titles={FUSED: FUSED} | {branch.name: branch.title for branch in BRANCHES.values()},
-        left_out=left_out, versions=versions())
+        left_out=left_out, versions=versions(), rendered=components_root(root).exists())
     files.write_text(workspace.report, content)
     print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
 
@@ -198,30 +209,40 @@ def choose_side(shown: list[TestImage]) -> tuple[int, list[TestImage], int]:
 def card(tested: TestImage, side: int) -> dict[str, Any]:
     """What the page shows of one test image."""
     one, category = tested.measured, tested.measured.category
-    image = overlays.shrink(images.read_rgb(tested.path, white_level=one.white_level), side)
+    image = images.read_rgb(tested.path, white_level=one.white_level)
+    size = image.shape[1::-1]
+    image = overlays.shrink(image, side)
+    alarm = max(tested.shares, key=tested.shares.get)
+    spot = inspection.maximum_of(tested.anomaly_maps[alarm], size) if alarm in tested.anomaly_maps else None
     if one.roi is not None:
         image = overlays.outline(image, one.roi)
-    drawn = [("image", image)]
+    def marked(picture: np.ndarray) -> np.ndarray:
+        return overlays.ring(picture, spot, size) if tested.anomalous and spot is not None else picture
+
+    drawn = [("image", marked(image))]
     try:
         masks = [images.read_mask(path) > 0 for path in category.region_masks(tested.split, tested.path)]
         if masks:
-            drawn = [("image, annotated region outlined", overlays.outline(image, *masks))]
+            drawn = [("image, annotated region outlined", marked(overlays.outline(image, *masks)))]
     except UserError:  # stage 5 says what is wrong with it; the page is worth having without
-        drawn = [("image, annotated region unreadable", image)]
-    words = []
+        drawn = [("image, annotated region unreadable", marked(image))]
+    unusual, legend = [], []
     label_file = one.workspace.segmentation_output(category.name, tested.split, category.key(tested.path))
     if label_file.exists():
         label_map = images.read_mask(label_file)
         drawn.append(("components", overlays.label_overlay(image, label_map)))
         histogram, _ = one.reasons
-        if histogram:
-            words = [deviation.words for deviation in deviations(label_map, histogram)]
-    alarm = max(tested.shares, key=tested.shares.get)
-    if alarm in tested.anomaly_maps:
-        drawn.append((f"map of the {BRANCHES[alarm].title}", overlays.heat_overlay(image, tested.anomaly_maps[alarm])))
+        unusual = deviations(label_map, histogram, one.names) if histogram else []
+        components = range(1, len(histogram["mean"])) if histogram else np.unique(label_map[label_map > 0]).tolist()
+        legend = [(component, one.names.get(component, "")) for component in components]
+    if tested.anomaly_maps:
+        explaining = overlays.explaining_map(tested.anomaly_maps, tested.shares)
+        drawn.append(("how unusual each place is", marked(overlays.heat_overlay(image, explaining, tested.anomalous))))
+    verdict = inspection.Verdict(tested.path, inspection.ANOMALOUS if tested.anomalous else inspection.NORMAL,
+                                 one.threshold.value, tested.score, tested.shares, alarm, spot, unusual, size)
     return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
-            "score": tested.score, "branches": tested.shares, "anomalous": tested.anomalous, "alarm": BRANCHES[alarm].title,
-            "error": tested.error, "words": words,
+            "score": tested.score, "threshold": one.threshold.value, "branches": tested.shares,
+            "anomalous": tested.anomalous, "error": tested.error, "findings": verdict.findings, "legend": legend,
             "pictures": [(title, overlays.data_uri(picture, QUALITY)) for title, picture in drawn]}
 
 
@@ -233,17 +254,20 @@ def summary(one: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
               for split in layouts.SPLITS if category.test(split)}
     return {
         "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.reasons[1],
+        "outcome": one.outcome(),
         "branches": one.branches, "weights": branch_weights.describe(one.weights),
         "images": {split: len(found[FUSED]) for split, found in splits.items()},
         "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
                    for split, found in splits.items() if split != "good"},
         "histogram": figures.histograms({split: found[FUSED] for split, found in splits.items()}, one.threshold.value,
                                         f"score histograms of {category.name}"),
-        "pseudo_labels": pseudo_labels(category, workspace, one.white_level), "records": records_of(category, workspace),
+        "pseudo_labels": pseudo_labels(category, workspace, one.white_level, one.names),
+        "records": records_of(category, workspace),
         "models": [evaluated for evaluated in models if evaluated["category"] == category.name]}
 
 
-def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level: float | None) -> dict[str, Any] | None:
+def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level: float | None, names: dict[int, str]
+                  ) -> dict[str, Any] | None:
     """Some trusted training images with their pseudo-labels; None where there are none (any more)."""
     made = workspace.pseudo_labels(category.name)
     if not (made.trusted.exists() and made.histogram.exists()):
@@ -258,10 +282,9 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
             painted = overlays.label_overlay(image, images.read_mask(label_file))
             shown.append((path.name, overlays.data_uri(image, QUALITY), overlays.data_uri(painted, QUALITY)))
     areas = files.read_array(made.histogram).mean(0)
-    colours = images.colour_labels(np.arange(1, len(areas) + 1, dtype=np.uint8))
     return {"shown": shown, "trusted": len(trusted), "images": len(paths),
-            "labels": [(index + 1, "#" + bytes(colour).hex(), 100 * area)
-                       for index, (colour, area) in enumerate(zip(colours.tolist(), areas))]}
+            "labels": [(index, title_of(index, names.get(index, "")), 100 * area)
+                       for index, area in enumerate(areas.tolist(), start=1)]}
 
 
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
 Share = Annotated[float, Field(ge=0, le=1)]
+# Text without control characters that neither begins nor ends with a space.
+ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[^\s\pC])?$")]
 
 
 class Section(BaseModel):
@@ -166,6 +168,7 @@ class Settings(Section):
     Attributes:
         logical: MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
         roi: polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
+        names: what people call components, by their numbers in the report's legend; findings then say "capacitor is missing".
     """
 
     images: ImageSettings = ImageSettings()
@@ -176,9 +179,10 @@ class Settings(Section):
     fusion: FusionSettings = FusionSettings()
     logical: list[str] = []
     roi: list[list[list[Share]]] = []
+    names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
 
 
-SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items() if name not in ("logical", "roi")}
+SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items() if name not in ("logical", "roi", "names")}
 
 
 def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from contextlib import nullcontext
 
@@ -55,6 +56,21 @@ def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "categories" / "cup.yaml").write_text("lgst: [1")
     with pytest.raises(UserError, match="cup.yaml"):
         settings.load("cup")
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    ("{5: capacitor, 12: 'pin, long'}", None), ("{0: pin}", "names.0"), ("{pin: 5}", "names.pin"), ("{5: ''}", "names.5"),
+    ("{5: 7}", "names.5"), ("[pin]", "names:"), ("{5: ' pin'}", "names.5"), ("{5: \"a\\e[31mpin\"}", "names.5"),
+    ("{5: a, 5: b}", "the key 5 stands there twice")])
+def test_a_categorys_file_names_components(tmp_path, monkeypatch, names, said):
+    (tmp_path / "categories").mkdir()
+    (tmp_path / "categories" / "cup.yaml").write_text(f"names: {names}\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    if said is None:
+        assert settings.load("cup").names == {5: "capacitor", 12: "pin, long"} and settings.load("mug").names == {}
+    else:
+        with pytest.raises(UserError, match=re.escape(said)):
+            settings.load("cup")
 
 
 @pytest.mark.parametrize("text, key", [

@@ -129,10 +129,13 @@ def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
 def test_words_say_what_is_promised_and_what_it_would_take():
     few = choose_threshold(np.arange(10.0), 0.01)
     assert (few.value, few.kept) == (9, False)
-    assert few.words == ("at most 9.09 % false positives in expectation, from 10 validation images; 1 % would take 99")
+    assert few.words == ("about 1 good part in 11 may be rejected; 99 good validation pictures would allow 1 in 100")
     assert choose_threshold(np.arange(99.0), 0.01).kept
-    assert "would take" not in choose_threshold(np.arange(99.0), 0.01).words
-    assert "infinitely many" in choose_threshold(np.arange(10.0), 0).words
+    assert choose_threshold(np.arange(99.0), 0.01).words == "about 1 good part in 100 may be rejected"
+    assert "no number of good validation pictures" in choose_threshold(np.arange(10.0), 0).words
+    assert choose_threshold(np.arange(2.0), 0.01).words.startswith("about 1 good part in 3 may")
+    assert choose_threshold(np.arange(9.0), 0.4).words == "about 40 good parts in 100 may be rejected"
+    assert choose_threshold(np.arange(2.0), 0.25).words.endswith("; 3 good validation pictures would allow 1 in 4")
 
 
 @pytest.mark.parametrize("values, rate", [([], 0.1), ([1.0, np.nan], 0.1), ([1.0, np.inf], 0.1), ([1.0], -0.1), ([1.0], 1.1),

@@ -1,5 +1,7 @@
 """Where the arrangement is wrong: evidence on made-up label maps, against a plain computation."""
 
+from csad.inference.overlays import explaining_map
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +108,16 @@ def test_parameters_for_other_classes_are_refused(parameters):
     with pytest.raises(ValueError, match=f"deviation_{GRIDS[-1]} is missing"):
         HistogramEvidence(CLASSES).load_parameters({name: values for name, values in parameters.items()
                                                     if name != f"deviation_{GRIDS[-1]}"})
+
+
+def test_of_several_deviations_the_farthest_is_drawn(evidence):
+    labels = label_maps(1, seed=3)
+    labels[labels == 2] = 0  # missing, and elsewhere a little too much of the other part
+    labels[0, 40:70, 108:124] = 1
+    found = evidence(labels)[0].numpy()
+    drawn = explaining_map({"patchhist": found}, {"patchhist": 9.0})
+    row, column = divmod(int(found.argmax()), 64)
+    farthest, other = (slice(32, 64), slice(32, 64)), (slice(0, 32), slice(0, 32))
+    assert row >= 32 and column >= 32 and found[other].max() > 0
+    assert drawn[row, column] == found.max() and drawn[farthest].sum() > 0.3 * found[farthest].sum()
+    assert (drawn[other] == 0).all()

@@ -13,6 +13,8 @@ from csad.commands import score_images as predict
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import localisation
+from csad.inference.engines import open_model
+from csad.inference.inspection import legend_of
 
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def mvtec_ad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mvtec_ad")
     shutil.copytree(CASES / "mini_mvtec_ad", folder / "data")
     shutil.copytree(settings.CONFIGS, folder / "configs")
-    (folder / "configs/categories/cup.yaml").write_text("logical: [missing_pin]\n")
+    (folder / "configs/categories/cup.yaml").write_text("logical: [missing_pin]\nnames: {1: cup of tea}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "CONFIGS", folder / "configs")
         for stage in (*STAGES, "report"):
@@ -79,6 +81,20 @@ def test_every_defect_of_mvtec_ad_is_measured(mvtec_ad):
     assert {path.name for path in (work / "datasets/masks/cup/test_seg_output").iterdir()} == {
         "good_000.png", "logical_anomalies_missing_pin_000.png", "structural_anomalies_crack_000.png"}
     assert "missing_pin" in (work / "report.html").read_text()
+
+
+def test_names_of_components_travel_with_the_exported_model(mvtec_ad, tmp_path, monkeypatch, capsys):
+    work, dataset = mvtec_ad
+    known = open_model(work / "ckpt/pytorch_models/cup.pth", "cpu").metadata
+    assert known["names"] == {"1": "cup of tea"} and legend_of(known)[0] == (1, "cup of tea")
+    assert "1 cup of tea</span>" in (work / "report.html").read_text()
+    shutil.copytree(settings.CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs/categories/cup.yaml").write_text("logical: [missing_pin]\nnames: {99: saucer}\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    before = (work / "ckpt/pytorch_models/cup.pth").read_bytes()
+    assert run("export_model", work, dataset) == 2
+    assert "cup.yaml names component 99, but cup has components 1 to" in capsys.readouterr().err
+    assert (work / "ckpt/pytorch_models/cup.pth").read_bytes() == before
 
 
 def test_localisation_is_measured_for_whichever_kind_has_masks(mvtec_ad, tmp_path):

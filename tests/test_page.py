@@ -100,6 +100,8 @@ def test_a_dropped_picture_shows_verdict_reasons_and_overlay(opened):
     assert "unusual surface" in shown.locator("#findings").inner_text()
     assert shown.locator("#score-words").inner_text() == "Score 200 is over the threshold 100"
     api.expect(shown.locator("#map")).to_be_visible()
+    assert shown.locator("#legend").inner_text() == "component 1"
+    assert shown.locator("#legend i").evaluate("swatch => getComputedStyle(swatch).backgroundColor") == "rgb(230, 159, 0)"
     # The three parts of the overlay lie where they belong: the picture is grey, its map is not.
     colours = [shown.locator(f"#{name}").evaluate("""canvas => [canvas.width, canvas.height,
         ...canvas.getContext("2d").getImageData(40, 15, 1, 1).data]""") for name in ("picture", "map")]
@@ -111,14 +113,14 @@ def test_a_dropped_picture_shows_verdict_reasons_and_overlay(opened):
 def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
     shown, scores = opened(), BrightEngine().metadata["validation_scores"]
     drop(shown, 80, "a.png")
-    assert verdict(shown) == "Normal" and "At most 0.99 %" in shown.locator("#promise").inner_text()
+    assert verdict(shown) == "Normal" and "About 1 good part in 101" in shown.locator("#promise").inner_text()
     slide(shown, 60)
     threshold = float(re.search(r"[\d.]+", shown.locator("#threshold-words").inner_text())[0])
     assert verdict(shown) == "Anomalous" and "unusual surface" in shown.locator("#findings").inner_text()
     assert "anomalous" in shown.locator("#list tr").inner_text() and "1 anomalous" in shown.locator("#counts").inner_text()
-    promised = float(re.search(r"most ([\d.]+) %", shown.locator("#promise").inner_text())[1])
+    promised = float(re.search(r"About (\d+) good parts in 100", shown.locator("#promise").inner_text())[1])
     rank = sum(score <= threshold for score in scores)
-    assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).promised, rel=1e-2)
+    assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).promised, abs=0.5)
     shown.locator("#threshold").focus()
     for _ in range(3):
         shown.keyboard.press("PageUp")

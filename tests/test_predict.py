@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from csad.commands import score_images as predict
-from csad.data import files
+from csad.data import files, images
 from csad.errors import UserError
-from csad.evaluation.deviations import LIMIT, Deviation, deviations
-from csad.inference import inspection
+from csad.evaluation.deviations import LIMIT, WHOLE, Deviation, deviations, summarise
+from csad.inference import inspection, overlays
 from csad.inference.engines import Engine
 
 import cv2
@@ -100,9 +101,9 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     assert [one["verdict"] for one in detailed] == [row["verdict"] for row in found]
     assert sum(detailed[1]["contributions"].values()) == pytest.approx(detailed[1]["score"])
     assert detailed[1]["alarm"] == "LGST"
-    assert "component 1 is missing" in found[1]["findings"]
+    assert "component 1 and component 2 are missing" in found[1]["findings"]
     said = capsys.readouterr().out
-    assert "component 1 is missing" in said
+    assert "component 1 and component 2 are missing" in said
     assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
     assert "1 files were left out because they are no images" in said and "notes.txt" in said
 
@@ -164,11 +165,67 @@ def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos,
     assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == [
         "a.png.map.png", "b/a.png.map.png", "b/c.jpg.map.png"]
     drawn = cv2.imread(str(maps / "b/a.png.map.png"))
-    assert drawn.shape[0] == 60
-    assert drawn.shape[1] > 3 * 80
+    assert drawn.shape[0] > 60 and drawn.shape[1] > 3 * 80  # pictures, and what is said under them
     heat, plain = drawn[15, 2 * (80 + 4) + 40].astype(int), drawn[15, 40].astype(int)
     assert np.ptp(plain) == 0  # the image is grey
     assert np.ptp(heat) > 20  # where the map peaks it is coloured
+
+
+def test_a_ring_lies_around_the_unusual_place_of_anomalous_pictures_alone(engine, run, photos, tmp_path):
+    assert run(photos / "a.png", photos / "b/a.png", "--save_maps") == 4
+    normal, anomalous = (cv2.imread(str(tmp_path / "out/maps" / name))[:60, :80] for name in ("a.png.map.png", "b/a.png.map.png"))
+    assert np.ptp(normal) == 0 and np.ptp(anomalous) == 255
+    rows_, columns = np.nonzero(anomalous[..., 0] != anomalous[15, 40, 0])
+    assert abs(rows_.mean() - 15) < 1 and abs(columns.mean() - 40) < 1 and np.hypot(rows_ - 15, columns - 40).min() > 3
+
+
+def test_verdict_findings_and_the_components_colours_stand_under_saved_pictures(engine, monkeypatch):
+    engine.metadata["names"] = {"2": "capacitor"}
+    said = []
+    monkeypatch.setattr(inspection, "captioned", lambda picture, title, lines, legend, red: said.append(
+        (title, lines, legend, red)))
+    for value in (120, 10):
+        shown = np.full((60, 80, 3), value, np.uint8)
+        picture = inspection.Picture("a\nb.png", np.full((3, 256, 256), value, np.uint8), shown, (80, 60))
+        inspection.judge([picture], engine, 100)[0].captioned_drawing  # noqa: B018
+    (title, lines, legend, red), (calm_title, calm_lines, _, calm_red) = said
+    assert title == "Anomalous: a\\nb.png" and red and calm_title.startswith("Normal: ") and not calm_red
+    assert lines[0] == "Score 120.00 is over the threshold 100.00" and calm_lines[0].startswith("Score 10.00 is not over")
+    assert "Unusual surface at x 40, y 15" in lines and len(calm_lines) == 2
+    assert legend == [(1, "component 1"), (2, "capacitor")]
+
+
+def test_a_legend_shows_each_colour_once_and_nothing_is_cut_off():
+    legend = [(index, f"component {index}") for index in range(1, 25)]
+    picture = np.zeros((60, 40, 3), np.uint8)
+    drawn = overlays.captioned(picture, "Anomalous: " + "long " * 40, ["a sentence"], legend, red=True)
+    assert (drawn[:60, :40] == 0).all() and (drawn[:, -1] == 255).all() and (drawn[-1] == 255).all()
+    for index, _ in legend:
+        assert (drawn[60:] == images.colour_labels(np.array(index, np.uint8))).all(-1).sum() > 60
+
+
+def test_what_is_normal_is_never_red():
+    image, high = np.full((64, 64, 3), 90, np.uint8), np.pad(np.full((8, 8), 9.0), 28)
+    for name, drawn in (("anomalous", overlays.heat_overlay(image, high)),
+                        ("normal", overlays.heat_overlay(image, high, anomalous=False))):
+        red, green, _ = drawn[32, 32].astype(int)
+        assert (red > green) == (name == "anomalous")
+        assert (drawn[0, 0] == 90).all()
+    low = high / 12  # under the limit: the same colours for both, as one scale should have
+    np.testing.assert_array_equal(overlays.heat_overlay(image, low), overlays.heat_overlay(image, low, anomalous=False))
+
+
+def test_of_the_map_of_components_only_what_explains_the_score_is_drawn():
+    evidence = np.zeros((64, 64))
+    evidence[4:20, 4:20], evidence[10:12, 20:24], evidence[40:60, 40:60] = 8, 9, 6
+    memory = np.zeros((64, 64))
+    memory[50, 10] = 3
+    maps = {"patchhist": evidence, "memory": memory}
+    drawn = overlays.explaining_map(maps, {"patchhist": 5.0, "memory": 1.0})
+    assert drawn[11, 22] == 9 and drawn[5, 5] == 8 and drawn[50, 10] == 3
+    assert (drawn[40:60, 40:60] == 0).all()  # unusual, too, but less, and elsewhere
+    np.testing.assert_array_equal(overlays.explaining_map(maps, {"patchhist": 0.2, "memory": 5.0}), memory)
+    np.testing.assert_array_equal(overlays.explaining_map({"patchhist": np.zeros((64, 64))}, {"patchhist": -1.0}), 0)
 
 
 def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
@@ -441,6 +498,54 @@ def test_words_of_a_part_in_the_wrong_quarter():
     assert {one.words for one in deviations(moved, histogram)} == {
         "component 1 is missing from the top-left quarter",
         "component 1 in the top-right quarter, where there is normally none"}
+
+
+def off(component: int, area: float, normal: float, place: str = WHOLE, **more) -> Deviation:
+    return Deviation(component, place, area, normal, np.sign(area - normal) * 9.0, **more)
+
+
+@pytest.mark.parametrize(("unusual", "spot", "sentence"), [
+    ([], "", ""),
+    ([off(3, 0.3, 0.1), off(5, 0, 0.1)], "", "component 5 is missing"),
+    ([off(5, 0, 0.1, name="capacitor")], "top-left quarter", "capacitor is missing"),
+    ([off(5, 0, 0.1), off(2, 0, 0.2, name="coil"), off(1, 0, 0.1)], "", "component 5, coil and component 1 are missing"),
+    ([off(5, 0, 0.1), off(2, 0.3, 0.2)], "", "component 5 is missing"),  # whether in the same place is not known
+    ([off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.3, 0.2, above_all="top-left quarter")], "",
+     "component 2 lies where component 5 should be"),
+    ([off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.8, 0.2, above_all="top-left quarter")], "",
+     "component 5 is missing"),
+    ([off(2, 0.3, 0.2, "top-left quarter"), off(5, 0.1, 0.2, "top-left quarter")], "",
+     "component 2 lies where component 5 should be"),
+    ([off(2, 0.1, 0.2, "top-left quarter")], "top-left quarter", "something lies where component 2 should be"),
+    ([off(2, 0.1, 0.2, above_all="top-left quarter")], "top-left quarter", "something lies where component 2 should be"),
+    ([off(2, 0.1, 0.2, "top-left quarter")], "top-right quarter", ""),
+    ([off(2, 0, 0.2, "top-left quarter"), off(2, 0.2, 0, "top-right quarter")], "", "component 2 is not where it should be"),
+    ([off(2, 0, 0.2, "top-left quarter")], "", "component 2 is missing from the top-left quarter"),
+    ([off(2, 0.1, 0.2)], "", "there is too little of component 2"), ([off(2, 0.2, 0.1)], "", "there is too much of component 2"),
+    ([off(2, 0.2, 0)], "", "component 2 is where it should not be")])
+def test_deviations_are_summed_up_in_one_sentence(unusual, spot, sentence):
+    assert summarise(unusual, spot).sentence == sentence
+
+
+def test_findings_are_one_sentence_and_few_details():
+    unusual = [off(component, 0.4, 0.1) for component in range(1, 9)]
+    verdict = inspection.Verdict("a.png", "anomalous", 1.0, 9.0, {"patchhist": 9.0}, "patchhist", (40, 15), unusual, (80, 60))
+    assert verdict.findings[:2] == ["there is too much of component 1", "most unusual at x 40, y 15"]
+    assert len(verdict.findings) == 4 and len(verdict.as_json()["components"]) == 8
+    by_surface = replace(verdict, alarm="memory", components=unusual[:1])  # in no quarter above all: it explains no surface
+    assert by_surface.findings == ["unusual surface at x 40, y 15", "component 1: 4.0 times the normal area"]
+    assert replace(verdict, components=()).findings == [
+        "unusual arrangement of components, most of all at x 40, y 15"]
+    in_words = replace(by_surface, components=[off(2, 0.1, 0.2, "top-right quarter", name="lid")]).findings
+    assert in_words == ["something lies where lid should be", "unusual surface at x 40, y 15",
+                        "lid: 50 % of the normal area in the top-right quarter"]
+
+
+def test_named_components_are_called_by_their_names(engine, run, photos, tmp_path):
+    engine.metadata["names"] = {"1": "capacitor"}
+    assert run(photos / "b/a.png") == 4
+    assert lines(tmp_path)[0]["findings"][0] == "capacitor and component 2 are missing"
+    assert [part["name"] for part in lines(tmp_path)[0]["components"]] == ["capacitor", ""]
 
 
 # Names

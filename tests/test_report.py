@@ -11,11 +11,13 @@ import weakref
 from pathlib import Path
 
 import csad
-from csad.data import files, layouts
+from csad import settings
+from csad.data import files, images, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import seeds
 from csad.inference import overlays
 from csad.report import figures
+from csad.report.page import Outcome
 
 import numpy as np
 import pytest
@@ -84,7 +86,7 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert text.count('<article class="card') == 12
     assert len(re.findall(r"<article[^>]*data-error=.missed", text)) == 2
     assert len(re.findall(r"<article[^>]*data-error=.false-alarm", text)) == 1
-    for word in ("Made with stand-ins", "backbone tiny", "0.123", "95.3", "quoted from the authors", "sPRO 0.05"):
+    for word in ("Made with stand-ins", "backbone tiny", "0.123", "sPRO 0.05"):
         assert word in text
     assert "discs <b>" not in text
     assert "discs &lt;b&gt;" in text
@@ -93,6 +95,55 @@ def test_the_page_says_everything_and_needs_nothing(page):
     assert "@import" not in text and "url(" not in text
     assert page.stat().st_size < 20e6
     assert "lgst.penalty_images" in text and "/home/me" not in text and str(page.parent) not in text
+
+
+def test_the_page_begins_with_how_good_it_is_and_what_went_wrong(page):
+    text = page.read_text()
+    assert re.findall(r"<h2>([^<]*)</h2>", text)[:3] == ["How good is it?", "What went wrong?", "Show me: the test images"]
+    assert "at this threshold 1 of 4 good pictures is rejected, 2 of 8 defects are missed" in text
+    first = text[text.index("<table"):text.index("</table>")]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", first) == ["1 of 4", "2 of 8", "59.4 %"]
+    links = re.findall(r'<li><a href="#([^"]+)">discs &lt;b&gt; / (\d+.png)</a> \((\w+)\): <strong>([^<]*)</strong>', text)
+    assert [link[3] for link in links] == ["false alarm", "missed", "missed"]
+    for anchor, name, split, error in links:
+        card = text[text.index(f'id="{anchor}"'):]
+        assert f'data-split="{split}" data-error="{error.replace(" ", "-")}"' in card[:200]
+        assert f'data-name="{name}"' in card[:300]
+    threshold = re.search(r"Threshold ([\d.-]+), from 6 other good pictures", text)[1]
+    assert text.count(f"</strong>, threshold {threshold};") == 12  # beside each score
+
+
+@pytest.mark.parametrize(("outcome", "words"), [
+    ((1, 15, 0, 20), "at this threshold 1 of 15 good pictures is rejected, 0 of 20 defects are missed"),
+    ((0, 1, 1, 1), "at this threshold 0 of 1 good pictures are rejected, 1 of 1 defects is missed"),
+    ((2, 5, 0, 0), "at this threshold 2 of 5 good pictures are rejected"), ((0, 0, 0, 0), "no test images")])
+def test_what_a_threshold_does_in_words(outcome, words):
+    assert Outcome(*outcome).words == words
+
+
+def test_published_figures_stand_under_their_own_categories_alone(results, run):
+    work, dataset = results
+    assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
+    said = [(work / name).read_text() for name in ("report.html", "score_combine_result.txt")]
+    assert not any("95.3" in text for text in said) and "quoted from the authors" not in said[0]
+    copy_category(work, dataset, "screw_bag")
+    assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
+    said = [(work / name).read_text() for name in ("report.html", "score_combine_result.txt")]
+    assert all("95.3" in text for text in said) and "quoted from the authors" in said[0]
+    dataset.with_name(f"{dataset.name}_components").mkdir()  # of the rendered data set, whose categories have those names
+    assert run("report", *results) == 0 and "95.3" not in (work / "report.html").read_text()
+
+
+def test_components_have_a_number_a_colour_and_perhaps_a_name(results, run, monkeypatch, tmp_path):
+    (tmp_path / "configs/categories").mkdir(parents=True)
+    (tmp_path / "configs/categories/discs <b>.yaml").write_text("names: {2: lid <i>}\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
+    text = (results[0] / "report.html").read_text()
+    assert text.count('<span class="swatch c1"></span>1</span>') == 12  # beside every map
+    assert text.count('<span class="swatch c2"></span>2 lid &lt;i&gt;</span>') == 12
+    assert ".c1 { background: #e69f00 }" in text and ".c2 { background: #56b4e9 }" in text
+    assert 'c2"></span>lid &lt;i&gt;: 10.0 % of the image' in text  # pseudo-labels
 
 
 def test_branches_stand_in_the_order_of_the_result_file(page):
@@ -160,14 +211,18 @@ def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
     assert text.count('class="verdict error"') == 3  # those wrongly judged come first
 
 
+def copy_category(work: Path, dataset: Path, name: str) -> None:
+    shutil.copytree(dataset / "discs <b>", dataset / name)
+    for path in [*work.glob("anomaly_score/discs <b>_*"), *work.glob("ckpt/*discs <b>*")]:
+        shutil.copy(path, path.with_name(path.name.replace("discs <b>", name)))
+
+
 @pytest.fixture
 def many(results, monkeypatch):
     """Three categories, the second with better scores; of more than one, the others are shown in one line each."""
     work, dataset = results
     for name in ("better", "same"):
-        shutil.copytree(dataset / "discs <b>", dataset / name)
-        for path in [*work.glob("anomaly_score/discs <b>_*"), *work.glob("ckpt/*discs <b>*")]:
-            shutil.copy(path, path.with_name(path.name.replace("discs <b>", name)))
+        copy_category(work, dataset, name)
     for branch in ("patchhist", "LGST"):
         for part in ("logi", "struc"):
             files.write_array(Workspace(work).scores("better", branch, part), np.r_[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
@@ -296,6 +351,41 @@ def test_histogram_figure_takes_any_scores(values):
     assert "nan" not in figure and "inf" not in figure
 
 
+def test_one_far_score_leaves_those_near_the_threshold_apart():
+    scores = {"good": np.linspace(0, 1.9, 20), "logical": np.r_[np.linspace(2.1, 6, 19), 640.0]}
+    figure = figures.histograms(scores, 2.0, "scores")
+    threshold = float(re.search(r'class="threshold" x1="([\d.]+)"', figure)[1])
+    for name, side in (("good", -1), ("logical", 1)):
+        points = re.search(rf'class="area {name}" points="([^"]+)"', figure)[1].split()
+        filled = {float(x) for x, y in (point.split(",") for point in points) if float(y) < figures._y(0) - 1}
+        assert len(filled) > 4  # the edges of several bars, not of one
+        assert all(side * (x - threshold) > -(figures._x(1) - figures._x(0)) / figures._BINS for x in filled)
+    assert "640" in figure and "threshold 2" in figure
+
+
+def test_colours_can_be_told_apart_by_colour_blind_people():
+    """Simulated as Machado, Oliveira and Fernandes (2009) do for the whole loss of one kind of cone, compared in CIE Lab."""
+    blind = {"protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+             "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]}
+    style = (Path(figures.__file__).parent / "page.css").read_text()
+    themes = style.split("@media (prefers-color-scheme: dark)")
+    groups = [[images.label_colour(label) for label in range(1, 8)]]
+    for theme in (themes[0], themes[1]):
+        variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
+        groups += [[variables[name] for name in names] for names in (
+            ("good", "logical", "structural"), ("fused", "patchhist", "LGST", "memory", "DFM"))]
+    for group in groups:
+        colours = np.array([[int(colour[index:index + 2], 16) / 255 for index in (1, 3, 5)] for colour in group])
+        linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+        for matrix in (np.eye(3), *map(np.array, blind.values())):
+            seen = np.clip(linear @ matrix.T, 0, 1)
+            xyz = seen @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+            root = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+            lab = np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], 1)
+            apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
+            assert apart.min() > 12, (group, apart.min())
+
+
 def test_outlines_and_overlays_keep_the_image_elsewhere():
     image = np.full((60, 80, 3), 90, np.uint8)
     truth = np.zeros((120, 160), bool)
@@ -389,6 +479,12 @@ def test_in_a_browser_without_script_all_but_sorting_works(opened):
 def test_in_a_browser_it_fits_a_phone_and_follows_the_dark(opened, tmp_path):
     phone, dark = opened(width=390), opened(scheme="dark")
     assert phone.evaluate("document.documentElement.scrollWidth") == 390
+    # The first table's figures are to be seen without moving it.
+    table = phone.locator(".scroll").first
+    assert table.evaluate("table => table.scrollWidth <= table.clientWidth") and table.locator("td").count() == 3
+    for cell in table.locator("td").all():
+        box = cell.bounding_box()
+        assert 0 <= box["x"] and box["x"] + box["width"] <= 390 and box["y"] + box["height"] < 844
     light_paper, dark_paper = (shown.evaluate("getComputedStyle(document.body).backgroundColor") for shown in (phone, dark))
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (light_paper, dark_paper)]
     assert brightness[0] > 600 > 150 > brightness[1]

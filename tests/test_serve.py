@@ -108,8 +108,8 @@ def test_answers_are_predicts_lines(station):
     line = json.loads(json.dumps(judge([read], engine, 100.0)[0].as_json()))
     answer = raw.json()
     assert answer == line | {"model": "bright", "threshold_words": answer["threshold_words"]}
-    assert answer["verdict"] == "anomalous" and answer["threshold"] == 100 and "0.99 %" in answer["threshold_words"]
-    assert answer["findings"][0] == "unusual surface at x 40, y 15"
+    assert answer["verdict"] == "anomalous" and answer["threshold"] == 100 and "1 good part in 101" in answer["threshold_words"]
+    assert answer["findings"] == ["component 1 is missing", "unusual surface at x 40, y 15"]
 
 
 def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
@@ -144,7 +144,8 @@ def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
 def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(station):
     answer = station().post("/score?overlay=1", content=picture(50)).json()
     assert answer["verdict"] == "normal" and not answer["findings"]
-    assert answer["findings_if_anomalous"][0].startswith("unusual surface")
+    assert answer["findings_if_anomalous"] == ["component 1 is missing", "unusual surface at x 40, y 15"]
+    assert answer["legend"] == [{"component": 1, "title": "component 1", "colour": "#e69f00"}]
     kind, _, data = answer["overlay"].partition(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/png;base64" and shown.size == (3 * 80 + 2 * 4, 60)

@@ -68,7 +68,7 @@ def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, cap
         engine = open_model(path, "cpu")
         assert engine.score(image) == score and engine.metadata["category"] == "discs"
         threshold, words = threshold_of(engine.metadata, None, None, "")
-        assert threshold == -12.5 and words.startswith("set in the model: at most 100 %")
+        assert threshold == -12.5 and words == "set in the model: every good part may be rejected"
         assert Station("discs", engine, Options(), print).threshold == -12.5
         assert threshold_of(engine.metadata, None, 0.01, "")[0] == 99  # asked for here, this is what counts
         beside = json.loads(path.with_name(f"{path.stem}.threshold.json").read_text())

@@ -92,7 +92,7 @@ def as_parquet(lines: bytes) -> bytes:
 
     text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
     component = {"component": whole, "place": text, "area": number, "normal_area": number, "deviation": number,
-                 "above_all": text, "words": text}
+                 "above_all": text, "name": text, "words": text}
     schema = pyarrow.schema({
         "image": text, "verdict": text, "score": number, "threshold": number, "contributions": pyarrow.map_(text, number),
         "alarm": text, "unusual": pyarrow.list_(whole), "findings": pyarrow.list_(text),

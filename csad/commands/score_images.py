@@ -288,7 +288,7 @@ class Output:
                                 f"{self.folder}/maps; run the same command again")
             drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
             try:
-                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.drawing)
+                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
             except OSError as problem:
                 if problem.errno not in UNUSABLE:
                     raise

@@ -251,6 +251,11 @@ def colour_labels(labels: np.ndarray) -> np.ndarray:
     return _PALETTE[labels]
 
 
+def label_colour(label: int) -> str:
+    """The colour of an index in `colour_labels`, as style sheets write it."""
+    return "#" + colour_labels(np.array(label, np.uint8)).tobytes().hex()
+
+
 @contextmanager
 def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out") -> Iterator[Image.Image]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
@@ -485,6 +490,11 @@ def _say_transparent(path: str | Path) -> None:
         ProgressBar.write(f"transparent pixels are seen as white ({path} is the first picture that has some)", file=sys.stderr)
 
 
+# Black, and the colours of Okabe and Ito (2008), which colour-blind people can tell apart, too.
+_DISTINCT = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+             (204, 121, 167)]
+
+
 def _make_palette() -> np.ndarray:
     # Steps of the golden ratio around the hue circle keep neighbouring indices apart.
     indices = np.arange(256)
@@ -492,7 +502,7 @@ def _make_palette() -> np.ndarray:
                     np.full(256, 255) - indices % 4 * 30], axis=1).astype(np.uint8)
     rgb = np.asarray(Image.fromarray(np.stack([hsv[:, 0] / 179 * 255, hsv[:, 1], hsv[:, 2]], 1)
                                      .astype(np.uint8)[None], mode="HSV").convert("RGB"))[0].copy()
-    rgb[0] = 0
+    rgb[:len(_DISTINCT)] = _DISTINCT
     return rgb
 
 

@@ -6,7 +6,7 @@ the score says that something is off, this says what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,20 @@ class Deviation(NamedTuple):
     normal_area: float  # the training images' mean
     deviation: float  # in their standard deviations, negative = too little
     above_all: str = ""  # for the whole image: the quarter that shows it most, where one is unusual in the same direction
+    name: str = ""  # what people call the component; empty: by its number
+
+    @property
+    def title(self) -> str:
+        return title_of(self.component, self.name)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the place has none of what it normally has."""
+        return self.area < SMALL <= self.normal_area
+
+    def concerns(self, place: str) -> bool:
+        """Whether the deviation shows in a quarter above all."""
+        return place in (self.place, self.above_all)
 
     @property
     def words(self) -> str:
@@ -37,22 +51,82 @@ class Deviation(NamedTuple):
         there = "" if self.place == WHOLE else f" in the {self.place}"
         mostly = self.above_all and f", above all in the {self.above_all}"
         if self.normal_area < SMALL:
-            return f"component {self.component}{there}, where there is normally none{mostly}"
-        if self.area < SMALL:
-            return f"component {self.component} is missing" + ("" if self.place == WHOLE else f" from the {self.place}")
+            return f"{self.title}{there}, where there is normally none{mostly}"
+        if self.is_missing:
+            return f"{self.title} is missing" + ("" if self.place == WHOLE else f" from the {self.place}")
         ratio = self.area / self.normal_area
         if ratio >= MANY:
-            return f"component {self.component}{there}, where there is normally hardly any{mostly}"
+            return f"{self.title}{there}, where there is normally hardly any{mostly}"
         times = f"{ratio:.1f} times the normal area" if ratio >= 1.05 else f"{100 * ratio:.0f} % of the normal area"
-        return f"component {self.component}: {times}{there}{mostly}"
+        return f"{self.title}: {times}{there}{mostly}"
 
 
-def deviations(label_map: np.ndarray, histogram: Mapping[str, Any]) -> list[Deviation]:
+def title_of(component: int, name: str = "") -> str:
+    """What sentences and legends call a component."""
+    return name or f"component {component}"
+
+
+class Summary(NamedTuple):
+    """What several deviations come to: a sentence, "" where they explain nothing, and the deviations that it says in full."""
+
+    sentence: str
+    said: Sequence[Deviation] = ()
+
+
+def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
+    """What deviations come to, in one sentence, for example: component 5 is missing.
+
+    Args:
+        unusual: of one image, the farthest off first.
+        spot: the quarter whose surface looks most unusual, where that is what raised the alarm; only deviations that show
+            there, or a component that is missing altogether, then explain it.
+    """
+    missing = [deviation for deviation in unusual if deviation.place == WHOLE and deviation.is_missing]
+    if missing:
+        substitute = _counterpart(missing[0], unusual)
+        if substitute is not None:
+            return Summary(f"{substitute.title} lies where {missing[0].title} should be")
+        *others, last = (deviation.title for deviation in missing)
+        return Summary(f"{', '.join(others)} and {last} are missing" if others else missing[0].words, missing)
+    explaining = [deviation for deviation in unusual if not spot or deviation.concerns(spot)]
+    if not explaining:
+        return Summary("")
+    first = explaining[0]
+    if first.place != WHOLE and any(other.component == first.component and other.place != first.place
+                                    and other.deviation * first.deviation < 0 for other in unusual):
+        return Summary(f"{first.title} is not where it should be")
+    counterpart = _counterpart(first, unusual)
+    if counterpart is not None:
+        excess, lack = (first, counterpart) if first.deviation > 0 else (counterpart, first)
+        return Summary(f"{excess.title} lies where {lack.title} should be")
+    if first.deviation < 0:
+        if spot:
+            return Summary(f"something lies where {first.title} should be")
+        return Summary(first.words, [first]) if first.is_missing else Summary(f"there is too little of {first.title}")
+    return Summary(f"{first.title} is where it should not be" if first.normal_area < SMALL else
+                   f"there is too much of {first.title}")
+
+
+def _counterpart(deviation: Deviation, unusual: Sequence[Deviation]) -> Deviation | None:
+    """Another component that gains about the area that this one loses in the same place, or the other way round."""
+    change = deviation.area - deviation.normal_area
+    quarter = deviation.above_all if deviation.place == WHOLE else deviation.place
+    for other in unusual:
+        if quarter and other.component != deviation.component and (
+                (other.place, other.above_all) == (deviation.place, deviation.above_all)):
+            if 0.5 <= (other.normal_area - other.area) / change <= 2:
+                return other
+    return None
+
+
+def deviations(label_map: np.ndarray, histogram: Mapping[str, Any], names: Mapping[int, str] | None = None
+               ) -> list[Deviation]:
     """Compare an image's components with those of the training images.
 
     Args:
         label_map: (256, 256) uint8, values below the number of classes, 0 = background.
         histogram: area fractions on training images, by class: mean and std [C], quarter_mean and quarter_std [4][C].
+        names: what people call components, of those that have a name.
 
     Returns:
         What is more than `LIMIT` standard deviations off, the farthest first: a component in the whole image, and in the
@@ -70,7 +144,8 @@ def deviations(label_map: np.ndarray, histogram: Mapping[str, Any]) -> list[Devi
 
     def note(component: int, place: int, above_all: str = "") -> None:
         found.append(Deviation(component, (WHOLE, *PLACES)[place], float(areas[place, component]),
-                               float(normal[place, component]), float(off[place, component]), above_all))
+                               float(normal[place, component]), float(off[place, component]), above_all,
+                               (names or {}).get(component, "")))
 
     for component in range(1, classes):
         whole_off, quarters_off = off[0, component], off[1:, component]

@@ -34,11 +34,23 @@ class Threshold(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What the threshold promises, for people."""
-        text = f"at most {100 * self.promised:.3g} % false positives in expectation, from {self.images} validation images"
+        """What the threshold promises, for people; in expectation over the choice of the validation images."""
+        count, of = _ratio(self.promised)
+        text = f"about {count} good part{'s' * (count > 1)} in {of} may be rejected"
+        if self.promised >= 1:
+            text = "every good part may be rejected"
         if self.kept:
             return text
-        return f"{text}; {100 * self.asked:.3g} % would take {math.ceil(1 / self.asked) - 1 if self.asked else 'infinitely many'}"
+        if not self.asked:
+            return f"{text}; no number of good validation pictures would allow none"
+        count, of = _ratio(self.asked)
+        return f"{text}; {math.ceil(1 / self.asked - 1e-9) - 1} good validation pictures would allow {count} in {of}"
+
+
+def _ratio(share: float) -> tuple[int, int]:
+    """A share, 0 < share <= 1, as people count: 1 in 12, 40 in 100."""
+    of = round(1 / share)
+    return (1, of) if of >= 10 or abs(of * share - 1) < 0.02 else (round(100 * share), 100)
 
 
 def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) -> Threshold:

@@ -72,7 +72,7 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
 
 def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,
                 precision: str = "fp32", weights: Mapping[str, float] | None = None,
-                weighed: list[str] | None = None) -> dict:
+                weighed: list[str] | None = None, names: Mapping[int, str] | None = None) -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
@@ -81,10 +81,11 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         precision: in which the model is to run; the weights stay in fp32.
         weights: of the branches in the sum, by their names; the others are left out. None: 1 for each of the settings' branches.
         weighed: the branches among which the weights were decided, those left out included; None: those with weights.
+        names: what people call components, of those that have a name.
 
     Raises:
         UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
-            belong together.
+            belong together; or a component is named that there is not.
     """
     branches = list(chosen.branches if weights is None else weights)
     weighed = branches if weighed is None else weighed
@@ -117,6 +118,9 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         except ValueError as problem:
             raise UserError(f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
                             "run train_segmentor.py --overwrite") from problem
+        if unknown := [component for component in names or {} if component >= detector.classes]:
+            raise UserError(f"configs/categories/{name}.yaml names component {unknown[0]}, but {name} has components "
+                            f"1 to {detector.classes - 1}")
     if "LGST" in branches:
         lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
@@ -158,7 +162,8 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
         "training": {branch: one["meta"] for branch, one in saved.items()}, "made_of": made_of,
         "weights": fingerprint(model), "versions": versions()}
         | ({} if detector is None else
-           {"classes": detector.classes, "histogram": area_statistics(parameters, detector.classes)})
+           {"classes": detector.classes, "histogram": area_statistics(parameters, detector.classes),
+            "names": {str(component): title for component, title in (names or {}).items()}})
         | ({"memory_score_share": memory.score_share, "memory_border": memory.border} if memory is not None else {}))
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state

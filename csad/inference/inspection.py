@@ -17,9 +17,18 @@ from typing import Any
 from csad.branches import BRANCHES
 from csad.data import images
 from csad.errors import UserError
-from csad.evaluation.deviations import Deviation, deviations
+from csad.evaluation.deviations import PLACES, Deviation, deviations, summarise, title_of
 from csad.inference.engines import Engine
-from csad.inference.overlays import heat_overlay, label_overlay, shrink, side_by_side
+from csad.inference.overlays import (
+    ARRANGEMENT,
+    captioned,
+    explaining_map,
+    heat_overlay,
+    label_overlay,
+    ring,
+    shrink,
+    side_by_side,
+)
 
 import numpy as np
 
@@ -29,6 +38,7 @@ NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "
 VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
 READERS = min(4, os.cpu_count() or 1)
 AHEAD = 2  # batches being decoded while one is scored
+DETAILS = 3  # findings after the first at most
 
 
 class InMemory(io.BytesIO):
@@ -72,7 +82,9 @@ class Verdict:
         alarm: the branch that adds most, where the image is anomalous.
         unusual: x and y, in the image's own pixels, of the maximum of that branch's map.
         components: unusual amounts of components, the most unusual first.
-        drawing: (H, W, 3) uint8: image, components, anomaly map.
+        size: width and height of the image in pixels.
+        legend: index and what people call it, of each component that the model knows.
+        drawing: (H, W, 3) uint8: image, components, anomaly map; a ring where an anomalous image is most unusual.
         problem: why there is no verdict.
     """
 
@@ -84,23 +96,38 @@ class Verdict:
     alarm: str | None = None
     unusual: tuple[int, int] | None = None
     components: Sequence[Deviation] = ()
+    size: tuple[int, int] = (0, 0)
+    legend: Sequence[tuple[int, str]] = ()
     drawing: np.ndarray | None = None
     problem: str = ""
 
     @property
     def findings(self) -> list[str]:
-        """What is wrong, in words, the reason of the alarm first."""
+        """What is wrong, in words: one sentence about what explains the alarm, then at most `DETAILS` details."""
         if self.problem:
             return [self.problem]
         if self.verdict != ANOMALOUS:
             return []
-        parts = [one.words for one in self.components]
         if self.unusual is None:
-            return parts
-        surface = f"unusual surface at x {self.unusual[0]}, y {self.unusual[1]}"
-        if self.alarm == "patchhist":
-            return parts or [f"unusual arrangement of components, most of all at x {self.unusual[0]}, y {self.unusual[1]}"]
-        return [surface, *parts]
+            return findings_of(self.components)
+        spot = f"at x {self.unusual[0]}, y {self.unusual[1]}"
+        if self.alarm == ARRANGEMENT:
+            return findings_of(self.components, "unusual arrangement of components, most of all " + spot, "most unusual " + spot)
+        right, low = (2 * place >= side for place, side in zip(self.unusual, self.size))
+        return findings_of(self.components, "unusual surface " + spot, quarter=PLACES[2 * right + low])
+
+    @property
+    def captioned_drawing(self) -> np.ndarray | None:
+        """The drawing with verdict, score, findings and the components' legend under it."""
+        if self.drawing is None or self.score is None:
+            return self.drawing
+        over = "is over" if self.score > self.threshold else "is not over"
+        lines = [f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
+                 *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
+                 "Left: the picture" + (", a ring where it is most unusual" if self.findings else "")
+                 + "; middle: its components; right: how unusual each place is"]
+        return captioned(self.drawing, f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}", lines,
+                         self.legend, red=self.verdict == ANOMALOUS)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without numbers that JSON does not know."""
@@ -120,6 +147,34 @@ class Verdict:
             score += " = " + " + ".join(f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items())
         text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
+
+
+def findings_of(components: Sequence[Deviation], otherwise: str = "", spot: str | None = None, quarter: str = "") -> list[str]:
+    """One sentence that sums up, then at most `DETAILS` details.
+
+    Args:
+        components: deviations of one image, the farthest off first.
+        otherwise: what sums up where the deviations do not, and where they do is said next.
+        spot: what is said next instead.
+        quarter: see `csad.evaluation.deviations.summarise`.
+    """
+    summary = summarise(components, quarter)
+    details = [deviation.words for deviation in components if deviation not in summary.said]
+    if not summary.sentence:
+        return [text for text in (otherwise, *details[:DETAILS]) if text]
+    return [summary.sentence, *[text for text in (spot or otherwise, *details) if text][:DETAILS]]
+
+
+def names_of(known: dict[str, Any]) -> dict[int, str]:
+    """What people call components, of those that have a name in a model's metadata."""
+    return {int(component): name for component, name in known.get("names", {}).items()}
+
+
+def legend_of(known: dict[str, Any]) -> list[tuple[int, str]]:
+    """Index and what people call it, of each component in a model's metadata."""
+    names = names_of(known)
+    return [(component, title_of(component, names.get(component, "")))
+            for component in range(1, len(known.get("histogram", {}).get("mean", ())))]
 
 
 def printable(text: str) -> str:
@@ -188,7 +243,7 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
                 Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
                 for picture, score in zip(pictures, map(float, engine.score(batch)))]
     found = engine.predict(batch)
-    histogram = engine.metadata.get("histogram")
+    histogram, names, legend = engine.metadata.get("histogram"), names_of(engine.metadata), legend_of(engine.metadata)
     verdicts = []
     for index, picture in enumerate(pictures):
         score = float(found.score[index])
@@ -201,15 +256,31 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
         shown_map = found.branch_maps[index, engine.branches.index(alarm)]
         if not shown_map.any():
             shown_map = found.anomaly_map[index]
-        row, column = np.unravel_index(shown_map.argmax(), shown_map.shape)
-        unusual = tuple(int((place + 0.5) * side / MAP_SIZE) for place, side in zip((column, row), picture.size))
-        drawing = None if picture.shown is None else side_by_side(
-            picture.shown, label_overlay(picture.shown, found.label_map[index]),
-            heat_overlay(picture.shown, found.anomaly_map[index]))
+        unusual = maximum_of(shown_map, picture.size)
+        drawing = None if picture.shown is None else _drawing(
+            picture, found.label_map[index], dict(zip(engine.branches, found.branch_maps[index])), contributions,
+            unusual if verdict == ANOMALOUS else None)
         verdicts.append(Verdict(
             picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None, unusual,
-            deviations(found.label_map[index], histogram) if histogram else (), drawing))
+            deviations(found.label_map[index], histogram, names) if histogram else (), picture.size, legend, drawing))
     return verdicts
+
+
+def _drawing(picture: Picture, label_map: np.ndarray, maps: dict[str, np.ndarray], contributions: dict[str, float],
+             unusual: tuple[int, int] | None) -> np.ndarray:
+    """Image, components and map of what explains the score; ``unusual`` is None where the image is normal."""
+    image = picture.shown
+    parts = [image, label_overlay(image, label_map),
+             heat_overlay(image, explaining_map(maps, contributions), anomalous=unusual is not None)]
+    if unusual is not None:
+        parts[0], parts[2] = (ring(part, unusual, picture.size) for part in (parts[0], parts[2]))
+    return side_by_side(*parts)
+
+
+def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """Where a map (64, 64) is highest: x and y in the pixels of an image of that width and height."""
+    row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
+    return int((column + 0.5) * size[0] / MAP_SIZE), int((row + 0.5) * size[1] / MAP_SIZE)
 
 
 def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:

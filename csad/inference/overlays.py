@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 
 from csad.data.images import colour_labels
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 FULL_HEAT = 3.0  # scaled anomaly-map value shown at full strength; of the validation maps' values 0.5 % lie over 1
+CALM = 0.4  # of full heat, green: what the most unusual place of a picture that counts as normal is drawn with at most
+ARRANGEMENT = "patchhist"  # the branch whose map is of components
 _OPACITY = 0.65
 # From blue over green and yellow to dark red, as maps of this kind usually are.
 _HEAT = np.array([[48, 18, 59], [70, 117, 237], [27, 207, 212], [97, 252, 108], [209, 232, 52], [254, 155, 45], [217, 56, 6],
                   [122, 4, 2]], np.float32)
 _OUTLINE = (255, 0, 200)
+_TEXT, _QUIET, _RED, _GREEN = (27, 36, 48), (91, 102, 117), (184, 28, 46), (24, 110, 52)
+_LEAST_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
@@ -28,9 +33,45 @@ def shrink(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
-def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
-    """Colour an image (H, W, 3) uint8 by its scaled anomaly map (h, w): nothing at 0 and below, dark red at `FULL_HEAT`."""
+def explaining_map(maps: Mapping[str, np.ndarray], contributions: Mapping[str, float]) -> np.ndarray:
+    """The largest of the branches' maps at each place, of the map of components only what explains the score.
+
+    The map of components marks everything whose amount is unusual, which can be half a picture where one part is missing.
+    What is drawn of it is the region around its maximum, and nothing where another branch contributes more than twice as
+    much to the score.
+
+    Args:
+        maps: (h, w) each, scaled, by branch.
+        contributions: to the score, by branch.
+    """
+    highest = max(contributions.values())
+    drawn = [_peak_region(values) if branch == ARRANGEMENT else values for branch, values in maps.items()
+             if branch != ARRANGEMENT or contributions[branch] >= highest / 2 or len(maps) == 1]
+    return np.max(drawn, axis=0)
+
+
+def _peak_region(evidence: np.ndarray) -> np.ndarray:
+    """A map (h, w) with nothing left of it but what hangs together with its maximum and reaches half of it."""
+    high = (evidence >= evidence.max() / 2) & (evidence > 0)
+    region = np.zeros_like(high)
+    region[np.unravel_index(evidence.argmax(), evidence.shape)] = True
+    region &= high
+    while True:
+        grown = np.pad(region, 1)
+        grown = (grown[1:-1, 1:-1] | grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]) & high
+        if (grown == region).all():
+            return np.where(region, evidence, 0)
+        region = grown
+
+
+def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray, anomalous: bool = True) -> np.ndarray:
+    """Colour an image (H, W, 3) uint8 by its scaled anomaly map (h, w): nothing at 0 and below, dark red at `FULL_HEAT`.
+
+    Of a picture that is not ``anomalous`` the colours end at green, however high its map is: red means rejected.
+    """
     heat = _enlarge(np.clip(anomaly_map / FULL_HEAT, 0, 1).astype(np.float32), image, Image.Resampling.BILINEAR)
+    if not anomalous:
+        heat = heat * min(1.0, CALM / max(float(heat.max()), CALM))
     position = heat * (len(_HEAT) - 1)
     colours = np.stack([np.interp(position, np.arange(len(_HEAT)), channel) for channel in _HEAT.T], axis=-1)
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
@@ -54,6 +95,73 @@ def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
     drawn = image.copy()
     drawn[grown != shrunk] = _OUTLINE
     return drawn
+
+
+def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Draw a ring around a spot of an image (H, W, 3) uint8, which itself stays as it is.
+
+    Args:
+        spot: x and y in pixels of the image before it was made smaller.
+        size: its width and height then.
+    """
+    x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(spot, image.shape[1::-1], size))
+    rows, columns = np.ogrid[:image.shape[0], :image.shape[1]]
+    distance = np.hypot(rows - y, columns - x)
+    radius, width = max(6.0, max(image.shape) / 22), max(1.0, max(image.shape) / 250)
+    drawn = image.copy()
+    drawn[abs(distance - radius) <= 2 * width] = 0
+    drawn[abs(distance - radius) <= width] = 255
+    return drawn
+
+
+def captioned(picture: np.ndarray, title: str, lines: Sequence[str], legend: Sequence[tuple[int, str]] = (),
+              red: bool = False) -> np.ndarray:
+    """A picture (H, W, 3) uint8 with text under it, and a legend of components; a narrow one gets a white margin.
+
+    Args:
+        title: stands first, larger than the lines.
+        legend: index and what people call it, of each component.
+        red: the title's colour, else green.
+    """
+    size = int(np.clip(picture.shape[0] / 26, 12, 30))
+    margin, width = size // 2, max(picture.shape[1], _LEAST_WIDTH)
+    large, small = (ImageFont.load_default(pixels) for pixels in (round(1.25 * size), size))
+    placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, int, int] | None]] = []
+    y = float(margin)
+    for text, font in ((title, large), *((line, small) for line in lines)):
+        for wrapped in _wrap(text, font, width - 2 * margin):
+            placed.append((margin, y, wrapped, font, None))
+            y += 1.35 * font.size
+    x, y = float(margin), y + margin / 2
+    for index, name in legend:
+        entry = name if name.endswith(f" {index}") else f"{index} {name}"
+        room = 1.4 * size + small.getlength(entry)
+        if x > margin and x + room > width - margin:
+            x, y = margin, y + 1.5 * size
+        placed.append((x, y, entry, small, tuple(colour_labels(np.array(index, np.uint8)).tolist())))
+        x += room + 1.2 * size
+    height = int(y + (1.5 * size if legend else 0) + margin)
+    canvas = Image.new("RGB", (width, picture.shape[0] + height), "white")
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    pen = ImageDraw.Draw(canvas)
+    for x, y, text, font, colour in placed:
+        y += picture.shape[0]
+        if colour is not None:
+            pen.rectangle((x, y + 0.1 * size, x + size, y + 1.1 * size), fill=colour, outline=_QUIET)
+            x += 1.4 * size
+        pen.text((x, y), text, fill=_TEXT if font is small else _RED if red else _GREEN, font=font)
+    return np.asarray(canvas)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def side_by_side(*pictures: np.ndarray) -> np.ndarray:

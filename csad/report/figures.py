@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -11,6 +11,7 @@ from sklearn.metrics import roc_curve
 _WIDTH, _HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 38
 _BINS = 28
+_TICKS = (0, 0.25, 0.5, 0.75, 1)  # along both axes
 
 
 def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], label: str) -> Markup:
@@ -20,7 +21,7 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
         good, anomalous: per score (n,) and (m,) values, higher = more anomalous.
         label: what the figure shows, for readers who cannot see it.
     """
-    parts = [_frame("false-positive rate", "true-positive rate", (0, 1), (0, 1)),
+    parts = [_frame("share of good pictures rejected", "share of defects found", (0, 1), (0, 1)),
              f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>']
     for name, normal in good.items():
         labels = np.r_[np.zeros(len(normal)), np.ones(len(anomalous[name]))]
@@ -31,15 +32,19 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
 
 
 def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -> Markup:
-    """Share of images over score, one outline per kind; the keys become CSS classes. What lies far out joins the last bin."""
-    everything = np.concatenate([*scores.values(), [threshold]])
-    low = float(everything.min())
-    high = float(max(np.quantile(everything, 0.98), threshold + 0.1 * (threshold - low)))
-    high = high if high > low else low + 1
+    """Share of images over score, one outline per kind; the keys become CSS classes.
+
+    The axis is wide at the threshold and closer the farther away (asinh), so that one score of 640 leaves the others apart.
+    """
+    unit = _unit(scores, threshold)
+    scaled = {name: np.arcsinh((values - threshold) / unit) for name, values in scores.items()}
+    everything = np.concatenate([*scaled.values(), [0.0]])
+    low, high = min(float(everything.min()), -1.0), max(float(everything.max()), 1.0)
     edges = np.linspace(low, high, _BINS + 1)
-    shares = {name: np.histogram(np.clip(values, low, high), edges)[0] / max(len(values), 1) for name, values in scores.items()}
+    shares = {name: np.histogram(values, edges)[0] / max(len(values), 1) for name, values in scaled.items()}
     top = max(share.max() for share in shares.values()) or 1
-    parts = [_frame("score", "share of images", (low, high), (0, top))]
+    ticks = [_short(threshold + unit * float(np.sinh(low + share * (high - low)))) for share in _TICKS]
+    parts = [_frame("score, widest near the threshold", "share of images", (low, high), (0, top), ticks)]
     for name, share in shares.items():
         corners = [(edges[0], 0.0)]
         for left, right, value in zip(edges, edges[1:], share):
@@ -47,19 +52,34 @@ def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -
         corners.append((edges[-1], 0.0))
         points = " ".join(f"{_x((x - low) / (high - low)):.1f},{_y(y / top):.1f}" for x, y in corners)
         parts.append(f'<polygon class="area {name}" points="{points}"/>')
-    x = _x((threshold - low) / (high - low))
+    x = _x(-low / (high - low))
     parts.append(f'<line class="threshold" x1="{x:.1f}" y1="{_y(0)}" x2="{x:.1f}" y2="{_y(1)}"/>')
-    parts.append(f'<text class="threshold-text" x="{x + 4:.1f}" y="{_TOP + 11}">threshold</text>')
+    anchor, shift = ("start", 4) if -low / (high - low) < 0.7 else ("end", -4)
+    parts.append(f'<text class="threshold-text" x="{x + shift:.1f}" y="{_TOP + 11}" text-anchor="{anchor}">'
+                 f'threshold {_short(threshold)}</text>')
     return _figure(parts, label)
 
 
-def _frame(across: str, up: str, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+def _unit(scores: Mapping[str, np.ndarray], threshold: float) -> float:
+    """The score's distance from the threshold up to which the axis is linear: half of what is usual for good images."""
+    distances = np.abs(scores.get("good", next(iter(scores.values()))) - threshold)
+    unit = float(np.median(distances)) / 2 if distances.size else 0.0
+    return unit if unit > 1e-9 * max(1.0, abs(threshold)) else max(1.0, abs(threshold))
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if 1e-3 <= abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
+
+
+def _frame(across: str, up: str, x_range: tuple[float, float], y_range: tuple[float, float],
+           ticks: Sequence[str] | None = None) -> str:
     parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    for index, share in enumerate(_TICKS):
         x, y = _x(share), _y(share)
+        below = _number(x_range, share) if ticks is None else ticks[index]
         parts.append(f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
                      f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
-                     f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{_number(x_range, share)}</text>'
+                     f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{below}</text>'
                      f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, share)}</text>')
     parts.append(f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
                  f'<text transform="translate(11 {_y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text>')

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from csad.evaluation.metrics import counted, mean_known
+from csad.data.images import label_colour
+from csad.evaluation.metrics import LOCO, counted, mean_known
 
 import jinja2
 from markupsafe import Markup
@@ -16,6 +17,30 @@ HERE = Path(__file__).parent
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}  # mean image AUROC on MVTec LOCO AD (docs/METHOD.md section 4)
 
+# What each branch asks, for people who never read the paper.
+QUESTIONS = {
+    "fused": "all of them together: the score that decides",
+    "patchhist": "is the usual amount of every component there, where it usually is?",
+    "LGST": "does a network that knows good pictures alone see each place as its teacher does?",
+    "memory": "does each patch look like one of a good picture?",
+    "DFM": "does the picture as a whole vary as good pictures do?"}
+
+
+class Outcome(NamedTuple):
+    """What a threshold does to test images: good ones over it are rejected, defects that are not over it are missed."""
+
+    rejected: int
+    good: int
+    missed: int
+    defects: int
+
+    @property
+    def words(self) -> str:
+        parts = [f"{count} of {of} {what} {'is' if count == 1 else 'are'} {how}"
+                 for count, of, what, how in ((self.rejected, self.good, "good pictures", "rejected"),
+                                              (self.missed, self.defects, "defects", "missed")) if of]
+        return f"at this threshold {', '.join(parts)}" if parts else "no test images"
+
 
 def render(**content: Any) -> str:
     """The page as text; ``content`` is what page.html names."""
@@ -24,12 +49,17 @@ def render(**content: Any) -> str:
     environment.filters["percent"] = percent
     environment.filters["mean"] = mean
     detections = [metrics["detection"] for metrics in content["metrics"]]
+    of_loco = not content["rendered"] and any(metrics["category"] in LOCO for metrics in content["metrics"])
+    components = {component for card in content["cards"] for component, _ in card["legend"]} | {
+        label for category in content["categories"] if category["pseudo_labels"]
+        for label, *_ in category["pseudo_labels"]["labels"]}
     shared = [key for key in detections[0] if all(key in one for one in detections)]
     averaged = counted({kind: [one[key][kind]["auroc"] for one in detections for key in ("fused",) if key in one]
                         for kind in ("logical", "structural")})
     return environment.get_template("page.html").render(
         content | {"averaged": averaged, "shared": shared, "detections": detections,
-                   "policy": POLICY, "published": PUBLISHED_AVERAGE,
+                   "policy": POLICY, "published": PUBLISHED_AVERAGE if of_loco else {}, "questions": QUESTIONS,
+                   "colours": {component: label_colour(component) for component in sorted(components)},
                    "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
                    "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from csad.data.images import label_colour
 from csad.inference.engines import Engine
 from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
@@ -113,6 +114,8 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
             metrics.verdicts.labels(station.name, verdict.verdict).inc()
             if overlay:
                 answer |= {"overlay": None if verdict.drawing is None else png_uri(verdict.drawing),
+                           "legend": [{"component": component, "title": title, "colour": label_colour(component)}
+                                      for component, title in verdict.legend],
                            "findings_if_anomalous": findings_if_anomalous(verdict)}
             return answer
 

@@ -210,8 +210,15 @@ function promisedRate(threshold, scores) {
 function promise(threshold) {
   const count = model.validation_scores.length;
   if (!count) return "The model does not know its validation pictures' scores, so nothing is promised.";
-  const rate = Number((100 * promisedRate(threshold, model.validation_scores)).toPrecision(3));
-  return `At most ${rate} % false positives in expectation, from ${count} validation images. The station and its log keep ${round(model.threshold)}.`;
+  return `${rejected(promisedRate(threshold, model.validation_scores))} may be rejected. The station and its log keep ${round(model.threshold)}.`;
+}
+
+// As csad/evaluation/thresholds.py counts.
+function rejected(share) {
+  if (share >= 1) return "Every good part";
+  const of = Math.round(1 / share);
+  if (of >= 10 || Math.abs(of * share - 1) < 0.02) return `About 1 good part in ${of}`;
+  return `About ${Math.round(100 * share)} good parts in 100`;
 }
 
 // Pictures
@@ -220,6 +227,12 @@ async function showPictures() {
   const entry = shown;
   at("pictures").hidden = !entry?.overlay;
   if (!entry?.overlay) return;
+  at("legend").replaceChildren(...(entry.legend ?? []).map((one) => {
+    const item = made("span"), swatch = made("i");
+    swatch.style.background = one.colour;
+    item.append(swatch, one.title.endsWith(` ${one.component}`) ? one.title : `${one.component} ${one.title}`);
+    return item;
+  }));
   const strip = new Image();
   strip.src = entry.overlay;
   await strip.decode();
@@ -276,7 +289,7 @@ function pill(verdict, text) {
   return found;
 }
 
-const exported = () => entries.map(({ overlay, findings_if_anomalous, ...entry }) =>
+const exported = () => entries.map(({ overlay, legend, findings_if_anomalous, ...entry }) =>
   ({ ...entry, station_verdict: entry.verdict, verdict: judged(entry), threshold: thresholds.get(entry.model), findings: findingsOf({ ...entry, findings_if_anomalous }) }));
 
 function asCsv() {
