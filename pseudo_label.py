@@ -6,7 +6,7 @@ each label they show, and the most ordinary ones of each group are trusted.
 
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
 datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
-others are used as they are. docs/METHOD.md section 1. SAM-HQ and Grounding DINO see the pictures at their native size, and
+others are used as they are. docs/method.md section 1. SAM-HQ and Grounding DINO see the pictures at their native size, and
 all maps have that size; the classical proposer works on 256x256.
 
 --proposer says where the masks come from: grounded_sam (Grounding DINO and SAM-HQ, the method's own), sam (SAM-HQ alone),
@@ -282,7 +282,7 @@ def clustered_map(folder: Path, chosen: settings.PseudoLabelSettings) -> np.ndar
 
 
 def refine(proposals: Proposals, chosen: settings.PseudoLabelSettings) -> tuple[masks.PackedMasks | None, np.ndarray]:
-    """The order of operations of docs/METHOD.md: proposals -> candidate masks, if any, and label map (H, W)."""
+    """The order of operations of docs/method.md: proposals -> candidate masks, if any, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)

@@ -1,4 +1,4 @@
-"""docs/FIDELITY.md names files and functions: they exist. Options and sizes in it are those of the code."""
+"""docs/fidelity.md names files and functions: they exist. Options and sizes in it are those of the code."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from csad.training.best_on_test import with_checkpoint
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs/FIDELITY.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
 PLACES = sorted(set(re.findall(r"`([\w/]+\.py)`: `(\w+)`", PAGE)))
 
 
@@ -48,5 +48,5 @@ def test_sizes_of_downloads_are_those_that_are_fetched():
 
 
 def test_readme_and_method_point_to_it():
-    for page in ("README.md", "docs/METHOD.md"):
-        assert "FIDELITY.md" in (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "docs/method.md"):
+        assert "fidelity.md" in (ROOT / page).read_text(encoding="utf-8")
