@@ -3,7 +3,7 @@
 All of them are timm's. The published one is Wide-ResNet-50-2 with torchvision's ``IMAGENET1K_V2`` weights, and with others,
 timm's own, where stage 1 looks at crops of components; their names and shapes are the same, so files are told apart by what
 they hold. EfficientNet-Lite0 comes with its ImageNet weights in a package of the registry, for machines that can or need not
-have the larger one (docs/method.md section 6). Any other convolutional network of timm that has the three maps will do.
+have the larger one (docs/beyond.md). Any other convolutional network of timm that has the three maps will do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stage 1's clustering adds to the published method, for the settings that ask for it (docs/method.md section 6).
+"""What stage 1's clustering adds to the published method, for the settings that ask for it (docs/beyond.md).
 
 Parts that only some kinds of images have (`variants`), parts alike but for one feature (`lookalikes`), features in units of
 their own, and a bandwidth where none is published. `clustering` is the published method.
