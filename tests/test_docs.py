@@ -166,9 +166,12 @@ def blocks(page: str, text: str) -> list[Block]:
             for needs, fenced, indented in re.findall(pattern, text + "\n", re.MULTILINE)]
 
 
-def commands(block: Block) -> list[list[str]]:
-    """Every command of a block as words, variables and loops written out."""
-    values: dict[str, list[str]] = {}
+def commands(block: Block, values: dict[str, list[str]]) -> list[list[str]]:
+    """Every command of a block as words, variables and loops written out.
+
+    Args:
+        values: of variables from the page's blocks before, to which this one's are added.
+    """
     result = []
     for line in block.lines:
         loop = re.match(r"\s*for (\w+) in (.+?); do", line)
@@ -236,7 +239,9 @@ def require_options(name: str, given: list[str]) -> None:
 
 
 BLOCKS = [block for page, text in PAGES.items() for block in blocks(page, text)]
-CALLS = [(block, *call) for block in BLOCKS for words in commands(block) if (call := called(words))]
+VARIABLES: dict[str, dict[str, list[str]]] = {page: {} for page in PAGES}
+CALLS = [(block, *call) for block in BLOCKS for words in commands(block, VARIABLES[block.page])
+         if (call := called(words))]
 
 
 @pytest.mark.parametrize("block, name, given", CALLS, ids=[f"{block.page}: {name}" for block, name, _ in CALLS])
@@ -286,7 +291,7 @@ def test_commands_are_read_as_a_shell_reads_them():
             "        python $s.py $run --b \\\n            c  # d\n    done\n")
     block, = blocks("page", text)
     assert block.needs == "x"
-    assert [called(words) for words in commands(block) if words != ["done"]] == [
+    assert [called(words) for words in commands(block, {}) if words != ["done"]] == [
         ("A", ["--a", "1", "--b", "c"]), ("B", ["--a", "1", "--b", "c"])]
     assert called(shlex.split("CSAD_TOKEN=x python serve.py --port 1")) == ("serve", ["--port", "1"])
     with pytest.raises(AssertionError, match="no option --typo"):
