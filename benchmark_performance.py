@@ -173,7 +173,7 @@ def where(category: layouts.Category, workspace: Workspace, branches: list[str],
 
 
 def by_category(measured: dict[str, dict]) -> list[str]:
-    """The lines of score_combine_result.txt that docs/METHOD.md section 4 fixes."""
+    """The lines of score_combine_result.txt that docs/method.md section 4 fixes."""
     lines = []
     for name, content in measured.items():
         lines.append(f"{name.upper()}:")

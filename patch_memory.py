@@ -1,4 +1,4 @@
-"""Stage 3b, beyond the paper: fit the two branches that nothing is trained for (docs/METHOD.md section 6).
+"""Stage 3b, beyond the paper: fit the two branches that nothing is trained for (docs/beyond.md).
 
 The patch memory remembers what patches of good images look like: patches of a frozen encoder's maps, at a higher resolution than
 the other branches see, are thinned out to a memory, and a patch's distance to the nearest remembered one is how unusual it is.

@@ -6,7 +6,7 @@ each label they show, and the most ordinary ones of each group are trusted.
 
 Writes datasets/masks/{category}/{image}/ (filtered_cluster_map.png is the pseudo-label map) and
 datasets/masks/{category}/info/. Interrupted, it continues with the image at which it stopped. Pseudo-labels made by
-others are used as they are. docs/METHOD.md section 1. SAM-HQ and Grounding DINO see the pictures at their native size, and
+others are used as they are. docs/method.md section 1. SAM-HQ and Grounding DINO see the pictures at their native size, and
 all maps have that size; the classical proposer works on 256x256.
 
 --proposer says where the masks come from: grounded_sam (Grounding DINO and SAM-HQ, the method's own), sam (SAM-HQ alone),

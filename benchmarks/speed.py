@@ -1,6 +1,6 @@
 """Latency and throughput: the published graph against ours, side by side, in every runtime, precision and batch size.
 
-The published graph is `models.fused.FusedModel`, written from docs/METHOD.md operation by operation; ours are the files that
+The published graph is `models.fused.FusedModel`, written from docs/method.md operation by operation; ours are the files that
 export_model.py makes, run by the engines that predict.py uses. Weights are random, at the size of the paper, unless
 --model names a torch model: they do not change the speed. All variants take turns, so that whatever else the machine does
 hits all of them alike, and the median of the turns counts.

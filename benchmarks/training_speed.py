@@ -1,4 +1,4 @@
-"""Time one training step of LGST or of the segmentor: as plainly as docs/METHOD.md says it, and as the stages do it.
+"""Time one training step of LGST or of the segmentor: as plainly as docs/method.md says it, and as the stages do it.
 
 The plain step is in fp32 and sends every image through the encoder anew. Steps of all variants take turns in
 one run, so that whatever else the machine does strikes them alike; the median counts. Pictures are noise and

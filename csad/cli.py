@@ -93,7 +93,7 @@ def with_cluster(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--ray`` and ``--dry_run``, for the stages that work category by category."""
     parser.add_argument("--ray", metavar="ADDRESS",
                         help="categories and seeds as tasks of a Ray cluster: local (all of this machine), auto (the cluster it "
-                             "belongs to), or HOST:PORT; default: one after another, without Ray (docs/CLUSTER.md)")
+                             "belongs to), or HOST:PORT; default: one after another, without Ray (docs/cluster.md)")
     parser.add_argument("--dry_run", action="store_true", help="only print the jobs' names")
     return parser
 

@@ -1,4 +1,4 @@
-"""Every setting of every stage, in one place: name, default, range and meaning. Defaults are the numbers of docs/METHOD.md.
+"""Every setting of every stage, in one place: name, default, range and meaning. Defaults are the numbers of docs/method.md.
 
 A run's settings are merged, later over earlier, from
 
@@ -44,7 +44,7 @@ class ImageSettings(Section):
 
 
 class PseudoLabelSettings(Section):
-    """Stage 1 (docs/METHOD.md section 1)."""
+    """Stage 1 (docs/method.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
         "auto", description="where masks come from; auto takes the first of the three for which everything is there")
@@ -79,7 +79,7 @@ class PseudoLabelSettings(Section):
 
 
 class SegmentorSettings(Section):
-    """Stage 2 (docs/METHOD.md section 2)."""
+    """Stage 2 (docs/method.md section 2)."""
 
     width: int = Field(256, ge=8, description="channels of ASPP and decoder")
     epochs: int = Field(120, ge=1, description="passes over the trusted images")
@@ -113,7 +113,7 @@ class SegmentorSettings(Section):
 
 
 class LgstSettings(Section):
-    """Stage 3 (docs/METHOD.md section 3)."""
+    """Stage 3 (docs/method.md section 3)."""
 
     student: Literal["pixels", "features"] = Field("pixels", description="what the student sees: the image (the paper), or the "
                                                    "encoder's first map of the larger view, for short runs; then only width, "
@@ -137,7 +137,7 @@ class LgstSettings(Section):
 
 
 class MemorySettings(Section):
-    """Stage 3b, beyond the paper (docs/METHOD.md section 6)."""
+    """Stage 3b, beyond the paper (docs/beyond.md)."""
 
     rows: int = Field(4000, ge=1, description="patches that are remembered")
     score_share: float = Field(0.003, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the "
@@ -149,7 +149,7 @@ class MemorySettings(Section):
 
 
 class FusionSettings(Section):
-    """Which branches' scores are added (docs/METHOD.md section 4)."""
+    """Which branches' scores are added (docs/method.md section 4)."""
 
     branches: list[BranchName] = Field([*PAPER_BRANCHES], min_length=1, description="whose scores are added")
     optional: list[BranchName] = Field([], description="further branches, weighted with the others if their stage was run; none "

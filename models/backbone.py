@@ -1,9 +1,9 @@
-"""Frozen feature extractors: maps at 1/4, 1/8 and 1/16 of the image (paper section 3.2, docs/METHOD.md section 2).
+"""Frozen feature extractors: maps at 1/4, 1/8 and 1/16 of the image (paper section 3.2, docs/method.md section 2).
 
 All of them are timm's. The published one is Wide-ResNet-50-2 with torchvision's ``IMAGENET1K_V2`` weights, and with others,
 timm's own, where stage 1 looks at crops of components; their names and shapes are the same, so files are told apart by what
 they hold. EfficientNet-Lite0 comes with its ImageNet weights in a package of the registry, for machines that can or need not
-have the larger one (docs/METHOD.md section 6). Any other convolutional network of timm that has the three maps will do.
+have the larger one (docs/beyond.md). Any other convolutional network of timm that has the three maps will do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 PUBLISHED = "wide_resnet50_2"
 PACKAGED = "efficientnet_lite0"
 REDUCTIONS = (4, 8, 16)
-# What timm calls them, with the weights that docs/METHOD.md means; all others go by timm's own names.
+# What timm calls them, with the weights that docs/method.md means; all others go by timm's own names.
 TIMM_NAMES = {PUBLISHED: "wide_resnet50_2.tv2_in1k", PACKAGED: "tf_efficientnet_lite0.in1k"}
 # Of `Backbone.deepest`: what plain wide_resnet50_2 means in the timm that the published code pins.
 CROP_WEIGHTS = "wide_resnet50_2.racm_in1k"
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize without aligned corners, as everywhere in docs/METHOD.md; (B, C, *, *) -> (B, C, *size)."""
+    """Bilinear resize without aligned corners, as everywhere in docs/method.md; (B, C, *, *) -> (B, C, *size)."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

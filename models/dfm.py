@@ -2,7 +2,7 @@
 
 DFM (Ahuja et al., 2019): a PCA of an encoder's map, pooled and flattened, and the length of what it cannot
 reconstruct. It sees what is wrong with an image as a whole if parts lie at the same positions in all images.
-Closed form, beyond the paper (docs/METHOD.md section 6).
+Closed form, beyond the paper (docs/beyond.md).
 """
 
 from __future__ import annotations

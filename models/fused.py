@@ -1,4 +1,4 @@
-"""The whole detector as one module: image in, score out (docs/METHOD.md section 4).
+"""The whole detector as one module: image in, score out (docs/method.md section 4).
 
 State dicts on disk have the keys and shapes of the published export, so published ``.pth`` files load and score; a model with
 branches beyond the paper has further keys, one without LGST has fewer.

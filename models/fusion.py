@@ -1,4 +1,4 @@
-"""How branches are made comparable and added (docs/METHOD.md sections 2, 4 and 6). NumPy only."""
+"""How branches are made comparable and added (docs/method.md sections 2 and 4, docs/beyond.md). NumPy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether and where the arrangement of components is wrong: the patch histogram on finer grids (docs/METHOD.md section 6).
+"""Whether and where the arrangement of components is wrong: the patch histogram on finer grids (docs/beyond.md).
 
 The patch histogram says that an image holds an unusual amount of something, but not where. Here the same kind of distance is
 taken apart: on grids of 1x1 to 5x5 cells, each component's share of a cell is compared with what all other shares let one

@@ -1,4 +1,4 @@
-"""LGST, the local-global student-teacher (paper section 3.3, docs/METHOD.md section 3).
+"""LGST, the local-global student-teacher (paper section 3.3, docs/method.md section 3).
 
 A teacher of fixed random projections of encoder features; a student with two heads, one imitating the teacher
 (*local*), one imitating the autoencoder (*global*); and EfficientAD's autoencoder, which imitates the teacher.

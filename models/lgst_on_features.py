@@ -1,4 +1,4 @@
-"""LGST for short runs: the same three networks, on features that the frozen encoder gives for nothing (docs/METHOD.md section 6).
+"""LGST for short runs: the same three networks, on features that the frozen encoder gives for nothing (docs/beyond.md).
 
 The published student learns from pixels what an ImageNet network knows, which takes tens of thousands of steps. Here it starts
 from the encoder's map at 1/4 of a larger view, the autoencoder from the map at 1/16, and the teacher is whitened, so that the

@@ -1,6 +1,6 @@
 """The patch histogram: does an image hold the usual amount of every component, in all and in each quarter?
 
-Paper section 3.3, docs/METHOD.md section 2. A histogram is the area fraction of every class; the score is how far
+Paper section 3.3, docs/method.md section 2. A histogram is the area fraction of every class; the score is how far
 (Mahalanobis) it lies from the histograms of good training images. `PatchHistogramDetector` computes it, for batches of
 any size and in every exported format; `fit_parameters` finds the numbers that it needs.
 
@@ -123,7 +123,7 @@ class PatchHistogramDetector(nn.Module):
         """Take over what `fit_parameters` found, or a published ``{category}_patchhist_params.npz``.
 
         Args:
-            parameters: the six arrays named in docs/METHOD.md section 2; means may be (n,) or (n, 1).
+            parameters: the six arrays named in docs/method.md section 2; means may be (n,) or (n, 1).
             std_floor: see `fit_trimmed_z`.
             trimmed: normalise the distances by `fit_trimmed_z` (the paper), otherwise by `fit_z`.
 
@@ -148,7 +148,7 @@ class PatchHistogramDetector(nn.Module):
 
 def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float = 0.0,
                    segmented_twice: tuple[Tensor, Tensor] | None = None) -> dict[str, np.ndarray]:
-    """Fit the detector in float64 (docs/METHOD.md section 2).
+    """Fit the detector in float64 (docs/method.md section 2).
 
     Args:
         train, validation: label maps (N, 256, 256) of good images, uint8.
@@ -234,7 +234,7 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
 
     Returns:
         ``mean`` and ``std``, C fractions of the image each; ``quarter_mean`` and ``quarter_std``, 4 lists of C
-        fractions of each quarter, in docs/METHOD.md's order.
+        fractions of each quarter, in docs/method.md's order.
     """
     statistics = {}
     for name, title, groups in (("hist", "", 1), ("patch_hist", "quarter_", QUARTERS)):

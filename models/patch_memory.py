@@ -1,6 +1,6 @@
 """The patch memory: how far is each patch of an image from the most similar patch of good images?
 
-PatchCore (Roth et al., CVPR 2022) with a correction for places where good images vary, docs/METHOD.md section 6; beyond the
+PatchCore (Roth et al., CVPR 2022) with a correction for places where good images vary, docs/beyond.md; beyond the
 paper. Nothing is trained.
 """
 

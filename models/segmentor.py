@@ -1,4 +1,4 @@
-"""The component segmentor, a DeepLabV3+ style head over the frozen encoder, and its losses (paper section 3.2, docs/METHOD.md
+"""The component segmentor, a DeepLabV3+ style head over the frozen encoder, and its losses (paper section 3.2, docs/method.md
 section 2).
 
 Module names follow the published checkpoints, so that their state dicts load as they are. Of the losses, throughout: logits

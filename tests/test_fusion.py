@@ -1,4 +1,4 @@
-"""Fusion: trimmed z, how branches are added, and the one threshold (docs/METHOD.md sections 2, 4 and 6)."""
+"""Fusion: trimmed z, how branches are added, and the one threshold (docs/method.md sections 2 and 4, docs/beyond.md)."""
 
 import math
 

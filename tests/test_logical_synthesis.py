@@ -1,4 +1,4 @@
-"""Logical synthesis: what is pasted, where, and with which labels (docs/METHOD.md section 2)."""
+"""Logical synthesis: what is pasted, where, and with which labels (docs/method.md section 2)."""
 
 from csad.training import logical_synthesis as lsa
 

@@ -1,4 +1,4 @@
-"""The patch histogram against the published values (docs/METHOD.md section 2)."""
+"""The patch histogram against the published values (docs/method.md section 2)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The segmentor: names, shapes and sizes of the network, and its losses against the published ones (docs/METHOD.md section 2)."""
+"""The segmentor: names, shapes and sizes of the network, and its losses against the published ones (docs/method.md section 2)."""
 
 import json
 

@@ -10,7 +10,7 @@ A folder that goes away for a while, like an unmounted share, is said and waited
 An unreadable file is reported and skipped; files that are no images are counted and named.
 
 With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
-same lines then go to OUTPUT/parts/, and the same command, started again, goes on where it was (docs/CLUSTER.md).
+same lines then go to OUTPUT/parts/, and the same command, started again, goes on where it was (docs/cluster.md).
 
 Exit status: 0 every image is normal, 4 some are anomalous, 3 some could not be read or judged, 2 nothing was done (one
 sentence says why).

@@ -1,4 +1,4 @@
-"""Where every file lies that the stages write (docs/METHOD.md). This module alone knows the paths; all hang under one folder."""
+"""Where every file lies that the stages write (docs/method.md). This module alone knows the paths; all hang under one folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that the stages write, by docs/METHOD.md's names.
+    """Everything that the stages write, by docs/method.md's names.
 
     Attributes:
         shared: the workspace around the one of a single seed, whose data set, pseudo-labels and downloads it uses.

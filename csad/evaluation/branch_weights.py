@@ -2,7 +2,7 @@
 
 The weighted sum has to tell validation images from the same images with synthetic defects
 (csad.training.synthetic_defects). Stage 5 takes the weights that stage 4 decided on. Beyond the paper
-(docs/METHOD.md section 6).
+(docs/beyond.md).
 """
 
 from __future__ import annotations

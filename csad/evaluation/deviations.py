@@ -1,6 +1,6 @@
 """Which components an image has too much or too little of, and where, in plain words.
 
-What a patch histogram (docs/METHOD.md section 2) knows of an image, compared with the training images component by component:
+What a patch histogram (docs/method.md section 2) knows of an image, compared with the training images component by component:
 the score says that something is off, this says what.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 from models.constants import SIZE
 
 QUARTERS = 4
-PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/METHOD.md's order
+PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/method.md's order
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
 MANY = 10.0  # times the normal area; from there on a number says less than that it hardly ever is there
-SMALL = 0.001  # areas of a thousandth of the image count as nothing (docs/METHOD.md section 1); no std is smaller
+SMALL = 0.001  # areas of a thousandth of the image count as nothing (docs/method.md section 1); no std is smaller
 
 
 class Deviation(NamedTuple):

@@ -1,4 +1,4 @@
-"""How well anomaly maps say where: saturated per-region overlap and pixel metrics (docs/METHOD.md section 5).
+"""How well anomaly maps say where: saturated per-region overlap and pixel metrics (docs/method.md section 5).
 
 Bergmann et al., "Beyond Dents and Scratches", IJCV 2022. Everything is measured at the images' own resolution. Thresholds
 are swept without sorting the pixels of all images: every map is counted into one histogram of values, so memory does not

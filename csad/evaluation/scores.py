@@ -50,7 +50,7 @@ def read_scores(category: layouts.Category, workspace: Workspace, branch: str, p
 
 
 def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str], rule: str) -> Scores:
-    """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/METHOD.md section 4).
+    """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/method.md section 4).
 
     Raises:
         UserError: a file is missing, holds another number of scores than there are images, or scores that are not finite, or is

@@ -1,4 +1,4 @@
-"""The score over which an image is called anomalous, and what it promises (docs/METHOD.md section 6). NumPy only."""
+"""The score over which an image is called anomalous, and what it promises (docs/beyond.md). NumPy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put what the stages made together into one model (docs/METHOD.md section 4)."""
+"""Put what the stages made together into one model (docs/method.md section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a fused model for other runtimes: ONNX with a batch size left open, OpenVINO's two files (docs/METHOD.md section 4)."""
+"""Write a fused model for other runtimes: ONNX with a batch size left open, OpenVINO's two files (docs/method.md section 4)."""
 
 from __future__ import annotations
 

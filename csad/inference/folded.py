@@ -1,6 +1,6 @@
 """The fused model with the arithmetic that can go, gone: same images in, same scores out, in less time.
 
-What is done differently from `models.fused.FusedModel` (docs/METHOD.md sections 3 and 4), none of which changes a score by
+What is done differently from `models.fused.FusedModel` (docs/method.md sections 3 and 4), none of which changes a score by
 more than rounding:
 
 - The teacher's projection is a 1x1 convolution, so it commutes with bilinear resizing and with average pooling. Each encoder

@@ -1,4 +1,4 @@
-"""What stage 1's clustering adds to the published method, for the settings that ask for it (docs/METHOD.md section 6).
+"""What stage 1's clustering adds to the published method, for the settings that ask for it (docs/beyond.md).
 
 Parts that only some kinds of images have (`variants`), parts alike but for one feature (`lookalikes`), features in units of
 their own, and a bandwidth where none is published. `clustering` is the published method.
@@ -185,7 +185,7 @@ def estimate_bandwidth(features: np.ndarray, images: int) -> float:
 
 
 def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
-    """Bring component features (docs/METHOD.md; each (n, ...)) to comparable units and join them to vectors (n, D).
+    """Bring component features (docs/method.md; each (n, ...)) to comparable units and join them to vectors (n, D).
 
     Of shape_hu the first two moments count, the others are noise in small components: the first tells a disc from a
     ring or a rod, and the second one relative to it is the elongation, 0..1. cnn_image is scaled to length 1 before its

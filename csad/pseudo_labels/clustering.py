@@ -1,4 +1,4 @@
-"""From component features to semantic labels, and which images to trust: the clustering of docs/METHOD.md, section 1.
+"""From component features to semantic labels, and which images to trust: the clustering of docs/method.md, section 1.
 
 Pure functions on arrays. Images and components are numbered in sorted file order; label 0 means "no label". This is the
 published method; `beyond_clustering` is what some presets add.

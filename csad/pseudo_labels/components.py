@@ -1,4 +1,4 @@
-"""What tells one component from another: the component features of docs/METHOD.md section 1.
+"""What tells one component from another: the component features of docs/method.md section 1.
 
 A component is a mask (H, W) in an RGB image (H, W, 3) uint8 of the same size; any non-zero pixel is inside. These
 are the shallow features, of NumPy and OpenCV alone; the deep one, ``cnn_image``, is in `crop_embedding`.

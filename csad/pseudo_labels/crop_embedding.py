@@ -1,4 +1,4 @@
-"""The deep component feature of docs/METHOD.md section 1, ``cnn_image``; `components` has the others."""
+"""The deep component feature of docs/method.md section 1, ``cnn_image``; `components` has the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method's own proposers (docs/METHOD.md, section 1): SAM-HQ, alone or with boxes that Grounding DINO finds by a text.
+"""The method's own proposers (docs/method.md, section 1): SAM-HQ, alone or with boxes that Grounding DINO finds by a text.
 
 Both networks come from their packages, segment-anything-hq and groundingdino-py, which are imported when they are needed:
 that takes seconds. Whatever the packages print or warn about while they are built is kept from the user, who can do

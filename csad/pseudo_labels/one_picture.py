@@ -60,7 +60,7 @@ def clustered_map(folder: Path, chosen: PseudoLabelSettings) -> np.ndarray:
 
 
 def refine(proposals: Proposals, chosen: PseudoLabelSettings) -> tuple[masks.PackedMasks | None, np.ndarray]:
-    """The order of operations of docs/METHOD.md: proposals -> candidate masks, if any, and label map (H, W)."""
+    """The order of operations of docs/method.md: proposals -> candidate masks, if any, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)

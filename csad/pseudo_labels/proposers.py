@@ -1,6 +1,6 @@
 """Where masks come from. A proposer looks at one image and proposes masks of parts, knowing nothing of other images.
 
-The method's own are in ``grounded_sam`` (docs/METHOD.md, section 1), their stand-in without any network in ``classical``.
+The method's own are in ``grounded_sam`` (docs/method.md, section 1), their stand-in without any network in ``classical``.
 """
 
 from __future__ import annotations

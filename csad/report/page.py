@@ -15,7 +15,7 @@ from markupsafe import Markup
 HERE = Path(__file__).parent
 # Nothing is fetched: browsers are told to refuse it, too.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}  # mean image AUROC on MVTec LOCO AD (docs/METHOD.md section 4)
+PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}  # mean image AUROC on MVTec LOCO AD (docs/method.md section 4)
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {

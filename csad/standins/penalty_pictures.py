@@ -1,4 +1,4 @@
-"""ImageNet-like pictures on which LGST's student should say nothing (docs/METHOD.md section 3).
+"""ImageNet-like pictures on which LGST's student should say nothing (docs/method.md section 3).
 
 The published ones are the training images of tiny-imagenet, 64x64 pixels each, read from its archive as it was published.
 Without it, crops of the photographs that scikit-image and scikit-learn bring along take their place.

@@ -1,6 +1,6 @@
 """Which backbone there is to be had, and its weights: in ckpt/, in a package, on timm's hub, or downloaded and checked.
 
-The published network has two sets of weights (docs/METHOD.md section 2): torchvision's ``IMAGENET1K_V2`` for the encoder, and
+The published network has two sets of weights (docs/method.md section 2): torchvision's ``IMAGENET1K_V2`` for the encoder, and
 timm's own where stage 1 looks at crops of components. Names and shapes are the same, so files are told apart by what they hold.
 """
 

@@ -1,7 +1,7 @@
 """Logical synthesis, LSA: training images whose components are out of order (paper section 3.2).
 
 One or two of an image's own components are copied, rotated, and pasted elsewhere in it together with their
-labels (docs/METHOD.md section 2). The segmentor so learns components by their looks and not by their positions.
+labels (docs/method.md section 2). The segmentor so learns components by their looks and not by their positions.
 """
 
 from __future__ import annotations

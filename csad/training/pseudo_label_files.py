@@ -1,4 +1,4 @@
-"""What stage 2 reads of stage 1 (docs/METHOD.md sections 1 and 2), and whether it fits the data set."""
+"""What stage 2 reads of stage 1 (docs/method.md sections 1 and 2), and whether it fits the data set."""
 
 from __future__ import annotations
 

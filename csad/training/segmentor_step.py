@@ -1,4 +1,4 @@
-"""A training step of the segmentor: its random draws, and what can be kept (paper section 3.2, docs/METHOD.md section 2)."""
+"""A training step of the segmentor: its random draws, and what can be kept (paper section 3.2, docs/method.md section 2)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Structural ones change the surface (scratch, stain, foreign piece, blur, missing texture), logical ones the
 arrangement of parts (removed, moved, turned, doubled, exchanged). Every kind has a strength, thus they can be
 made as faint as the decision needs them (evaluation.branch_weights). No network is trained on them, so they need
-not look like real ones. Beyond the paper (docs/METHOD.md section 6).
+not look like real ones. Beyond the paper (docs/beyond.md).
 """
 
 from __future__ import annotations

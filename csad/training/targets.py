@@ -1,4 +1,4 @@
-"""The targets of the segmentor's training, made from pseudo-label maps (docs/METHOD.md section 2)."""
+"""The targets of the segmentor's training, made from pseudo-label maps (docs/method.md section 2)."""
 
 from __future__ import annotations
 
