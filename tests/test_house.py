@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("csad/**/*.py"), *ROOT.glob("models/**/*.py")])
 LEVELS = [  # from the ground up
-    {"csad", "csad.settings", "csad.errors", "csad.progress", "csad.branches"},
+    {"csad", "csad.settings", "csad.errors", "csad.progress", "csad.branches", "csad.processes"},
     {"models"},
     {"csad.inference", "csad.evaluation", "csad.data", "csad.cli", "csad.tasks"},
     {"csad.pseudo_labels", "csad.training", "csad.export", "csad.station", "csad.cluster", "csad.report", "csad.standins",
