@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.constants import QUARTERS
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 
-QUARTERS = 4
 FEW_IMAGES, FOLDS = 50, 5  # covariances of fewer images are shrunk, by cross-validation with so many folds
 SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",

@@ -1,5 +1,7 @@
 """The patch histogram against the published values (docs/METHOD.md section 2)."""
 
+from csad.evaluation.deviations import area_fractions
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,15 @@ def test_turning_a_map_over_exchanges_its_quarters(labels):
     quarters = label_histograms(maps, CLASSES)[1].view(-1, 4, CLASSES)
     upside_down = label_histograms(maps.flip(1), CLASSES)[1].view(-1, 4, CLASSES)
     torch.testing.assert_close(upside_down, quarters[:, [1, 0, 3, 2]])
+
+
+@given(label_maps)
+def test_areas_are_counted_alike_without_pytorch(labels):
+    whole, quarters = label_histograms(torch.from_numpy(labels), CLASSES, background=True)
+    for index, label_map in enumerate(labels):
+        areas = area_fractions(label_map, CLASSES)
+        np.testing.assert_allclose(areas[0], whole[index], atol=1e-6)
+        np.testing.assert_allclose(areas[1:].ravel(), quarters[index], atol=1e-6)
 
 
 def test_distance_is_euclidean_where_mahalanobis_is_no_number():
