@@ -146,6 +146,13 @@ def test_distance_is_euclidean_where_mahalanobis_is_no_number():
     assert mahalanobis(histograms, mean, 4 * torch.eye(2)).item() == 10
 
 
+def test_whitened_distances_are_the_same_distances(fitted, test_maps):
+    plain, whitened = (fitted_detector(fitted, CLASSES) for _ in range(2))
+    whitened.whiten()
+    for expected, distances in zip(plain.distances(test_maps), whitened.distances(test_maps)):
+        np.testing.assert_allclose(distances.detach().numpy(), expected.numpy(), rtol=1e-6)
+
+
 def test_one_training_image_is_enough_to_go_on():
     parameters = fit_parameters(torch.ones(1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8), 3)
     assert all(np.isfinite(values).all() for values in parameters.values())
