@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models import dfm
 from models.device import describe_device
-from models.patch_memory import PatchMemory, greedy_k_centre, in_tiles, patches
+from models.patch_memory import PatchMemory, apply_tiled, greedy_k_centre, patches
 from models.statistics import ChannelMoments
 
 BATCH = 4
@@ -121,7 +121,7 @@ def fit(job: Job) -> PatchMemory:
     moments = ChannelMoments()
     images = iter(candidates)
     for views in read(job, paths, "read training images"):
-        found = in_tiles(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
+        found = apply_tiled(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
         moments.add(found)
         for image in found.flatten(2).transpose(1, 2).cpu():  # (places, C)
             next(images).copy_(image[torch.randperm(places, generator=generator)[:each]])

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.constants import QUARTERS
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 
-QUARTERS = 4
 FEW_IMAGES, FOLDS = 50, 5  # covariances of fewer images are shrunk, by cross-validation with so many folds
 SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",
@@ -51,10 +51,16 @@ def label_histograms(labels: Tensor, classes: int, background: bool = False) -> 
     return whole, quarters
 
 
-def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor) -> Tensor:
-    """Distances of histograms (B, n) from a mean (n, 1), (B,); Euclidean where Mahalanobis is not a number."""
+def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Distances of histograms (B, n) from a mean (n, 1), (B,); Euclidean where Mahalanobis is not a number.
+
+    Args:
+        factor: `whitening` of the inverse covariance, for near-singular ones in float32: the distance is the norm of W d.
+    """
     difference = histograms - mean.view(1, -1)
     # Products and a sum instead of a matrix product: runtimes take the latter for a network's layer and run it in bf16.
+    if factor is not None:
+        return (difference[:, None, :] * factor).sum(2).square().sum(1).sqrt()
     squared = (difference[:, :, None] * inverse_covariance * difference[:, None, :]).sum((1, 2))
     euclidean = difference.square().sum(1)
     return torch.where(squared >= 0, squared, euclidean).sqrt()
@@ -106,11 +112,8 @@ class PatchHistogramDetector(nn.Module):
         """Label maps (B, 256, 256) -> distances of the whole and of the quarters, (B,) each, not normalised."""
         histograms = [one.to(self.hist_mean.dtype) for one in label_histograms(labels, self.classes, self.background)]
         means, inverses = (self.hist_mean, self.patch_hist_mean), (self.hist_invcov, self.patch_hist_invcov)
-        if self.whitening is None:
-            return tuple(mahalanobis(*each) for each in zip(histograms, means, inverses))
-        # Products and a sum instead of a matrix product: see `mahalanobis`.
-        return tuple(((one - mean.view(1, -1))[:, None, :] * matrix).sum(2).square().sum(1).sqrt()
-                     for one, mean, matrix in zip(histograms, means, self.whitening))
+        factors = (None, None) if self.whitening is None else self.whitening
+        return tuple(mahalanobis(*each) for each in zip(histograms, means, inverses, factors))
 
     def forward(self, labels: Tensor) -> Tensor:
         """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""

@@ -69,7 +69,7 @@ class PatchMemory(nn.Module):
                         left_out: Tensor | None = None) -> Tensor:
         """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile -> as `distances`."""
         kernel = self._kernel(left_out)  # once: an exported model would hold one for each tile
-        return in_tiles(lambda tile: nearest(self.embed(encoder(tile)), *kernel), rgb, self.tiles)
+        return apply_tiled(lambda tile: nearest(self.embed(encoder(tile)), *kernel), rgb, self.tiles)
 
     def anomaly_map(self, distances: Tensor) -> Tensor:
         """Distances (B, h, w) of whole images -> anomaly map (B, h, w), not scaled."""
@@ -87,9 +87,9 @@ class PatchMemory(nn.Module):
 
     def scaled(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64), comparable between images and branches."""
-        return (self._shown(anomaly_map) - self.q_start) / (self.q_end - self.q_start)
+        return (self._to_map_size(anomaly_map) - self.q_start) / (self.q_end - self.q_start)
 
-    def _shown(self, anomaly_map: Tensor) -> Tensor:
+    def _to_map_size(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64); of tiled images the largest of each block, so that what is small stays to be seen."""
         found = anomaly_map[:, None]
         if self.tiles > 1:
@@ -108,7 +108,7 @@ class PatchMemory(nn.Module):
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
-        start, end = map_range(self._shown(validation))
+        start, end = map_range(self._to_map_size(validation))
         self.q_start.copy_(start)
         self.q_end.copy_(end)
 
@@ -122,23 +122,23 @@ def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     return (products.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
 
 
-def in_tiles(look: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tensor:
-    """What is found in images, looked at in tiles x tiles that overlap, put together again.
+def apply_tiled(fn: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tensor:
+    """Apply a function to tiles x tiles of an image that overlap, and put its results together again.
 
     Every tile sees `MARGIN` pixels of its neighbours, and what it finds there is theirs to say. One tile after another, so that
     memory does not grow with their number.
 
     Args:
-        look: tiles (B, 3, h, w) -> found (B, ..., h/8, w/8).
+        fn: tiles (B, 3, h, w) -> results (B, ..., h/8, w/8).
         rgb: (B, 3, S, S).
     """
     if tiles == 1:
-        return look(rgb)
+        return fn(rgb)
     own = rgb.shape[-1] // tiles
     side = own + 2 * MARGIN
     begins = [min(max(index * own - MARGIN, 0), tiles * own - side) for index in range(tiles)]
     kept = [slice((index * own - begin) // 8, (index * own - begin + own) // 8) for index, begin in enumerate(begins)]
-    return torch.cat([torch.cat([look(rgb[..., top:top + side, left:left + side])[..., rows, columns]
+    return torch.cat([torch.cat([fn(rgb[..., top:top + side, left:left + side])[..., rows, columns]
                                  for left, columns in zip(begins, kept)], -1) for top, rows in zip(begins, kept)], -2)
 
 

@@ -21,7 +21,7 @@ REDUCED_SHARE = 3 / 16  # of the width: what is left of the encoder's first map 
 SMOOTH = 1e-5  # keeps logarithms and divisions finite, everywhere below
 
 
-class Weights(Protocol):
+class LossWeights(Protocol):
     """What `losses` needs of the segmentor's settings."""
 
     weight_ce: float
@@ -148,13 +148,14 @@ def entropy_loss(probabilities: Tensor) -> Tensor:
     return -(probabilities * (probabilities + SMOOTH).log()).mean()
 
 
-def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, compared: Tensor, weights: Weights) -> dict[str, Tensor]:
+def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels: Tensor,
+           weights: LossWeights) -> dict[str, Tensor]:
     """The losses of one step, weighted, to be added up.
 
     Args:
         logits, target: of the trusted images.
         unlabelled: logits of the unlabelled images.
-        compared: label maps of random trusted images, as many as unlabelled ones; (0, H, W) before the
+        reference_labels: label maps of random trusted images, as many as unlabelled ones; (0, H, W) before the
             unsupervised losses join.
         weights: the segmentor's settings.
 
@@ -168,8 +169,8 @@ def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, compared: Tensor,
         "focal": weights.weight_focal * focal_loss(probabilities, target),
         "dice": weights.weight_dice * balanced_dice_loss(probabilities, target),
     }
-    if len(compared):
-        free = unlabelled.softmax(1)
-        parts["histogram"] = weights.weight_histogram * histogram_loss(free, compared)
-        parts["entropy"] = weights.weight_entropy * (entropy_loss(probabilities) + entropy_loss(free))
+    if len(reference_labels):
+        unlabelled_probabilities = unlabelled.softmax(1)
+        parts["histogram"] = weights.weight_histogram * histogram_loss(unlabelled_probabilities, reference_labels)
+        parts["entropy"] = weights.weight_entropy * (entropy_loss(probabilities) + entropy_loss(unlabelled_probabilities))
     return parts

@@ -1,5 +1,7 @@
 """The patch histogram against the published values (docs/method.md section 2)."""
 
+from csad.evaluation.deviations import area_fractions
+
 import numpy as np
 import pytest
 import torch
@@ -128,11 +130,27 @@ def test_turning_a_map_over_exchanges_its_quarters(labels):
     torch.testing.assert_close(upside_down, quarters[:, [1, 0, 3, 2]])
 
 
+@given(label_maps)
+def test_areas_are_counted_alike_without_pytorch(labels):
+    whole, quarters = label_histograms(torch.from_numpy(labels), CLASSES, background=True)
+    for index, label_map in enumerate(labels):
+        areas = area_fractions(label_map, CLASSES)
+        np.testing.assert_allclose(areas[0], whole[index], atol=1e-6)
+        np.testing.assert_allclose(areas[1:].ravel(), quarters[index], atol=1e-6)
+
+
 def test_distance_is_euclidean_where_mahalanobis_is_no_number():
     histograms, mean = torch.tensor([[3.0, 4.0]]), torch.zeros(2, 1)
     assert mahalanobis(histograms, mean, -torch.eye(2)).item() == 5
     assert mahalanobis(histograms, mean, torch.full((2, 2), float("nan"))).item() == 5
     assert mahalanobis(histograms, mean, 4 * torch.eye(2)).item() == 10
+
+
+def test_whitened_distances_are_the_same_distances(fitted, test_maps):
+    plain, whitened = (fitted_detector(fitted, CLASSES) for _ in range(2))
+    whitened.whiten()
+    for expected, distances in zip(plain.distances(test_maps), whitened.distances(test_maps)):
+        np.testing.assert_allclose(distances.detach().numpy(), expected.numpy(), rtol=1e-6)
 
 
 def test_one_training_image_is_enough_to_go_on():

@@ -467,7 +467,7 @@ def test_the_unsupervised_losses_wait_for_their_epoch(training_data, joint_pass)
     backbone, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1)
     batches = steps.Batches(training_data, backbone, CPU, "fp32", "encode")
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, False, CATEGORY, 0))
-    assert len(batch.unlabelled[0]) == (0 if joint_pass else 2) and batch.compared.shape == (0, 256, 256)
+    assert len(batch.unlabelled[0]) == (0 if joint_pass else 2) and batch.reference_labels.shape == (0, 256, 256)
     assert steps.step_losses(segmentor, backbone, batch, chosen, "fp32").keys() == {"ce", "focal", "dice"}
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, True, CATEGORY, 0))
     assert "histogram" in steps.step_losses(segmentor, backbone, batch, chosen, "fp32")
@@ -494,7 +494,7 @@ def test_a_step_is_the_plain_losses(training_data, kept, joint_pass, unsupervise
         logits, free = plain(encoder(torch.cat([batch.images, unlabelled]))).split(count)
     else:
         logits, free = plain(encoder(batch.images)), plain(encoder(unlabelled))
-    expected = train_segmentor_losses(logits, batch.labels, free, batch.compared, chosen)
+    expected = train_segmentor_losses(logits, batch.labels, free, batch.reference_labels, chosen)
     assert found.keys() == expected.keys()
     assert len(found) == (5 if unsupervised else 3)
     for name in expected:
@@ -536,7 +536,7 @@ def test_augmentation_is_small_and_keeps_labels(training_data):
     changed = 0
     for step in range(10):
         sample = steps.draw_sample(training_data, chosen, step, False, CATEGORY, 0)
-        new_image, new_labels = steps.augment(image, labels, sample.movements[:1], sample.light[:1])
+        new_image, new_labels = steps.augment(image, labels, sample.affine[:1], sample.photometric[:1])
         assert 0 <= new_image.min() and new_image.max() <= 255 and new_labels.dtype == torch.int64
         assert set(new_labels.unique().tolist()) <= {0, *labels.unique().tolist()}
         assert (new_labels != labels).float().mean() < 0.1
@@ -563,7 +563,7 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
 
         def uniform(self, *_):
             return next(self.values)
-    movement = torch.from_numpy(steps._draw_movement(Drawn()))[None]
+    movement = torch.from_numpy(steps._draw_affine(Drawn()))[None]
     images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
     found, labels = steps.augment(images, torch.full((1, 64, 64), 7), movement, torch.tensor([[1.0, 0.0]]))
     assert (found[0].permute(1, 2, 0).numpy() - expected).__abs__().mean() < 1

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.constants import SIZE
+from models.constants import QUARTERS
 
-QUARTERS = 4
 PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/method.md's order
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
@@ -59,6 +58,21 @@ class Deviation(NamedTuple):
             return f"{self.title}{there}, where there is normally hardly any{mostly}"
         times = f"{ratio:.1f} times the normal area" if ratio >= 1.05 else f"{100 * ratio:.0f} % of the normal area"
         return f"{self.title}: {times}{there}{mostly}"
+
+
+def area_fractions(label_map: np.ndarray, classes: int) -> np.ndarray:
+    """`models.patch_histogram.label_histograms` of one map, background included, without PyTorch.
+
+    Args:
+        label_map: (H, W) uint8, values below ``classes``; H and W even.
+
+    Returns:
+        (5, C) float64: of the whole map and of its quarters, as in `PLACES`.
+    """
+    rows, columns = (side // 2 for side in label_map.shape)
+    quarters = [np.bincount(label_map[top:top + rows, left:left + columns].ravel(), minlength=classes)[:classes]
+                / (rows * columns) for left in (0, columns) for top in (0, rows)]
+    return np.vstack([np.mean(quarters, axis=0), quarters])
 
 
 def title_of(component: int, name: str = "") -> str:
@@ -133,10 +147,7 @@ def deviations(label_map: np.ndarray, histogram: Mapping[str, Any], names: Mappi
         quarters where that does not say it already.
     """
     classes = len(histogram["mean"])
-    half = SIZE // 2
-    quarters = [np.bincount(label_map[top:top + half, left:left + half].ravel(), minlength=classes)[:classes] / half**2
-                for left in (0, half) for top in (0, half)]
-    areas = np.vstack([np.mean(quarters, axis=0), quarters])
+    areas = area_fractions(label_map, classes)
     normal = np.vstack([histogram["mean"], histogram["quarter_mean"]])
     spread = np.vstack([histogram["std"], histogram["quarter_std"]])
     off = (areas - normal) / np.maximum(spread, SMALL)

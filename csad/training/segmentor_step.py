@@ -52,10 +52,10 @@ class Sample(NamedTuple):
 
     images: Tensor  # (B, 3, 256, 256) uint8, trusted images with pasted components
     labels: Tensor  # (B, 256, 256) uint8, theirs
-    movements: Tensor  # (B, 2, 3) float32, see `augment`
-    light: Tensor  # (B, 2) float32, see `augment`
+    affine: Tensor  # (B, 2, 3) float32, see `augment`
+    photometric: Tensor  # (B, 2) float32, see `augment`
     unlabelled: Tensor  # (B,) int64 indices; (0,) for a joint pass before the unsupervised losses join
-    compared: Tensor  # (B,) int64 indices of trusted images, for the histogram loss; (0,) before it joins
+    reference_labels: Tensor  # (B,) int64 indices of trusted images, for the histogram loss; (0,) before it joins
 
 
 class Batch(NamedTuple):
@@ -64,27 +64,27 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, 256, 256) trusted, with logical synthesis and augmentation
     labels: Tensor  # (B, 256, 256) theirs
     unlabelled: tuple[Tensor, ...]  # the encoder's maps at 1/4 and 1/16 of the unlabelled images
-    compared: Tensor  # (B, 256, 256) label maps of random trusted images; (0, ...) before their loss joins
+    reference_labels: Tensor  # (B, 256, 256) label maps of random trusted images; (0, ...) before their loss joins
 
 
 def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str,
                 seed: int) -> Sample:
     """Make the random choices of one step, which depend on seed, category and step alone: a resumed run sees the same."""
     rng = step_generator(seed, category, step)
-    images, labels, movements, light = [], [], [], []
+    images, labels, affine, photometric = [], [], [], []
     for index in data.trusted[shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()]:
         image, label, _ = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
                                      data.instances[index], data.backgrounds[index], rng,
                                      settings.paste_distance, settings.paste_trials)
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
-        movements.append(_draw_movement(rng))
-        light.append(_draw_light(rng))
+        affine.append(_draw_affine(rng))
+        photometric.append(_draw_photometric(rng))
     count = settings.batch_size if unsupervised or not settings.joint_pass else 0
     unlabelled = rng.choice(data.unlabelled, count, replace=len(data.unlabelled) < count)
-    compared = rng.choice(data.trusted, count if unsupervised else 0)
-    return Sample(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(movements)),
-                  torch.tensor(light), torch.from_numpy(unlabelled).long(), torch.from_numpy(compared).long())
+    reference_labels = rng.choice(data.trusted, count if unsupervised else 0)
+    return Sample(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(affine)),
+                  torch.tensor(photometric), torch.from_numpy(unlabelled).long(), torch.from_numpy(reference_labels).long())
 
 
 class Batches:
@@ -101,28 +101,29 @@ class Batches:
 
     def batch(self, sample: Sample) -> Batch:
         """Augment the drawn trusted images on the device and fetch the unlabelled ones."""
-        images, labels, movements, light, unlabelled, compared = (send(part, self.device) for part in sample)
-        return Batch(*augment(images, labels, movements, light), self.features[unlabelled], self.labels[compared].long())
+        images, labels, affine, photometric, unlabelled, reference_labels = (send(part, self.device) for part in sample)
+        return Batch(*augment(images, labels, affine, photometric), self.features[unlabelled],
+                     self.labels[reference_labels].long())
 
 
-def augment(images: Tensor, labels: Tensor, movements: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift, scale, rotate, and change the light of a batch.
+def augment(images: Tensor, labels: Tensor, affine: Tensor, photometric: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift, scale, rotate, and change brightness and contrast of a batch.
 
     Args:
         images: (B, 3, H, W) uint8.
         labels: (B, H, W) uint8, warped by nearest neighbour.
-        movements: (B, 2, 3), from where in the old picture each place of the new one comes; both axes run from -1 to 1.
+        affine: (B, 2, 3), from where in the old picture each place of the new one comes; both axes run from -1 to 1.
             What comes in from outside is 0, in images and labels.
-        light: (B, 2), gain and then offset of the values 0..255.
+        photometric: (B, 2), gain and then offset of the values 0..255.
 
     Returns:
         Images, float in 0..255, and labels, int64.
     """
-    grid = F.affine_grid(movements, list(images.shape), align_corners=True)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=True)
     warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros",
                           align_corners=True)
-    gain, offset = light.view(-1, 2, 1, 1, 1).unbind(1)
+    gain, offset = photometric.view(-1, 2, 1, 1, 1).unbind(1)
     return (warped * gain + offset).clamp(0, 255), moved[:, 0].round().long()
 
 
@@ -149,11 +150,11 @@ def step_losses(segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: 
     if settings.joint_pass:
         both = tuple(torch.cat(maps) for maps in zip(trusted, batch.unlabelled))
         logits = _logits(segmentor, both, precision)
-        return losses(logits[:count], batch.labels, logits[count:], batch.compared, settings)
+        return losses(logits[:count], batch.labels, logits[count:], batch.reference_labels, settings)
     logits = _logits(segmentor, trusted, precision)
-    with torch.set_grad_enabled(len(batch.compared) > 0):  # else only batch norm's running statistics change
+    with torch.set_grad_enabled(len(batch.reference_labels) > 0):  # else only batch norm's running statistics change
         unlabelled = _logits(segmentor, batch.unlabelled, precision)
-    return losses(logits, batch.labels, unlabelled, batch.compared, settings)
+    return losses(logits, batch.labels, unlabelled, batch.reference_labels, settings)
 
 
 def _logits(segmentor: Segmentor, maps: tuple[Tensor, ...], precision: str) -> Tensor:
@@ -163,7 +164,7 @@ def _logits(segmentor: Segmentor, maps: tuple[Tensor, ...], precision: str) -> T
     return logits.float()
 
 
-def _draw_movement(rng: np.random.Generator) -> np.ndarray:
+def _draw_affine(rng: np.random.Generator) -> np.ndarray:
     """(2, 3) float32 for `augment`: where the augmented picture's places lie in the old one."""
     if rng.random() >= AUGMENTATION_PROBABILITY:
         return np.eye(2, 3, dtype=np.float32)
@@ -174,7 +175,7 @@ def _draw_movement(rng: np.random.Generator) -> np.ndarray:
     return np.c_[back, -back @ shift].astype(np.float32)
 
 
-def _draw_light(rng: np.random.Generator) -> tuple[float, float]:
+def _draw_photometric(rng: np.random.Generator) -> tuple[float, float]:
     """Gain and offset for `augment`."""
     if rng.random() >= AUGMENTATION_PROBABILITY:
         return 1.0, 0.0
