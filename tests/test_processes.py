@@ -105,7 +105,7 @@ run_script(main)
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to see who lives")
 @pytest.mark.parametrize(("number", "whole_group", "status"), [
-    (signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -9)])
+    (signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGKILL, False, -9)])
 def test_nobody_is_left_behind(tmp_path, number, whole_group, status):
     """Ctrl-C in a terminal reaches all processes, kill the script alone; killed outright, it can tell nobody."""
     (tmp_path / "seen").mkdir()
