@@ -213,7 +213,11 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
     size = image.shape[1::-1]
     image = overlays.shrink(image, side)
     alarm = max(tested.shares, key=tested.shares.get)
-    spot = inspection.maximum_of(tested.anomaly_maps[alarm], size) if alarm in tested.anomaly_maps else None
+    spot = None
+    if tested.anomaly_maps:
+        at_once = np.max(list(tested.anomaly_maps.values()), axis=0)
+        its = tested.anomaly_maps.get(alarm, at_once)
+        spot = inspection.maximum_of(its if its.any() else at_once, size)
     if one.roi is not None:
         image = overlays.outline(image, one.roi)
     def marked(picture: np.ndarray) -> np.ndarray:

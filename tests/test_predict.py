@@ -179,6 +179,22 @@ def test_a_ring_lies_around_the_unusual_place_of_anomalous_pictures_alone(engine
     assert abs(rows_.mean() - 15) < 1 and abs(columns.mean() - 40) < 1 and np.hypot(rows_ - 15, columns - 40).min() > 3
 
 
+def test_where_no_map_says_anything_no_spot_is_pointed_at(engine, run, photos, tmp_path, monkeypatch):
+    """As of a patch histogram whose model has no evidence: the corner is not unusual, it is merely the first of all places."""
+    def without_maps(images, maps):
+        score = images.reshape(len(images), -1).mean(1).astype(np.float32)
+        empty = np.zeros((len(images), 64, 64), np.float32)
+        whole = np.pad(np.ones((len(images), 20, 200), np.uint8), ((0, 0), (0, 236), (0, 56)))
+        return Prediction(score, np.stack([score, 0 * score], 1), empty, np.stack([empty, empty], 1), whole)
+    monkeypatch.setattr(engine, "_run", without_maps)
+    assert run(photos / "b/a.png", "--save_maps") == 4
+    assert lines(tmp_path)[0]["unusual"] is None and (rows(tmp_path)[0]["unusual_x"], rows(tmp_path)[0]["unusual_y"]) == ("", "")
+    assert lines(tmp_path)[0]["alarm"] == "patchhist" and not any(" at x " in text for text in lines(tmp_path)[0]["findings"])
+    assert lines(tmp_path)[0]["findings"][0] == "component 2 is missing"
+    drawn = cv2.imread(str(tmp_path / "out/maps/a.png.map.png"))
+    assert np.ptp(drawn[:60, :80]) == 0
+
+
 def test_verdict_findings_and_the_components_colours_stand_under_saved_pictures(engine, monkeypatch):
     engine.metadata["names"] = {"2": "capacitor"}
     said = []

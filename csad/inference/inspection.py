@@ -80,7 +80,7 @@ class Verdict:
         score: higher = more anomalous; the sum of contributions.
         contributions: what each branch adds to the score, by its name.
         alarm: the branch that adds most, where the image is anomalous.
-        unusual: x and y, in the image's own pixels, of the maximum of that branch's map.
+        unusual: x and y, in the image's own pixels, of the maximum of that branch's map; None where no map has any.
         components: unusual amounts of components, the most unusual first.
         size: width and height of the image in pixels.
         legend: index and what people call it, of each component that the model knows.
@@ -109,7 +109,7 @@ class Verdict:
         if self.verdict != ANOMALOUS:
             return []
         if self.unusual is None:
-            return findings_of(self.components)
+            return findings_of(self.components, "unusual arrangement of components" if self.alarm == ARRANGEMENT else "", "")
         spot = f"at x {self.unusual[0]}, y {self.unusual[1]}"
         if self.alarm == ARRANGEMENT:
             return findings_of(self.components, "unusual arrangement of components, most of all " + spot, "most unusual " + spot)
@@ -124,7 +124,7 @@ class Verdict:
         over = "is over" if self.score > self.threshold else "is not over"
         lines = [f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
                  *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
-                 "Left: the picture" + (", a ring where it is most unusual" if self.findings else "")
+                 "Left: the picture" + (", a ring where it is most unusual" if self.findings and self.unusual else "")
                  + "; middle: its components; right: how unusual each place is"]
         return captioned(self.drawing, f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}", lines,
                          self.legend, red=self.verdict == ANOMALOUS)
@@ -154,15 +154,15 @@ def findings_of(components: Sequence[Deviation], otherwise: str = "", spot: str 
 
     Args:
         components: deviations of one image, the farthest off first.
-        otherwise: what sums up where the deviations do not, and where they do is said next.
-        spot: what is said next instead.
+        otherwise: what sums up where the deviations do not; where they do, it is said next.
+        spot: what is said next instead, "" for nothing.
         quarter: see `csad.evaluation.deviations.summarise`.
     """
     summary = summarise(components, quarter)
     details = [deviation.words for deviation in components if deviation not in summary.said]
     if not summary.sentence:
         return [text for text in (otherwise, *details[:DETAILS]) if text]
-    return [summary.sentence, *[text for text in (spot or otherwise, *details) if text][:DETAILS]]
+    return [summary.sentence, *[text for text in (otherwise if spot is None else spot, *details) if text][:DETAILS]]
 
 
 def names_of(known: dict[str, Any]) -> dict[int, str]:
@@ -257,9 +257,9 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
         if not shown_map.any():
             shown_map = found.anomaly_map[index]
         unusual = maximum_of(shown_map, picture.size)
+        spot = unusual if verdict == ANOMALOUS else None
         drawing = None if picture.shown is None else _drawing(
-            picture, found.label_map[index], dict(zip(engine.branches, found.branch_maps[index])), contributions,
-            unusual if verdict == ANOMALOUS else None)
+            picture, found.label_map[index], dict(zip(engine.branches, found.branch_maps[index])), contributions, verdict, spot)
         verdicts.append(Verdict(
             picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None, unusual,
             deviations(found.label_map[index], histogram, names) if histogram else (), picture.size, legend, drawing))
@@ -267,18 +267,20 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
 
 
 def _drawing(picture: Picture, label_map: np.ndarray, maps: dict[str, np.ndarray], contributions: dict[str, float],
-             unusual: tuple[int, int] | None) -> np.ndarray:
-    """Image, components and map of what explains the score; ``unusual`` is None where the image is normal."""
+             verdict: str, spot: tuple[int, int] | None) -> np.ndarray:
+    """Image, components and map of what explains the score, a ring around the ``spot`` that is pointed at."""
     image = picture.shown
     parts = [image, label_overlay(image, label_map),
-             heat_overlay(image, explaining_map(maps, contributions), anomalous=unusual is not None)]
-    if unusual is not None:
-        parts[0], parts[2] = (ring(part, unusual, picture.size) for part in (parts[0], parts[2]))
+             heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS)]
+    if spot is not None:
+        parts[0], parts[2] = (ring(part, spot, picture.size) for part in (parts[0], parts[2]))
     return side_by_side(*parts)
 
 
-def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """Where a map (64, 64) is highest: x and y in the pixels of an image of that width and height."""
+def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Where a map (64, 64) is highest: x and y in the pixels of an image of that width and height; None of an empty map."""
+    if not anomaly_map.any():
+        return None
     row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
     return int((column + 0.5) * size[0] / MAP_SIZE), int((row + 0.5) * size[1] / MAP_SIZE)
 
