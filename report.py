@@ -1,8 +1,10 @@
 """Put everything a run found on one page: WORKSPACE/report.html, which needs no other file and no network (one per seed).
 
-Reads what the five stages wrote: scores, metrics, label maps, anomaly maps, pseudo-labels and the records of settings. The page
-has the results with the published figures beside them, ROC curves, score histograms, every test image with its components,
-anomaly map and verdict (sortable, and to be filtered by score, kind and error), pseudo-labels, settings, versions and stand-ins.
+Reads what the five stages wrote: scores, metrics, label maps, anomaly maps, pseudo-labels and the records of
+settings. The page says how good it is and what went wrong, shows every test image with its components, anomaly
+map, verdict and findings (sortable, and to be filtered by score, kind and error), score histograms, ROC curves,
+the results of every branch (under MVTec LOCO AD's categories with the published figures beside them),
+pseudo-labels, settings, versions and stand-ins.
 Of many categories one table has them all, the lowest first, and the rest of the page is about the lowest alone.
 """
 
@@ -45,7 +47,7 @@ import numpy as np
 from models.fused import metadata
 from models.fusion import fuse, share
 
-PICTURES_LIMIT = 12_000_000  # bytes of test pictures; base64 makes them a third larger, and the page stays under 20 MB
+PICTURES_LIMIT = 10_500_000  # bytes of test pictures; with base64's third and the text beside them the page stays under 20 MB
 SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
 QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen

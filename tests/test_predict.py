@@ -670,11 +670,11 @@ def test_a_folder_that_goes_away_for_a_while(engine, run, photos, tmp_path, caps
 
 def test_what_goes_away_while_it_is_read_is_scored_later(engine, run, photos, tmp_path, monkeypatch):
     away, real = tmp_path / "away", inspection.read_picture
-    broken = []
+    first = threading.Lock()  # several threads read
 
     def read(path, *rest):
-        if not broken:
-            broken.append(photos.rename(away))
+        if first.acquire(blocking=False):
+            photos.rename(away)
         return real(path, *rest)
 
     monkeypatch.setattr(predict, "read_picture", read)
