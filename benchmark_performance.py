@@ -99,8 +99,8 @@ def measure(category: layouts.Category, workspace: Workspace, chosen: settings.S
             "measured": digest_scores(category, workspace, branches),
             "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
             "defects": single_defects(category, sums),
-            "localisation": {name: where(category, workspace, of_branches, roi)
-                             for name, of_branches in ({branch: [branch] for branch in branches} | {FUSED: fused}).items()}}
+            "localisation": {name: where(category, workspace, sum_weights, roi) for name, sum_weights in
+                             ({branch: {branch: 1.0} for branch in branches} | {FUSED: weights}).items()}}
 
 
 def equal_sums(branches: list[str]) -> dict[str, dict[str, float]]:
@@ -142,8 +142,10 @@ def single_defects(category: layouts.Category, sums: dict[str, dict[str, np.ndar
     return found
 
 
-def where(category: layouts.Category, workspace: Workspace, branches: list[str], roi: np.ndarray | None) -> dict[str, dict]:
+def where(category: layouts.Category, workspace: Workspace, weights: dict[str, float], roi: np.ndarray | None
+          ) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
+    branches = list(weights)
     drawing = [branch for branch in branches if has_map(category, workspace, branch)]
     if not drawing:
         return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
@@ -155,7 +157,7 @@ def where(category: layouts.Category, workspace: Workspace, branches: list[str],
     by_branch = {branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing}
     for branch in set(branches) - set(drawing):  # as in the exported model
         by_branch[branch] = {split: np.zeros_like(values) for split, values in by_branch[drawing[0]].items()}
-    maps = localisation.fused_maps(by_branch)
+    maps = localisation.fused_maps(by_branch, weights)
     found = {}
     for name, split in ANOMALIES.items():
         try:

@@ -104,8 +104,11 @@ class FusedModel(nn.Module):
             scores.append(self.dfm.score(errors))
             branch_maps.append(self.dfm.scaled(errors))
         branch_scores = torch.stack([self.contribution(*each) for each in zip(self.branches, scores)], 1)
-        branch_maps = torch.stack(branch_maps, 1)
-        return Prediction(branch_scores.sum(1), branch_scores, branch_maps.amax(1), branch_maps, label_map.to(torch.uint8))
+        # A branch that hardly counts in the score does not paint over the others either.
+        weighted = [branch_map if self.weights[branch] == 1 else self.weights[branch] * branch_map
+                    for branch, branch_map in zip(self.branches, branch_maps)]
+        return Prediction(branch_scores.sum(1), branch_scores, torch.stack(weighted, 1).amax(1), torch.stack(branch_maps, 1),
+                          label_map.to(torch.uint8))
 
     def arrangement(self, label_map: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> the patch histogram's score (B,), not normalised, and its map (B, 64, 64)."""

@@ -292,7 +292,7 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
     noted["used"]["segmentor"]["evidence"] = False
     files.write_json(record, noted)
     workspace.anomaly_maps(category.name, "patchhist").unlink(missing_ok=True)
-    alone = script.where(category, workspace, ("patchhist",), None)
+    alone = script.where(category, workspace, {"patchhist": 1.0}, None)
     assert all("the exported model has none" in one["missing"] for one in alone.values())
 
     def measure(category, maps, split, roi):
@@ -300,7 +300,7 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
         np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
         return script.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
     monkeypatch.setattr(script.localisation, "measure", measure)
-    both = script.where(category, workspace, ("patchhist", "LGST"), None)
+    both = script.where(category, workspace, {"patchhist": 1.0, "LGST": 1.0}, None)
     assert both["logical"]["pixel_auroc"] == 60 and "has no map" in both["logical"]["note"]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,11 +157,15 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def fused_maps(maps: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The largest of the branches' maps at each place, by split; ``maps`` is by branch, then by split."""
-    branches = list(maps.values())
-    return {split: np.max([one[split] for one in branches], axis=0) for split in branches[0]
-            if all(split in one for one in branches)}
+def fused_maps(maps: dict[str, dict[str, np.ndarray]], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The largest of the branches' maps at each place, each times its branch's weight, by split, as in the exported model.
+
+    Args:
+        maps: by branch, then by split, (N, h, w).
+    """
+    splits = set.intersection(*(set(by_split) for by_split in maps.values()))
+    return {split: np.max([weights[branch] * by_split[split] for branch, by_split in maps.items()], axis=0)
+            for split in next(iter(maps.values())) if split in splits}
 
 
 def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
