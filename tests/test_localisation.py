@@ -15,6 +15,7 @@ from csad.evaluation.localisation import (
     area_up_to,
     by_definition,
     enlarge,
+    fused_maps,
     measure,
     read_regions,
     read_saturations,
@@ -242,5 +243,5 @@ def test_lossy_masks_are_measured_by_what_was_drawn_and_named_once(category, cap
 
 def test_a_branch_that_hardly_counts_does_not_paint_over_the_others():
     maps = {"memory": {"val": np.array([[[1.0, 0.0]]])}, "DFM": {"val": np.array([[[2.0, 3.0]]])}}
-    fused = localisation.fused_maps(maps, {"memory": 1.0, "DFM": 0.25})
+    fused = fused_maps(maps, {"memory": 1.0, "DFM": 0.25})
     np.testing.assert_array_equal(fused["val"], [[[1.0, 0.75]]])
