@@ -44,7 +44,9 @@ from tabulate import tabulate
 from models.constants import SIZE
 from models.fusion import fuse
 
-NO_COMPONENT_MAP = "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
+NO_COMPONENT_MAP = (
+    "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
+)
 PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
 ANOMALIES = {split.removesuffix("_anomalies"): split for split in (layouts.LOGICAL, layouts.STRUCTURAL)}
 
@@ -58,7 +60,9 @@ def main() -> None:
         for place in places:
             runs.append({})
             # Copies, which take their lists of files with them when they go.
-            for category in ProgressBar(map(replace, categories), "measure", len(categories), unit="category", leave=False):
+            for category in ProgressBar(
+                map(replace, categories), "measure", len(categories), unit="category", leave=False
+            ):
                 if not category.tested:
                     missing.append(f"{category.name}: nothing to measure, there are no good test images")
                     continue
@@ -67,15 +71,22 @@ def main() -> None:
                 raise UserError("; ".join(missing) + "; export_model.py and predict.py need none")
             for name, content in runs[-1].items():
                 files.write_json(place.metrics(name), content)
-            target, lines = place.combined_scores, [*by_category(runs[-1]), *overview(runs[-1]), *details(runs[-1]), *missing]
+            target, lines = (
+                place.combined_scores,
+                [*by_category(runs[-1]), *overview(runs[-1]), *details(runs[-1]), *missing],
+            )
             files.write_text(target, "\n".join(lines) + "\n")
             if len(runs[-1]) > MANY:
                 lines = overview(runs[-1])
         if args.seeds:
             target, lines = workspace.over_seeds(target.stem), seeds.table(seeds.over_seeds(runs), args.seeds)
             if stand_ins := used_by_any(runs):
-                lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-            lines += said_of_choice(branch for run in runs for content in run.values() for branch in content["chosen_on_test"])
+                lines.append(
+                    f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures"
+                )
+            lines += said_of_choice(
+                branch for run in runs for content in run.values() for branch in content["chosen_on_test"]
+            )
             files.write_text(target, "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {target}")
@@ -83,24 +94,39 @@ def main() -> None:
 
 def measure(category: layouts.Category, workspace: Workspace, chosen: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    (weights, undecided), rule = branch_weights.read(category.name, workspace, chosen.fusion), chosen.fusion.rule
+    (weights, undecided), rule = (
+        branch_weights.read(category.name, workspace, chosen.fusion),
+        chosen.fusion.rule,
+    )
     if undecided:
         ProgressBar.write(f"{category.name}: {undecided}", file=sys.stderr)
     fused = list(weights)
     roi = read_roi(category, SIZE, chosen.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
-    sums = {name: fused_by_split(category, scores, of_branches, rule)
-            for name, of_branches in (equal_sums(branches) | {FUSED: weights}).items()}
-    return {"category": category.name, "dataset": category.root.resolve().parent.name, "fused": fused, "rule": rule,
-            "undecided": undecided, "weights": weights,
-            "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
-            "chosen_on_test": chosen_on_test(category.name, workspace, branches),
-            "measured": digest_scores(category, workspace, branches),
-            "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
-            "defects": single_defects(category, sums),
-            "localisation": {name: where(category, workspace, sum_weights, roi) for name, sum_weights in
-                             ({branch: {branch: 1.0} for branch in branches} | {FUSED: weights}).items()}}
+    sums = {
+        name: fused_by_split(category, scores, of_branches, rule)
+        for name, of_branches in (equal_sums(branches) | {FUSED: weights}).items()
+    }
+    return {
+        "category": category.name,
+        "dataset": category.root.resolve().parent.name,
+        "fused": fused,
+        "rule": rule,
+        "undecided": undecided,
+        "weights": weights,
+        "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
+        "chosen_on_test": chosen_on_test(category.name, workspace, branches),
+        "measured": digest_scores(category, workspace, branches),
+        "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
+        "defects": single_defects(category, sums),
+        "localisation": {
+            name: where(category, workspace, sum_weights, roi)
+            for name, sum_weights in (
+                {branch: {branch: 1.0} for branch in branches} | {FUSED: weights}
+            ).items()
+        },
+    }
 
 
 def equal_sums(branches: list[str]) -> dict[str, dict[str, float]]:
@@ -117,33 +143,53 @@ def used_by_any(runs: list[dict[str, dict]]) -> list[str]:
 def detection(split_scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Image-level metrics of a sum of branches' scores, logical and structural apart."""
     good = split_scores[layouts.GOOD]
-    return {name: {"auroc": auroc(good, split_scores[split]), "average_precision": average_precision(good, split_scores[split]),
-                   "f1_max": f1_max(good, split_scores[split])} for name, split in ANOMALIES.items()}
+    return {
+        name: {
+            "auroc": auroc(good, split_scores[split]),
+            "average_precision": average_precision(good, split_scores[split]),
+            "f1_max": f1_max(good, split_scores[split]),
+        }
+        for name, split in ANOMALIES.items()
+    }
 
 
-def fused_by_split(category: layouts.Category, scores: Scores, weights: dict[str, float], rule: str) -> dict[str, np.ndarray]:
-    parts = {part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
-             for part in scores[next(iter(weights))]}
+def fused_by_split(
+    category: layouts.Category, scores: Scores, weights: dict[str, float], rule: str
+) -> dict[str, np.ndarray]:
+    parts = {
+        part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
+        for part in scores[next(iter(weights))]
+    }
     return by_split(category, parts)
 
 
-def single_defects(category: layouts.Category, sums: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+def single_defects(
+    category: layouts.Category, sums: dict[str, dict[str, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
-    named = {kind: [category.defect_of(split, path) for path in category.test(split)] for kind, split in ANOMALIES.items()}
+    named = {
+        kind: [category.defect_of(split, path) for path in category.test(split)]
+        for kind, split in ANOMALIES.items()
+    }
     of_both_kinds = set(named["logical"]) & set(named["structural"])
     for kind, names in named.items():
         for name in sorted({name for name in names if name}):
             chosen = np.array([one == name for one in names])
             found[f"{kind} {name}" if name in of_both_kinds else name] = {
-                "kind": kind, "images": int(chosen.sum()),
-                "auroc": {name: auroc(split_scores[layouts.GOOD], split_scores[ANOMALIES[kind]][chosen])
-                          for name, split_scores in sums.items()}}
+                "kind": kind,
+                "images": int(chosen.sum()),
+                "auroc": {
+                    name: auroc(split_scores[layouts.GOOD], split_scores[ANOMALIES[kind]][chosen])
+                    for name, split_scores in sums.items()
+                },
+            }
     return found
 
 
-def where(category: layouts.Category, workspace: Workspace, weights: dict[str, float], roi: np.ndarray | None
-          ) -> dict[str, dict]:
+def where(
+    category: layouts.Category, workspace: Workspace, weights: dict[str, float], roi: np.ndarray | None
+) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
     branches = list(weights)
     drawing = [branch for branch in branches if has_map(category, workspace, branch)]
@@ -154,7 +200,9 @@ def where(category: layouts.Category, workspace: Workspace, weights: dict[str, f
         if not path.exists():
             why = f"{path.relative_to(workspace.root)} is missing; {BRANCHES[branch].stage} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
-    by_branch = {branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing}
+    by_branch = {
+        branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing
+    }
     for branch in set(branches) - set(drawing):  # as in the exported model
         by_branch[branch] = {split: np.zeros_like(values) for split, values in by_branch[drawing[0]].items()}
     maps = localisation.fused_maps(by_branch, weights)
@@ -164,13 +212,20 @@ def where(category: layouts.Category, workspace: Workspace, weights: dict[str, f
             if not category.test(split):
                 raise UserError(f"{category.name} has no {name} test images")
             measured = localisation.measure(category, maps, split, roi)
-            found[name] = {"spro": {str(limit): area for limit, area in measured.spro.items()},
-                           "pixel_auroc": measured.pixel_auroc, "pixel_f1_max": measured.pixel_f1_max,
-                           "left_out": sorted(localisation.without_masks(category, split)),
-                           "note": NO_COMPONENT_MAP if len(drawing) < len(branches) else ""}
+            found[name] = {
+                "spro": {str(limit): area for limit, area in measured.spro.items()},
+                "pixel_auroc": measured.pixel_auroc,
+                "pixel_f1_max": measured.pixel_f1_max,
+                "left_out": sorted(localisation.without_masks(category, split)),
+                "note": NO_COMPONENT_MAP if len(drawing) < len(branches) else "",
+            }
         except UserError as problem:  # image-level figures are worth having without it
             # Metrics and report go to other people, whose folders are others.
-            found[name] = {"missing": str(problem).replace(f"{category.root.parent}/", "").replace(f"{workspace.root}/", "")}
+            found[name] = {
+                "missing": str(problem)
+                .replace(f"{category.root.parent}/", "")
+                .replace(f"{workspace.root}/", "")
+            }
     return found
 
 
@@ -180,7 +235,9 @@ def by_category(measured: dict[str, dict]) -> list[str]:
     for name, content in measured.items():
         lines.append(f"{name.upper()}:")
         for branches, found in content["detection"].items():
-            lines.append(f"{tuple(branches.split('+'))} AUC: {found['logical']['auroc']:.3f} {found['structural']['auroc']:.3f}")
+            lines.append(
+                f"{tuple(branches.split('+'))} AUC: {found['logical']['auroc']:.3f} {found['structural']['auroc']:.3f}"
+            )
     return lines
 
 
@@ -188,25 +245,46 @@ def overview(measured: dict[str, dict]) -> list[str]:
     """What concerns all categories together; of many, the lowest by name."""
     contents = list(measured.values())
     lines = ["", f"data set: {contents[0]['dataset']}"]
-    for branches in [one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)]:
-        lines.append(average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents]))
+    for branches in [
+        one for one in contents[0]["detection"] if all(one in content["detection"] for content in contents)
+    ]:
+        lines.append(
+            average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents])
+        )
     by_weights: dict[str, list[str]] = {}
     for content in contents:
         weights = f"{branch_weights.describe(content['weights'])} ({content['rule']})"
         by_weights.setdefault(weights, []).append(content["category"])
-    lines += [f"fused: {text}" + (f" in {', '.join(names)}" if len(by_weights) > 1 else "") for text, names in by_weights.items()]
+    lines += [
+        f"fused: {text}" + (f" in {', '.join(names)}" if len(by_weights) > 1 else "")
+        for text, names in by_weights.items()
+    ]
     if len(by_weights) > 1:
         lines.append(average("of what is fused", [content["detection"][FUSED] for content in contents]))
-    lines += [f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]]
+    lines += [
+        f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]
+    ]
     if stand_ins := used_by_any([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
     if LOCO & {content["category"] for content in contents}:
         lines.append(PUBLISHED)
     if len(contents) > MANY:
-        lines += ["", f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
-                  *_table([(one["category"], *(found["auroc"] for found in one["detection"][FUSED].values()),
-                            fused_mean(one)) for one in lowest_first(contents)[:MANY]], ("", *ANOMALIES, "mean"))]
+        lines += [
+            "",
+            f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
+            *_table(
+                [
+                    (
+                        one["category"],
+                        *(found["auroc"] for found in one["detection"][FUSED].values()),
+                        fused_mean(one),
+                    )
+                    for one in lowest_first(contents)[:MANY]
+                ],
+                ("", *ANOMALIES, "mean"),
+            ),
+        ]
     return lines
 
 
@@ -214,39 +292,74 @@ def average(title: str, detections: list[dict[str, dict[str, float]]]) -> str:
     """A line with the mean image AUROC over categories."""
     values = {kind: [one[kind]["auroc"] for one in detections] for kind in ANOMALIES}
     logical, structural = map(mean_known, values.values())
-    return (f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
-            + counted(values))
+    return (
+        f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
+        + counted(values)
+    )
 
 
 def details(measured: dict[str, dict]) -> list[str]:
     """Further metrics of each category."""
-    rows = [(name, kind, *(found[metric] for metric in ("average_precision", "f1_max")))
-            for name, content in measured.items()
-            for kind, found in content["detection"][FUSED].items()]
-    lines = ["", "image level, fused branches, in percent", *_table(rows, ("", "", "average precision", "F1-max"))]
+    rows = [
+        (name, kind, *(found[metric] for metric in ("average_precision", "f1_max")))
+        for name, content in measured.items()
+        for kind, found in content["detection"][FUSED].items()
+    ]
+    lines = [
+        "",
+        "image level, fused branches, in percent",
+        *_table(rows, ("", "", "average precision", "F1-max")),
+    ]
 
-    rows = [(name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
-            for name, content in measured.items() for defect, entry in content["defects"].items()]
+    rows = [
+        (name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
+        for name, content in measured.items()
+        for defect, entry in content["defects"].items()
+    ]
     if rows:
-        lines += ["", "single defects, fused branches, image AUROC in percent",
-                  *_table(rows, ("", "", "defect", "images", "AUROC"))]
+        lines += [
+            "",
+            "single defects, fused branches, image AUROC in percent",
+            *_table(rows, ("", "", "defect", "images", "AUROC")),
+        ]
 
-    lines += ["", "localisation by the fused branches' maps, in percent (sPRO: area under the saturated per-region overlap up to "
-              "this false-positive rate)"]
+    lines += [
+        "",
+        "localisation by the fused branches' maps, in percent (sPRO: area under the saturated per-region overlap up to "
+        "this false-positive rate)",
+    ]
     rows, notes = [], []
     for name, content in measured.items():
         found = content["localisation"][FUSED]
-        rows += [(name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values()) for kind, one in found.items()
-                 if "spro" in one]
-        notes += [f"{name}, {kind}: not measured: {one['missing']}" for kind, one in found.items() if "missing" in one]
-        notes += [f"{name}, {kind}: measured without {', '.join(one['left_out'])}, which has no ground-truth masks"
-                  for kind, one in found.items() if one.get("left_out")]
-        notes += [f"{name}: {note}" for note in {one["note"]: None for one in found.values() if one.get("note")}]
-    means = [("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
-             for kind in ANOMALIES if any(row[1] == kind for row in rows)]
+        rows += [
+            (name, kind, one["pixel_auroc"], one["pixel_f1_max"], *one["spro"].values())
+            for kind, one in found.items()
+            if "spro" in one
+        ]
+        notes += [
+            f"{name}, {kind}: not measured: {one['missing']}"
+            for kind, one in found.items()
+            if "missing" in one
+        ]
+        notes += [
+            f"{name}, {kind}: measured without {', '.join(one['left_out'])}, which has no ground-truth masks"
+            for kind, one in found.items()
+            if one.get("left_out")
+        ]
+        notes += [
+            f"{name}: {note}" for note in {one["note"]: None for one in found.values() if one.get("note")}
+        ]
+    means = [
+        ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
+        for kind in ANOMALIES
+        if any(row[1] == kind for row in rows)
+    ]
     if means:
         means.append(("average", "mean", *_mean_columns([row[2:] for row in means])))
-        measured_of = {kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured] for kind in ANOMALIES}
+        measured_of = {
+            kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured]
+            for kind in ANOMALIES
+        }
         if told := counted(measured_of):
             notes.append(f"averages of the categories that were measured{told}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
@@ -264,7 +377,9 @@ def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
 def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
     """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
     recorded = [workspace.record(category, branch) for branch in branches]
-    return {name for path in recorded if path.exists() for name in records.read_record(path)["used"]["stand_ins"]}
+    return {
+        name for path in recorded if path.exists() for name in records.read_record(path)["used"]["stand_ins"]
+    }
 
 
 if __name__ == "__main__":

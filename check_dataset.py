@@ -29,17 +29,27 @@ SHOWN = 400  # pictures on a contact sheet
 
 def main() -> None:
     parser = common_options(__doc__)
-    parser.add_argument("--output", type=files.place, metavar="FOLDER",
-                        help="write a contact sheet (PNG) of every folder there")
-    parser.add_argument("--false_positive_rate", type=float, metavar="RATE",
-                        help="say whether there are enough validation images for a threshold with this rate, for example 0.05")
+    parser.add_argument(
+        "--output",
+        type=files.place,
+        metavar="FOLDER",
+        help="write a contact sheet (PNG) of every folder there",
+    )
+    parser.add_argument(
+        "--false_positive_rate",
+        type=float,
+        metavar="RATE",
+        help="say whether there are enough validation images for a threshold with this rate, for example 0.05",
+    )
     args = parser.parse_args()
     if args.false_positive_rate is not None and not 0 < args.false_positive_rate < 1:
         raise UserError(f"--false_positive_rate is {args.false_positive_rate}; it must lie between 0 and 1")
     _, dataset, categories, chosen = select(args)
     if args.output and args.output.resolve().is_relative_to(dataset.root.resolve()):
-        raise UserError(f"--output {args.output} lies in the data set, where its pictures would be taken for images; "
-                        "name another folder")
+        raise UserError(
+            f"--output {args.output} lies in the data set, where its pictures would be taken for images; "
+            "name another folder"
+        )
     odd = [] if args.categories else dataset.unused
     warnings, errors = len(odd), 0
     for path, why in odd:
@@ -52,8 +62,10 @@ def main() -> None:
             for folder, shown in pictures.items():
                 name = short_name(f"{category.name}_{folder.replace(os.sep, '_')}", LONGEST_KEY)
                 write_contact_sheet(args.output / f"{name}.png", shown)
-    print(f"categories: {len(categories)}, errors: {errors}, warnings: {warnings}"
-          + (f"; contact sheets in {args.output}" if args.output else ""))
+    print(
+        f"categories: {len(categories)}, errors: {errors}, warnings: {warnings}"
+        + (f"; contact sheets in {args.output}" if args.output else "")
+    )
     if errors:
         raise UserError("the stages cannot run on this data set as it is; mend what is marked 'error'")
     if warnings:
@@ -74,12 +86,17 @@ def write_contact_sheet(path: Path, pictures: Sequence[Picture]) -> None:
     shown = pictures[:SHOWN]
     columns = max(1, min(16, len(shown)))
     cell = THUMBNAIL + 4, THUMBNAIL + 16
-    sheet = Image.new("RGB", (columns * cell[0], max(1, math.ceil(len(shown) / columns)) * cell[1]), (255, 255, 255))
+    sheet = Image.new(
+        "RGB", (columns * cell[0], max(1, math.ceil(len(shown) / columns)) * cell[1]), (255, 255, 255)
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for index, picture in enumerate(shown):
         place = index % columns * cell[0] + 2, index // columns * cell[1] + 2
-        tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (200, 0, 0)) if picture.thumbnail is None else (
-            Image.fromarray(picture.thumbnail))
+        tile = (
+            Image.new("RGB", (THUMBNAIL, THUMBNAIL), (200, 0, 0))
+            if picture.thumbnail is None
+            else (Image.fromarray(picture.thumbnail))
+        )
         sheet.paste(tile, place)
         name = picture.path.name if len(picture.path.name) <= 16 else f"{picture.path.name[:13]}..."
         draw.text((place[0], place[1] + THUMBNAIL), name.encode("ascii", "replace").decode(), (0, 0, 0), font)

@@ -49,23 +49,42 @@ BATCH = 8  # images scored at a time where nothing is timed
 GOOD_IMAGES, SYNTHETIC_DEFECTS = 64, 48  # the latter of each kind, structural and logical
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
-    ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
+    (
+        "onnx",
+        "bf16",
+    ): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
 }
 
 
 def main() -> None:
     parser = with_cluster(with_branches(with_seeds(common_options(__doc__))))
     parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always")
-    parser.add_argument("--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too")
-    parser.add_argument("--raw_input", action="store_true", help="onnx, openvino: take uint8 RGB and normalise inside")
-    parser.add_argument("--inference_only", action="store_true", help="evaluate exported models, export nothing")
+    parser.add_argument(
+        "--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always"
+    )
+    parser.add_argument(
+        "--with_map", action="store_true", help="onnx, openvino: give anomaly maps and label map, too"
+    )
+    parser.add_argument(
+        "--raw_input", action="store_true", help="onnx, openvino: take uint8 RGB and normalise inside"
+    )
+    parser.add_argument(
+        "--inference_only", action="store_true", help="evaluate exported models, export nothing"
+    )
     change = parser.add_mutually_exclusive_group()
-    change.add_argument("--set_threshold", type=float, metavar="SCORE",
-                        help="change only the threshold of what is exported of one category, in every format: predict.py and "
-                             "serve.py call higher scores anomalous")
-    change.add_argument("--set_false_positive_rate", type=float, metavar="RATE",
-                        help="the same, to what this share of good images may exceed (exports begin with 0.01)")
+    change.add_argument(
+        "--set_threshold",
+        type=float,
+        metavar="SCORE",
+        help="change only the threshold of what is exported of one category, in every format: predict.py and "
+        "serve.py call higher scores anomalous",
+    )
+    change.add_argument(
+        "--set_false_positive_rate",
+        type=float,
+        metavar="RATE",
+        help="the same, to what this share of good images may exceed (exports begin with 0.01)",
+    )
     args = parser.parse_args()
     if args.set_threshold is not None or args.set_false_positive_rate is not None:
         return change_thresholds(args)
@@ -74,7 +93,9 @@ def main() -> None:
     if (args.format, args.precision) in IMPOSSIBLE:
         raise UserError(IMPOSSIBLE[args.format, args.precision])
     if args.format == "torch" and (args.with_map or args.raw_input):
-        raise UserError("--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps")
+        raise UserError(
+            "--with_map and --raw_input are for --format onnx and openvino; a torch model always has maps"
+        )
     run_jobs(args, jobs, partial(summarise, args))
 
 
@@ -83,10 +104,22 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     device = str(choose_device(args.device))
     for place in workspace.of_seeds(args.seeds).values():
         export_tables.read(place)  # what is wrong with it should not come out after all the work
-    return {job_name(category, seed): Task(category, seed, partial(
-        export_and_evaluate, category, place, argparse.Namespace(**vars(args) | ({} if seed is None else {"seed": seed})),
-        chosen[category.name], device))
-        for seed, place in workspace.of_seeds(args.seeds).items() for category in categories}
+    return {
+        job_name(category, seed): Task(
+            category,
+            seed,
+            partial(
+                export_and_evaluate,
+                category,
+                place,
+                argparse.Namespace(**vars(args) | ({} if seed is None else {"seed": seed})),
+                chosen[category.name],
+                device,
+            ),
+        )
+        for seed, place in workspace.of_seeds(args.seeds).items()
+        for category in categories
+    }
 
 
 def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None:
@@ -97,35 +130,54 @@ def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None
         reports = [report for category in categories if (report := results.get(job_name(category, seed)))]
         if reports:
             export_tables.write(reports, place)
-        runs.append({report["category"]: {name: report[name] for name in (
-            "auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image")} for report in reports})
+        runs.append(
+            {
+                report["category"]: {
+                    name: report[name]
+                    for name in ("auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image")
+                }
+                for report in reports
+            }
+        )
     if args.seeds and all(runs):
         lines = seeds.table(seeds.over_seeds(runs), args.seeds)
-        files.write_text(workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n")
+        files.write_text(
+            workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n"
+        )
         print("\n" + "\n".join(lines))
 
 
 def change_thresholds(args: argparse.Namespace) -> None:
     if args.set_threshold is not None and len(args.categories or []) != 1:
-        raise UserError("--set_threshold is for one category, as the scores of several have different scales; name it with "
-                        "--categories, or take --set_false_positive_rate")
+        raise UserError(
+            "--set_threshold is for one category, as the scores of several have different scales; name it with "
+            "--categories, or take --set_false_positive_rate"
+        )
     places = (workspace := Workspace(args.workspace)).of_seeds(args.seeds).values()
     paths = [path for place in places for path in place.exported_models(args.categories)]
     with workspace.lock_with(places):
-        for path, known in exported_thresholds.change(paths, args.set_threshold, args.set_false_positive_rate):
+        for path, known in exported_thresholds.change(
+            paths, args.set_threshold, args.set_false_positive_rate
+        ):
             print(f"{path}: threshold {known['threshold']:.6g}, {known['threshold_words']}")
 
 
-def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: argparse.Namespace,
-                        chosen: settings.Settings, device: str) -> dict | None:
+def export_and_evaluate(
+    category: layouts.Category,
+    workspace: Workspace,
+    args: argparse.Namespace,
+    chosen: settings.Settings,
+    device: str,
+) -> dict | None:
     """What the evaluation came to; None without good test images."""
     category = replace(category)  # a copy, which takes its lists of files with it when it goes
     path = workspace.exported_model(category.name, args.format, args.precision)
     if not args.inference_only:
         # Always from the newest artefacts: nothing to skip or resume here.
         with exporters.replacing(path) as new:
-            reference = {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[args.format](
-                category, workspace, new, args, chosen, device)
+            reference = {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[
+                args.format
+            ](category, workspace, new, args, chosen, device)
             accept(new, reference, category, device)
         print(f"{category.name}: wrote {path}")
     files.require(path, f"export_model.py --format {args.format} --precision {args.precision}")
@@ -139,15 +191,26 @@ def export_and_evaluate(category: layouts.Category, workspace: Workspace, args: 
     return evaluate(category, engine, workspace, args)
 
 
-def export_torch(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                 chosen: settings.Settings, device: str) -> TorchEngine:
+def export_torch(
+    category: layouts.Category,
+    workspace: Workspace,
+    path: Path,
+    args: argparse.Namespace,
+    chosen: settings.Settings,
+    device: str,
+) -> TorchEngine:
     """Write the model; returns it in fp32, as all of these do."""
     view, fusion = view_of(category, chosen), chosen.fusion
     weights, weighed = branch_weights.equal(fusion.branches), None
-    if fusion.weights == "synthetic_defects" and len(branch_weights.candidates(category.name, workspace, fusion)) > 1:
+    if (
+        fusion.weights == "synthetic_defects"
+        and len(branch_weights.candidates(category.name, workspace, fusion)) > 1
+    ):
         state, weighed = with_optional_branches(category, workspace, fusion, view)
         engine = TorchEngine(state, device)
-        decision = branch_weights.choose(*contributions_on_defects(engine, category, args.seed), engine.branches)
+        decision = branch_weights.choose(
+            *contributions_on_defects(engine, category, args.seed), engine.branches
+        )
         branch_weights.write(category.name, workspace, fusion, decision)
         weights = decision.weights
         print(f"{category.name}: {decision.description}")
@@ -156,8 +219,9 @@ def export_torch(category: layouts.Category, workspace: Workspace, path: Path, a
     return TorchEngine(state, "cpu", "fp32")
 
 
-def with_optional_branches(category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
-                           ) -> tuple[dict, list[str]]:
+def with_optional_branches(
+    category: layouts.Category, workspace: Workspace, fusion: settings.FusionSettings, view: images.View
+) -> tuple[dict, list[str]]:
     """State of a model with every optional branch whose files fit to those of the settings' branches; says which do not.
 
     Returns:
@@ -179,14 +243,17 @@ def with_optional_branches(category: layouts.Category, workspace: Workspace, fus
     return state, list(weights)
 
 
-def contributions_on_defects(engine: Engine, category: layouts.Category, seed: int
-                             ) -> tuple[np.ndarray, dict[str, branch_weights.Defects]]:
+def contributions_on_defects(
+    engine: Engine, category: layouts.Category, seed: int
+) -> tuple[np.ndarray, dict[str, branch_weights.Defects]]:
     """What each branch adds to the score of validation images, as they are (n, K) and with synthetic defects of each kind."""
-    paths = category.validation[::math.ceil(len(category.validation) / GOOD_IMAGES)]
+    paths = category.validation[:: math.ceil(len(category.validation) / GOOD_IMAGES)]
     batch = 1 if engine.metadata.get("tiles", 1) > 1 else BATCH
     good, label_maps = [], []
-    for first in ProgressBar(range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False):
-        prediction = engine.predict(read(engine, paths[first:first + batch]))
+    for first in ProgressBar(
+        range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False
+    ):
+        prediction = engine.predict(read(engine, paths[first : first + batch]))
         good.append(prediction.branch_scores)
         label_maps += list(prediction.label_map)
     rng, defects = np.random.default_rng(seed), {}
@@ -195,13 +262,19 @@ def contributions_on_defects(engine: Engine, category: layouts.Category, seed: i
         order = rng.permutation(SYNTHETIC_DEFECTS)
         strengths = (order + rng.random(SYNTHETIC_DEFECTS)) / SYNTHETIC_DEFECTS
         contributions, visible = [], []
-        for first in ProgressBar(range(0, SYNTHETIC_DEFECTS, batch), desc=f"{category.name}: {name} defects", unit="batch",
-                                 leave=False):
+        for first in ProgressBar(
+            range(0, SYNTHETIC_DEFECTS, batch),
+            desc=f"{category.name}: {name} defects",
+            unit="batch",
+            leave=False,
+        ):
             defective = []
             for index in range(first, min(first + batch, SYNTHETIC_DEFECTS)):
                 chosen = int(rng.integers(len(paths)))
                 image = read(engine, [paths[chosen]])[0].transpose(1, 2, 0)
-                changed = synthesise_defect(image, label_maps[chosen], list(kinds)[index % len(kinds)], strengths[index], rng)
+                changed = synthesise_defect(
+                    image, label_maps[chosen], list(kinds)[index % len(kinds)], strengths[index], rng
+                )
                 if not np.array_equal(changed, image):  # a defect too faint for whole numbers is none
                     defective.append(changed.transpose(2, 0, 1))
                     visible.append(index)
@@ -216,8 +289,14 @@ def read(engine: Engine, paths: Sequence[Path]) -> np.ndarray:
     return images.read_views(paths, engine.size, "", engine.metadata.get("white_level"))
 
 
-def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                chosen: settings.Settings, device: str) -> TorchEngine:
+def export_onnx(
+    category: layouts.Category,
+    workspace: Workspace,
+    path: Path,
+    args: argparse.Namespace,
+    chosen: settings.Settings,
+    device: str,
+) -> TorchEngine:
     source = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
     state = files.read_state(source)
     exporters.require_category(metadata(state), category.name, source)
@@ -231,25 +310,39 @@ def export_onnx(category: layouts.Category, workspace: Workspace, path: Path, ar
         calibration = calibration_images(category, known)
 
         def build(kept: tuple[str, ...]) -> tuple[bytes, Engine]:
-            quantised = exporters.with_metadata(exporters.int8_onnx(plain, calibration, kept), known | {"precision": "int8"})
+            quantised = exporters.with_metadata(
+                exporters.int8_onnx(plain, calibration, kept), known | {"precision": "int8"}
+            )
             return quantised, OnnxEngine(quantised, device)
 
         content, noted = choose_int8(build, category, reference, chosen, args.seed)
-        content = exporters.with_metadata(content, known | noted | {"networks": exporters.networks_of(content)})
+        content = exporters.with_metadata(
+            content, known | noted | {"networks": exporters.networks_of(content)}
+        )
     files.write_bytes(path, content)
     return reference
 
 
-def export_openvino(category: layouts.Category, workspace: Workspace, path: Path, args: argparse.Namespace,
-                    chosen: settings.Settings, device: str) -> TorchEngine:
+def export_openvino(
+    category: layouts.Category,
+    workspace: Workspace,
+    path: Path,
+    args: argparse.Namespace,
+    chosen: settings.Settings,
+    device: str,
+) -> TorchEngine:
     source = files.require(workspace.exported_model(category.name, "onnx"), "export_model.py --format onnx")
     known = OnnxEngine(source.read_bytes(), device).metadata
     exporters.require_category(known, category.name, source)
     require_up_to_date(known, category.name, workspace, source, "onnx")
     for option in ("with_map", "raw_input"):
         if getattr(args, option) and not known[option]:
-            raise UserError(f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first")
-    torch_model = files.require(workspace.exported_model(category.name, "torch"), "export_model.py --format torch")
+            raise UserError(
+                f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first"
+            )
+    torch_model = files.require(
+        workspace.exported_model(category.name, "torch"), "export_model.py --format torch"
+    )
     reference = TorchEngine(files.read_state(torch_model), "cpu", "fp32")
     if reference.metadata.get("weights") != known.get("weights"):
         raise UserError(f"{source} was not made from {torch_model}; run export_model.py --format onnx first")
@@ -283,34 +376,47 @@ def accept(path: Path, reference: TorchEngine, category: layouts.Category, devic
     known = exported_thresholds.with_validation_scores(known, found.scores, category.name)
     exactly = known.get("precision", "fp32") == "fp32" and found.device.startswith("cpu")
     if problem := agreement.disagreement(reference, [paths[index] for index in compared], found, exactly):
-        raise UserError(f"{category.name}: the new {path.name} does not give PyTorch's scores of {len(compared)} validation "
-                        f"images, so it is not kept and an earlier one stays as it is: {problem}")
+        raise UserError(
+            f"{category.name}: the new {path.name} does not give PyTorch's scores of {len(compared)} validation "
+            f"images, so it is not kept and an earlier one stays as it is: {problem}"
+        )
     exported_thresholds.write_metadata(path, known)
 
 
 def calibration_images(category: layouts.Category, known: dict[str, Any]) -> np.ndarray:
     """Training images, evenly spread over the sorted list, as the model takes them."""
     paths = category.train
-    spread = paths[::math.ceil(len(paths) / CALIBRATION_IMAGES)]
-    views = images.read_views(spread, known["input_size"], f"{category.name}: read training images", known.get("white_level"))
+    spread = paths[:: math.ceil(len(paths) / CALIBRATION_IMAGES)]
+    views = images.read_views(
+        spread, known["input_size"], f"{category.name}: read training images", known.get("white_level")
+    )
     return as_input(views, known)
 
 
-def choose_int8(build, category: layouts.Category, fp32: Engine, chosen: settings.Settings,
-                seed: int) -> tuple[Any, dict[str, Any]]:
+def choose_int8(
+    build, category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int
+) -> tuple[Any, dict[str, Any]]:
     """Quantise as much as agrees with fp32; returns the model and what its metadata should say."""
     check = make_check(category, fp32, chosen, seed)
     model, kept, moved = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
     if not moved.suffices:
-        raise UserError(f"{category.name}: int8 changes the scores more than it should ({moved}), so the model is not exported "
-                        "and an earlier one stays as it is; take another --precision")
+        raise UserError(
+            f"{category.name}: int8 changes the scores more than it should ({moved}), so the model is not exported "
+            "and an earlier one stays as it is; take another --precision"
+        )
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": moved._asdict()}
 
 
-def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int) -> quantisation.Check:
+def make_check(
+    category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int
+) -> quantisation.Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
-    good = images.read_views(category.validation, fp32.size, f"{category.name}: read validation images",
-                             fp32.metadata.get("white_level"))
+    good = images.read_views(
+        category.validation,
+        fp32.size,
+        f"{category.name}: read validation images",
+        fp32.metadata.get("white_level"),
+    )
     rng = np.random.default_rng(seed)
     made, scores = [], []
     for image in good:
@@ -325,8 +431,9 @@ def make_check(category: layouts.Category, fp32: Engine, chosen: settings.Settin
     return quantisation.Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
 
 
-def with_a_part_too_many(image: np.ndarray, label_map: np.ndarray, rng: np.random.Generator, chosen: settings.Settings
-                         ) -> np.ndarray | None:
+def with_a_part_too_many(
+    image: np.ndarray, label_map: np.ndarray, rng: np.random.Generator, chosen: settings.Settings
+) -> np.ndarray | None:
     """A logical anomaly made from a good image (3, S, S) by logical synthesis, or two; None where nothing could be pasted.
 
     Args:
@@ -336,18 +443,28 @@ def with_a_part_too_many(image: np.ndarray, label_map: np.ndarray, rng: np.rando
     label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
     # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
     anywhere = np.zeros(label_map.shape, dtype=bool)
-    synthesis = synthesise(image.transpose(1, 2, 0), label_map, label_parts(label_map), anywhere, rng,
-                           chosen.segmentor.paste_distance)
+    synthesis = synthesise(
+        image.transpose(1, 2, 0),
+        label_map,
+        label_parts(label_map),
+        anywhere,
+        rng,
+        chosen.segmentor.paste_distance,
+    )
     return synthesis.image.transpose(2, 0, 1) if synthesis.pasted else None
 
 
 def say_left_out(category: layouts.Category, count: int, of: int) -> None:
     if count:
-        print(f"{category.name}: in {count} of {of} pictures no component could be pasted elsewhere; they are left out "
-              "of the made anomalies")
+        print(
+            f"{category.name}: in {count} of {of} pictures no component could be pasted elsewhere; they are left out "
+            "of the made anomalies"
+        )
 
 
-def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace) -> dict:
+def evaluate(
+    category: layouts.Category, engine: Engine, workspace: Workspace, args: argparse.Namespace
+) -> dict:
     """Score every test image one by one, as a production line would; write the CSV and the JSON beside it.
 
     Raises:
@@ -355,7 +472,9 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
     """
     rows, seconds, preparing = [], [], []
     scores: dict[str, list[float]] = {split: [] for split in layouts.SPLITS}
-    for split, path in ProgressBar(category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"):
+    for split, path in ProgressBar(
+        category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"
+    ):
         start = time.perf_counter()
         image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
         between = time.perf_counter()
@@ -363,22 +482,39 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
         seconds.append(time.perf_counter() - between)
         preparing.append(between - start)
         if not math.isfinite(score):
-            raise UserError(f"{category.name}: the {engine.runtime} model gives {path.name} a score that is not finite; "
-                            "export it again")
+            raise UserError(
+                f"{category.name}: the {engine.runtime} model gives {path.name} a score that is not finite; "
+                "export it again"
+            )
         scores[split].append(score)
         rows.append((path.relative_to(category.root).as_posix(), split, repr(score)))
 
     good = np.array(scores[layouts.GOOD])
-    logical, structural = (auroc(good, np.array(scores[split])) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
+    logical, structural = (
+        auroc(good, np.array(scores[split])) for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+    )
     target = workspace.evaluation(category.name, args.format, args.precision)
-    report = {"category": category.name, "format": args.format, "precision": args.precision, "runtime": engine.runtime,
-              "ran_in": engine.precision, "networks": engine.networks, "branches": engine.branches,
-              "auroc_logical": logical, "auroc_structural": structural, "auroc_mean": mean_known([logical, structural]),
-              "ms_per_image": _median_ms(seconds), "preprocessing_ms": _median_ms(preparing),
-              "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
-              "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
-              "images": len(rows), "dataset": category.root.resolve().parent.name, "device": engine.device,
-              "stand_ins": engine.metadata.get("stand_ins", []), "chosen_on_test": engine.metadata.get("chosen_on_test", [])}
+    report = {
+        "category": category.name,
+        "format": args.format,
+        "precision": args.precision,
+        "runtime": engine.runtime,
+        "ran_in": engine.precision,
+        "networks": engine.networks,
+        "branches": engine.branches,
+        "auroc_logical": logical,
+        "auroc_structural": structural,
+        "auroc_mean": mean_known([logical, structural]),
+        "ms_per_image": _median_ms(seconds),
+        "preprocessing_ms": _median_ms(preparing),
+        "largest_difference": largest_difference(rows, engine, workspace, category.name, args),
+        "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
+        "images": len(rows),
+        "dataset": category.root.resolve().parent.name,
+        "device": engine.device,
+        "stand_ins": engine.metadata.get("stand_ins", []),
+        "chosen_on_test": engine.metadata.get("chosen_on_test", []),
+    }
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -389,8 +525,13 @@ def evaluate(category: layouts.Category, engine: Engine, workspace: Workspace, a
     return report
 
 
-def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspace: Workspace, category: str,
-                       args: argparse.Namespace) -> float | None:
+def largest_difference(
+    rows: list[tuple[str, str, str]],
+    engine: Engine,
+    workspace: Workspace,
+    category: str,
+    args: argparse.Namespace,
+) -> float | None:
     """Of any score from the torch fp32 model's, or None where that model, or its evaluation, is not at hand."""
     if (args.format, args.precision) == ("torch", "fp32"):
         return 0.0
@@ -401,7 +542,9 @@ def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, workspa
     if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     expected = files.read_scores(reference)
-    return max((abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None)
+    return max(
+        (abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None
+    )
 
 
 def _median_ms(seconds: list[float]) -> float:

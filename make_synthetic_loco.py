@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         "--categories", nargs="+", default=list(CATEGORIES), metavar="NAME", help="categories to render"
     )
     for setting in fields(Settings):
-        parser.add_argument(f"--{setting.name}", type=int, default=setting.default, help=SETTING_HELP[setting.name])
+        parser.add_argument(
+            f"--{setting.name}", type=int, default=setting.default, help=SETTING_HELP[setting.name]
+        )
     workers_option(parser, "processes to render with")
     parser.add_argument(
         "--overwrite",

@@ -46,8 +46,11 @@ def fit_category(job: Job) -> None:
 def fit_memory(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.memory
     checkpoint = workspace.memory(category.name)
-    used = {"memory": chosen.model_dump(exclude={"tiles"}), "images": job.view.record,
-            **records.inputs(category.train, job.seed, job.backbone)}
+    used = {
+        "memory": chosen.model_dump(exclude={"tiles"}),
+        "images": job.view.record,
+        **records.inputs(category.train, job.seed, job.backbone),
+    }
     record, to_do = begin(job, ["memory"], used, "the patch memory is fitted")
     if to_do == records.SKIP:
         return
@@ -60,45 +63,72 @@ def fit_memory(job: Job) -> None:
     memory.to(job.device).eval()
     found = anomaly_maps(memory, job, category.validation, "validation images")
     if not found.isfinite().all():
-        raise UserError(f"{category.name}: the patch memory gives distances that are not finite; the backbone's weights may be "
-                        "damaged")
+        raise UserError(
+            f"{category.name}: the patch memory gives distances that are not finite; the backbone's weights may be "
+            "damaged"
+        )
     memory.fit_map_normalisation(found)
-    files.write_state(checkpoint, {
-        "state": on_cpu(memory), "encoder": on_cpu(job.backbone.encoder),
-        "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")}})
+    files.write_state(
+        checkpoint,
+        {
+            "state": on_cpu(memory),
+            "encoder": on_cpu(job.backbone.encoder),
+            "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")},
+        },
+    )
 
     maps = {"val": found}
     for split, paths in layouts.test_splits(category).items():
         maps[split] = anomaly_maps(memory, job, paths, f"test images, {split}")
     memory.cpu()  # where the maps are
-    write_scores(category, workspace, ["memory"], {split: memory.score(one).numpy() for split, one in maps.items()},
-                 {split: memory.scaled(one).numpy() for split, one in maps.items()})
+    write_scores(
+        category,
+        workspace,
+        ["memory"],
+        {split: memory.score(one).numpy() for split, one in maps.items()},
+        {split: memory.scaled(one).numpy() for split, one in maps.items()},
+    )
     record.finish()
 
 
 def fit_dfm(job: Job) -> None:
     category, workspace = job.category, job.workspace
     checkpoint = workspace.dfm(category.name)
-    used = {"dfm": {"pooling": dfm.POOLING, "variance": dfm.VARIANCE}, "images": job.view.record,
-            **records.inputs(category.train, job.seed, job.backbone)}
+    used = {
+        "dfm": {"pooling": dfm.POOLING, "variance": dfm.VARIANCE},
+        "images": job.view.record,
+        **records.inputs(category.train, job.seed, job.backbone),
+    }
     record, to_do = begin(job, ["DFM"], used, "the deep feature model is fitted")
     if to_do == records.SKIP:
         return
 
     # Fitted in seconds, so also where only the scores are missing.
-    paths = category.train[::-(-len(category.train) // dfm.MAX_IMAGES)]
+    paths = category.train[:: -(-len(category.train) // dfm.MAX_IMAGES)]
     model = dfm.fit(pooled_maps(job, paths, "read training images"), job.backbone.channels[2])
     errors = {"val": model(pooled_maps(job, category.validation, "score validation images"))}
     if not errors["val"].isfinite().all():
-        raise UserError(f"{category.name}: DFM gives errors that are not finite; the backbone's weights may be damaged")
+        raise UserError(
+            f"{category.name}: DFM gives errors that are not finite; the backbone's weights may be damaged"
+        )
     model.fit_map_normalisation(errors["val"])
-    files.write_state(checkpoint, {
-        "state": on_cpu(model), "encoder": on_cpu(job.backbone.encoder),
-        "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")}})
+    files.write_state(
+        checkpoint,
+        {
+            "state": on_cpu(model),
+            "encoder": on_cpu(job.backbone.encoder),
+            "meta": used | {"category": category.name, "ran_on": describe_device(job.device, "fp32")},
+        },
+    )
     for split, paths in layouts.test_splits(category).items():
         errors[split] = model(pooled_maps(job, paths, f"score test images, {split}"))
-    write_scores(category, workspace, ["DFM"], {split: model.score(one).cpu().numpy() for split, one in errors.items()},
-                 {split: model.anomaly_map(one).cpu().numpy() for split, one in errors.items()})
+    write_scores(
+        category,
+        workspace,
+        ["DFM"],
+        {split: model.score(one).cpu().numpy() for split, one in errors.items()},
+        {split: model.anomaly_map(one).cpu().numpy() for split, one in errors.items()},
+    )
     record.finish()
 
 
@@ -113,8 +143,10 @@ def fit(job: Job) -> PatchMemory:
     places, channels = side * side, sum(job.backbone.channels[1:])
     count = places * len(paths)
     if count < chosen.rows:
-        raise UserError(f"{job.name}: {len(paths)} training images have {count} patches, fewer than the "
-                        f"{chosen.rows} rows asked for; lower --memory.rows")
+        raise UserError(
+            f"{job.name}: {len(paths)} training images have {count} patches, fewer than the "
+            f"{chosen.rows} rows asked for; lower --memory.rows"
+        )
     generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
     each = min(-(-max(CANDIDATES, chosen.rows) // len(paths)), places)  # of one image
     candidates = torch.empty(len(paths), each, channels)
@@ -152,15 +184,23 @@ def fit(job: Job) -> PatchMemory:
 def empty_memory(job: Job) -> PatchMemory:
     """A memory as the settings want it, still without numbers."""
     chosen = job.settings.memory
-    return PatchMemory(sum(job.backbone.channels[1:]), chosen.rows, job.view.size // 8, chosen.score_share, job.view.tiles,
-                       chosen.border)
+    return PatchMemory(
+        sum(job.backbone.channels[1:]),
+        chosen.rows,
+        job.view.size // 8,
+        chosen.score_share,
+        job.view.tiles,
+        chosen.border,
+    )
 
 
 def read(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:
     """Images on disk as (B, 3, S, S) RGB in 0..255, batch by batch; large ones, seen in tiles, one by one."""
     batch = batch if job.view.tiles == 1 else 1
-    for first in ProgressBar(range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        views = torch.from_numpy(job.view.read(paths[first:first + batch]))
+    for first in ProgressBar(
+        range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False
+    ):
+        views = torch.from_numpy(job.view.read(paths[first : first + batch]))
         yield views.to(job.device).float()
 
 
@@ -168,17 +208,25 @@ def read(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iter
 def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """Anomaly maps (N, h, w) of images on disk, on the CPU."""
     side = job.view.size // 8
-    return torch.cat([torch.zeros(0, side, side), *(
-        memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu()
-        for views in read(job, paths, f"score {what}"))])
+    return torch.cat(
+        [
+            torch.zeros(0, side, side),
+            *(
+                memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu()
+                for views in read(job, paths, f"score {what}")
+            ),
+        ]
+    )
 
 
 @torch.no_grad()
 def pooled_maps(job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """What DFM sees (N, C, 8, 8) of images on disk."""
     pooled = []
-    for first in ProgressBar(range(0, len(paths), DFM_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        views = torch.from_numpy(job.view.read_small(paths[first:first + DFM_BATCH])).to(job.device).float()
+    for first in ProgressBar(
+        range(0, len(paths), DFM_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
+    ):
+        views = torch.from_numpy(job.view.read_small(paths[first : first + DFM_BATCH])).to(job.device).float()
         pooled.append(dfm.pool(job.backbone.encoder(views)))
     return torch.cat(pooled)
 

@@ -48,7 +48,14 @@ from models.fused import metadata
 from models.fusion import fuse, share
 
 PICTURES_LIMIT = 10_500_000  # bytes of test pictures; with base64's third and the text beside them the page stays under 20 MB
-SIDES = (256, 208, 160, 128, 96, 64)  # of the test pictures: the largest with which they stay within the limit
+SIDES = (
+    256,
+    208,
+    160,
+    128,
+    96,
+    64,
+)  # of the test pictures: the largest with which they stay within the limit
 QUALITY = 70
 SAMPLE = 12  # images by whose size the side is chosen
 PSEUDO_LABELS = 8  # training images shown per category
@@ -61,19 +68,33 @@ def main() -> None:
     workspace, dataset, categories, chosen = select(args)
     for place in workspace.of_seeds(args.seeds).values():
         with place.lock():
-            done = [category for category in categories if category.tested and place.metrics(category.name).exists()]
+            done = [
+                category
+                for category in categories
+                if category.tested and place.metrics(category.name).exists()
+            ]
             if not done:
-                raise UserError(f"{place.root} holds no results yet; " + (
-                    "run benchmark_performance.py first" if any(category.tested for category in categories)
-                    else "there are no good test images, and without them nothing to report"))
+                raise UserError(
+                    f"{place.root} holds no results yet; "
+                    + (
+                        "run benchmark_performance.py first"
+                        if any(category.tested for category in categories)
+                        else "there are no good test images, and without them nothing to report"
+                    )
+                )
             if args.categories:  # without names, what is done of a data set that is only begun
                 for category in categories:
                     files.require(place.metrics(category.name), "benchmark_performance.py")
-            metrics = {category.name: files.read_json(place.metrics(category.name), keys=METRICS) for category in done}
+            metrics = {
+                category.name: files.read_json(place.metrics(category.name), keys=METRICS)
+                for category in done
+            }
             if len(done) > MANY:
                 metrics = {one["category"]: one for one in lowest_first(metrics.values())}
             in_full: dict[str, Any] = dict.fromkeys(list(metrics)[:MANY])
-            for category in ProgressBar(map(replace, done), "check scores", len(done), unit="category", leave=False):
+            for category in ProgressBar(
+                map(replace, done), "check scores", len(done), unit="category", leave=False
+            ):
                 measured = Measured(category, place, chosen[category.name], metrics[category.name])
                 if category.name in in_full:
                     in_full[category.name] = measured
@@ -91,14 +112,22 @@ class Measured:
         UserError: there are other scores or images now than those that were measured.
     """
 
-    def __init__(self, category: layouts.Category, workspace: Workspace, chosen: settings.Settings, metrics: dict[str, Any]):
+    def __init__(
+        self,
+        category: layouts.Category,
+        workspace: Workspace,
+        chosen: settings.Settings,
+        metrics: dict[str, Any],
+    ):
         self.category, self.workspace, self.metrics = category, workspace, metrics
         self.weights, self.rule = self.metrics["weights"], self.metrics["rule"]
         self.branches = [branch for branch in BRANCHES if branch in self.metrics["detection"]]
         self.scores: Scores = normalised_scores(category, workspace, self.branches, self.rule)
         if self.metrics["measured"] != digest_scores(category, workspace, self.branches):
-            raise UserError(f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
-                            "run benchmark_performance.py again")
+            raise UserError(
+                f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
+                "run benchmark_performance.py again"
+            )
         self.threshold: Threshold = choose_threshold(self.sum_of("val"))
         self.names = chosen.names
         self.roi, self.white_level = read_roi(category, images.SIZE, chosen.roi), chosen.images.white_level
@@ -108,18 +137,27 @@ class Measured:
 
     def shares(self) -> dict[str, dict[str, np.ndarray]]:
         """Per branch and, as "fused", their sum: scores by split of test images."""
-        parts = {branch: {part: share(values, self.rule) for part, values in self.scores[branch].items()}
-                 for branch in self.branches}
+        parts = {
+            branch: {part: share(values, self.rule) for part, values in self.scores[branch].items()}
+            for branch in self.branches
+        }
         parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
         return {name: by_split(self.category, one) for name, one in parts.items()}
 
     def outcome(self) -> page.Outcome:
         """What the threshold does to the test images."""
-        over = {split: int((scores > self.threshold.value).sum()) for split, scores in self.shares()[FUSED].items()}
+        over = {
+            split: int((scores > self.threshold.value).sum())
+            for split, scores in self.shares()[FUSED].items()
+        }
         images = {split: len(scores) for split, scores in self.shares()[FUSED].items()}
         defects = [split for split in layouts.SPLITS if split != layouts.GOOD]
-        return page.Outcome(over[layouts.GOOD], images[layouts.GOOD],
-                            sum(images[split] - over[split] for split in defects), sum(images[split] for split in defects))
+        return page.Outcome(
+            over[layouts.GOOD],
+            images[layouts.GOOD],
+            sum(images[split] - over[split] for split in defects),
+            sum(images[split] for split in defects),
+        )
 
     @cached_property
     def reasons(self) -> tuple[dict[str, Any] | None, str]:
@@ -134,25 +172,41 @@ class Measured:
         except UserError:
             current = False
         if not current:
-            return None, "reasons are left out: the exported model is older than the scores; run export_model.py again"
+            return (
+                None,
+                "reasons are left out: the exported model is older than the scores; run export_model.py again",
+            )
         return known.get("histogram"), ""
 
 
-def write_page(root: Path, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace) -> None:
+def write_page(
+    root: Path, measured: list[Measured], metrics: list[dict[str, Any]], workspace: Workspace
+) -> None:
     """The page about the categories in ``measured``, and of all that there are their ``metrics``."""
     models = export_tables.read(workspace)
     summaries = [summary(one, models) for one in measured]
     shown = [tested for one in measured for tested in test_images(one)]
     side, shown, left_out = choose_side(shown)
-    cards = [card(tested, side) | {"anchor": f"image-{index}"}
-             for index, tested in enumerate(ProgressBar(shown, desc="draw test images", unit="image"))]
+    cards = [
+        card(tested, side) | {"anchor": f"image-{index}"}
+        for index, tested in enumerate(ProgressBar(shown, desc="draw test images", unit="image"))
+    ]
     content = page.render(
-        dataset=root.name, metrics=metrics, means=[fused_mean(one) for one in metrics], categories=summaries,
-        cards=sorted(cards, key=lambda one: -one["score"]), side=side,
+        dataset=root.name,
+        metrics=metrics,
+        means=[fused_mean(one) for one in metrics],
+        categories=summaries,
+        cards=sorted(cards, key=lambda one: -one["score"]),
+        side=side,
         titles={FUSED: FUSED} | {branch.name: branch.title for branch in BRANCHES.values()},
-        left_out=left_out, versions=versions(), rendered=components_root(root).exists())
+        left_out=left_out,
+        versions=versions(),
+        rendered=components_root(root).exists(),
+    )
     files.write_text(workspace.report, content)
-    print(f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)")
+    print(
+        f"wrote {workspace.report} ({workspace.report.stat().st_size / 1e6:.1f} MB, {len(cards)} test images)"
+    )
 
 
 class TestImage(NamedTuple):
@@ -189,22 +243,41 @@ def test_images(one: Measured) -> list[TestImage]:
     for split in layouts.SPLITS:
         paths = one.category.test(split)
         for index, path in enumerate(paths):
-            found.append(TestImage(
-                one, split, path,
-                {branch: weight * float(shares[branch][split][index]) for branch, weight in one.weights.items()},
-                {branch: by[split][index] for branch, by in maps.items() if len(by.get(split, ())) == len(paths)}))
+            found.append(
+                TestImage(
+                    one,
+                    split,
+                    path,
+                    {
+                        branch: weight * float(shares[branch][split][index])
+                        for branch, weight in one.weights.items()
+                    },
+                    {
+                        branch: by[split][index]
+                        for branch, by in maps.items()
+                        if len(by.get(split, ())) == len(paths)
+                    },
+                )
+            )
     return found
 
 
 def choose_side(shown: list[TestImage]) -> tuple[int, list[TestImage], int]:
     """The side of pictures with which all fit into `PICTURES_LIMIT`, judged by a few; where none does, the smallest, the most
     telling images alone, errors first, and how many are left out."""
-    few = [shown[index] for index in np.unique(np.linspace(0, len(shown) - 1, min(SAMPLE, len(shown))).astype(int))]
+    few = [
+        shown[index]
+        for index in np.unique(np.linspace(0, len(shown) - 1, min(SAMPLE, len(shown))).astype(int))
+    ]
     for side in SIDES:
-        size = 1.15 * np.mean([sum(len(uri) for _, uri in card(tested, side)["pictures"]) for tested in few]) * 0.75
+        size = (
+            1.15
+            * np.mean([sum(len(uri) for _, uri in card(tested, side)["pictures"]) for tested in few])
+            * 0.75
+        )
         if size * len(shown) <= PICTURES_LIMIT:
             return side, shown, 0
-    kept = sorted(shown, key=lambda tested: (not tested.error, -tested.score))[:int(PICTURES_LIMIT / size)]
+    kept = sorted(shown, key=lambda tested: (not tested.error, -tested.score))[: int(PICTURES_LIMIT / size)]
     return side, kept, len(shown) - len(kept)
 
 
@@ -222,6 +295,7 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
         spot = inspection.maximum_of(its if its.any() else at_once, size)
     if one.roi is not None:
         image = overlays.outline(image, one.roi)
+
     def marked(picture: np.ndarray) -> np.ndarray:
         return overlays.ring(picture, spot, size) if tested.anomalous and spot is not None else picture
 
@@ -239,41 +313,78 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
         drawn.append(("components", overlays.label_overlay(image, label_map)))
         histogram, _ = one.reasons
         unusual = deviations(label_map, histogram, one.names) if histogram else []
-        components = range(1, len(histogram["mean"])) if histogram else np.unique(label_map[label_map > 0]).tolist()
+        components = (
+            range(1, len(histogram["mean"])) if histogram else np.unique(label_map[label_map > 0]).tolist()
+        )
         legend = [(component, one.names.get(component, "")) for component in components]
     if tested.anomaly_maps:
         explaining = overlays.explaining_map(tested.anomaly_maps, tested.shares)
-        drawn.append(("how unusual each place is", marked(overlays.heat_overlay(image, explaining, tested.anomalous))))
-    verdict = inspection.Verdict(tested.path, inspection.ANOMALOUS if tested.anomalous else inspection.NORMAL,
-                                 one.threshold.value, tested.score, tested.shares, alarm, spot, unusual, size)
-    return {"category": category.name, "split": tested.split.removesuffix("_anomalies"), "name": tested.path.name,
-            "score": tested.score, "threshold": one.threshold.value, "branches": tested.shares,
-            "anomalous": tested.anomalous, "error": tested.error, "findings": verdict.findings, "legend": legend,
-            "pictures": [(title, overlays.data_uri(picture, QUALITY)) for title, picture in drawn]}
+        drawn.append(
+            ("how unusual each place is", marked(overlays.heat_overlay(image, explaining, tested.anomalous)))
+        )
+    verdict = inspection.Verdict(
+        tested.path,
+        inspection.ANOMALOUS if tested.anomalous else inspection.NORMAL,
+        one.threshold.value,
+        tested.score,
+        tested.shares,
+        alarm,
+        spot,
+        unusual,
+        size,
+    )
+    return {
+        "category": category.name,
+        "split": tested.split.removesuffix("_anomalies"),
+        "name": tested.path.name,
+        "score": tested.score,
+        "threshold": one.threshold.value,
+        "branches": tested.shares,
+        "anomalous": tested.anomalous,
+        "error": tested.error,
+        "findings": verdict.findings,
+        "legend": legend,
+        "pictures": [(title, overlays.data_uri(picture, QUALITY)) for title, picture in drawn],
+    }
 
 
 def summary(one: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything about a category but its test images; ``models`` are what all evaluated exports came to."""
     category, workspace = one.category, one.workspace
     shares = one.shares()
-    splits = {split.removesuffix("_anomalies"): {name: by[split] for name, by in shares.items()}
-              for split in layouts.SPLITS if category.test(split)}
+    splits = {
+        split.removesuffix("_anomalies"): {name: by[split] for name, by in shares.items()}
+        for split in layouts.SPLITS
+        if category.test(split)
+    }
     return {
-        "name": category.name, "metrics": one.metrics, "threshold": one.threshold, "note": one.reasons[1],
+        "name": category.name,
+        "metrics": one.metrics,
+        "threshold": one.threshold,
+        "note": one.reasons[1],
         "outcome": one.outcome(),
-        "branches": one.branches, "weights": branch_weights.describe(one.weights),
+        "branches": one.branches,
+        "weights": branch_weights.describe(one.weights),
         "images": {split: len(found[FUSED]) for split, found in splits.items()},
-        "curves": {split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
-                   for split, found in splits.items() if split != "good"},
-        "histogram": figures.histograms({split: found[FUSED] for split, found in splits.items()}, one.threshold.value,
-                                        f"score histograms of {category.name}"),
+        "curves": {
+            split: figures.roc(splits["good"], found, f"ROC curves of {category.name}, {split}")
+            for split, found in splits.items()
+            if split != "good"
+        },
+        "histogram": figures.histograms(
+            {split: found[FUSED] for split, found in splits.items()},
+            one.threshold.value,
+            f"score histograms of {category.name}",
+        ),
         "pseudo_labels": pseudo_labels(category, workspace, one.white_level, one.names),
         "records": records_of(category, workspace),
-        "models": [evaluated for evaluated in models if evaluated["category"] == category.name]}
+        "models": [evaluated for evaluated in models if evaluated["category"] == category.name],
+    }
 
 
-def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level: float | None, names: dict[int, str]
-                  ) -> dict[str, Any] | None:
+def pseudo_labels(
+    category: layouts.Category, workspace: Workspace, white_level: float | None, names: dict[int, str]
+) -> dict[str, Any] | None:
     """Some trusted training images with their pseudo-labels; None where there are none (any more)."""
     made = workspace.pseudo_labels(category.name)
     if not (made.trusted.exists() and made.histogram.exists()):
@@ -288,9 +399,15 @@ def pseudo_labels(category: layouts.Category, workspace: Workspace, white_level:
             painted = overlays.label_overlay(image, images.read_mask(label_file))
             shown.append((path.name, overlays.data_uri(image, QUALITY), overlays.data_uri(painted, QUALITY)))
     areas = files.read_array(made.histogram).mean(0)
-    return {"shown": shown, "trusted": len(trusted), "images": len(paths),
-            "labels": [(index, title_of(index, names.get(index, "")), 100 * area)
-                       for index, area in enumerate(areas.tolist(), start=1)]}
+    return {
+        "shown": shown,
+        "trusted": len(trusted),
+        "images": len(paths),
+        "labels": [
+            (index, title_of(index, names.get(index, "")), 100 * area)
+            for index, area in enumerate(areas.tolist(), start=1)
+        ],
+    }
 
 
 def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, dict[str, Any]]:
@@ -299,7 +416,9 @@ def records_of(category: layouts.Category, workspace: Workspace) -> dict[str, di
     for branch, row in BRANCHES.items():
         stage = row.stage if row.stage not in noted else f"{row.stage}, {row.title}"
         noted[stage] = workspace.record(category.name, branch)
-    return {stage: listed(records.read_record(path)["used"]) for stage, path in noted.items() if path.exists()}
+    return {
+        stage: listed(records.read_record(path)["used"]) for stage, path in noted.items() if path.exists()
+    }
 
 
 def listed(used: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -67,57 +67,95 @@ RELIABILITY_IMAGES = 64
 
 
 def main() -> None:
-    run_jobs(with_checkpoint(training_options(__doc__), "segmentor").parse_args(), partial(training_jobs, train_category))
+    run_jobs(
+        with_checkpoint(training_options(__doc__), "segmentor").parse_args(),
+        partial(training_jobs, train_category),
+    )
 
 
 def train_category(job: Job) -> None:
     category, workspace, chosen = job.category, job.workspace, job.settings.segmentor
-    checkpoint, parameter_file = workspace.segmentor(category.name), workspace.patch_histogram_parameters(category.name)
+    checkpoint, parameter_file = (
+        workspace.segmentor(category.name),
+        workspace.patch_histogram_parameters(category.name),
+    )
     trusted, classes = read_stage_1(category, workspace)
     labels = workspace.pseudo_labels(category.name)
-    used = {"segmentor": chosen.model_dump(), "images": job.view.record, "precision": job.precision,
-            **selection(job, chosen.checkpoint),
-            "component_histogram": records.digest(labels.histogram), "trusted": records.digest(labels.trusted),
-            "label_maps": digest_of_label_maps(category, workspace, trusted),
-            **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace))}
+    used = {
+        "segmentor": chosen.model_dump(),
+        "images": job.view.record,
+        "precision": job.precision,
+        **selection(job, chosen.checkpoint),
+        "component_histogram": records.digest(labels.histogram),
+        "trusted": records.digest(labels.trusted),
+        "label_maps": digest_of_label_maps(category, workspace, trusted),
+        **records.inputs(category.train, job.seed, job.backbone, stand_ins_of_stage_1(category, workspace)),
+    }
     # Without evidence the exported model has no component map either, and what it does not have is not measured.
-    record, to_do = begin(job, ["patchhist"], used, "segmentor is trained",
-                          [parameter_file, *([workspace.evidence_parameters(category.name)] if chosen.evidence else [])],
-                          with_maps=chosen.evidence)
+    record, to_do = begin(
+        job,
+        ["patchhist"],
+        used,
+        "segmentor is trained",
+        [parameter_file, *([workspace.evidence_parameters(category.name)] if chosen.evidence else [])],
+        with_maps=chosen.evidence,
+    )
     if to_do == records.SKIP:
         return
 
     require_own_pseudo_labels(category, labels, trusted, used["train_images"])
-    train_images = torch.from_numpy(job.view.read_small(category.train, f"{category.name}: read training images"))
+    train_images = torch.from_numpy(
+        job.view.read_small(category.train, f"{category.name}: read training images")
+    )
     progress = workspace.progress(category.name, "segmentor")
     if to_do == records.TRAIN:
         data = training_data(category, workspace, train_images, trusted, classes, chosen.fill_holes)
-        best = best_on_test(job, train_images, trusted, classes) if chosen.checkpoint == BEST_ON_TEST else None
+        best = (
+            best_on_test(job, train_images, trusted, classes) if chosen.checkpoint == BEST_ON_TEST else None
+        )
         segmentor = train(job, data, classes, progress, record, best).eval()
         if best is not None:
             best.restore(segmentor, category.name)
         state = on_cpu(segmentor)
         if not all(values.isfinite().all() for values in state.values()):
             progress.unlink(missing_ok=True)  # nothing to go on from
-            raise UserError(f"{category.name}: training diverged, the segmentor's weights are not finite; "
-                            f"lower --segmentor.lr (it was {chosen.lr})")
-        files.write_state(checkpoint, {"state": state, "meta": used | {
-            "category": category.name, "classes": classes, "width": chosen.width,
-            "ran_on": describe_device(job.device, job.precision)} | (best.noted() if best else {})})
+            raise UserError(
+                f"{category.name}: training diverged, the segmentor's weights are not finite; "
+                f"lower --segmentor.lr (it was {chosen.lr})"
+            )
+        files.write_state(
+            checkpoint,
+            {
+                "state": state,
+                "meta": used
+                | {
+                    "category": category.name,
+                    "classes": classes,
+                    "width": chosen.width,
+                    "ran_on": describe_device(job.device, job.precision),
+                }
+                | (best.noted() if best else {}),
+            },
+        )
     else:
         segmentor = Segmentor(job.backbone.channels, chosen.width, classes)
         files.load_checkpoint(segmentor, checkpoint)
         segmentor.to(job.device).eval()
 
     train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
-    validation_maps = torch.cat([train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")])
+    validation_maps = torch.cat(
+        [train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")]
+    )
     twice = segment_twice(segmentor, job, train_images, train_maps) if chosen.reliability else None
     parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor, twice)
     files.write_arrays(parameter_file, **parameters)
     detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
     evidence = None
     if chosen.evidence:
-        evidence, evidence_parameters = HistogramEvidence(classes), fit_evidence(train_maps, validation_maps, classes, twice)
+        evidence, evidence_parameters = (
+            HistogramEvidence(classes),
+            fit_evidence(train_maps, validation_maps, classes, twice),
+        )
         evidence.load_parameters(evidence_parameters)
         files.write_arrays(workspace.evidence_parameters(category.name), **evidence_parameters)
     scores, drawn = {}, {}
@@ -126,7 +164,10 @@ def train_category(job: Job) -> None:
         maps = label_maps(segmentor, job, paths, f"segment test images, {split}")
         scores[split], drawn[split] = score(detector, evidence, written(maps, category, workspace, split))
     if evidence is None:  # those of an earlier run with evidence would be taken for this one's
-        for path in (workspace.evidence_parameters(category.name), workspace.anomaly_maps(category.name, "patchhist")):
+        for path in (
+            workspace.evidence_parameters(category.name),
+            workspace.anomaly_maps(category.name, "patchhist"),
+        ):
             path.unlink(missing_ok=True)
     write_scores(category, workspace, ["patchhist"], scores, drawn if evidence else {})
     progress.unlink(missing_ok=True)  # first: with a record nothing would look for it any more
@@ -136,12 +177,16 @@ def train_category(job: Job) -> None:
 def best_on_test(job: Job, train_images: Tensor, trusted: np.ndarray, classes: int) -> BestOnTest[Segmentor]:
     """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
     chosen = job.settings.segmentor
-    pictures = {name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()}
+    pictures = {
+        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()
+    }
 
     def measure(segmentor: Segmentor) -> float:
         train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
-        maps = {name: torch.cat([*label_maps(segmentor, job, images, f"evaluate {name}")])
-                for name, images in pictures.items()}
+        maps = {
+            name: torch.cat([*label_maps(segmentor, job, images, f"evaluate {name}")])
+            for name, images in pictures.items()
+        }
         validation_maps = maps.pop("val")
         parameters = fit_parameters(train_maps, validation_maps, classes, chosen.histogram_floor)
         detector = fitted_detector(parameters, classes, trimmed=not chosen.evidence)
@@ -149,8 +194,12 @@ def best_on_test(job: Job, train_images: Tensor, trusted: np.ndarray, classes: i
         if chosen.evidence:
             evidence = HistogramEvidence(classes)
             evidence.load_parameters(fit_evidence(train_maps, validation_maps, classes))
-        return mean_auroc({split: score(detector, evidence, label_map.split(SCORING_BATCH))[0]
-                           for split, label_map in maps.items()})
+        return mean_auroc(
+            {
+                split: score(detector, evidence, label_map.split(SCORING_BATCH))[0]
+                for split, label_map in maps.items()
+            }
+        )
 
     each = steps_per_epoch(trusted, chosen)
     return BestOnTest(EVALUATED_EVERY * each, chosen.epochs * each, measure)
@@ -160,8 +209,14 @@ def steps_per_epoch(trusted: np.ndarray, chosen: SegmentorSettings) -> int:
     return math.ceil(len(trusted) / chosen.batch_size)
 
 
-def train(job: Job, data: TrainingData, classes: int, progress: Path, record: records.Record,
-          best: BestOnTest | None = None) -> Segmentor:
+def train(
+    job: Job,
+    data: TrainingData,
+    classes: int,
+    progress: Path,
+    record: records.Record,
+    best: BestOnTest | None = None,
+) -> Segmentor:
     """Train from the last saved step, or from the start; the same seed gives the same weights either way."""
     chosen, backbone, device = job.settings.segmentor, job.backbone, job.device
     torch.manual_seed(job.seed)
@@ -170,9 +225,17 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, record: re
     optimizer = adam(segmentor, chosen, device)
     each = steps_per_epoch(data.trusted, chosen)
     steps = chosen.epochs * each
-    loop = TrainingLoop(steps, progress, record.used, f"{job.name}: train segmentor", f"--segmentor.lr (it was {chosen.lr})",
-                        record.superseded() if job.overwrite else None, segmentor=segmentor, optimizer=optimizer,
-                        **({"best": best} if best else {}))
+    loop = TrainingLoop(
+        steps,
+        progress,
+        record.used,
+        f"{job.name}: train segmentor",
+        f"--segmentor.lr (it was {chosen.lr})",
+        record.superseded() if job.overwrite else None,
+        segmentor=segmentor,
+        optimizer=optimizer,
+        **({"best": best} if best else {}),
+    )
     batches = Batches(data, backbone.encoder, device, job.precision, f"{job.name}: encode")
 
     def draw(step: int) -> Sample:
@@ -192,10 +255,14 @@ def train(job: Job, data: TrainingData, classes: int, progress: Path, record: re
 
 
 @torch.no_grad()
-def label_maps(segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str) -> Iterator[Tensor]:
+def label_maps(
+    segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str
+) -> Iterator[Tensor]:
     """Label maps (B, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk, batch by batch."""
-    for first in ProgressBar(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False):
-        batch = pictures[first:first + SCORING_BATCH]
+    for first in ProgressBar(
+        range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
+    ):
+        batch = pictures[first : first + SCORING_BATCH]
         if not isinstance(batch, Tensor):
             batch = torch.from_numpy(job.view.read_small(batch))
         yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
@@ -210,25 +277,35 @@ def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor
     generator = torch.Generator().manual_seed(job.seed)
     shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(some), 2), generator=generator).tolist()
     light = 1 + LIGHT * (2 * torch.rand(len(some), 1, 1, 1, generator=generator) - 1)
-    changed = torch.stack([torch.roll(picture, shift, (1, 2)) for picture, shift in zip(pictures[some], shifts)])
+    changed = torch.stack(
+        [torch.roll(picture, shift, (1, 2)) for picture, shift in zip(pictures[some], shifts)]
+    )
     changed = changed * light + NOISE * torch.randn(changed.shape, generator=generator)
-    segmented = torch.cat([*label_maps(segmentor, job, changed.clamp(0, 255).round().byte(),
-                                       "segment changed training images")])
-    undone = torch.stack([torch.roll(label_map, (-shift[0], -shift[1]), (0, 1)) for label_map, shift in zip(segmented, shifts)])
+    segmented = torch.cat(
+        [*label_maps(segmentor, job, changed.clamp(0, 255).round().byte(), "segment changed training images")]
+    )
+    undone = torch.stack(
+        [torch.roll(label_map, (-shift[0], -shift[1]), (0, 1)) for label_map, shift in zip(segmented, shifts)]
+    )
     return maps[some], undone
 
 
-def written(batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str) -> Iterator[Tensor]:
+def written(
+    batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str
+) -> Iterator[Tensor]:
     """The same label maps of a split's test images, each written on its way."""
     paths = iter(category.test(split))
     for maps in batches:
         for label_map, path in zip(maps, paths):
-            files.write_image(workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy())
+            files.write_image(
+                workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy()
+            )
         yield maps
 
 
-def score(detector: PatchHistogramDetector, evidence: HistogramEvidence | None, batches: Iterable[Tensor]
-          ) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    detector: PatchHistogramDetector, evidence: HistogramEvidence | None, batches: Iterable[Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores (N,), those of the evidence among them if there is one, and evidence (N, 64, 64), else (0, 64, 64).
 
     Args:

@@ -1,6 +1,6 @@
 """How long check_dataset.py takes for large pictures: seconds, processor time, peak memory.
 
-    python -m benchmarks.checking_speed --workspace /tmp/checking --images 2000 --side 1024
+python -m benchmarks.checking_speed --workspace /tmp/checking --images 2000 --side 1024
 """
 
 from __future__ import annotations
@@ -23,15 +23,33 @@ RENDERED = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=place, required=True, help="an empty folder, or one with pictures of this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workspace", type=place, required=True, help="an empty folder, or one with pictures of this"
+    )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=1024, help="in pixels")
     args = parser.parse_args()
-    write_dataset(args.workspace / "rendered", ["pushpins"], Settings(args.side, RENDERED, 0, 0, 0, 0), 2, overwrite=False)
-    write_shifted(sorted((args.workspace / "rendered").rglob("train/good/*.png")), args.workspace / "dataset", args.images)
-    seconds, of_processor, peak = run("check_dataset.py", args.workspace, (), accepted=(0, 4))  # 4: small shifts are copies
-    print(f"{args.images} images of {args.side} pixels: {seconds:.1f} s, {of_processor:.1f} s of processor time, {peak:.0f} MB")
+    write_dataset(
+        args.workspace / "rendered",
+        ["pushpins"],
+        Settings(args.side, RENDERED, 0, 0, 0, 0),
+        2,
+        overwrite=False,
+    )
+    write_shifted(
+        sorted((args.workspace / "rendered").rglob("train/good/*.png")),
+        args.workspace / "dataset",
+        args.images,
+    )
+    seconds, of_processor, peak = run(
+        "check_dataset.py", args.workspace, (), accepted=(0, 4)
+    )  # 4: small shifts are copies
+    print(
+        f"{args.images} images of {args.side} pixels: {seconds:.1f} s, {of_processor:.1f} s of processor time, {peak:.0f} MB"
+    )
 
 
 def write_shifted(rendered: list[Path], folder: Path, count: int) -> None:
@@ -39,7 +57,10 @@ def write_shifted(rendered: list[Path], folder: Path, count: int) -> None:
     sources, rng = [images.read_rgb(path) for path in rendered], np.random.default_rng(0)
     for index in ProgressBar(range(count), desc="write pictures", unit="image", leave=False):
         source = sources[index % len(sources)]
-        target, distance = folder / "photos" / "train" / "good" / f"{index:05d}.png", rng.integers(len(source), size=2)
+        target, distance = (
+            folder / "photos" / "train" / "good" / f"{index:05d}.png",
+            rng.integers(len(source), size=2),
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             Image.fromarray(np.roll(source, distance, (0, 1))).save(target, compress_level=1)

@@ -24,21 +24,51 @@ from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
-           "--lgst.width", "16", "--lgst.teacher_channels", "16")
+OPTIONS = (
+    "--preset",
+    "quick",
+    "--backbone",
+    "efficientnet_lite0",
+    "--device",
+    "cpu",
+    "--images.size",
+    "256",
+    "--lgst.width",
+    "16",
+    "--lgst.teacher_channels",
+    "16",
+)
 SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10, help="of random nodes (default: 10)")
-    parser.add_argument("--pause", type=float, nargs=2, default=[5, 25], help="seconds between two kills, drawn from this range")
+    parser.add_argument(
+        "--pause",
+        type=float,
+        nargs=2,
+        default=[5, 25],
+        help="seconds between two kills, drawn from this range",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overhead", action="store_true", help="compare times instead")
-    parser.add_argument("--jobs", type=int, default=10, choices=range(2, 11, 2), help="with --overhead: in one run (default: 10)")
-    parser.add_argument("--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)")
-    parser.add_argument("--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=10,
+        choices=range(2, 11, 2),
+        help="with --overhead: in one run (default: 10)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)"
+    )
     args = parser.parse_args()
     # A job of Ray's takes as many CPUs as it has threads: with all of them there is one worker.
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count()) if args.overhead else "1"
@@ -57,7 +87,9 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
         rng, killed, runs = random.Random(args.seed), 0, 0
         while killed < args.kills:  # a run that ends before all kills is made again from the start
             runs += 1
-            driver = start(folder, f"ray{runs}", args.steps or 60, "--seeds", "0", "1", "--ray", cluster.address)
+            driver = start(
+                folder, f"ray{runs}", args.steps or 60, "--seeds", "0", "1", "--ray", cluster.address
+            )
             while driver.poll() is None:
                 try:
                     driver.wait(rng.uniform(*args.pause))
@@ -67,8 +99,11 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
                         workers.append(cluster.add_node(**NODE))
                         killed += 1
             differing = different(folder / "sequential", folder / f"ray{runs}")
-            print(f"run {runs}: exit status {driver.returncode}, {killed} nodes killed so far, "
-                  f"{len(differing)} files differ {differing[:5]}", flush=True)
+            print(
+                f"run {runs}: exit status {driver.returncode}, {killed} nodes killed so far, "
+                f"{len(differing)} files differ {differing[:5]}",
+                flush=True,
+            )
     finally:
         cluster.shutdown()
 
@@ -77,30 +112,55 @@ def overhead(folder: Path, args: argparse.Namespace) -> None:
     write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
     kinds: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    chosen = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[:args.jobs // 2])
+    chosen = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[: args.jobs // 2])
     for number in range(args.rounds):
-        for kind in list(kinds)[::-1 if number % 2 else 1]:
+        for kind in list(kinds)[:: -1 if number % 2 else 1]:
             before = time.perf_counter()
             start(folder, f"{kind}{number}", args.steps or 6000, *chosen, *kinds[kind]).wait()
             seconds[kind].append(time.perf_counter() - before)
             print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
-        print(f"{len(different(folder / f'sequential{number}', folder / f'ray{number}'))} files differ", flush=True)
-    print(f"overhead of --ray local: {sum(seconds['ray']) / sum(seconds['sequential']) - 1:.1%} in all; of each pair "
-          + ", ".join(f"{ray / alone - 1:.1%}" for alone, ray in zip(*seconds.values())))
+        print(
+            f"{len(different(folder / f'sequential{number}', folder / f'ray{number}'))} files differ",
+            flush=True,
+        )
+    print(
+        f"overhead of --ray local: {sum(seconds['ray']) / sum(seconds['sequential']) - 1:.1%} in all; of each pair "
+        + ", ".join(f"{ray / alone - 1:.1%}" for alone, ray in zip(*seconds.values()))
+    )
 
 
 def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "CSAD.py", "--workspace", str(folder / name), "--dataset_root", str(folder / "data"), *OPTIONS,
-               "--lgst.steps", str(steps), *options]
+    command = [
+        sys.executable,
+        "CSAD.py",
+        "--workspace",
+        str(folder / name),
+        "--dataset_root",
+        str(folder / "data"),
+        *OPTIONS,
+        "--lgst.steps",
+        str(steps),
+        *options,
+    ]
     with open(folder / f"{name}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def different(one: Path, other: Path) -> list[str]:
     """Files that are not the same in both, or only in one of them."""
-    contents = [{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file() and not any(
-        part.startswith(".") for part in path.relative_to(root).parts)} for root in (one, other)]
-    return sorted(name for name in contents[0].keys() | contents[1].keys() if contents[0].get(name) != contents[1].get(name))
+    contents = [
+        {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        }
+        for root in (one, other)
+    ]
+    return sorted(
+        name
+        for name in contents[0].keys() | contents[1].keys()
+        if contents[0].get(name) != contents[1].get(name)
+    )
 
 
 if __name__ == "__main__":

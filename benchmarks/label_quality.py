@@ -25,24 +25,37 @@ def main() -> None:
     workspace, dataset, categories, _ = select(args)
     truth = components_root(dataset.root)
     if not truth.is_dir():
-        raise UserError(f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them")
+        raise UserError(
+            f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them"
+        )
     found = {}
     for category in categories:
-        trusted = files.read_array(files.require(workspace.pseudo_labels(category.name).trusted,
-                                                 "pseudo_label.py"))
+        trusted = files.read_array(
+            files.require(workspace.pseudo_labels(category.name).trusted, "pseudo_label.py")
+        )
         paths = [category.train[index] for index in trusted]
         good = category.test(layouts.GOOD)
         made = workspace.pseudo_labels(category.name)
         labelled = [made.image(category.key(path)) / "filtered_cluster_map.png" for path in paths]
-        segmented = [workspace.segmentation_output(category.name, layouts.GOOD, category.key(path)) for path in good]
+        segmented = [
+            workspace.segmentation_output(category.name, layouts.GOOD, category.key(path)) for path in good
+        ]
         found[category.name] = {
             "pseudo-labels": compare(labelled, true_maps(truth, dataset.root, paths), "pseudo_label.py"),
-            "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py")}
+            "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py"),
+        }
 
     with workspace.lock():
-        files.write_json(workspace.root / "label_quality.json", {
-            name: {what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()}
-            for name, parts in found.items()})
+        files.write_json(
+            workspace.root / "label_quality.json",
+            {
+                name: {
+                    what: {"mean_iou": match.mean_iou, "per_class": match.per_class}
+                    for what, match in parts.items()
+                }
+                for name, parts in found.items()
+            },
+        )
     print("| category | trusted pseudo-labels | segmentor |\n|---|---|---|")
     for name, parts in found.items():
         print(f"| {name} | " + " | ".join(f"{match.mean_iou:.3f}" for match in parts.values()) + " |")

@@ -38,9 +38,13 @@ SLOWEST, GROWTH, SHARE = 10, 0.05, 0.9  # p99 in single latencies; of memory; of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the station, on this machine")
-    parser.add_argument("--model", type=Path, required=True, help="the file that the station was started with")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="the file that the station was started with"
+    )
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures to send")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=2000)
@@ -50,7 +54,9 @@ def main() -> None:
     parser.add_argument("--disturb", action="store_true", help="add a slow client and one that sends garbage")
     args = parser.parse_args()
     require_loopback(args.url)
-    pictures = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in SUFFIXES]
+    pictures = [
+        path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in SUFFIXES
+    ]
     if not pictures:
         raise UserError(f"no images in {args.images}")
 
@@ -58,23 +64,40 @@ def main() -> None:
     single, latencies, errors, seconds, memory = asyncio.run(load(args, pictures, headers))
     rate = len(latencies) / seconds
     missed = [] if len(latencies) == args.requests and not errors else ["an answer to every request"]
-    print(f"{args.clients} clients, {len(latencies)} answers in {seconds:.1f} s: {rate:.2f} pictures/s; "
-          f"errors: {dict(errors) or 'none'}")
+    print(
+        f"{args.clients} clients, {len(latencies)} answers in {seconds:.1f} s: {rate:.2f} pictures/s; "
+        f"errors: {dict(errors) or 'none'}"
+    )
     if latencies:
         p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
-        print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
-              f"p99 is {p99 / 1000 / single:.1f} times that")
-        missed += [] if p99 / 1000 < SLOWEST * single else [f"p99 under {SLOWEST} times the latency of one client"]
+        print(
+            f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
+            f"p99 is {p99 / 1000 / single:.1f} times that"
+        )
+        missed += (
+            [] if p99 / 1000 < SLOWEST * single else [f"p99 under {SLOWEST} times the latency of one client"]
+        )
     if all(memory):
-        print(f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
-              f"({100 * (memory[1] / memory[0] - 1):+.1f} %)")
-        missed += [] if memory[1] / memory[0] - 1 <= GROWTH else [f"memory that grows by {GROWTH:.0%} at most"]
+        print(
+            f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
+            f"({100 * (memory[1] / memory[0] - 1):+.1f} %)"
+        )
+        missed += (
+            [] if memory[1] / memory[0] - 1 <= GROWTH else [f"memory that grows by {GROWTH:.0%} at most"]
+        )
 
     speeds = bare(open_model(args.model, device_name("auto", args.model)), pictures)
-    print("bare engine, pictures/s: " + ", ".join(f"batch {size} {alone:.2f} ({decoding:.2f} with decoding)"
-                                                  for size, (alone, decoding) in speeds.items()))
+    print(
+        "bare engine, pictures/s: "
+        + ", ".join(
+            f"batch {size} {alone:.2f} ({decoding:.2f} with decoding)"
+            for size, (alone, decoding) in speeds.items()
+        )
+    )
     best = [max(column) for column in zip(*speeds.values())]
-    print(f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding")
+    print(
+        f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding"
+    )
     missed += [] if rate >= SHARE * best[0] else [f"{SHARE} of the bare engine's best"]
     if missed:
         print(f"missed: {', '.join(missed)}")
@@ -91,8 +114,9 @@ def require_loopback(url: str) -> None:
         raise UserError(f"{url} is not on this machine; only a station of one's own may be loaded")
 
 
-async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[str, str]
-               ) -> tuple[float, list[float], Counter, float, list[float | None]]:
+async def load(
+    args: argparse.Namespace, pictures: list[bytes], headers: dict[str, str]
+) -> tuple[float, list[float], Counter, float, list[float | None]]:
     """Median seconds of one client alone; latencies, errors and seconds under load; memory in MB early and at the end."""
     url, latencies, errors = f"{args.url.rstrip('/')}/score?model={args.model.stem}", [], Counter()
     limits = httpx.Limits(max_connections=args.clients + 4)
@@ -122,7 +146,11 @@ async def load(args: argparse.Namespace, pictures: list[bytes], headers: dict[st
                 if number == args.requests // 10:
                     early = resident(args.pid)
 
-        disturbers = [asyncio.create_task(one(url, client, pictures[0])) for one in (slow, garbage)] if args.disturb else []
+        disturbers = (
+            [asyncio.create_task(one(url, client, pictures[0])) for one in (slow, garbage)]
+            if args.disturb
+            else []
+        )
         begun = time.perf_counter()
         await asyncio.gather(*(one_client() for _ in range(args.clients)))
         seconds = time.perf_counter() - begun
@@ -162,8 +190,12 @@ def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]
         decoding = scoring = 0.0
         for start in range(-size, len(some), size):  # the first batch warms up
             begun = time.perf_counter()
-            views = np.stack([read_picture(io.BytesIO(one), Path("picture"), engine, None).view
-                              for one in some[max(start, 0):max(start, 0) + size]])
+            views = np.stack(
+                [
+                    read_picture(io.BytesIO(one), Path("picture"), engine, None).view
+                    for one in some[max(start, 0) : max(start, 0) + size]
+                ]
+            )
             decoded = time.perf_counter()
             (engine.predict if engine.has_maps else engine.score)(views)
             if start >= 0:

@@ -26,20 +26,52 @@ from benchmarks.processes import Usage, measured
 
 ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"
-TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
-        "--segmentor.epochs", "3", "--segmentor.unsupervised_from_epoch", "1", "--segmentor.width", "16", "--memory.rows", "50")
+TINY = (
+    "--preset",
+    "quick",
+    "--backbone",
+    "efficientnet_lite0",
+    "--device",
+    "cpu",
+    "--images.size",
+    "256",
+    "--segmentor.epochs",
+    "3",
+    "--segmentor.unsupervised_from_epoch",
+    "1",
+    "--segmentor.width",
+    "16",
+    "--memory.rows",
+    "50",
+)
 TRAINING = ("pseudo_label.py", "train_segmentor.py", "patch_memory.py")
 MEASURED = ("export_model.py", "benchmark_performance.py", "report.py")
-WRITTEN = {"export_model.py": "export_report.json", "benchmark_performance.py": "score_combine_result.txt",
-           "report.py": "report.html"}
+WRITTEN = {
+    "export_model.py": "export_report.json",
+    "benchmark_performance.py": "score_combine_result.txt",
+    "report.py": "report.html",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=place, required=True, help="an empty folder, or one that this has trained in before")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workspace",
+        type=place,
+        required=True,
+        help="an empty folder, or one that this has trained in before",
+    )
     parser.add_argument("--numbers", type=int, nargs="+", default=[20, 100], help="of categories")
-    parser.add_argument("--scripts", nargs="+", default=MEASURED, choices=MEASURED, metavar="SCRIPT",
-                        help=f"what is measured, in this order: {', '.join(MEASURED)}; exports take 14 MB a category")
+    parser.add_argument(
+        "--scripts",
+        nargs="+",
+        default=MEASURED,
+        choices=MEASURED,
+        metavar="SCRIPT",
+        help=f"what is measured, in this order: {', '.join(MEASURED)}; exports take 14 MB a category",
+    )
     args = parser.parse_args()
     trained = args.workspace / "1"
     write_dataset(trained / "dataset", [CATEGORY], Settings(128, 12, 6, 4, 4, 4), workers=2, overwrite=False)
@@ -51,16 +83,42 @@ def main() -> None:
         multiply(trained, many, number)
         for script in args.scripts:
             seconds, of_processor, peak = run(script, many)
-            rows.append((number, script, seconds, 1000 * of_processor / number, peak,
-                         (many / WRITTEN[script]).stat().st_size / 1e6))
-            print(tabulate(rows, ("categories", "script", "seconds", "processor ms each", "peak MB", "MB of its largest table"),
-                           tablefmt="github", floatfmt=".2f"), flush=True)
+            rows.append(
+                (
+                    number,
+                    script,
+                    seconds,
+                    1000 * of_processor / number,
+                    peak,
+                    (many / WRITTEN[script]).stat().st_size / 1e6,
+                )
+            )
+            print(
+                tabulate(
+                    rows,
+                    (
+                        "categories",
+                        "script",
+                        "seconds",
+                        "processor ms each",
+                        "peak MB",
+                        "MB of its largest table",
+                    ),
+                    tablefmt="github",
+                    floatfmt=".2f",
+                ),
+                flush=True,
+            )
 
 
 def multiply(trained: Path, many: Path, number: int) -> None:
     """The trained category under ``number`` names; starts over where there is something already."""
     shutil.rmtree(many, ignore_errors=True)
-    found = [path for path in sorted(trained.rglob("*")) if path.is_file() and CATEGORY in str(path.relative_to(trained))]
+    found = [
+        path
+        for path in sorted(trained.rglob("*"))
+        if path.is_file() and CATEGORY in str(path.relative_to(trained))
+    ]
     for index in ProgressBar(range(number), desc="multiply", unit="category", leave=False):
         for path in found:
             target = many / str(path.relative_to(trained)).replace(CATEGORY, f"category_{index:04d}")
@@ -72,13 +130,23 @@ def multiply(trained: Path, many: Path, number: int) -> None:
     files.write_bytes(many / "ckpt/backbone.json", (trained / "ckpt/backbone.json").read_bytes())
 
 
-def run(script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)) -> Usage:
+def run(
+    script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)
+) -> Usage:
     """What one script takes over all categories of ``workspace``/dataset.
 
     Raises:
         UserError: its exit status is none of those that are accepted.
     """
-    command = [sys.executable, ROOT / script, "--workspace", workspace, "--dataset_root", workspace / "dataset", *options]
+    command = [
+        sys.executable,
+        ROOT / script,
+        "--workspace",
+        workspace,
+        "--dataset_root",
+        workspace / "dataset",
+        *options,
+    ]
     return measured(command, workspace / f"{script}.log", accepted)
 
 

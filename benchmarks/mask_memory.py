@@ -23,7 +23,9 @@ import numpy as np
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--masks", type=int, default=255)
     parser.add_argument("--width", type=int, default=1600)
     parser.add_argument("--height", type=int, default=1280)
@@ -52,7 +54,10 @@ def draw(count: int, shape: tuple[int, int], seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     for number in range(count):
         mask = np.zeros(shape, np.uint8)
-        centre, radius = (rng.random(2) * shape[::-1]).astype(int), int(10 + rng.random() ** 2 * min(shape) / 3)
+        centre, radius = (
+            (rng.random(2) * shape[::-1]).astype(int),
+            int(10 + rng.random() ** 2 * min(shape) / 3),
+        )
         cv2.circle(mask, centre.tolist(), radius, 1, cv2.FILLED)
         if number % 3 == 0:
             cv2.circle(mask, centre.tolist(), radius // 2, 0, cv2.FILLED)

@@ -42,7 +42,10 @@ from models.device import choose_device
 
 PARTS = 8  # components per image
 ROTATIONS = 60
-VALUES, SPREAD = 512, 0.02  # of the vectors to cluster; standard deviation in a part, whose centres lie some 6 apart
+VALUES, SPREAD = (
+    512,
+    0.02,
+)  # of the vectors to cluster; standard deviation in a part, whose centres lie some 6 apart
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,16 @@ class Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--sam", nargs="*", default=["vit_tiny"], choices=["vit_h", "vit_l", "vit_b", "vit_tiny"])
-    parser.add_argument("--grounding_dino", nargs="*", default=["swint_ogc"], choices=["swint_ogc", "swinb_cogcoor"])
+    parser.add_argument(
+        "--sam", nargs="*", default=["vit_tiny"], choices=["vit_h", "vit_l", "vit_b", "vit_tiny"]
+    )
+    parser.add_argument(
+        "--grounding_dino", nargs="*", default=["swint_ogc"], choices=["swint_ogc", "swinb_cogcoor"]
+    )
     parser.add_argument("--components", type=int, default=10000, help="to cluster")
     parser.add_argument("--scikit_learn", action="store_true", help="also its MeanShift, which takes long")
     parser.add_argument("--skip_features", action="store_true", help="leave the component features out")
@@ -84,7 +93,11 @@ def main() -> None:
     if not args.skip_features:
         costs += cost_of_features(image, masks.label_masks(label_map), device, seconds)
     costs += cost_of_clustering(args.components, seconds, args.scikit_learn)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} threads"
+    )
     print(f"Seconds per step on {name}\n")
     print(f"| {'step':<58} | {'seconds':>9} | per       |\n|{'-' * 60}|{'-' * 11}|-----------|")
     for cost in costs:
@@ -103,34 +116,57 @@ def draw_parts() -> tuple[np.ndarray, np.ndarray]:
     return image, labels
 
 
-def cost_of_sam(size: str, image: np.ndarray, device: torch.device, seconds: Callable[..., float]) -> Sequence[Cost]:
+def cost_of_sam(
+    size: str, image: np.ndarray, device: torch.device, seconds: Callable[..., float]
+) -> Sequence[Cost]:
     sam = SamHQ(build_sam(size).to(device).eval())
     rng = np.random.default_rng(0)
-    pictures = iter([rng.permuted(image, axis=0) for _ in range(3)])  # never the same twice: it remembers the last
+    pictures = iter(
+        [rng.permuted(image, axis=0) for _ in range(3)]
+    )  # never the same twice: it remembers the last
     boxes = np.tile([[60.0, 60, 180, 200]], (PROMPTS_PER_BATCH, 1))
-    yield Cost(f"SAM-HQ {size}: encode an image or a crop", seconds(lambda: sam.look_at(next(pictures)), 2), "image")
+    yield Cost(
+        f"SAM-HQ {size}: encode an image or a crop", seconds(lambda: sam.look_at(next(pictures)), 2), "image"
+    )
     yield Cost(f"SAM-HQ {size}: eight points of the background", seconds(sam.background, 2), "image")
     yield Cost(f"SAM-HQ {size}: box -> mask", seconds(lambda: sam.inside(boxes), 2) / len(boxes), "box")
-    few = settings.load("", "paper", {"pseudo_labels.points_per_side": 8, "pseudo_labels.crop_n_layers": 0}).pseudo_labels
+    few = settings.load(
+        "", "paper", {"pseudo_labels.points_per_side": 8, "pseudo_labels.crop_n_layers": 0}
+    ).pseudo_labels
     sam.everything(few)
-    yield Cost(f"SAM-HQ {size}: automatic masks (published: 5 crops x 1024)", seconds(lambda: sam.everything(few)) / 64, "point")
+    yield Cost(
+        f"SAM-HQ {size}: automatic masks (published: 5 crops x 1024)",
+        seconds(lambda: sam.everything(few)) / 64,
+        "point",
+    )
 
 
-def cost_of_grounding_dino(size: str, image: np.ndarray, device: torch.device, seconds: Callable[..., float]) -> Cost:
+def cost_of_grounding_dino(
+    size: str, image: np.ndarray, device: torch.device, seconds: Callable[..., float]
+) -> Cost:
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] . ? screw nut washer bag".split()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
         BertTokenizerFast(str(Path(folder, "vocab.txt"))).save_pretrained(folder)
         BertModel(BertConfig(vocab_size=len(words))).save_pretrained(folder)
         network = GroundingDino(build_grounding_dino(size, Path(folder)).to(device).eval(), device)
-    return Cost(f"Grounding DINO {size}", seconds(lambda: network.detect(image, "screw . nut .", 0.5, 0.3), 2), "image")
+    return Cost(
+        f"Grounding DINO {size}",
+        seconds(lambda: network.detect(image, "screw . nut .", 0.5, 0.3), 2),
+        "image",
+    )
 
 
-def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
-                     seconds: Callable[..., float]) -> Sequence[Cost]:
+def cost_of_features(
+    image: np.ndarray, parts: np.ndarray, device: torch.device, seconds: Callable[..., float]
+) -> Sequence[Cost]:
     network = timm.create_model(TIMM_NAMES[PUBLISHED], features_only=True, out_indices=(4,)).eval()
     deepest = Encoder(network, IMAGENET_MEAN, IMAGENET_STD, (32,)).to(device)
-    yield Cost("features: all but cnn_image", seconds(lambda: components.shallow_features(image, parts), 3) / PARTS, "component")
+    yield Cost(
+        "features: all but cnn_image",
+        seconds(lambda: components.shallow_features(image, parts), 3) / PARTS,
+        "component",
+    )
     _, crops = components.shallow_features(image, parts)
     tensor = torch.from_numpy(crops).permute(0, 3, 1, 2)
     embedding = crop_embedding.CropEmbedding(deepest, ROTATIONS).to(device)
@@ -138,14 +174,22 @@ def cost_of_features(image: np.ndarray, parts: np.ndarray, device: torch.device,
     @torch.inference_mode()
     def published() -> None:
         for crop in crops:
-            turned = [np.array(Image.fromarray(crop).rotate(angle, Image.Resampling.BILINEAR))
-                      for angle in np.linspace(0, 360, ROTATIONS)]
+            turned = [
+                np.array(Image.fromarray(crop).rotate(angle, Image.Resampling.BILINEAR))
+                for angle in np.linspace(0, 360, ROTATIONS)
+            ]
             batch = torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2).to(device)
             deepest(batch)[0].mean((0, 2, 3)).cpu()
 
     embedding(tensor[:1])  # the first call prepares the network
-    yield Cost("features: cnn_image, a PIL call per rotation (before)", seconds(published) / PARTS, "component")
-    yield Cost("features: cnn_image, rotations sampled in batches", seconds(lambda: embedding(tensor).cpu()) / PARTS, "component")
+    yield Cost(
+        "features: cnn_image, a PIL call per rotation (before)", seconds(published) / PARTS, "component"
+    )
+    yield Cost(
+        "features: cnn_image, rotations sampled in batches",
+        seconds(lambda: embedding(tensor).cpu()) / PARTS,
+        "component",
+    )
 
 
 def cost_of_clustering(count: int, seconds: Callable[..., float], scikit_learn: bool) -> Sequence[Cost]:
@@ -153,11 +197,21 @@ def cost_of_clustering(count: int, seconds: Callable[..., float], scikit_learn: 
     centres = rng.normal(0, 0.2, (PARTS, VALUES))
     vectors = centres[rng.integers(0, PARTS, count)] + rng.normal(0, SPREAD, (count, VALUES))
     if scikit_learn:
-        yield Cost(f"MeanShift of {count} x {VALUES}: scikit-learn's (before)",
-                   seconds(lambda: MeanShift(bandwidth=1.0).fit(vectors)) / count, "component")
-    yield Cost(f"MeanShift of {count} x {VALUES}", seconds(lambda: clustering.mean_shift(vectors, 1.0)) / count, "component")
-    yield Cost(f"bandwidth estimate of {count} x {VALUES}",
-               seconds(lambda: beyond_clustering.estimate_bandwidth(vectors, count // PARTS)) / count, "component")
+        yield Cost(
+            f"MeanShift of {count} x {VALUES}: scikit-learn's (before)",
+            seconds(lambda: MeanShift(bandwidth=1.0).fit(vectors)) / count,
+            "component",
+        )
+    yield Cost(
+        f"MeanShift of {count} x {VALUES}",
+        seconds(lambda: clustering.mean_shift(vectors, 1.0)) / count,
+        "component",
+    )
+    yield Cost(
+        f"bandwidth estimate of {count} x {VALUES}",
+        seconds(lambda: beyond_clustering.estimate_bandwidth(vectors, count // PARTS)) / count,
+        "component",
+    )
 
 
 if __name__ == "__main__":

@@ -47,22 +47,44 @@ PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
 TRAINING, WEIGHTS = STAGES[:3], "weights"
-SPECIAL_TOKENS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?", 1011: "-", 1010: ","}
+SPECIAL_TOKENS = {
+    0: "[PAD]",
+    100: "[UNK]",
+    101: "[CLS]",
+    102: "[SEP]",
+    103: "[MASK]",
+    1012: ".",
+    1029: "?",
+    1011: "-",
+    1010: ",",
+}
 VOCABULARY = 30522
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workspace", type=files.place, default=Path("rehearsal"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))
-    parser.add_argument("--points_per_side", type=int, default=4, help="of the automatic masks (published: 32)")
+    parser.add_argument(
+        "--points_per_side", type=int, default=4, help="of the automatic masks (published: 32)"
+    )
     parser.add_argument("--crop_n_layers", type=int, default=0, help="of the automatic masks (published: 1)")
-    parser.add_argument("--rotations", type=int, default=2, help="over which cnn_image is averaged (published: 60)")
-    parser.add_argument("--epochs", type=int, default=2, help="of the segmentor; from the second one on all losses")
+    parser.add_argument(
+        "--rotations", type=int, default=2, help="over which cnn_image is averaged (published: 60)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=2, help="of the segmentor; from the second one on all losses"
+    )
     parser.add_argument("--lgst_steps", type=int, default=3)
-    parser.add_argument("--side_share", type=float, default=1, help="smaller pictures, to try the script itself")
-    parser.add_argument("--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS)  # one of them, in this process
+    parser.add_argument(
+        "--side_share", type=float, default=1, help="smaller pictures, to try the script itself"
+    )
+    parser.add_argument(
+        "--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS
+    )  # one of them, in this process
     args, rest = parser.parse_known_args()
     if args.stage == WEIGHTS:
         write_sam(args.sam, args.workspace / "ckpt")
@@ -82,26 +104,71 @@ def rehearse(args: argparse.Namespace) -> None:
     itself = [sys.executable, "-m", "benchmarks.rehearsal", "--workspace", workspace, "--device", args.device]
     usage = measured([*itself, "--sam", args.sam, "--stage", WEIGHTS], workspace / f"{WEIGHTS}.log")
     rows.append(("make and save all weights", "", 1, usage.seconds, usage.peak_mb, None))
-    own = {"pseudo_label": ["--pseudo_labels.proposer", "grounded_sam", "--pseudo_labels.sam", args.sam,
-                            "--pseudo_labels.points_per_side", args.points_per_side,
-                            "--pseudo_labels.crop_n_layers", args.crop_n_layers, "--pseudo_labels.rotations", args.rotations,
-                            "--pseudo_labels.pred_iou_thresh", 0,
-                            "--pseudo_labels.stability_score_thresh", 0, "--pseudo_labels.box_threshold", 0,
-                            "--pseudo_labels.text_threshold", 0, "--pseudo_labels.background_prompt", "null",
-                            "--pseudo_labels.no_sam", "true", "--pseudo_labels.save_all_masks", "true",
-                            "--pseudo_labels.inside_grounding", "false", "--pseudo_labels.bandwidth", "auto"],
-           "train_segmentor": ["--segmentor.epochs", args.epochs, "--segmentor.unsupervised_from_epoch",
-                               min(1, args.epochs - 1)],
-           "CSAD": ["--lgst.steps", args.lgst_steps]}
+    own = {
+        "pseudo_label": [
+            "--pseudo_labels.proposer",
+            "grounded_sam",
+            "--pseudo_labels.sam",
+            args.sam,
+            "--pseudo_labels.points_per_side",
+            args.points_per_side,
+            "--pseudo_labels.crop_n_layers",
+            args.crop_n_layers,
+            "--pseudo_labels.rotations",
+            args.rotations,
+            "--pseudo_labels.pred_iou_thresh",
+            0,
+            "--pseudo_labels.stability_score_thresh",
+            0,
+            "--pseudo_labels.box_threshold",
+            0,
+            "--pseudo_labels.text_threshold",
+            0,
+            "--pseudo_labels.background_prompt",
+            "null",
+            "--pseudo_labels.no_sam",
+            "true",
+            "--pseudo_labels.save_all_masks",
+            "true",
+            "--pseudo_labels.inside_grounding",
+            "false",
+            "--pseudo_labels.bandwidth",
+            "auto",
+        ],
+        "train_segmentor": [
+            "--segmentor.epochs",
+            args.epochs,
+            "--segmentor.unsupervised_from_epoch",
+            min(1, args.epochs - 1),
+        ],
+        "CSAD": ["--lgst.steps", args.lgst_steps],
+    }
     for stage in STAGES:
-        common = ["--dataset_root", workspace / "data", "--categories", CATEGORY, "--backbone", "wide_resnet50_2", "--overwrite"]
-        usage = measured([*itself, "--stage", stage, *common, *own.get(stage, ())], workspace / f"{stage}.log")
+        common = [
+            "--dataset_root",
+            workspace / "data",
+            "--categories",
+            CATEGORY,
+            "--backbone",
+            "wide_resnet50_2",
+            "--overwrite",
+        ]
+        usage = measured(
+            [*itself, "--stage", stage, *common, *own.get(stage, ())], workspace / f"{stage}.log"
+        )
         noted = files.read_json(workspace / f"{stage}.rehearsal.json", keys=("steps", "gpu_peak_mb"))
         rows.append((f"{stage}.py", "whole", 1, usage.seconds, usage.peak_mb, noted["gpu_peak_mb"]))
-        rows += [("", step, calls, seconds / calls, None, None) for step, (calls, seconds) in noted["steps"].items()]
+        rows += [
+            ("", step, calls, seconds / calls, None, None)
+            for step, (calls, seconds) in noted["steps"].items()
+        ]
         print(f"{stage}.py: {usage.seconds:.0f} s, {usage.peak_mb:.0f} MB", flush=True)
-    table = tabulate(rows, ("stage", "step", "calls", "seconds each", "peak MB", "peak MB, GPU"), tablefmt="github",
-                     floatfmt=(".0f", ".0f", ".0f", ".2f", ".0f", ".0f"))
+    table = tabulate(
+        rows,
+        ("stage", "step", "calls", "seconds each", "peak MB", "peak MB, GPU"),
+        tablefmt="github",
+        floatfmt=(".0f", ".0f", ".0f", ".2f", ".0f", ".0f"),
+    )
     files.write_text(workspace / "rehearsal.md", table + "\n")
     options = {key: str(value) for key, value in vars(args).items()}
     files.write_json(workspace / "rehearsal.json", {"rows": rows, "options": options})
@@ -113,13 +180,25 @@ def write_pictures(root: Path, size: tuple[int, int]) -> None:
     height, width = size
     y, x = np.mgrid[:height, :width] / min(size)
     rng = np.random.default_rng(0)
-    for folder in ("train/good", "validation/good", "test/good", "test/logical_anomalies", "test/structural_anomalies"):
+    for folder in (
+        "train/good",
+        "validation/good",
+        "test/good",
+        "test/logical_anomalies",
+        "test/structural_anomalies",
+    ):
         for index in range(PICTURES):
             picture = rng.normal(120, 6, (height, width, 3))
             for _ in range(8):
-                centre, radius, colour = rng.uniform(0.1, 0.9, 2), rng.uniform(0.04, 0.12), rng.uniform(0, 255, 3)
+                centre, radius, colour = (
+                    rng.uniform(0.1, 0.9, 2),
+                    rng.uniform(0.04, 0.12),
+                    rng.uniform(0, 255, 3),
+                )
                 picture[(y - centre[0]) ** 2 + (x - centre[1] * width / height) ** 2 < radius**2] = colour
-            files.write_image(root / CATEGORY / folder / f"{index:03d}.png", picture.clip(0, 255).astype(np.uint8))
+            files.write_image(
+                root / CATEGORY / folder / f"{index:03d}.png", picture.clip(0, 255).astype(np.uint8)
+            )
 
 
 def write_sam(size: str, folder: Path) -> None:
@@ -142,8 +221,10 @@ def write_grounding_dino(folder: Path) -> None:
     (encoder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(str(encoder / "vocab.txt")).save_pretrained(encoder)
     state = grounded_sam.build_grounding_dino("swint_ogc", encoder).state_dict()
-    torch.save({"model": {f"module.{key}": values for key, values in state.items()}},
-               folder / checkpoints.GROUNDING_DINO["swint_ogc"].file)
+    torch.save(
+        {"model": {f"module.{key}": values for key, values in state.items()}},
+        folder / checkpoints.GROUNDING_DINO["swint_ogc"].file,
+    )
 
 
 def write_wide_resnets(folder: Path) -> None:
@@ -163,16 +244,28 @@ def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
         run_script(importlib.import_module(stage).main)
     finally:
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-        files.write_json(workspace / f"{stage}.rehearsal.json", {
-            # What is loaded is kept: later calls take no time.
-            "steps": {name: (len(seconds), sum(seconds)) for name, seconds in (
-                (name, seconds[:1] if name.startswith("load") else seconds) for name, seconds in steps.items())},
-            "gpu_peak_mb": peak})
+        files.write_json(
+            workspace / f"{stage}.rehearsal.json",
+            {
+                # What is loaded is kept: later calls take no time.
+                "steps": {
+                    name: (len(seconds), sum(seconds))
+                    for name, seconds in (
+                        (name, seconds[:1] if name.startswith("load") else seconds)
+                        for name, seconds in steps.items()
+                    )
+                },
+                "gpu_peak_mb": peak,
+            },
+        )
 
 
 def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
     """Put a clock round what takes time in a stage."""
-    def timed(owner: Any, name: str, title: str, change: Callable[[Any], Any] = lambda result: result) -> None:
+
+    def timed(
+        owner: Any, name: str, title: str, change: Callable[[Any], Any] = lambda result: result
+    ) -> None:
         real = getattr(owner, name)
 
         @functools.wraps(real)
@@ -185,13 +278,18 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
                 torch.cuda.synchronize()
             steps.setdefault(title, []).append(time.perf_counter() - start)
             return change(result)
+
         setattr(owner, name, clocked)
 
     if stage == "pseudo_label":
         timed(grounded_sam, "load_sam", "load SAM-HQ")
         timed(grounded_sam, "load_grounding_dino", "load Grounding DINO")
-        timed(grounded_sam.GroundingDino, "detect", "Grounding DINO, a picture",
-              lambda found: (found[0][:BOXES], found[1][:BOXES]))
+        timed(
+            grounded_sam.GroundingDino,
+            "detect",
+            "Grounding DINO, a picture",
+            lambda found: (found[0][:BOXES], found[1][:BOXES]),
+        )
         timed(grounded_sam.SamHQ, "look_at", "SAM-HQ's image encoder, a picture")
         timed(grounded_sam.SamHQ, "inside", f"SAM-HQ, {BOXES} boxes")
         timed(grounded_sam.SamHQ, "background", "SAM-HQ, the background's eight points", only_border)
@@ -212,6 +310,7 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
             if last[0]:
                 steps.setdefault("a training step (all but the first)", []).append(now - last[0])
             last[0] = now
+
         TrainingLoop.report = report
 
 

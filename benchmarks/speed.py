@@ -58,11 +58,19 @@ class Variant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, default=Path("."), help="where to write; its export_report.json is read")
-    parser.add_argument("--model", type=Path, help="a torch model, published or ours (default: random, paper size)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workspace", type=Path, default=Path("."), help="where to write; its export_report.json is read"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="a torch model, published or ours (default: random, paper size)"
+    )
     parser.add_argument("--runtimes", nargs="+", default=list(FORMAT_OF), choices=list(FORMAT_OF))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"], choices=["fp32", "fp16", "bf16", "int8"])
+    parser.add_argument(
+        "--precisions", nargs="+", default=["fp32", "bf16", "int8"], choices=["fp32", "fp16", "bf16", "int8"]
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--turns", type=int, default=7, help="timed runs of each variant and batch size")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -82,9 +90,16 @@ def main() -> None:
     rows = results(variants, [one for one in reports if one["category"] == category])
     print(table(rows), end="")
     with workspace.lock():
-        files.write_json(workspace.root / "speed.json", {
-            "results": rows, "machine": machine(device), "model": str(args.model.name if args.model else "random, paper size"),
-            "turns": args.turns, "versions": versions()})
+        files.write_json(
+            workspace.root / "speed.json",
+            {
+                "results": rows,
+                "machine": machine(device),
+                "model": str(args.model.name if args.model else "random, paper size"),
+                "turns": args.turns,
+                "versions": versions(),
+            },
+        )
         draw(rows, workspace.root / "benchmark_speed.svg")
 
 
@@ -92,24 +107,40 @@ def random_state() -> dict:
     """A fused model of the paper's size with random weights, in the published format."""
     torch.manual_seed(0)
     encoder = empty_encoder(PUBLISHED)
-    return published_state(FusedModel(encoder, Segmentor(encoder.channels, PAPER_SIZE["width"], PAPER_SIZE["classes"]),
-                                      PatchHistogramDetector(PAPER_SIZE["classes"]),
-                                      LGST(encoder.channels, PAPER_SIZE["student"], PAPER_SIZE["channels"])))
+    return published_state(
+        FusedModel(
+            encoder,
+            Segmentor(encoder.channels, PAPER_SIZE["width"], PAPER_SIZE["classes"]),
+            PatchHistogramDetector(PAPER_SIZE["classes"]),
+            LGST(encoder.channels, PAPER_SIZE["student"], PAPER_SIZE["channels"]),
+        )
+    )
 
 
-def build_variants(state: dict, args: argparse.Namespace, device: str, reports: list[dict],
-                   folder: Path) -> list[Variant]:
+def build_variants(
+    state: dict, args: argparse.Namespace, device: str, reports: list[dict], folder: Path
+) -> list[Variant]:
     """Both graphs in every runtime and precision asked for; ours as exported files."""
     variants = []
     category = metadata(state).get("category", "random")
     model = from_state(state)
-    known = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32", "input_size": model.size}
+    known = {
+        "category": category,
+        "with_map": False,
+        "raw_input": False,
+        "precision": "fp32",
+        "input_size": model.size,
+    }
     rng = np.random.default_rng(0)
-    noise = as_input(rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), known)
+    noise = as_input(
+        rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), known
+    )
     paths = {}
     if {"onnxruntime", "openvino"} & set(args.runtimes):
-        contents = {PUBLISHED_GRAPH: exporters.to_onnx(model, known, ("score",)),
-                    OURS: exporters.onnx_model(state, category, "fp32", with_map=False, raw_input=False)}
+        contents = {
+            PUBLISHED_GRAPH: exporters.to_onnx(model, known, ("score",)),
+            OURS: exporters.onnx_model(state, category, "fp32", with_map=False, raw_input=False),
+        }
         for graph, content in contents.items():
             paths[graph] = folder / f"{graph}.onnx"
             paths[graph].write_bytes(content)
@@ -130,7 +161,9 @@ def build_variants(state: dict, args: argparse.Namespace, device: str, reports: 
                 if graph == PUBLISHED_GRAPH and precision == "int8" and model.memory is not None:
                     continue  # quantised as a whole it does not run; with a patch memory nothing was published, either
                 kept = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
-                engine = other_engine(runtime, precision, paths[graph], known, noise, kept, networks[graph], device)
+                engine = other_engine(
+                    runtime, precision, paths[graph], known, noise, kept, networks[graph], device
+                )
                 variants.append(Variant(graph, runtime, precision, engine.precision, engine.score))
     return variants
 
@@ -150,8 +183,16 @@ class PublishedTorch:
             return self.model(torch.from_numpy(as_input(batch, {})).to(self.device)).cpu().numpy()
 
 
-def other_engine(runtime: str, precision: str, path: Path, known: dict, calibration: np.ndarray, kept: tuple[str, ...],
-                 networks: tuple[str, ...], device: str) -> Engine:
+def other_engine(
+    runtime: str,
+    precision: str,
+    path: Path,
+    known: dict,
+    calibration: np.ndarray,
+    kept: tuple[str, ...],
+    networks: tuple[str, ...],
+    device: str,
+) -> Engine:
     """A graph in ONNX, made ready for a runtime and precision the way export_model.py does it."""
     known = known | {"precision": precision}
     if runtime == "onnxruntime":
@@ -171,8 +212,12 @@ def other_engine(runtime: str, precision: str, path: Path, known: dict, calibrat
 
 def kept_parts(reports: list[dict], format_: str) -> tuple[str, ...]:
     """What int8 left in higher precision for the scores' sake, over all evaluated categories; at least the output layers."""
-    names = {FALLBACK_ORDER[0][0]} | {name for one in reports if (one["format"], one["precision"]) == (format_, "int8")
-             for name in one["kept_in_higher_precision"]}
+    names = {FALLBACK_ORDER[0][0]} | {
+        name
+        for one in reports
+        if (one["format"], one["precision"]) == (format_, "int8")
+        for name in one["kept_in_higher_precision"]
+    }
     return tuple(prefix for name, prefixes in FALLBACK_ORDER if name in names for prefix in prefixes)
 
 
@@ -193,19 +238,34 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
     """One row per variant and batch size; speed-ups are over the published graph in torch fp32, image by image."""
     rows = []
     for variant in variants:
-        scores = [one["auroc_mean"] for one in reports if one["auroc_mean"] is not None and
-                  (one["format"], one["precision"]) == (FORMAT_OF[variant.runtime],
-                                                          "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)]
+        scores = [
+            one["auroc_mean"]
+            for one in reports
+            if one["auroc_mean"] is not None
+            and (one["format"], one["precision"])
+            == (FORMAT_OF[variant.runtime], "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)
+        ]
         known = variant.graph == OURS or variant.precision == "fp32"
         for size, seconds in variant.seconds.items():
             milliseconds = 1000 * float(np.median(seconds)) / size
-            rows.append({"graph": variant.graph, "runtime": variant.runtime, "precision": variant.precision,
-                         "ran_in": variant.ran_in, "batch": size, "ms_per_image": milliseconds,
-                         "images_per_second": 1000 / milliseconds,
-                         "fastest_ms_per_image": 1000 * min(seconds) / size,
-                         "auroc_mean": float(np.mean(scores)) if scores and known else None})
-    base = {row["batch"]: row["ms_per_image"] for row in rows
-            if (row["graph"], row["runtime"], row["precision"]) == (PUBLISHED_GRAPH, "torch", "fp32")}
+            rows.append(
+                {
+                    "graph": variant.graph,
+                    "runtime": variant.runtime,
+                    "precision": variant.precision,
+                    "ran_in": variant.ran_in,
+                    "batch": size,
+                    "ms_per_image": milliseconds,
+                    "images_per_second": 1000 / milliseconds,
+                    "fastest_ms_per_image": 1000 * min(seconds) / size,
+                    "auroc_mean": float(np.mean(scores)) if scores and known else None,
+                }
+            )
+    base = {
+        row["batch"]: row["ms_per_image"]
+        for row in rows
+        if (row["graph"], row["runtime"], row["precision"]) == (PUBLISHED_GRAPH, "torch", "fp32")
+    }
     for row in rows:
         row["speed_up"] = base[row["batch"]] / row["ms_per_image"] if row["batch"] in base else None
     return rows
@@ -215,29 +275,49 @@ def machine(device: str) -> dict:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
-                     if line.startswith("model name")), name)
-    return {"cpu": name, "threads": torch.get_num_threads(), "system": platform.system(),
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device}
+        name = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
+    return {
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| graph | runtime | precision | ran in | batch | ms/image | images/s | speed-up | mean AUROC |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| graph | runtime | precision | ran in | batch | ms/image | images/s | speed-up | mean AUROC |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         speed_up = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
         score = "" if row["auroc_mean"] is None else f"{row['auroc_mean']:.2f}"
-        lines.append(f"| {row['graph']} | {row['runtime']} | {row['precision']} | {row['ran_in']} | {row['batch']} | "
-                     f"{row['ms_per_image']:.1f} | {row['images_per_second']:.2f} | {speed_up} | {score} |")
+        lines.append(
+            f"| {row['graph']} | {row['runtime']} | {row['precision']} | {row['ran_in']} | {row['batch']} | "
+            f"{row['ms_per_image']:.1f} | {row['images_per_second']:.2f} | {speed_up} | {score} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict], target: Path) -> None:
     """Latency at the smallest batch against mean AUROC, one mark per variant that has been evaluated."""
-    rows = [row for row in rows if row["batch"] == min(row["batch"] for row in rows) and row["auroc_mean"] is not None]
+    rows = [
+        row
+        for row in rows
+        if row["batch"] == min(row["batch"] for row in rows) and row["auroc_mean"] is not None
+    ]
     if not rows:
-        print(f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this "
-              "workspace")
+        print(
+            f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this "
+            "workspace"
+        )
         return
     files.write_text(target, scatter(rows))
     print(f"wrote {target}")
@@ -254,33 +334,47 @@ def scatter(rows: list[dict]) -> str:
     colours = {"torch": "#c2410c", "onnxruntime": "#1d4ed8", "openvino": "#15803d"}
 
     def place(row: dict) -> tuple[float, float]:
-        return (left + across * (np.log10(row["ms_per_image"]) - low) / (high - low),
-                top + up * (ceiling - row["auroc_mean"]) / (ceiling - floor))
+        return (
+            left + across * (np.log10(row["ms_per_image"]) - low) / (high - low),
+            top + up * (ceiling - row["auroc_mean"]) / (ceiling - floor),
+        )
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="white"/>',
-             f'<rect x="{left}" y="{top}" width="{across}" height="{up}" fill="none" stroke="#888"/>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<rect x="{left}" y="{top}" width="{across}" height="{up}" fill="none" stroke="#888"/>',
+    ]
     for value in [step * 10.0**power for power in range(-2, 5) for step in (1, 2, 5)]:
         if low <= np.log10(value) <= high:
             x = left + across * (np.log10(value) - low) / (high - low)
-            parts += [f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + up}" stroke="#ddd"/>',
-                      f'<text x="{x:.1f}" y="{top + up + 17}" text-anchor="middle">{value:g}</text>']
+            parts += [
+                f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + up}" stroke="#ddd"/>',
+                f'<text x="{x:.1f}" y="{top + up + 17}" text-anchor="middle">{value:g}</text>',
+            ]
     for value in np.linspace(floor, ceiling, 5)[1:-1]:
         y = top + up * (ceiling - value) / (ceiling - floor)
-        parts += [f'<line x1="{left}" y1="{y:.1f}" x2="{left + across}" y2="{y:.1f}" stroke="#ddd"/>',
-                  f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>']
-    parts += [f'<text x="{left + across / 2}" y="{height - 12}" text-anchor="middle">ms per image, batch {rows[0]["batch"]}'
-              " (logarithmic)</text>",
-              f'<text transform="translate(14 {top + up / 2}) rotate(-90)" text-anchor="middle">mean image AUROC, %</text>']
+        parts += [
+            f'<line x1="{left}" y1="{y:.1f}" x2="{left + across}" y2="{y:.1f}" stroke="#ddd"/>',
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>',
+        ]
+    parts += [
+        f'<text x="{left + across / 2}" y="{height - 12}" text-anchor="middle">ms per image, batch {rows[0]["batch"]}'
+        " (logarithmic)</text>",
+        f'<text transform="translate(14 {top + up / 2}) rotate(-90)" text-anchor="middle">mean image AUROC, %</text>',
+    ]
     for number, row in enumerate(sorted(rows, key=lambda row: row["ms_per_image"]), start=1):
         (x, y), colour = place(row), colours[row["runtime"]]
         fill = colour if row["graph"] == OURS else "white"
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
-                  f'<text x="{x:.1f}" y="{y - 11 - 12 * (number % 4):.1f}" text-anchor="middle">{number}</text>']
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
+            f'<text x="{x:.1f}" y="{y - 11 - 12 * (number % 4):.1f}" text-anchor="middle">{number}</text>',
+        ]
         line = top + 8 + 22 * (number - 1)
-        parts += [f'<circle cx="{width - right + 26}" cy="{line}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
-                  f'<text x="{width - right + 40}" y="{line + 4}">{number}  {row["graph"]}, {row["runtime"]} {row["precision"]}: '
-                  f'{row["ms_per_image"]:.0f} ms</text>']
+        parts += [
+            f'<circle cx="{width - right + 26}" cy="{line}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>',
+            f'<text x="{width - right + 40}" y="{line + 4}">{number}  {row["graph"]}, {row["runtime"]} {row["precision"]}: '
+            f"{row['ms_per_image']:.0f} ms</text>",
+        ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

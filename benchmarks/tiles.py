@@ -32,8 +32,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=place, required=True, help="an empty folder; pictures and results go there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workspace", type=place, required=True, help="an empty folder; pictures and results go there"
+    )
     parser.add_argument("--category", default="pushpins", help="of the rendered products")
     parser.add_argument("--train", type=int, default=30)
     parser.add_argument("--test", type=int, default=40, help="good pictures; as many get a spot")
@@ -46,8 +50,21 @@ def main() -> None:
     rows = []
     for tiles in args.tiles:
         workspace = Workspace(args.workspace / tiles)
-        command = [sys.executable, ROOT / "patch_memory.py", "--workspace", workspace.root, "--dataset_root", dataset, "--preset",
-                   "quick", "--backbone", "efficientnet_lite0", "--tiles", tiles, "--overwrite"]
+        command = [
+            sys.executable,
+            ROOT / "patch_memory.py",
+            "--workspace",
+            workspace.root,
+            "--dataset_root",
+            dataset,
+            "--preset",
+            "quick",
+            "--backbone",
+            "efficientnet_lite0",
+            "--tiles",
+            tiles,
+            "--overwrite",
+        ]
         usage = measured(command)
         scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
@@ -57,15 +74,17 @@ def main() -> None:
 
 def plant(test: Path, count: int) -> None:
     """Turn the last ``count`` good pictures into structural anomalies."""
-    for path in ProgressBar(sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False):
+    for path in ProgressBar(
+        sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False
+    ):
         target = test / STRUCTURAL / path.name
         target.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng(int(path.stem))
         image = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
         row, column = rng.integers(SIDE // 8, SIDE * 7 // 8, 2)
-        away = np.hypot(*np.ogrid[-SPOT:SPOT + 1, -SPOT:SPOT + 1])
+        away = np.hypot(*np.ogrid[-SPOT : SPOT + 1, -SPOT : SPOT + 1])
         change = CONTRAST * np.clip(SPOT / 2 - away + 0.5, 0, 1)[..., None]
-        spot = image[row - SPOT:row + SPOT + 1, column - SPOT:column + SPOT + 1]
+        spot = image[row - SPOT : row + SPOT + 1, column - SPOT : column + SPOT + 1]
         spot += change if spot.mean() < 128 else -change
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(target)
         path.unlink()

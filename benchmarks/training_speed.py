@@ -86,20 +86,32 @@ def main() -> None:
             memory[name] = np.fmax(memory[name], peak_memory(device) - before)
 
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
-    report = {"stage": args.stage, "preset": args.preset, "steps_of_preset": steps, "device": str(device),
-              "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-              "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "settings": getattr(chosen, args.stage).model_dump(),
-              "matrix_multiply_adds_per_second": rates, "variants": {}}
+    report = {
+        "stage": args.stage,
+        "preset": args.preset,
+        "steps_of_preset": steps,
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "settings": getattr(chosen, args.stage).model_dump(),
+        "matrix_multiply_adds_per_second": rates,
+        "variants": {},
+    }
     plain = statistics.median(seconds[PLAIN])
     for name, found in seconds.items():
         middle = statistics.median(found)
         report["variants"][name] = {
-            "ms_per_step": 1000 * middle, "ms_fastest": 1000 * min(found), "ms_all": [1000 * one for one in found],
-            "processor_ms": 1000 * statistics.median(processor_seconds[name]), "times_plain": plain / middle,
+            "ms_per_step": 1000 * middle,
+            "ms_fastest": 1000 * min(found),
+            "ms_all": [1000 * one for one in found],
+            "processor_ms": 1000 * statistics.median(processor_seconds[name]),
+            "times_plain": plain / middle,
             "hours_of_preset": middle * steps / 3600,
             "step_memory_mib": None if np.isnan(memory[name]) else memory[name] / 2**20,
-            "multiply_adds": multiply_adds[name], "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]]}
+            "multiply_adds": multiply_adds[name],
+            "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]],
+        }
     target = workspace.root / f"benchmark_training_{args.stage}.json"
     with workspace.lock():
         files.write_json(target, report)
@@ -107,8 +119,9 @@ def main() -> None:
     print(f"\nwrote {target}")
 
 
-def lgst_variants(chosen: settings.LgstSettings, encoder: Encoder, precisions: list[str],
-                  device: torch.device) -> dict[str, Step]:
+def lgst_variants(
+    chosen: settings.LgstSettings, encoder: Encoder, precisions: list[str], device: torch.device
+) -> dict[str, Step]:
     """Name -> a function that trains one step, plain and in each precision."""
     chosen = chosen.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -118,8 +131,12 @@ def lgst_variants(chosen: settings.LgstSettings, encoder: Encoder, precisions: l
     def variant(precision: str, plain: bool = False) -> Step:
         model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
         batches = lgst_step.Batches(pictures, model, encoder, device, precision, "teacher features")
-        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr,
-                                     weight_decay=chosen.weight_decay, fused=not plain and device.type != "mps")
+        optimizer = torch.optim.Adam(
+            [one for one in model.parameters() if one.requires_grad],
+            lr=chosen.lr,
+            weight_decay=chosen.weight_decay,
+            fused=not plain and device.type != "mps",
+        )
         numbers = itertools.count()
 
         def step() -> None:
@@ -130,27 +147,41 @@ def lgst_variants(chosen: settings.LgstSettings, encoder: Encoder, precisions: l
             with autocast(device, precision):
                 features = model.training_features(*batch)
             descend(losses(features, chosen.hard_quantile), optimizer)
+
         return step
 
-    return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | {
+        f"fast {precision}": variant(precision) for precision in precisions
+    }
 
 
-def segmentor_variants(chosen: settings.SegmentorSettings, encoder: Encoder, precisions: list[str],
-                       device: torch.device) -> dict[str, Step]:
+def segmentor_variants(
+    chosen: settings.SegmentorSettings, encoder: Encoder, precisions: list[str], device: torch.device
+) -> dict[str, Step]:
     """As `lgst_variants`, with all losses, as after the epoch in which the unsupervised ones join; plain is without a cache."""
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
-    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(np.uint8)
+    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(
+        np.uint8
+    )
     indices = np.arange(IMAGES)
-    data = segmentor_step.TrainingData(pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool),
-                                       indices[::2], indices[1::2])
+    data = segmentor_step.TrainingData(
+        pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool), indices[::2], indices[1::2]
+    )
     first = Segmentor(encoder.channels, chosen.width, CLASSES).train()
 
     def variant(precision: str, plain: bool = False) -> Step:
-        model, numbers = copy.deepcopy(first).to(device, memory_format=memory_format(precision)), itertools.count()
+        model, numbers = (
+            copy.deepcopy(first).to(device, memory_format=memory_format(precision)),
+            itertools.count(),
+        )
         batches = segmentor_step.Batches(data, encoder, device, precision, "encode")
-        optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                     fused=not plain and device.type != "mps")
+        optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=chosen.lr,
+            weight_decay=chosen.weight_decay,
+            fused=not plain and device.type != "mps",
+        )
 
         def step() -> None:
             sample = segmentor_step.draw_sample(data, chosen, next(numbers), True, "", 0)
@@ -159,9 +190,12 @@ def segmentor_variants(chosen: settings.SegmentorSettings, encoder: Encoder, pre
                 unlabelled = pictures[sample.unlabelled].to(device)
                 batch = batch._replace(unlabelled=segmentor_step.encode(encoder, unlabelled, precision))
             descend(segmentor_step.step_losses(model, encoder, batch, chosen, precision), optimizer)
+
         return step
 
-    return {PLAIN: variant("fp32", plain=True)} | {f"fast {precision}": variant(precision) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | {
+        f"fast {precision}": variant(precision) for precision in precisions
+    }
 
 
 def descend(parts: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -197,13 +231,17 @@ def _status(name: str) -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    return next(1024.0 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+    return next(
+        1024.0 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
+    )
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Multiply-adds per second of a large matrix product, best of five."""
     side = MATRIX.get(device.type, LARGE_MATRIX)
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    matrix = torch.randn(
+        side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     seconds = []
     for _ in range(6):
         synchronise(device)
@@ -215,16 +253,24 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 
 def print_table(report: dict) -> None:
-    print(f"\none training step of {report['stage']}, preset {report['preset']}, {report['device']}, "
-          f"{report['threads']} threads, torch {report['torch']}")
-    print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'CPU ms':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}"
-          f"{'floor ms':>10}")
+    print(
+        f"\none training step of {report['stage']}, preset {report['preset']}, {report['device']}, "
+        f"{report['threads']} threads, torch {report['torch']}"
+    )
+    print(
+        f"{'':14}{'ms/step':>10}{'fastest':>10}{'CPU ms':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}"
+        f"{'floor ms':>10}"
+    )
     for name, row in report["variants"].items():
         memory = "?" if row["step_memory_mib"] is None else f"{row['step_memory_mib']:.0f}"
-        print(f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['processor_ms']:10.0f}"
-              f"{row['times_plain']:9.2f}{row['hours_of_preset']:8.1f}{memory:>12}"
-              f"{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}")
-    print(f"hours: all {report['steps_of_preset']} steps; floor: the multiply-adds at the rate of a large matrix product")
+        print(
+            f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['processor_ms']:10.0f}"
+            f"{row['times_plain']:9.2f}{row['hours_of_preset']:8.1f}{memory:>12}"
+            f"{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}"
+        )
+    print(
+        f"hours: all {report['steps_of_preset']} steps; floor: the multiply-adds at the rate of a large matrix product"
+    )
 
 
 if __name__ == "__main__":

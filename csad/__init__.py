@@ -19,7 +19,10 @@ __version__ = "0.1.0"
 # Of everything that one run writes and another reads: provenance, checkpoints, progress, and exported models. Raise it with every
 # change after which older files would mean something else, also where only what is computed changes.
 FORMAT_VERSION = 2
-VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what decides it; the second, where somebody set it, decides alone
+VARIABLES = (
+    "GOMP_SPINCOUNT",
+    "OMP_WAIT_POLICY",
+)  # what decides it; the second, where somebody set it, decides alone
 SPINS = "1000"  # instead of 300,000; what GNU's OpenMP takes itself where it sees more threads of its own than cores
 ROOT = Path(__file__).resolve().parents[1]
 FEW_PACKAGES = ("predict.py", "serve.py", "csad-predict", "csad-serve")  # do without PyTorch
@@ -28,7 +31,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def explain_missing_package(kind: type[BaseException], problem: BaseException, traceback: TracebackType | None) -> None:
+def explain_missing_package(
+    kind: type[BaseException], problem: BaseException, traceback: TracebackType | None
+) -> None:
     """As `sys.excepthook`: a missing package gets a sentence and exit status 2, all else its traceback."""
     package = (problem.name or "").partition(".")[0] if isinstance(problem, ModuleNotFoundError) else ""
     if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
@@ -37,9 +42,12 @@ def explain_missing_package(kind: type[BaseException], problem: BaseException, t
     requirements = "'.[station]'" if Path(sys.argv[0]).name in FEW_PACKAGES else "-r requirements.txt"
     environment = ROOT / ".venv"
     activate = f"source {environment}/bin/activate"
-    print(f"error: the package '{package}' is not installed for {sys.executable}; activate an environment that has everything:\n"
-          f"    {activate if (environment / 'bin/activate').exists() else f'python3 -m venv {environment} && {activate}'}\n"
-          f"    cd {ROOT} && pip install {requirements}", file=sys.stderr)
+    print(
+        f"error: the package '{package}' is not installed for {sys.executable}; activate an environment that has everything:\n"
+        f"    {activate if (environment / 'bin/activate').exists() else f'python3 -m venv {environment} && {activate}'}\n"
+        f"    cd {ROOT} && pip install {requirements}",
+        file=sys.stderr,
+    )
     sys.stderr.flush()
     raise SystemExit(2)
 

@@ -38,12 +38,33 @@ class Branch:
         return (self.name, self.alias) if self.alias else (self.name,)
 
 
-BRANCHES: dict[str, Branch] = {branch.name: branch for branch in (
-    Branch("patchhist", "patch histogram", "train_segmentor.py", "segmentor_{category}_256.pth", "fc2.conv3.weight",
-           "segmentor", "patch_hist"),
-    # The alias is the published README's name.
-    Branch("LGST", "LGST", "CSAD.py", "best_{category}.pth", "local_st.conv_st.weight", "lgst", "lgst", alias="CSAD"),
-    Branch("memory", "patch memory", "patch_memory.py", "memory_{category}.pth", "rows", "memory", "memory"),
-    Branch("DFM", "DFM", "patch_memory.py", "dfm_{category}.pth", "components", "dfm", "dfm"),
-)}
+BRANCHES: dict[str, Branch] = {
+    branch.name: branch
+    for branch in (
+        Branch(
+            "patchhist",
+            "patch histogram",
+            "train_segmentor.py",
+            "segmentor_{category}_256.pth",
+            "fc2.conv3.weight",
+            "segmentor",
+            "patch_hist",
+        ),
+        # The alias is the published README's name.
+        Branch(
+            "LGST",
+            "LGST",
+            "CSAD.py",
+            "best_{category}.pth",
+            "local_st.conv_st.weight",
+            "lgst",
+            "lgst",
+            alias="CSAD",
+        ),
+        Branch(
+            "memory", "patch memory", "patch_memory.py", "memory_{category}.pth", "rows", "memory", "memory"
+        ),
+        Branch("DFM", "DFM", "patch_memory.py", "dfm_{category}.pth", "components", "dfm", "dfm"),
+    )
+}
 PAPER_BRANCHES: tuple[BranchName, ...] = ("patchhist", "LGST")

@@ -36,39 +36,75 @@ def select(args: argparse.Namespace) -> Selection:
     dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     given = overrides(args)
-    return Selection(workspace, dataset, categories,
-                     {category.name: settings.load(category.name, args.preset, given) for category in categories})
+    return Selection(
+        workspace,
+        dataset,
+        categories,
+        {category.name: settings.load(category.name, args.preset, given) for category in categories},
+    )
 
 
 def common_options(story: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
-    parser = argparse.ArgumentParser(description=story, usage="%(prog)s [options]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=story, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     common = parser.add_argument_group("common options")
-    common.add_argument("--workspace", type=place, default=Path("."),
-                        help="folder under which everything is written (default: the current one)")
-    common.add_argument("--dataset_root", type=place,
-                        help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)")
-    common.add_argument("--categories", nargs="+", metavar="NAME", help="default: every category of the data set")
-    common.add_argument("--preset", default=settings.PAPER,
-                        choices=sorted([settings.PAPER, *(path.stem for path in (settings.CONFIGS / "presets").glob("*.yaml"))]))
-    common.add_argument("--tiles", dest="memory.tiles", default=argparse.SUPPRESS, metavar="2x2",
-                        help="the same as --memory.tiles, for small defects in large photographs")
-    common.add_argument("--backbone", default="auto",
-                        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
-                             "network of timm's")
+    common.add_argument(
+        "--workspace",
+        type=place,
+        default=Path("."),
+        help="folder under which everything is written (default: the current one)",
+    )
+    common.add_argument(
+        "--dataset_root",
+        type=place,
+        help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)",
+    )
+    common.add_argument(
+        "--categories", nargs="+", metavar="NAME", help="default: every category of the data set"
+    )
+    common.add_argument(
+        "--preset",
+        default=settings.PAPER,
+        choices=sorted(
+            [settings.PAPER, *(path.stem for path in (settings.CONFIGS / "presets").glob("*.yaml"))]
+        ),
+    )
+    common.add_argument(
+        "--tiles",
+        dest="memory.tiles",
+        default=argparse.SUPPRESS,
+        metavar="2x2",
+        help="the same as --memory.tiles, for small defects in large photographs",
+    )
+    common.add_argument(
+        "--backbone",
+        default="auto",
+        help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
+        "network of timm's",
+    )
     common.add_argument("--backbone_weights", type=place, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)
-    common.add_argument("--overwrite", action="store_true", help="start over instead of skipping what is done")
-    single = parser.add_argument_group("single settings", "in brackets the value of the preset paper; other presets and "
-                                       "the category's file change some")
+    common.add_argument(
+        "--overwrite", action="store_true", help="start over instead of skipping what is done"
+    )
+    single = parser.add_argument_group(
+        "single settings",
+        "in brackets the value of the preset paper; other presets and the category's file change some",
+    )
     for section, model in settings.SECTIONS.items():
         for key, field in model.model_fields.items():
             meaning = f"{field.description or ''} ({in_words(field.default)})".strip()
-            single.add_argument(f"--{section}.{key}", dest=f"{section}.{key}", default=argparse.SUPPRESS, metavar="VALUE",
-                                help=meaning.replace("%", "%%"))
+            single.add_argument(
+                f"--{section}.{key}",
+                dest=f"{section}.{key}",
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=meaning.replace("%", "%%"),
+            )
     return parser
 
 
@@ -82,41 +118,60 @@ def in_words(default: Any) -> str:
 def training_options(story: str) -> argparse.ArgumentParser:
     """The options of the stages that train networks."""
     parser = common_options(story)
-    parser.add_argument("--precision", choices=["auto", "bf16", "tf32", "fp32"],
-                        help="of training: bf16 convolutions where the hardware is made for them (auto, the default of all "
-                             "presets but paper), plain fp32 without TF32 (the default of paper), or fp32 whose convolutions "
-                             "on CUDA may use TF32, as PyTorch has it by itself")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "tf32", "fp32"],
+        help="of training: bf16 convolutions where the hardware is made for them (auto, the default of all "
+        "presets but paper), plain fp32 without TF32 (the default of paper), or fp32 whose convolutions "
+        "on CUDA may use TF32, as PyTorch has it by itself",
+    )
     return with_cluster(with_seeds(parser))
 
 
 def with_cluster(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--ray`` and ``--dry_run``, for the stages that work category by category."""
-    parser.add_argument("--ray", metavar="ADDRESS",
-                        help="categories and seeds as tasks of a Ray cluster: local (all of this machine), auto (the cluster it "
-                             "belongs to), or HOST:PORT; default: one after another, without Ray (docs/cluster.md)")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="categories and seeds as tasks of a Ray cluster: local (all of this machine), auto (the cluster it "
+        "belongs to), or HOST:PORT; default: one after another, without Ray (docs/cluster.md)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="only print the jobs' names")
     return parser
 
 
 def with_seeds(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--seeds``, for the stages after the first."""
-    parser.add_argument("--seeds", type=seed, nargs="+", metavar="SEED",
-                        help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
-                             "pseudo-labels of WORKSPACE; tables give mean and standard deviation")
+    parser.add_argument(
+        "--seeds",
+        type=seed,
+        nargs="+",
+        metavar="SEED",
+        help="several seeds at once, instead of --seed: each in WORKSPACE/seeds/SEED, all with the "
+        "pseudo-labels of WORKSPACE; tables give mean and standard deviation",
+    )
     return parser
 
 
 def with_branches(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--branches``, for the stages that fuse."""
-    parser.add_argument("--branches", nargs="+", dest="fusion.branches", default=argparse.SUPPRESS, metavar="BRANCH",
-                        help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches")
+    parser.add_argument(
+        "--branches",
+        nargs="+",
+        dest="fusion.branches",
+        default=argparse.SUPPRESS,
+        metavar="BRANCH",
+        help=f"whose scores are added: {', '.join(BRANCHES)}; the same as --fusion.branches",
+    )
     return parser
 
 
 def seed(text: str) -> int:
     """A seed from the command line; NumPy takes no negative ones, PyTorch none of more than 64 bits."""
     if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"'{text}' is no seed; it must be a whole number from 0 to {2**63 - 1}")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no seed; it must be a whole number from 0 to {2**63 - 1}"
+        )
     return int(text)
 
 
@@ -135,6 +190,8 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
             try:
                 found[name] = settings.parse(value)
             except (yaml.YAMLError, ValueError) as problem:
-                raise UserError(f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
-                                f"plain text may need quotes of its own: --{name} '\"{value}\"'") from problem
+                raise UserError(
+                    f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
+                    f"plain text may need quotes of its own: --{name} '\"{value}\"'"
+                ) from problem
     return found

@@ -19,8 +19,17 @@ import csad
 from csad.progress import ProgressBar
 
 # What json, numpy and torch raise for a file that is none of theirs; torch takes its first bytes for a pickle's instructions.
-DAMAGED = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, pickle.UnpicklingError,
-           zipfile.BadZipFile)
+DAMAGED = (
+    ValueError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path is, as it is
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
@@ -38,8 +47,10 @@ def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> No
     """
     version = provenance.get("format_version")
     if version != csad.FORMAT_VERSION:
-        raise UserError(f"{name} was written by another version of this code (format {version}, expected {csad.FORMAT_VERSION}); "
-                        f"{advice}")
+        raise UserError(
+            f"{name} was written by another version of this code (format {version}, expected {csad.FORMAT_VERSION}); "
+            f"{advice}"
+        )
 
 
 def disk_is_full(problem: Exception) -> bool:
@@ -51,14 +62,22 @@ def in_a_sentence(problem: Exception) -> str | None:
     if isinstance(problem, UserError):
         return str(problem)
     if disk_is_full(problem):
-        return (f"the disk is full while writing {problem.filename or 'a file'}; "
-                "free some space and run the same command again, finished files are kept")
-    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # the second is PyTorch's, on a GPU
-        return (f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
-                "take a smaller batch or smaller pictures")
+        return (
+            f"the disk is full while writing {problem.filename or 'a file'}; "
+            "free some space and run the same command again, finished files are kept"
+        )
+    if (
+        isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    ):  # the second is PyTorch's, on a GPU
+        return (
+            f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
+            "take a smaller batch or smaller pictures"
+        )
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (f"no permission to write or read {problem.filename or 'a file'}; "
-                "change its permissions or name another file or folder")
+        return (
+            f"no permission to write or read {problem.filename or 'a file'}; "
+            "change its permissions or name another file or folder"
+        )
     if isinstance(problem, OSError) and problem.errno in UNUSABLE:
         return f"{problem.filename or 'a path'} cannot be used here ({problem.strerror}); name another file or folder"
     return None
@@ -75,7 +94,11 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     came = False
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    before = {
+        number: signal.getsignal(number)
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
 
     def restore() -> None:
         for number, handler in before.items():
@@ -102,18 +125,27 @@ def run_script(main: Callable[[], None]) -> None:
     errors keep their traceback: they are ours to mend, not the user's.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor text that a terminal knows
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files need not be text, nor text that a terminal knows
     _note_signal(signal.SIGINT)
     try:
         with _sigterm_as_interrupt():
             main()
     except KeyboardInterrupt as problem:
-        _stop(str(problem) or "interrupted; everything finished so far is kept, the same command continues from there",
-              128 + _last_signal)
+        _stop(
+            str(problem)
+            or "interrupted; everything finished so far is kept, the same command continues from there",
+            128 + _last_signal,
+        )
     except BrokenPipeError:
         # The reader of our output (head, less) went away. What came after is not done, so this is no success.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # or the interpreter complains once more when it flushes
-        _stop("error: whoever read the output went away; what is finished is kept, the same command continues from there")
+        sys.stdout = open(
+            os.devnull, "w", encoding="utf-8"
+        )  # or the interpreter complains once more when it flushes
+        _stop(
+            "error: whoever read the output went away; what is finished is kept, the same command continues from there"
+        )
     except Exception as problem:
         sentence = in_a_sentence(problem)
         if sentence is None:
@@ -129,11 +161,15 @@ def _note_signal(number: int) -> None:
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, like Ctrl-C: locks and temporary files are removed, and the user is told what is kept."""
+
     def terminate(number: int, frame: object) -> None:
         _note_signal(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
         yield
         return
     signal.signal(signal.SIGTERM, terminate)
@@ -144,7 +180,9 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _stop(sentence: str, status: int = 2) -> None:
-    for bar in list(getattr(ProgressBar, "_instances", ())):  # an unfinished progress bar would have the sentence on its line
+    for bar in list(
+        getattr(ProgressBar, "_instances", ())
+    ):  # an unfinished progress bar would have the sentence on its line
         bar.close()
     print(sentence, file=sys.stderr)
     raise SystemExit(status)

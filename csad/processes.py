@@ -39,8 +39,13 @@ def cores() -> int:
 
 def workers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, meaning: str) -> None:
     """The option ``--workers``."""
-    parser.add_argument("--workers", type=_number, default=cores(), metavar="N",
-                        help=f"{meaning}; the results do not depend on it, by default one for each core")
+    parser.add_argument(
+        "--workers",
+        type=_number,
+        default=cores(),
+        metavar="N",
+        help=f"{meaning}; the results do not depend on it, by default one for each core",
+    )
 
 
 def _number(text: str) -> int:
@@ -49,8 +54,9 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def map_pictures(work: Callable[[Item], Result], pictures: Sequence[Item], workers: int,
-                 bar: ProgressBar) -> list[Result]:
+def map_pictures(
+    work: Callable[[Item], Result], pictures: Sequence[Item], workers: int, bar: ProgressBar
+) -> list[Result]:
     """``work`` for each of the pictures; its results in their order.
 
     Ctrl-C, an error or the end of this process lets workers finish the picture in hand, and no more.
@@ -63,6 +69,7 @@ def map_pictures(work: Callable[[Item], Result], pictures: Sequence[Item], worke
     Raises:
         UserError: a worker was killed. Whatever ``work`` raises for the first picture that it cannot do is raised as it is.
     """
+
     def counted(result: Result) -> Result:
         bar.update()
         return result
@@ -76,8 +83,10 @@ def map_pictures(work: Callable[[Item], Result], pictures: Sequence[Item], worke
             results = [pool.submit(_do, picture) for picture in pictures]
         return [counted(result.result()) for result in results]
     except BrokenProcessPool as problem:
-        raise UserError("one of the processes that work on pictures was killed, as systems do where memory runs out; finished "
-                        "pictures are kept, so run the same command again, with fewer --workers where it has them") from problem
+        raise UserError(
+            "one of the processes that work on pictures was killed, as systems do where memory runs out; finished "
+            "pictures are kept, so run the same command again, with fewer --workers where it has them"
+        ) from problem
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -37,45 +37,86 @@ class Section(BaseModel):
 class ImageSettings(Section):
     """How pictures are read, in every stage and by the exported model."""
 
-    size: int = Field(256, ge=256, le=2048, multiple_of=256, description="side in pixels of the view that the patch memory sees; "
-                      "all else sees its mean over blocks, 256 wide (the paper: 256)")
-    white_level: float | None = Field(None, gt=0, description="value that is white in images of more than 8 bits, for example "
-                                      "4095 where a camera writes 12 bits into 16; none: full range")
+    size: int = Field(
+        256,
+        ge=256,
+        le=2048,
+        multiple_of=256,
+        description="side in pixels of the view that the patch memory sees; "
+        "all else sees its mean over blocks, 256 wide (the paper: 256)",
+    )
+    white_level: float | None = Field(
+        None,
+        gt=0,
+        description="value that is white in images of more than 8 bits, for example "
+        "4095 where a camera writes 12 bits into 16; none: full range",
+    )
 
 
 class PseudoLabelSettings(Section):
     """Stage 1 (docs/method.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
-        "auto", description="where masks come from; auto takes the first of the three for which everything is there")
+        "auto",
+        description="where masks come from; auto takes the first of the three for which everything is there",
+    )
     inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
     no_sam: bool = Field(False, description="cluster the grounding mask's instances instead of SAM's masks")
-    container: bool = Field(False, description="classical proposer: the parts lie in something (tray, bag) that is no part")
+    container: bool = Field(
+        False, description="classical proposer: the parts lie in something (tray, bag) that is no part"
+    )
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
-        ["cnn_image"], min_length=1, description="component features to cluster on")
+        ["cnn_image"], min_length=1, description="component features to cluster on"
+    )
     rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="MeanShift bandwidth; a number is only used with the weights it was tuned for, wide_resnet50_2's "
-        "racm_in1k")
-    variants: bool = Field(False, description="parts that only some kinds of images have get labels, too, and all kinds are "
-                           "trusted, whatever one_histogram_cluster says (published: no)")
-    lookalikes: bool = Field(False, description="parts that differ in one feature only, like a long and a short bolt, side by "
-                             "side in most images, get labels of their own (published: no)")
-    one_histogram_cluster: bool = Field(False, description="trust images of the largest histogram cluster only")
+        "auto",
+        description="MeanShift bandwidth; a number is only used with the weights it was tuned for, wide_resnet50_2's "
+        "racm_in1k",
+    )
+    variants: bool = Field(
+        False,
+        description="parts that only some kinds of images have get labels, too, and all kinds are "
+        "trusted, whatever one_histogram_cluster says (published: no)",
+    )
+    lookalikes: bool = Field(
+        False,
+        description="parts that differ in one feature only, like a long and a short bolt, side by "
+        "side in most images, get labels of their own (published: no)",
+    )
+    one_histogram_cluster: bool = Field(
+        False, description="trust images of the largest histogram cluster only"
+    )
     sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field("vit_h", description="size of SAM-HQ")
-    sam_precision: Literal["fp32", "fp16"] = Field("fp32", description="of SAM-HQ's image encoder; fp16 on CUDA alone, "
-                                                   "where it is faster (published: fp32)")
-    grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field("swint_ogc", description="size of Grounding DINO")
-    text_prompt: str | None = Field(None, description="names of the parts, each with a dot after it; none: SAM-HQ alone")
-    background_prompt: str | None = Field(None, description="of these names, those that are no part; spaces in it count")
+    sam_precision: Literal["fp32", "fp16"] = Field(
+        "fp32",
+        description="of SAM-HQ's image encoder; fp16 on CUDA alone, where it is faster (published: fp32)",
+    )
+    grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field(
+        "swint_ogc", description="size of Grounding DINO"
+    )
+    text_prompt: str | None = Field(
+        None, description="names of the parts, each with a dot after it; none: SAM-HQ alone"
+    )
+    background_prompt: str | None = Field(
+        None, description="of these names, those that are no part; spaces in it count"
+    )
     box_threshold: Share = Field(0.3, description="Grounding DINO: least score of a box's best word")
-    text_threshold: Share = Field(0.3, description="Grounding DINO: least score of the words of a box's phrase")
+    text_threshold: Share = Field(
+        0.3, description="Grounding DINO: least score of the words of a box's phrase"
+    )
     points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")
-    crop_n_layers: int = Field(1, ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ...")
+    crop_n_layers: int = Field(
+        1, ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ..."
+    )
     pred_iou_thresh: Share = Field(0.88, description="SAM-HQ's automatic masks: least predicted quality")
     stability_score_thresh: Share = Field(0.96, description="SAM-HQ's automatic masks: least stability")
-    min_mask_region_area: int = Field(500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels")
-    save_all_masks: bool = Field(False, description="run automatic mask generation even where no_sam does not need it")
+    min_mask_region_area: int = Field(
+        500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels"
+    )
+    save_all_masks: bool = Field(
+        False, description="run automatic mask generation even where no_sam does not need it"
+    )
 
 
 class SegmentorSettings(Section):
@@ -88,78 +129,124 @@ class SegmentorSettings(Section):
     lr: float = Field(0.01, gt=0, description="Adam's learning rate")
     final_lr_share: Share = Field(1.0, description="of lr, reached along a cosine (the paper: 1, constant)")
     weight_decay: float = Field(1e-5, ge=0, description="Adam's weight decay")
-    joint_pass: bool = Field(False, description="trusted and unlabelled images pass the segmentor in one "
-                             "batch, once the unsupervised losses join (published: one after the other, from the "
-                             "first epoch)")
+    joint_pass: bool = Field(
+        False,
+        description="trusted and unlabelled images pass the segmentor in one "
+        "batch, once the unsupervised losses join (published: one after the other, from the "
+        "first epoch)",
+    )
     weight_ce: float = Field(0.5, ge=0, description="of the cross-entropy in the loss")
     weight_focal: float = Field(10.0, ge=0, description="of the focal loss")
     weight_dice: float = Field(1.0, ge=0, description="of the class-balanced dice loss")
     weight_histogram: float = Field(10.0, ge=0, description="of the histogram loss on unlabelled images")
     weight_entropy: float = Field(1.0, ge=0, description="of the entropy loss")
-    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
-                                                        "with the best AUROC on the test images, looked at every two epochs, as "
-                                                        "published; what these score is no estimate of performance")
+    checkpoint: Literal["last", "best_on_test"] = Field(
+        "last",
+        description="which weights are kept: the last step's, or those "
+        "with the best AUROC on the test images, looked at every two epochs, as "
+        "published; what these score is no estimate of performance",
+    )
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
-    paste_trials: int = Field(500, ge=1, description="logical synthesis: rotations and positions that are tried "
-                              "for a component")
+    paste_trials: int = Field(
+        500, ge=1, description="logical synthesis: rotations and positions that are tried for a component"
+    )
     fill_holes: bool = Field(False, description="fill the holes of each label in the pseudo-label maps")
-    histogram_floor: float = Field(0.0, ge=0, description="least standard deviation of an area fraction in the patch histogram's "
-                                   "covariance (published: 0, where a fraction that never varies is not looked at)")
-    reliability: bool = Field(False, description="the patch histogram takes into account by how much components' areas vary when "
-                              "good images change a little, and shrinks covariances of few images (published: no)")
-    evidence: bool = Field(False, description="the patch histogram also scores finer grids, and the exported model says where "
-                           "components are too many or missing (the paper: no; the state dict has the published keys only)")
+    histogram_floor: float = Field(
+        0.0,
+        ge=0,
+        description="least standard deviation of an area fraction in the patch histogram's "
+        "covariance (published: 0, where a fraction that never varies is not looked at)",
+    )
+    reliability: bool = Field(
+        False,
+        description="the patch histogram takes into account by how much components' areas vary when "
+        "good images change a little, and shrinks covariances of few images (published: no)",
+    )
+    evidence: bool = Field(
+        False,
+        description="the patch histogram also scores finer grids, and the exported model says where "
+        "components are too many or missing (the paper: no; the state dict has the published keys only)",
+    )
 
 
 class LgstSettings(Section):
     """Stage 3 (docs/method.md section 3)."""
 
-    student: Literal["pixels", "features"] = Field("pixels", description="what the student sees: the image (the paper), or the "
-                                                   "encoder's first map of the larger view, for short runs; then only width, "
-                                                   "teacher_channels, steps, batch_size, lr, weight_decay, global_every and "
-                                                   "checkpoint count")
-    checkpoint: Literal["last", "best_on_test"] = Field("last", description="which weights are kept: the last step's, or those "
-                                                        "with the best AUROC on the test images, looked at every 1,000 steps, as "
-                                                        "published; what these score is no estimate of performance")
+    student: Literal["pixels", "features"] = Field(
+        "pixels",
+        description="what the student sees: the image (the paper), or the "
+        "encoder's first map of the larger view, for short runs; then only width, "
+        "teacher_channels, steps, batch_size, lr, weight_decay, global_every and "
+        "checkpoint count",
+    )
+    checkpoint: Literal["last", "best_on_test"] = Field(
+        "last",
+        description="which weights are kept: the last step's, or those "
+        "with the best AUROC on the test images, looked at every 1,000 steps, as "
+        "published; what these score is no estimate of performance",
+    )
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
     steps: int = Field(60000, ge=1, description="training steps")
     batch_size: int = Field(2, ge=1, description="training images per step")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
-    hard_quantile: float = Field(0.999, ge=0, lt=1, description="the local loss averages differences at or over it")
-    penalty_images: str = Field("auto", description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
-                                "crops of photographs that scikit-image and scikit-learn bring along; auto takes the first "
-                                "where its archive is in ckpt/, else the last")
-    global_every: int = Field(1, ge=1, description="steps from one that trains the autoencoder and the student's global head "
-                              "to the next; the others train the local head alone")
+    hard_quantile: float = Field(
+        0.999, ge=0, lt=1, description="the local loss averages differences at or over it"
+    )
+    penalty_images: str = Field(
+        "auto",
+        description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
+        "crops of photographs that scikit-image and scikit-learn bring along; auto takes the first "
+        "where its archive is in ckpt/, else the last",
+    )
+    global_every: int = Field(
+        1,
+        ge=1,
+        description="steps from one that trains the autoencoder and the student's global head "
+        "to the next; the others train the local head alone",
+    )
 
 
 class MemorySettings(Section):
     """Stage 3b, beyond the paper (docs/beyond.md)."""
 
     rows: int = Field(4000, ge=1, description="patches that are remembered")
-    score_share: float = Field(0.003, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the "
-                               "score")
-    border: Literal["zeros", "replicate"] = Field("zeros", description="what the Gaussian over a map finds beyond the picture: "
-                                                  "with zeros its border, where good pictures vary most, counts less")
-    tiles: Literal["1x1", "2x2", "3x3", "4x4"] = Field("1x1", description="the memory sees each picture in so many tiles, each "
-                                                       "as large as images.size: for small defects; in all stages alike")
+    score_share: float = Field(
+        0.003, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the score"
+    )
+    border: Literal["zeros", "replicate"] = Field(
+        "zeros",
+        description="what the Gaussian over a map finds beyond the picture: "
+        "with zeros its border, where good pictures vary most, counts less",
+    )
+    tiles: Literal["1x1", "2x2", "3x3", "4x4"] = Field(
+        "1x1",
+        description="the memory sees each picture in so many tiles, each "
+        "as large as images.size: for small defects; in all stages alike",
+    )
 
 
 class FusionSettings(Section):
     """Which branches' scores are added (docs/method.md section 4)."""
 
     branches: list[BranchName] = Field([*PAPER_BRANCHES], min_length=1, description="whose scores are added")
-    optional: list[BranchName] = Field([], description="further branches, weighted with the others if their stage was run; none "
-                                   "where branches are named and these are not")
+    optional: list[BranchName] = Field(
+        [],
+        description="further branches, weighted with the others if their stage was run; none "
+        "where branches are named and these are not",
+    )
     weights: Literal["equal", "synthetic_defects"] = Field(
-        "equal", description="of the branches in the sum: 1 each (the paper), or for each category what finds synthetic defects "
-        "in validation images best, 0 among the values (csad.evaluation.branch_weights)")
+        "equal",
+        description="of the branches in the sum: 1 each (the paper), or for each category what finds synthetic defects "
+        "in validation images best, 0 among the values (csad.evaluation.branch_weights)",
+    )
     rule: Literal["sum", "softplus"] = Field(
-        "sum", description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), "
-        "in which a very normal score of one branch cannot cancel an anomalous score of another")
+        "sum",
+        description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), "
+        "in which a very normal score of one branch cannot cancel an anomalous score of another",
+    )
 
 
 class Settings(Section):
@@ -182,7 +269,11 @@ class Settings(Section):
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
 
 
-SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items() if name not in ("logical", "roi", "names")}
+SECTIONS = {
+    name: field.annotation
+    for name, field in Settings.model_fields.items()
+    if name not in ("logical", "roi", "names")
+}
 
 
 def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:
@@ -216,14 +307,18 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
     segmentor = settings.segmentor
     if segmentor.unsupervised_from_epoch >= segmentor.epochs:
-        raise UserError(f"setting segmentor.unsupervised_from_epoch: {segmentor.unsupervised_from_epoch} is after the last epoch "
-                        f"(segmentor.epochs: {segmentor.epochs}, numbered from 0)")
+        raise UserError(
+            f"setting segmentor.unsupervised_from_epoch: {segmentor.unsupervised_from_epoch} is after the last epoch "
+            f"(segmentor.epochs: {segmentor.epochs}, numbered from 0)"
+        )
     return settings
 
 
 def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
     """Category -> the defects that its file in configs/categories/ calls logical."""
-    return {path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))}
+    return {
+        path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))
+    }
 
 
 class _PlainYaml(yaml.SafeLoader):
@@ -239,18 +334,23 @@ class _PlainYaml(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             name, line = self.construct_object(key), key.start_mark.line + 1
             if name in lines:
-                raise yaml.YAMLError(f"the key {key.value} stands there twice, in lines {lines[name]} and {line}; "
-                                     "keep one of them")
+                raise yaml.YAMLError(
+                    f"the key {key.value} stands there twice, in lines {lines[name]} and {line}; "
+                    "keep one of them"
+                )
             lines[name] = line
         return super().construct_mapping(node, deep)
 
 
 for _tag, _pattern, _first in (
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("null", r"null|~|", ["n", "~", ""]),
-        ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-        ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789")):
-    _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _PlainYaml.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def parse(text: str) -> Any:
@@ -268,10 +368,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
     if content is None:
         return {}
-    if not isinstance(content, dict) or not all(isinstance(values, dict) for name, values in content.items() if name in SECTIONS):
-        raise UserError(f"{path} should hold sections of settings as in csad/settings.py, like configs/presets/quick.yaml")
+    if not isinstance(content, dict) or not all(
+        isinstance(values, dict) for name, values in content.items() if name in SECTIONS
+    ):
+        raise UserError(
+            f"{path} should hold sections of settings as in csad/settings.py, like configs/presets/quick.yaml"
+        )
     return content
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    return below | {name: below.get(name, {}) | value if isinstance(value, dict) else value for name, value in above.items()}
+    return below | {
+        name: below.get(name, {}) | value if isinstance(value, dict) else value
+        for name, value in above.items()
+    }

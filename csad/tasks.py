@@ -28,7 +28,9 @@ class Task(NamedTuple):
     after: tuple[str, ...] = ()
 
 
-Jobs = Callable[[argparse.Namespace], dict[str, Task]]  # a stage's jobs by name, in an order that keeps to ``after``
+Jobs = Callable[
+    [argparse.Namespace], dict[str, Task]
+]  # a stage's jobs by name, in an order that keeps to ``after``
 
 
 def reason(problem: Exception) -> str:

@@ -96,8 +96,13 @@ class Encoder(nn.Module):
         reductions: the maps' fractions, 4 for a quarter of the side.
     """
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...],
-                 reductions: tuple[int, ...] = REDUCTIONS):
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        reductions: tuple[int, ...] = REDUCTIONS,
+    ):
         super().__init__()
         self.normalise, self.network, self.reductions = Normalise(mean, std), network, reductions
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
@@ -116,8 +121,12 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_grids(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, ...]:
     """Bring maps to exactly their fraction of an image of this size: networks without padding round their sides."""
-    return tuple(one if size[0] % reduction or size[1] % reduction else resize(one, (size[0] // reduction, size[1] // reduction))
-                 for one, reduction in zip(maps, reductions))
+    return tuple(
+        one
+        if size[0] % reduction or size[1] % reduction
+        else resize(one, (size[0] // reduction, size[1] // reduction))
+        for one, reduction in zip(maps, reductions)
+    )
 
 
 def empty_encoder(name: str) -> Encoder:
@@ -147,10 +156,14 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
 def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Which of timm's feature maps lie at `REDUCTIONS`, and the deepest map with its reduction."""
     if not timm.is_model(TIMM_NAMES.get(name, name)):
-        raise UserError(f"backbone '{name}' is none of auto, {PUBLISHED}, {PACKAGED} and timm's networks (resnet18, "
-                        "mobilenetv3_large_100, ...)")
-    problem = UserError(f"backbone {name} has no feature maps at 1/4, 1/8 and 1/16 of the image; choose a convolutional "
-                        "one like resnet18")
+        raise UserError(
+            f"backbone '{name}' is none of auto, {PUBLISHED}, {PACKAGED} and timm's networks (resnet18, "
+            "mobilenetv3_large_100, ...)"
+        )
+    problem = UserError(
+        f"backbone {name} has no feature maps at 1/4, 1/8 and 1/16 of the image; choose a convolutional "
+        "one like resnet18"
+    )
     try:
         info = timm.create_model(TIMM_NAMES.get(name, name), features_only=True).feature_info
     except (RuntimeError, AttributeError, AssertionError) as reason:
@@ -163,8 +176,12 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     return tuple(last - found[::-1].index(reduction) for reduction in REDUCTIONS), (last, found[-1])
 
 
-def build_encoder(name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None) -> Encoder:
-    loading = {} if state is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
+def build_encoder(
+    name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None
+) -> Encoder:
+    loading = (
+        {} if state is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
+    )
     network = timm.create_model(TIMM_NAMES.get(name, name), features_only=True, out_indices=taps, **loading)
     known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
     return Encoder(network, known.mean, known.std, reductions).eval().requires_grad_(False)

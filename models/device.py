@@ -11,7 +11,9 @@ from csad.errors import UserError
 import torch
 from torch import Tensor
 
-CACHE_BYTES = 4 * 2**30  # of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes
+CACHE_BYTES = (
+    4 * 2**30
+)  # of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -29,7 +31,9 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError("only cpu, cuda and mps are supported")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise UserError(f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto") from problem
+        raise UserError(
+            f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto"
+        ) from problem
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -79,8 +83,10 @@ def choose_precision(name: str, device: torch.device) -> str:
             raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp32")
     elif device.type == "cpu":
         # Other CPUs emulate it, which is slower than fp32.
-        has_bf16 = any(getattr(torch.cpu, test, lambda: False)()
-                       for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        has_bf16 = any(
+            getattr(torch.cpu, test, lambda: False)()
+            for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
     else:
         has_bf16 = False
     precision = ("bf16" if has_bf16 else "fp32") if name == "auto" else name
@@ -118,4 +124,7 @@ def describe_device(device: torch.device, precision: str) -> dict[str, str]:
         return {"device": device.type, "precision": precision}
     tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     stored = "fp32" if precision == "tf32" else precision
-    return {"device": torch.cuda.get_device_name(device), "precision": f"{stored}, TF32 allowed" if tf32 else stored}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "precision": f"{stored}, TF32 allowed" if tf32 else stored,
+    }

@@ -51,10 +51,21 @@ class FusedModel(nn.Module):
         branches: names of the fused branches, in the order of `Prediction`'s K.
     """
 
-    def __init__(self, encoder: Encoder, segmentor: Segmentor | None = None, detector: PatchHistogramDetector | None = None,
-                 lgst: LGST | FeatureLGST | None = None, memory: PatchMemory | None = None, size: int = SIZE,
-                 roi: Tensor | None = None, evidence: HistogramEvidence | None = None, rule: str = "sum",
-                 tiles: int = 1, dfm: DeepFeatureModel | None = None, weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        encoder: Encoder,
+        segmentor: Segmentor | None = None,
+        detector: PatchHistogramDetector | None = None,
+        lgst: LGST | FeatureLGST | None = None,
+        memory: PatchMemory | None = None,
+        size: int = SIZE,
+        roi: Tensor | None = None,
+        evidence: HistogramEvidence | None = None,
+        rule: str = "sum",
+        tiles: int = 1,
+        dfm: DeepFeatureModel | None = None,
+        weights: Mapping[str, float] | None = None,
+    ):
         super().__init__()
         self.register_buffer("roi", roi)  # in no published state dict, nor in ours where there is none
         self.size, self.rule, self.tiles = size, rule, tiles
@@ -80,8 +91,11 @@ class FusedModel(nn.Module):
             rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = block_means(rgb)
         maps = self.encoder(small)
-        large_maps = self.encoder(block_means(rgb, self.size // self.tiles)) if self.sees_large and (
-            self.size // self.tiles > SIZE) else maps
+        large_maps = (
+            self.encoder(block_means(rgb, self.size // self.tiles))
+            if self.sees_large and (self.size // self.tiles > SIZE)
+            else maps
+        )
         scores, branch_maps = [], []
         if self.patch_hist_detector is not None:
             label_map = self.segmentor(maps).argmax(1)
@@ -95,8 +109,11 @@ class FusedModel(nn.Module):
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = self.memory(large_maps) if self.tiles == 1 else self.memory.anomaly_map(
-                self.memory.image_distances(self.encoder, rgb))
+            anomaly_map = (
+                self.memory(large_maps)
+                if self.tiles == 1
+                else self.memory.anomaly_map(self.memory.image_distances(self.encoder, rgb))
+            )
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         if self.dfm is not None:
@@ -105,10 +122,17 @@ class FusedModel(nn.Module):
             branch_maps.append(self.dfm.scaled(errors))
         branch_scores = torch.stack([self.contribution(*each) for each in zip(self.branches, scores)], 1)
         # A branch that hardly counts in the score does not paint over the others either.
-        weighted = [branch_map if self.weights[branch] == 1 else self.weights[branch] * branch_map
-                    for branch, branch_map in zip(self.branches, branch_maps)]
-        return Prediction(branch_scores.sum(1), branch_scores, torch.stack(weighted, 1).amax(1), torch.stack(branch_maps, 1),
-                          label_map.to(torch.uint8))
+        weighted = [
+            branch_map if self.weights[branch] == 1 else self.weights[branch] * branch_map
+            for branch, branch_map in zip(self.branches, branch_maps)
+        ]
+        return Prediction(
+            branch_scores.sum(1),
+            branch_scores,
+            torch.stack(weighted, 1).amax(1),
+            torch.stack(branch_maps, 1),
+            label_map.to(torch.uint8),
+        )
 
     def arrangement(self, label_map: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> the patch histogram's score (B,), not normalised, and its map (B, 64, 64)."""
@@ -140,8 +164,10 @@ def block_means(rgb: Tensor, size: int = SIZE) -> Tensor:
 
 def published_state(model: FusedModel) -> OrderedDict:
     """A model's state dict with the published keys."""
-    return OrderedDict((key.replace("encoder.network.", "encoder.").removeprefix("lgst."), value)
-                       for key, value in model.state_dict().items())
+    return OrderedDict(
+        (key.replace("encoder.network.", "encoder.").removeprefix("lgst."), value)
+        for key, value in model.state_dict().items()
+    )
 
 
 def from_state(state: Mapping[str, Tensor]) -> FusedModel:
@@ -165,25 +191,42 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "local_st.conv_st.weight" in state:
             lgst = empty_lgst(encoder, state)
         if "memory.rows" in state:
-            memory = PatchMemory(*memory_shape(state, "memory."), known["memory_score_share"], known["tiles"],
-                                 known["memory_border"])
+            memory = PatchMemory(
+                *memory_shape(state, "memory."),
+                known["memory_score_share"],
+                known["tiles"],
+                known["memory_border"],
+            )
         if "dfm.components" in state:
             dfm = model_from_state(state, encoder.channels[2], "dfm.")
-        model = FusedModel(encoder, segmentor, detector, lgst, memory, known.get("input_size", SIZE),
-                           torch.zeros_like(state["roi"]) if "roi" in state else None, evidence,
-                           known.get("fusion_rule", "sum"), known.get("tiles", 1), dfm, known.get("branch_weights"))
+        model = FusedModel(
+            encoder,
+            segmentor,
+            detector,
+            lgst,
+            memory,
+            known.get("input_size", SIZE),
+            torch.zeros_like(state["roi"]) if "roi" in state else None,
+            evidence,
+            known.get("fusion_rule", "sum"),
+            known.get("tiles", 1),
+            dfm,
+            known.get("branch_weights"),
+        )
         if not model.branches:
             raise KeyError("it has no branch")
         model.load_state_dict({_own_key(key): value for key, value in state.items()})
     except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:200]
-        raise UserError(f"this is not a CSAD model's state dict ({reason}); make one with "
-                        "export_model.py --format torch") from problem
+        raise UserError(
+            f"this is not a CSAD model's state dict ({reason}); make one with export_model.py --format torch"
+        ) from problem
     return model.eval().requires_grad_(False)
 
 
-def empty_patch_histogram(encoder: Encoder, state: Mapping[str, Tensor], prefix: str = ""
-                          ) -> tuple[Segmentor, PatchHistogramDetector]:
+def empty_patch_histogram(
+    encoder: Encoder, state: Mapping[str, Tensor], prefix: str = ""
+) -> tuple[Segmentor, PatchHistogramDetector]:
     """A segmentor of the shape that a state dict has, and the detector of its classes, both still without numbers.
 
     Args:

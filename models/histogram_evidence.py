@@ -65,8 +65,9 @@ class HistogramEvidence(nn.Module):
             cells = _mean_over(present, averages).flatten(1)
             deviations = (cells - getattr(self, f"mean_{grid}")) @ getattr(self, f"deviation_{grid}")
             drawn = spread @ deviations.view(-1, self.classes - 1, grid, grid) @ spread.T
-            evidence = evidence + torch.maximum((drawn - SLACK).clamp(min=0) * excess,
-                                                (-drawn - SLACK).clamp(min=0) * lack).amax(1)
+            evidence = evidence + torch.maximum(
+                (drawn - SLACK).clamp(min=0) * excess, (-drawn - SLACK).clamp(min=0) * lack
+            ).amax(1)
         return evidence
 
     def score(self, evidence: Tensor) -> Tensor:
@@ -81,12 +82,15 @@ class HistogramEvidence(nn.Module):
         """
         for name, buffer in self.state_dict().items():
             if name not in parameters or parameters[name].shape != tuple(buffer.shape):
-                raise ValueError(f"the evidence's parameter {name} is missing or was fitted for another number of classes")
+                raise ValueError(
+                    f"the evidence's parameter {name} is missing or was fitted for another number of classes"
+                )
             buffer.copy_(torch.from_numpy(parameters[name]))
 
 
-def fit_evidence(train: Tensor, validation: Tensor, classes: int, segmented_twice: tuple[Tensor, Tensor] | None = None
-                 ) -> dict[str, np.ndarray]:
+def fit_evidence(
+    train: Tensor, validation: Tensor, classes: int, segmented_twice: tuple[Tensor, Tensor] | None = None
+) -> dict[str, np.ndarray]:
     """Fit `HistogramEvidence` in float64.
 
     Args:
@@ -97,15 +101,20 @@ def fit_evidence(train: Tensor, validation: Tensor, classes: int, segmented_twic
     Returns:
         Its parameters, float32, by name.
     """
+
     def shares(labels: Tensor, grid: int) -> Tensor:
-        return torch.cat([_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in labels.split(BATCH)])
+        return torch.cat(
+            [_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in labels.split(BATCH)]
+        )
 
     blur = torch.arange(MAP_SIZE, dtype=torch.float64)
     blur = torch.exp(-0.5 * ((blur[:, None] - blur) / BLUR) ** 2)
     blur = blur / blur.sum(1, keepdim=True)
     frequency = blur @ shares(train, MAP_SIZE).mean(0) @ blur.T
-    parameters = {"frequency": frequency.numpy(),
-                  "expected": (frequency / frequency.amax((1, 2), keepdim=True).clamp(min=1e-6)).square().numpy()}
+    parameters = {
+        "frequency": frequency.numpy(),
+        "expected": (frequency / frequency.amax((1, 2), keepdim=True).clamp(min=1e-6)).square().numpy(),
+    }
     for grid in GRIDS:
         fitted, judged = (shares(labels, grid).flatten(1).numpy() for labels in (train, validation))
         mean = fitted.mean(0)
@@ -139,7 +148,9 @@ def _averages(cells: int) -> Tensor:
     """(n, 256) float64: the mean over each of n equal stretches of a side; pixels at an edge count with their share."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * SIZE / cells
     pixels = torch.arange(SIZE, dtype=torch.float64)
-    overlap = (torch.minimum(pixels + 1, edges[1:, None]) - torch.maximum(pixels, edges[:-1, None])).clamp(min=0)
+    overlap = (torch.minimum(pixels + 1, edges[1:, None]) - torch.maximum(pixels, edges[:-1, None])).clamp(
+        min=0
+    )
     return overlap / overlap.sum(1, keepdim=True)
 
 

@@ -95,7 +95,11 @@ class Autoencoder(nn.Module):
         super().__init__()
         widths = (3, 32, 32, 64, 64, 64)
         for index in range(5):
-            setattr(self, f"enconv{index + 1}", nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1))
+            setattr(
+                self,
+                f"enconv{index + 1}",
+                nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1),
+            )
         self.enconv6 = nn.Conv2d(64, 64, 8)
         for index in range(6):
             setattr(self, f"deconv{index + 1}", nn.Conv2d(64, 64, 4, padding=2))
@@ -133,8 +137,9 @@ class MapNormalisation(nn.Module):
 
     def anomaly_map(self, differences: Differences) -> Tensor:
         """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
-        return (0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
-                + 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start))
+        return 0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start) + 0.1 * (
+            differences.global_ - self.q_ae_start
+        ) / (self.q_ae_end - self.q_ae_start)
 
     @staticmethod
     def scaled(anomaly_map: Tensor) -> Tensor:
@@ -163,7 +168,9 @@ class LGST(MapNormalisation):
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
-        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)  # for student and autoencoder; an encoder brings its own
+        self.normalise = Normalise(
+            IMAGENET_MEAN, IMAGENET_STD
+        )  # for student and autoencoder; an encoder brings its own
         self.teacher = Teacher(encoder_channels[1] + encoder_channels[2], channels)
         self.teacher.requires_grad_(False)
         self.local_st = Student(width, channels)
@@ -187,11 +194,19 @@ class LGST(MapNormalisation):
         """RGB in 0..255 (B, 3, 256, 256) and the encoder's maps of it -> where student, teacher and autoencoder disagree."""
         normalised = self.normalise(images)
         local, global_ = self.local_st(normalised)
-        return Differences((self.teacher_features(maps) - local).square().mean(1),
-                           (self.autoencoder(normalised) - global_).square().mean(1))
+        return Differences(
+            (self.teacher_features(maps) - local).square().mean(1),
+            (self.autoencoder(normalised) - global_).square().mean(1),
+        )
 
-    def training_features(self, images: Tensor, teacher: Tensor, augmented: Tensor | None, augmented_teacher: Tensor | None,
-                          penalty: Tensor) -> TrainingFeatures:
+    def training_features(
+        self,
+        images: Tensor,
+        teacher: Tensor,
+        augmented: Tensor | None,
+        augmented_teacher: Tensor | None,
+        penalty: Tensor,
+    ) -> TrainingFeatures:
         """What `losses` compares in one step.
 
         Args:
@@ -221,7 +236,9 @@ class TrainingFeatures(NamedTuple):
     teacher: Tensor  # of the training images
     local: Tensor  # the student's first head on the same images
     penalty: Tensor | None = None  # the student's first head on an image unlike them, if the step has one
-    augmented_teacher: Tensor | None = None  # the teacher on augmented views; None, like the next two, on local steps
+    augmented_teacher: Tensor | None = (
+        None  # the teacher on augmented views; None, like the next two, on local steps
+    )
     decoded: Tensor | None = None  # the autoencoder on these views
     global_: Tensor | None = None  # the student's second head on these views
 
@@ -238,7 +255,8 @@ def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> di
         the last three are missing.
     """
     teacher, local, penalty, augmented_teacher, decoded, global_ = (
-        None if maps is None else maps.float() for maps in features)
+        None if maps is None else maps.float() for maps in features
+    )
     difference = (teacher - local).square()
     if hard_quantile is not None:
         difference = difference[difference >= quantile(difference.detach(), hard_quantile)]

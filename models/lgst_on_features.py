@@ -38,7 +38,9 @@ class WhitenedTeacher(nn.Module):
         """Set the projection from mean (C,) and covariance (C, C) of `averaged` over the training images, float64."""
         scale = covariance.diagonal().clamp(min=1e-12).rsqrt()
         values, vectors = torch.linalg.eigh(covariance * scale.outer(scale))
-        turn = torch.linalg.qr(torch.randn(len(mean), len(mean), dtype=torch.float64))[0][:self.proj.out_channels]
+        turn = torch.linalg.qr(torch.randn(len(mean), len(mean), dtype=torch.float64))[0][
+            : self.proj.out_channels
+        ]
         weight = turn @ (vectors / (values.clamp(min=0) + RIDGE).sqrt()).T * scale
         self.proj.weight.data.copy_(weight[:, :, None, None])
         self.proj.bias.data.copy_(-weight @ mean)
@@ -111,7 +113,9 @@ class FeatureLGST(MapNormalisation):
             if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 continue
             nn.init.zeros_(module.bias)
-            if isinstance(module, nn.ConvTranspose2d):  # from 1x1: every place of the output sees one of the input
+            if isinstance(
+                module, nn.ConvTranspose2d
+            ):  # from 1x1: every place of the output sees one of the input
                 nn.init.normal_(module.weight, std=math.sqrt(2 / module.in_channels))
             elif module in heads:
                 nn.init.normal_(module.weight, std=0.01)
@@ -126,7 +130,9 @@ class FeatureLGST(MapNormalisation):
         """The encoder's map at 1/16 -> the autoencoder's features."""
         return self.autoencoder((resize(stride16, CODED_SIZE) - self.sixteenth_mean) / self.sixteenth_std)
 
-    def training_features(self, stride4: Tensor, teacher: Tensor, stride16: Tensor | None) -> TrainingFeatures:
+    def training_features(
+        self, stride4: Tensor, teacher: Tensor, stride16: Tensor | None
+    ) -> TrainingFeatures:
         """What `models.lgst.losses` compares in one step, without augmented views and penalty.
 
         Args:

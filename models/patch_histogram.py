@@ -25,8 +25,14 @@ from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 
 FEW_IMAGES, FOLDS = 50, 5  # covariances of fewer images are shrunk, by cross-validation with so many folds
 SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
-PARAMETER_NAMES = ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov",
-                   "hist_val_score", "patch_hist_val_score")
+PARAMETER_NAMES = (
+    "hist_mean",
+    "hist_invcov",
+    "patch_hist_mean",
+    "patch_hist_invcov",
+    "hist_val_score",
+    "patch_hist_val_score",
+)
 
 
 def label_histograms(labels: Tensor, classes: int, background: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,13 +51,17 @@ def label_histograms(labels: Tensor, classes: int, background: bool = False) -> 
     blocks = labels.reshape(-1, 1, 2, height // 2, 2, width // 2)
     fractions = (blocks == numbers).float().mean((3, 5))  # (B, C, row, column)
     if not background:
-        fractions = fractions * (torch.arange(classes, device=labels.device) > 0).float().view(1, classes, 1, 1)
+        fractions = fractions * (torch.arange(classes, device=labels.device) > 0).float().view(
+            1, classes, 1, 1
+        )
     whole = fractions.mean((2, 3))
     quarters = fractions.permute(0, 3, 2, 1).reshape(-1, QUARTERS * classes)
     return whole, quarters
 
 
-def mahalanobis(histograms: Tensor, mean: Tensor, inverse_covariance: Tensor, factor: Tensor | None = None) -> Tensor:
+def mahalanobis(
+    histograms: Tensor, mean: Tensor, inverse_covariance: Tensor, factor: Tensor | None = None
+) -> Tensor:
     """Distances of histograms (B, n) from a mean (n, 1), (B,); Euclidean where Mahalanobis is not a number.
 
     Args:
@@ -103,14 +113,18 @@ class PatchHistogramDetector(nn.Module):
     def whiten(self) -> None:
         """From now on take distances as norms of whitened differences: right in float32, too, for near-singular covariances."""
         try:
-            self.whitening = nn.ParameterList(nn.Parameter(whitening(inverse), requires_grad=False)
-                                              for inverse in (self.hist_invcov, self.patch_hist_invcov))
+            self.whitening = nn.ParameterList(
+                nn.Parameter(whitening(inverse), requires_grad=False)
+                for inverse in (self.hist_invcov, self.patch_hist_invcov)
+            )
         except ValueError:
             self.whitening = None
 
     def distances(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> distances of the whole and of the quarters, (B,) each, not normalised."""
-        histograms = [one.to(self.hist_mean.dtype) for one in label_histograms(labels, self.classes, self.background)]
+        histograms = [
+            one.to(self.hist_mean.dtype) for one in label_histograms(labels, self.classes, self.background)
+        ]
         means, inverses = (self.hist_mean, self.patch_hist_mean), (self.hist_invcov, self.patch_hist_invcov)
         factors = (None, None) if self.whitening is None else self.whitening
         return tuple(mahalanobis(*each) for each in zip(histograms, means, inverses, factors))
@@ -118,11 +132,16 @@ class PatchHistogramDetector(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""
         whole, quarters = self.distances(labels)
-        return ((whole - self.hist_val_mean) / self.hist_val_std
-                + (quarters - self.patch_hist_val_mean) / self.patch_hist_val_std)
+        return (whole - self.hist_val_mean) / self.hist_val_std + (
+            quarters - self.patch_hist_val_mean
+        ) / self.patch_hist_val_std
 
-    def load_parameters(self, parameters: Mapping[str, np.ndarray], std_floor: float = EXPORTED_STD_FLOOR,
-                        trimmed: bool = True) -> None:
+    def load_parameters(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        std_floor: float = EXPORTED_STD_FLOOR,
+        trimmed: bool = True,
+    ) -> None:
         """Take over what `fit_parameters` found, or a published ``{category}_patchhist_params.npz``.
 
         Args:
@@ -141,16 +160,23 @@ class PatchHistogramDetector(nn.Module):
                 kind = "mean" if buffer.shape[1] == 1 else "invcov"
                 given = np.asarray(parameters[f"{name}_{kind}"])
                 if given.size != buffer.numel():
-                    raise ValueError(f"patch-histogram parameter {name}_{kind} has {given.size} values, expected "
-                                     f"{buffer.numel()} for {self.classes} classes")
+                    raise ValueError(
+                        f"patch-histogram parameter {name}_{kind} has {given.size} values, expected "
+                        f"{buffer.numel()} for {self.classes} classes"
+                    )
                 buffer.copy_(torch.as_tensor(given, dtype=buffer.dtype).view(buffer.shape))
             mean, std = (fit_trimmed_z if trimmed else fit_z)(parameters[f"{name}_val_score"], std_floor)
             getattr(self, f"{name}_val_mean").fill_(mean)
             getattr(self, f"{name}_val_std").fill_(std)
 
 
-def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float = 0.0,
-                   segmented_twice: tuple[Tensor, Tensor] | None = None) -> dict[str, np.ndarray]:
+def fit_parameters(
+    train: Tensor,
+    validation: Tensor,
+    classes: int,
+    floor: float = 0.0,
+    segmented_twice: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, np.ndarray]:
     """Fit the detector in float64 (docs/method.md section 2).
 
     Args:
@@ -170,15 +196,20 @@ def fit_parameters(train: Tensor, validation: Tensor, classes: int, floor: float
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
     wavering = [np.zeros_like(fitted[:1]) for fitted in train_histograms]
     if segmented_twice is not None:
-        wavering = [changed - plain for plain, changed in zip(*(_stacked(maps, classes) for maps in segmented_twice))]
-    for name, fitted, judged, differences in zip(("hist", "patch_hist"), train_histograms, validation_histograms, wavering):
+        wavering = [
+            changed - plain for plain, changed in zip(*(_stacked(maps, classes) for maps in segmented_twice))
+        ]
+    for name, fitted, judged, differences in zip(
+        ("hist", "patch_hist"), train_histograms, validation_histograms, wavering
+    ):
         components = np.arange(fitted.shape[1]) % classes > 0
         added = differences.T @ differences / len(differences)
         added[components, components] += floor**2
         covariance = sample_covariance(fitted) + added
         if segmented_twice is not None:
             covariance[np.ix_(components, components)] = regularised_covariance(
-                fitted[:, components], added[np.ix_(components, components)])
+                fitted[:, components], added[np.ix_(components, components)]
+            )
         mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
         inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
@@ -205,6 +236,7 @@ def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray
         (d, d). Of fewer than `FEW_IMAGES` samples, by that of `SHRINKAGES` with which held-out samples are likeliest
         (five folds, Gaussian).
     """
+
     def shrunk(some: np.ndarray, shrinkage: float) -> np.ndarray:
         covariance = sample_covariance(some)
         return (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)) + added
@@ -243,8 +275,13 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
     for name, title, groups in (("hist", "", 1), ("patch_hist", "quarter_", QUARTERS)):
         mean = np.array(parameters[f"{name}_mean"], dtype=np.float64).reshape(groups, classes)
         mean[:, 0] = 1 - mean[:, 1:].sum(1)
-        covariance = np.linalg.pinv(np.asarray(parameters[f"{name}_invcov"], dtype=np.float64), hermitian=True)
-        blocks = [covariance[first:first + classes, first:first + classes] for first in range(0, groups * classes, classes)]
+        covariance = np.linalg.pinv(
+            np.asarray(parameters[f"{name}_invcov"], dtype=np.float64), hermitian=True
+        )
+        blocks = [
+            covariance[first : first + classes, first : first + classes]
+            for first in range(0, groups * classes, classes)
+        ]
         variance = np.array([[block[1:, 1:].sum(), *np.diag(block)[1:]] for block in blocks])
         std = np.sqrt(variance.clip(min=0))
         for kind, values in (("mean", mean), ("std", std)):
@@ -252,7 +289,9 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
     return statistics
 
 
-def fitted_detector(parameters: Mapping[str, np.ndarray], classes: int, trimmed: bool = True) -> PatchHistogramDetector:
+def fitted_detector(
+    parameters: Mapping[str, np.ndarray], classes: int, trimmed: bool = True
+) -> PatchHistogramDetector:
     """The detector of stage 2: float64, index 0 left out, a std replaced only where it is 0."""
     detector = PatchHistogramDetector(classes, background=False).double()
     detector.load_parameters(parameters, std_floor=0.0, trimmed=trimmed)

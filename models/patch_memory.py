@@ -18,7 +18,10 @@ from models.constants import MAP_SIZE
 from models.statistics import map_range
 
 SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
-USUAL_SMOOTHING, USUAL_WEIGHT = 1.5, 0.5  # the same of the map of usual distances; its share that is taken off
+USUAL_SMOOTHING, USUAL_WEIGHT = (
+    1.5,
+    0.5,
+)  # the same of the map of usual distances; its share that is taken off
 MARGIN = 32  # pixels of its neighbours that a tile sees
 GROUPS = 32  # of rows, whose minima are taken first in ONNX
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
@@ -43,7 +46,9 @@ class PatchMemory(nn.Module):
         q_start, q_end: quantiles of the validation maps as they are shown.
     """
 
-    def __init__(self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"):
+    def __init__(
+        self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"
+    ):
         super().__init__()
         self.score_share, self.tiles, self.border = score_share, tiles, border
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
@@ -65,8 +70,9 @@ class PatchMemory(nn.Module):
         """
         return nearest(embedded, *self._kernel(left_out))
 
-    def image_distances(self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor,
-                        left_out: Tensor | None = None) -> Tensor:
+    def image_distances(
+        self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor, left_out: Tensor | None = None
+    ) -> Tensor:
         """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile -> as `distances`."""
         kernel = self._kernel(left_out)  # once: an exported model would hold one for each tile
         return apply_tiled(lambda tile: nearest(self.embed(encoder(tile)), *kernel), rgb, self.tiles)
@@ -104,7 +110,9 @@ class PatchMemory(nn.Module):
 
     def fit_usual(self, distances: Iterable[Tensor]) -> None:
         """Set what is usual at each place from distance maps (h, w) of training images whose own rows were left out."""
-        self.usual.copy_(USUAL_WEIGHT * smooth(torch.stack(list(distances)).mean(0, keepdim=True), USUAL_SMOOTHING))
+        self.usual.copy_(
+            USUAL_WEIGHT * smooth(torch.stack(list(distances)).mean(0, keepdim=True), USUAL_SMOOTHING)
+        )
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
@@ -117,7 +125,9 @@ def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """Patches (B, C, h, w) -> distance of each to the nearest row r, given as weight -2 r and offset |r|^2."""
     # |x - r|^2 = |x|^2 + (|r|^2 - 2 x r): a 1x1 convolution and a minimum, which every runtime is good at.
     products = F.conv2d(embedded, weight, offset)
-    if torch.onnx.is_in_onnx_export():  # in two steps: onnxruntime takes one image's minimum over all channels on one core
+    if (
+        torch.onnx.is_in_onnx_export()
+    ):  # in two steps: onnxruntime takes one image's minimum over all channels on one core
         products = products.unflatten(1, (math.gcd(len(offset), GROUPS), -1)).amin(2)
     return (products.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
 
@@ -137,9 +147,23 @@ def apply_tiled(fn: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tens
     own = rgb.shape[-1] // tiles
     side = own + 2 * MARGIN
     begins = [min(max(index * own - MARGIN, 0), tiles * own - side) for index in range(tiles)]
-    kept = [slice((index * own - begin) // 8, (index * own - begin + own) // 8) for index, begin in enumerate(begins)]
-    return torch.cat([torch.cat([fn(rgb[..., top:top + side, left:left + side])[..., rows, columns]
-                                 for left, columns in zip(begins, kept)], -1) for top, rows in zip(begins, kept)], -2)
+    kept = [
+        slice((index * own - begin) // 8, (index * own - begin + own) // 8)
+        for index, begin in enumerate(begins)
+    ]
+    return torch.cat(
+        [
+            torch.cat(
+                [
+                    fn(rgb[..., top : top + side, left : left + side])[..., rows, columns]
+                    for left, columns in zip(begins, kept)
+                ],
+                -1,
+            )
+            for top, rows in zip(begins, kept)
+        ],
+        -2,
+    )
 
 
 def patches(maps: tuple[Tensor, ...]) -> Tensor:
@@ -163,8 +187,12 @@ def smooth(maps: Tensor, sigma: float, border: str = "replicate") -> Tensor:
     return F.conv2d(found, line.view(1, 1, 1, -1), padding=(0, padding))[:, 0]
 
 
-def greedy_k_centre(candidates: Tensor, count: int, generator: torch.Generator,
-                    progress: Callable[[int], object] = lambda chosen: None) -> Tensor:
+def greedy_k_centre(
+    candidates: Tensor,
+    count: int,
+    generator: torch.Generator,
+    progress: Callable[[int], object] = lambda chosen: None,
+) -> Tensor:
     """Choose rows such that no candidate is far from the nearest one: the next is always the farthest so far.
 
     For speed the distances of all candidates are brought up to date once a round; within a round the choice is among those that
@@ -194,7 +222,10 @@ def greedy_k_centre(candidates: Tensor, count: int, generator: torch.Generator,
         new = farthest[new]
         chosen = torch.cat([chosen, new])
         for part in torch.arange(len(candidates)).split(20_000):
-            apart = torch.addmm(lengths[new], candidates[part], candidates[new].T, alpha=-2).amin(1) + lengths[part]
+            apart = (
+                torch.addmm(lengths[new], candidates[part], candidates[new].T, alpha=-2).amin(1)
+                + lengths[part]
+            )
             nearest[part] = torch.minimum(nearest[part], apart.clamp(min=0))
         nearest[chosen] = -1
         progress(len(new))

@@ -37,7 +37,9 @@ class ConvBnRelu(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, rate: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False)
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False
+        )
         self.bn = nn.BatchNorm2d(outputs, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,11 +89,13 @@ class Segmentor(nn.Module):
         self.aspp = ASPP(deep, width)
         self.reduce = ConvBnRelu(shallow, reduced)
         self.fc1 = ConvBnRelu((len(ASPP_RATES) + 2) * width, width)
-        self.fc2 = nn.Sequential(OrderedDict(
-            conv1=ConvBnRelu(width + reduced, width, kernel=3),
-            conv2=ConvBnRelu(width, width, kernel=3),
-            conv3=nn.Conv2d(width, classes, 1),
-        ))
+        self.fc2 = nn.Sequential(
+            OrderedDict(
+                conv1=ConvBnRelu(width + reduced, width, kernel=3),
+                conv2=ConvBnRelu(width, width, kernel=3),
+                conv3=nn.Conv2d(width, classes, 1),
+            )
+        )
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """(B, *, H/4, W/4), (B, *, H/8, W/8) (unused), (B, *, H/16, W/16) -> logits (B, classes, *output_size)."""
@@ -148,8 +152,9 @@ def entropy_loss(probabilities: Tensor) -> Tensor:
     return -(probabilities * (probabilities + SMOOTH).log()).mean()
 
 
-def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels: Tensor,
-           weights: LossWeights) -> dict[str, Tensor]:
+def losses(
+    logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels: Tensor, weights: LossWeights
+) -> dict[str, Tensor]:
     """The losses of one step, weighted, to be added up.
 
     Args:
@@ -171,6 +176,10 @@ def losses(logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels:
     }
     if len(reference_labels):
         unlabelled_probabilities = unlabelled.softmax(1)
-        parts["histogram"] = weights.weight_histogram * histogram_loss(unlabelled_probabilities, reference_labels)
-        parts["entropy"] = weights.weight_entropy * (entropy_loss(probabilities) + entropy_loss(unlabelled_probabilities))
+        parts["histogram"] = weights.weight_histogram * histogram_loss(
+            unlabelled_probabilities, reference_labels
+        )
+        parts["entropy"] = weights.weight_entropy * (
+            entropy_loss(probabilities) + entropy_loss(unlabelled_probabilities)
+        )
     return parts

@@ -33,7 +33,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-faults", action="store_true", help="tests/faults: every bad input, not one of each group alone")
+    parser.addoption(
+        "--all-faults", action="store_true", help="tests/faults: every bad input, not one of each group alone"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -52,9 +54,11 @@ def _fixed_threads():
 @pytest.fixture
 def reference():
     """Load tests/reference/{name}.npz as a dictionary."""
+
     def load(name: str) -> dict[str, np.ndarray]:
         with np.load(REFERENCE / f"{name}.npz", allow_pickle=False) as archive:
             return dict(archive)
+
     return load
 
 
@@ -70,7 +74,9 @@ class TinyEncoder(nn.Module):
 
     def forward(self, images):
         images = (images.float() - 115) / 58
-        return tuple(F.conv2d(F.avg_pool2d(images, fraction), self.projection).relu() for fraction in (4, 8, 16))
+        return tuple(
+            F.conv2d(F.avg_pool2d(images, fraction), self.projection).relu() for fraction in (4, 8, 16)
+        )
 
 
 def tiny_backbone() -> Backbone:
@@ -81,7 +87,17 @@ def tiny_backbone() -> Backbone:
 def job_for(category, workspace, backbone, chosen, seed=0, overwrite=False, precision="fp32") -> Job:
     """What a training stage is given for one category, on the CPU; like every process it looks at the disk anew."""
     category = Category(category.root, category.logical_defects)
-    return Job(category, workspace, chosen, view_of(category, chosen), backbone, torch.device("cpu"), precision, seed, overwrite)
+    return Job(
+        category,
+        workspace,
+        chosen,
+        view_of(category, chosen),
+        backbone,
+        torch.device("cpu"),
+        precision,
+        seed,
+        overwrite,
+    )
 
 
 def draw_parts(rng: np.random.Generator, parts: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,12 +115,24 @@ def draw_parts(rng: np.random.Generator, parts: int, size: int) -> tuple[np.ndar
     return np.clip(image + noise, 0, 255).astype(np.uint8), labels
 
 
-def make_discs(root: Path, category: str = "discs", train: int = 12, validation: int = 6, test: int = 4,
-               size: int = 128, suffix: str = ".png") -> Path:
+def make_discs(
+    root: Path,
+    category: str = "discs",
+    train: int = 12,
+    validation: int = 6,
+    test: int = 4,
+    size: int = 128,
+    suffix: str = ".png",
+) -> Path:
     """Write a tiny data set in LOCO's layout: four discs; logical anomalies lack one, structural ones are scratched."""
     rng = np.random.default_rng(7)
-    for folder, count in (("train/good", train), ("validation/good", validation), ("test/good", test),
-                          ("test/logical_anomalies", test), ("test/structural_anomalies", test)):
+    for folder, count in (
+        ("train/good", train),
+        ("validation/good", validation),
+        ("test/good", test),
+        ("test/logical_anomalies", test),
+        ("test/structural_anomalies", test),
+    ):
         (root / category / folder).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             image, _ = draw_parts(rng, 3 if "logical" in folder else 4, size)

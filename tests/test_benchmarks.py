@@ -22,18 +22,38 @@ NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__ma
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_as_a_module_and_needs_no_tests(name):
-    assert not re.search(r"^ *(from|import) (tests|conftest)", (ROOT / f"benchmarks/{name}.py").read_text(), re.MULTILINE)
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert not re.search(
+        r"^ *(from|import) (tests|conftest)", (ROOT / f"benchmarks/{name}.py").read_text(), re.MULTILINE
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
 def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
     monkeypatch.setattr(pseudo_label_speed, "ROTATIONS", 2)
     monkeypatch.setattr(pseudo_label_speed, "PUBLISHED", "efficientnet_lite0")
-    monkeypatch.setattr(sys, "argv", ["pseudo_label_speed", "--device", "cpu", "--sam", "--grounding_dino", "--components", "120",
-                                      "--scikit_learn"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pseudo_label_speed",
+            "--device",
+            "cpu",
+            "--sam",
+            "--grounding_dino",
+            "--components",
+            "120",
+            "--scikit_learn",
+        ],
+    )
     pseudo_label_speed.main()
-    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if re.search(r"\| +\d+\.\d+ \|", line)]
+    rows = [
+        line.split("|")[1:4]
+        for line in capsys.readouterr().out.splitlines()
+        if re.search(r"\| +\d+\.\d+ \|", line)
+    ]
     assert len(rows) == 7 and all(float(seconds) >= 0 for _, seconds, _ in rows)
     assert {what.strip() for _, _, what in rows} == {"image", "component"}
 
@@ -41,7 +61,9 @@ def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
     root = make_dataset(train=4, test=2)
     category, workspace = layouts.Dataset(root).select(None)[0], Workspace(tmp_path / "work")
-    monkeypatch.setattr(sys, "argv", ["label_quality", "--workspace", str(workspace.root), "--dataset_root", str(root)])
+    monkeypatch.setattr(
+        sys, "argv", ["label_quality", "--workspace", str(workspace.root), "--dataset_root", str(root)]
+    )
     with pytest.raises(UserError, match="true label maps are missing"):
         label_quality.main()
 
@@ -56,11 +78,15 @@ def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_pa
     # Trusted maps with other names for the same classes; the segmentor's right in one image of two, empty in the other.
     for index in (1, 3):
         path = category.train[index]
-        files.write_image(workspace.pseudo_labels(category.name).image(path.stem) / "filtered_cluster_map.png",
-                          (2 - truth[path]).repeat(2, 0).repeat(2, 1))
+        files.write_image(
+            workspace.pseudo_labels(category.name).image(path.stem) / "filtered_cluster_map.png",
+            (2 - truth[path]).repeat(2, 0).repeat(2, 1),
+        )
     for path, share in zip(category.test(layouts.GOOD), (1, 0)):
-        files.write_image(workspace.segmentation_output(category.name, layouts.GOOD, path.stem),
-                          (share * truth[path]).repeat(2, 0).repeat(2, 1))
+        files.write_image(
+            workspace.segmentation_output(category.name, layouts.GOOD, path.stem),
+            (share * truth[path]).repeat(2, 0).repeat(2, 1),
+        )
     label_quality.main()
 
     found = json.loads((workspace.root / "label_quality.json").read_text())["discs"]
@@ -74,10 +100,33 @@ def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_pa
 
 @pytest.mark.parametrize("stage", ["lgst", "segmentor"])
 def test_training_steps_are_timed(stage, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["training_speed", "--stage", stage, "--timed_steps", "1", "--workspace", str(tmp_path),
-                                      "--backbone", "efficientnet_lite0", "--device", "cpu", "--lgst.width", "8",
-                                      "--lgst.teacher_channels", "8", "--lgst.batch_size", "1", "--segmentor.width", "8",
-                                      "--segmentor.batch_size", "2"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "training_speed",
+            "--stage",
+            stage,
+            "--timed_steps",
+            "1",
+            "--workspace",
+            str(tmp_path),
+            "--backbone",
+            "efficientnet_lite0",
+            "--device",
+            "cpu",
+            "--lgst.width",
+            "8",
+            "--lgst.teacher_channels",
+            "8",
+            "--lgst.batch_size",
+            "1",
+            "--segmentor.width",
+            "8",
+            "--segmentor.batch_size",
+            "2",
+        ],
+    )
     training_speed.main()
     found = json.loads((tmp_path / f"benchmark_training_{stage}.json").read_text())["variants"]
     assert {"plain fp32", "fast fp32"} <= found.keys()
@@ -93,24 +142,47 @@ def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypa
         state = real()
         speed.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
         return state
+
     monkeypatch.setattr(speed, "random_state", small)
-    monkeypatch.setattr(sys, "argv", ["speed", "--workspace", str(tmp_path), "--turns", "1", "--batches", "1", "--device", "cpu",
-                                      "--precisions", "fp32"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "speed",
+            "--workspace",
+            str(tmp_path),
+            "--turns",
+            "1",
+            "--batches",
+            "1",
+            "--device",
+            "cpu",
+            "--precisions",
+            "fp32",
+        ],
+    )
     speed.main()
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert {(row["graph"], row["runtime"]) for row in rows} == {
-        (graph, runtime) for graph in ("published", "ours") for runtime in ("torch", "onnxruntime", "openvino")}
+        (graph, runtime)
+        for graph in ("published", "ours")
+        for runtime in ("torch", "onnxruntime", "openvino")
+    }
     assert all(row["ms_per_image"] > 0 for row in rows)
 
 
 def test_one_category_becomes_many_under_names_of_their_own(tmp_path):
     one, name = Workspace(tmp_path / "1"), many_categories.CATEGORY
     files.write_array(one.scores(name, "memory", "val"), np.arange(3.0))
-    files.write_json(one.record(name, "memory"), {"outputs": {f"anomaly_score/{name}_memory_val_score.npy": "12ab"}})
+    files.write_json(
+        one.record(name, "memory"), {"outputs": {f"anomaly_score/{name}_memory_val_score.npy": "12ab"}}
+    )
     files.write_json(one.backbone, {"name": "tiny"})
     many_categories.multiply(one.root, tmp_path / "2", 2)
     for index in range(2):
         many, made = Workspace(tmp_path / "2"), f"category_{index:04d}"
         assert files.read_array(many.scores(made, "memory", "val")).tolist() == [0, 1, 2]
-        assert files.read_json(many.record(made, "memory")) == {"outputs": {f"anomaly_score/{made}_memory_val_score.npy": "12ab"}}
+        assert files.read_json(many.record(made, "memory")) == {
+            "outputs": {f"anomaly_score/{made}_memory_val_score.npy": "12ab"}
+        }
     assert files.read_json(Workspace(tmp_path / "2").backbone) == {"name": "tiny"}

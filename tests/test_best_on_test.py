@@ -36,7 +36,9 @@ class Counting(nn.Linear):
         self.weight.data.fill_(step)
 
 
-@pytest.mark.parametrize("aurocs, kept", [((50, 70, 60), 4), ((70, 70, 60), 2), ((50, 60, 70), 5), ((math.nan, 60, 50), 4)])
+@pytest.mark.parametrize(
+    "aurocs, kept", [((50, 70, 60), 4), ((70, 70, 60), 2), ((50, 60, 70), 5), ((math.nan, 60, 50), 4)]
+)
 def test_the_best_evaluation_is_kept_the_earliest_of_equals(aurocs, kept, capsys):
     values, network = dict(zip((2, 4, 5), aurocs)), Counting().train()
     best = BestOnTest(2, 5, lambda one: math.nan if one.training else values[int(one.weight.item())])
@@ -44,7 +46,9 @@ def test_the_best_evaluation_is_kept_the_earliest_of_equals(aurocs, kept, capsys
         network.at(step)
         best.after(step, network)
         assert network.training
-    np.testing.assert_array_equal(best.evaluations, [list(one) for one in values.items()])  # the last step, too
+    np.testing.assert_array_equal(
+        best.evaluations, [list(one) for one in values.items()]
+    )  # the last step, too
     best.restore(network, "cup")
     assert network.weight.item() == kept == best.noted()["selected_step"]
     assert f"after step {kept} " in capsys.readouterr().out
@@ -53,7 +57,9 @@ def test_the_best_evaluation_is_kept_the_earliest_of_equals(aurocs, kept, capsys
 def test_scores_that_are_no_numbers_are_never_the_best():
     assert math.isnan(mean_auroc({layouts.GOOD: np.zeros(2), layouts.LOGICAL: np.array([1, np.nan])}))
     good = np.array([0.0, 1])
-    assert mean_auroc({layouts.GOOD: good, layouts.STRUCTURAL: good + 2}) == 100  # of the kinds that there are
+    assert (
+        mean_auroc({layouts.GOOD: good, layouts.STRUCTURAL: good + 2}) == 100
+    )  # of the kinds that there are
     assert mean_auroc({layouts.GOOD: good, layouts.LOGICAL: good, layouts.STRUCTURAL: good + 2}) == 75
     network = Counting()
     network.at(1)
@@ -63,8 +69,10 @@ def test_scores_that_are_no_numbers_are_never_the_best():
     assert network.weight.item() == 1
 
 
-OVERRIDES = {"LGST": {"student": "pixels", "width": 8, "teacher_channels": 8, "steps": 6, "batch_size": 1, "lr": 0.01},
-             "LGST on features": {"student": "features", "width": 8, "teacher_channels": 8, "steps": 6, "lr": 0.01}}
+OVERRIDES = {
+    "LGST": {"student": "pixels", "width": 8, "teacher_channels": 8, "steps": 6, "batch_size": 1, "lr": 0.01},
+    "LGST on features": {"student": "features", "width": 8, "teacher_channels": 8, "steps": 6, "lr": 0.01},
+}
 
 
 @pytest.fixture
@@ -73,8 +81,12 @@ def category(make_dataset):
 
 
 def train(category, workspace, kind="LGST", checkpoint="best_on_test"):
-    chosen = settings.load("discs", "quick", {"images.size": 256, "lgst.checkpoint": checkpoint} | {
-        f"lgst.{key}": value for key, value in OVERRIDES[kind].items()})
+    chosen = settings.load(
+        "discs",
+        "quick",
+        {"images.size": 256, "lgst.checkpoint": checkpoint}
+        | {f"lgst.{key}": value for key, value in OVERRIDES[kind].items()},
+    )
     CSAD.train_category(job_for(category, workspace, tiny_backbone(), chosen))
 
 
@@ -83,19 +95,31 @@ def written(workspace):
 
 
 @pytest.mark.parametrize("kind", OVERRIDES)
-def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(kind, category, tmp_path, monkeypatch):
+def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(
+    kind, category, tmp_path, monkeypatch
+):
     monkeypatch.setattr(CSAD, "EVALUATED_EVERY", 2)
     monkeypatch.setattr("csad.training.loop.SAVE_EVERY_SECONDS", 0)
     whole, broken, last = (Workspace(tmp_path / name) for name in ("whole", "broken", "last"))
     train(category, whole, kind)
     saved = files.read_state(whole.lgst("discs"))
-    meta, scored = saved["meta"], {part: files.read_array(whole.scores("discs", "LGST", part)) for part in ("logi", "struc")}
+    meta, scored = (
+        saved["meta"],
+        {part: files.read_array(whole.scores("discs", "LGST", part)) for part in ("logi", "struc")},
+    )
     assert [step for step, _ in meta["evaluations"]] == [2, 4, 6]
     assert meta["selected_step"] == max(meta["evaluations"], key=lambda one: one[1])[0]
     good = len(category.test(layouts.GOOD))
-    again = mean_auroc({layouts.GOOD: scored["logi"][:good], layouts.LOGICAL: scored["logi"][good:],
-                        layouts.STRUCTURAL: scored["struc"][good:]})
-    assert again == pytest.approx(dict(map(tuple, meta["evaluations"]))[meta["selected_step"]])  # its scores are those written
+    again = mean_auroc(
+        {
+            layouts.GOOD: scored["logi"][:good],
+            layouts.LOGICAL: scored["logi"][good:],
+            layouts.STRUCTURAL: scored["struc"][good:],
+        }
+    )
+    assert again == pytest.approx(
+        dict(map(tuple, meta["evaluations"]))[meta["selected_step"]]
+    )  # its scores are those written
     assert meta["selection"] == CHOSEN_ON_TEST
     assert files.read_json(whole.record("discs", "LGST"))["used"]["selection"] == CHOSEN_ON_TEST
 
@@ -146,7 +170,9 @@ def test_without_anomalous_test_images_it_is_one_sentence_before_any_training(ca
         for split in missing:
             shutil.rmtree(other.root / "test" / split)
         workspace = Workspace(tmp_path / "work")
-        with pytest.raises(UserError, match="best_on_test chooses by good and anomalous test images, and there are none"):
+        with pytest.raises(
+            UserError, match="best_on_test chooses by good and anomalous test images, and there are none"
+        ):
             train(other, workspace)
         assert not [path for path in workspace.root.rglob("*") if path.is_file()]
 
@@ -162,15 +188,51 @@ def test_weights_chosen_by_other_images_are_noticed(category, tmp_path):
 def test_everything_made_with_it_says_so(tmp_path, monkeypatch, capsys):
     work, dataset = tmp_path / "work", make_discs(tmp_path / "data", train=8, validation=4, test=2)
     monkeypatch.setattr(train_segmentor, "EVALUATED_EVERY", 1)
-    options = {"pseudo_label": ("--pseudo_labels.rotations", "1"),
-               "train_segmentor": ("--checkpoint", "best_on_test", "--segmentor.epochs", "3", "--segmentor.width", "8",
-                                   "--segmentor.unsupervised_from_epoch", "1"),
-               "CSAD": ("--checkpoint", "best_on_test", "--lgst.steps", "2", "--lgst.width", "8", "--lgst.teacher_channels", "8"),
-               "export_model": (), "benchmark_performance": ()}
-    common = ("--workspace", str(work), "--dataset_root", str(dataset), "--preset", "quick", "--backbone", "efficientnet_lite0",
-              "--device", "cpu", "--images.size", "256")
+    options = {
+        "pseudo_label": ("--pseudo_labels.rotations", "1"),
+        "train_segmentor": (
+            "--checkpoint",
+            "best_on_test",
+            "--segmentor.epochs",
+            "3",
+            "--segmentor.width",
+            "8",
+            "--segmentor.unsupervised_from_epoch",
+            "1",
+        ),
+        "CSAD": (
+            "--checkpoint",
+            "best_on_test",
+            "--lgst.steps",
+            "2",
+            "--lgst.width",
+            "8",
+            "--lgst.teacher_channels",
+            "8",
+        ),
+        "export_model": (),
+        "benchmark_performance": (),
+    }
+    common = (
+        "--workspace",
+        str(work),
+        "--dataset_root",
+        str(dataset),
+        "--preset",
+        "quick",
+        "--backbone",
+        "efficientnet_lite0",
+        "--device",
+        "cpu",
+        "--images.size",
+        "256",
+    )
     for stage, own in options.items():
-        fused = () if stage in ("pseudo_label", "train_segmentor", "CSAD") else ("--branches", "patchhist", "LGST")
+        fused = (
+            ()
+            if stage in ("pseudo_label", "train_segmentor", "CSAD")
+            else ("--branches", "patchhist", "LGST")
+        )
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *common, *own, *fused])
         run_script(importlib.import_module(stage).main)
     assert "the best of 3 evaluations on test images" in capsys.readouterr().out
@@ -184,5 +246,10 @@ def test_everything_made_with_it_says_so(tmp_path, monkeypatch, capsys):
     assert exported["chosen_on_test"] == ["patchhist", "LGST"]
     assert exported["training"]["LGST"]["selection"] == CHOSEN_ON_TEST
     monkeypatch.setattr(sys, "argv", ["report.py", *common, "--branches", "patchhist", "LGST"])
-    runpy.run_path(str(Path(__file__).parent.parent / "report.py"), run_name="__main__")  # the package has its name, too
-    assert "<strong>Weights of patchhist, LGST:</strong> chosen on test images" in (work / "report.html").read_text()
+    runpy.run_path(
+        str(Path(__file__).parent.parent / "report.py"), run_name="__main__"
+    )  # the package has its name, too
+    assert (
+        "<strong>Weights of patchhist, LGST:</strong> chosen on test images"
+        in (work / "report.html").read_text()
+    )

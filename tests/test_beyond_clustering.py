@@ -22,7 +22,10 @@ def test_an_estimated_bandwidth_keeps_parts_apart():
 
 
 def test_images_of_no_kind_join_the_nearest():
-    histograms, kinds = np.array([[0.1, 0], [0.12, 0], [0.5, 0], [0.17, 0], [0.4, 0]]), np.array([0, 0, 1, -1, -1])
+    histograms, kinds = (
+        np.array([[0.1, 0], [0.12, 0], [0.5, 0], [0.17, 0], [0.4, 0]]),
+        np.array([0, 0, 1, -1, -1]),
+    )
     np.testing.assert_array_equal(beyond.with_nearest_kind(histograms, kinds), [0, 0, 1, 0, 1])
 
 
@@ -32,13 +35,16 @@ def test_variants_of_a_part_get_labels_only_on_request(variants, parts):
     # A third variant leaves each of them in a third of the images.
     third = np.isin(part_of, (2, 3)) & (image_of % 3 == 2)
     features[third] = (10, 0)
-    found = beyond.semantic_labels(features, areas, image_of, 30, 1.0, largest_kind_only=False, variants=variants,
-                                   lookalikes=False)
+    found = beyond.semantic_labels(
+        features, areas, image_of, 30, 1.0, largest_kind_only=False, variants=variants, lookalikes=False
+    )
     for part in range(4):
         numbers = set(found.labels[(part_of == part) & ~third].tolist())
         assert (numbers != {0}) == (part in parts)
     assert found.filtered_histogram.shape == (30, found.labels.max())
-    np.testing.assert_allclose(found.filtered_histogram, clustering.label_histograms(found.labels, areas, image_of, 30))
+    np.testing.assert_allclose(
+        found.filtered_histogram, clustering.label_histograms(found.labels, areas, image_of, 30)
+    )
     assert len(found.trusted) and (np.diff(found.trusted) > 0).all()
 
 
@@ -61,7 +67,9 @@ def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
     rng = np.random.default_rng(seed)
     parts = [(image, length) for image in range(images) for length in (0, 1) if length == 0 or long_in(image)]
     image_of, is_long = np.array(parts).T
-    features = np.stack([rng.normal(0, 0.3, len(parts)), apart * is_long + rng.normal(0, 0.03, len(parts))], 1)
+    features = np.stack(
+        [rng.normal(0, 0.3, len(parts)), apart * is_long + rng.normal(0, 0.03, len(parts))], 1
+    )
     features[::20, 1] += rng.normal(0, 1, len(features[::20]))  # some are cut badly
     return features, image_of, is_long
 
@@ -74,10 +82,15 @@ def test_lookalikes_side_by_side_are_told_apart():
     assert max(np.mean(found == is_long), np.mean(found != is_long)) > 0.9
     areas = np.full(len(features), 0.1)
     for lookalikes, labels in ((False, 1), (True, 2)):
-        assert beyond.semantic_labels(features, areas, image_of, 30, 2.0, False, True, lookalikes).labels.max() == labels
+        assert (
+            beyond.semantic_labels(features, areas, image_of, 30, 2.0, False, True, lookalikes).labels.max()
+            == labels
+        )
 
 
-@pytest.mark.parametrize("changes", [{"apart": 0.08}, {"long_in": lambda image: image % 2}, {"long_in": lambda image: image < 5}])
+@pytest.mark.parametrize(
+    "changes", [{"apart": 0.08}, {"long_in": lambda image: image % 2}, {"long_in": lambda image: image < 5}]
+)
 def test_no_lookalikes_are_seen_where_there_are_none(changes):
     features, image_of, _ = bolts(**changes)
     assert not beyond.split_lookalikes(features, np.zeros(len(features), np.int64), image_of, least=10).any()
@@ -86,19 +99,25 @@ def test_no_lookalikes_are_seen_where_there_are_none(changes):
 def test_comparable_features():
     rng = np.random.default_rng(0)
     rod, disc = [[0.17, 0.35, 0, 0, 0, 0, 0]], [[0.8, 0, 0, 0, 0, 0, 0]]
-    vectors = beyond.comparable({
-        "lab": np.array([[40.0, 0, 0], [80, 16, 0]]), "area": np.array([[0.01], [0.01 * np.e ** 2]]),
-        "shape_hu": np.concatenate([rod, disc]).astype(float)})
+    vectors = beyond.comparable(
+        {
+            "lab": np.array([[40.0, 0, 0], [80, 16, 0]]),
+            "area": np.array([[0.01], [0.01 * np.e**2]]),
+            "shape_hu": np.concatenate([rod, disc]).astype(float),
+        }
+    )
     np.testing.assert_allclose(vectors[1, :4] - vectors[0, :4], (1, 1, 0, 1))
     assert vectors[0, 5] > 1.8 and vectors[1, 5] == 0
     deep = beyond.comparable({"cnn_image": rng.random((30, 64), np.float32)})
     assert deep.shape == (30, 10)
-    np.testing.assert_allclose((deep ** 2).sum(1).mean(), beyond.DEEP_SPREAD ** 2)
+    np.testing.assert_allclose((deep**2).sum(1).mean(), beyond.DEEP_SPREAD**2)
 
 
 def test_of_each_kind_the_own_half_nearest_its_mean_is_trusted():
     histograms = np.array([[0.1], [0.2], [0.35], [0.9], [0.5], [0.7]])
-    np.testing.assert_array_equal(beyond.trusted_members(histograms, np.array([0, 0, 0, 1, -1, 1])), [0, 1, 3])
+    np.testing.assert_array_equal(
+        beyond.trusted_members(histograms, np.array([0, 0, 0, 1, -1, 1])), [0, 1, 3]
+    )
 
 
 def test_a_label_has_to_be_large_enough_in_any_kind():
@@ -107,4 +126,6 @@ def test_a_label_has_to_be_large_enough_in_any_kind():
 
 
 def test_clusters_are_numbered_from_the_largest_on():
-    np.testing.assert_array_equal(beyond.number_clusters(np.repeat([0, 1, 2], [4, 1, 7]), 2), np.repeat([2, 0, 1], [4, 1, 7]))
+    np.testing.assert_array_equal(
+        beyond.number_clusters(np.repeat([0, 1, 2], [4, 1, 7]), 2), np.repeat([2, 0, 1], [4, 1, 7])
+    )

@@ -40,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked_for.append(wanted)
         if self.path == "/missing.pth":
             return self.send_error(404)
-        first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.continues else 0
+        first = (
+            int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.continues else 0
+        )
         if first >= len(CONTENT):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
@@ -52,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(CONTENT) - first))
         self.end_headers()
         body = CONTENT[first:]
-        self.wfile.write(body if self.server.breaks_after is None else body[:self.server.breaks_after])
+        self.wfile.write(body if self.server.breaks_after is None else body[: self.server.breaks_after])
 
     def log_message(self, *args):
         pass
@@ -78,7 +80,10 @@ def test_a_whole_file_gets_its_name(server, tmp_path):
 
 
 def test_without_download_a_missing_file_is_one_sentence(server, tmp_path):
-    with pytest.raises(UserError, match=r"weights\.pth is missing; fetch it with --download .* http://127.0.0.1:\d+/weights.pth"):
+    with pytest.raises(
+        UserError,
+        match=r"weights\.pth is missing; fetch it with --download .* http://127.0.0.1:\d+/weights.pth",
+    ):
         downloads.obtain(server.checkpoint(), tmp_path, download=False)
     assert server.asked_for == []
 
@@ -154,7 +159,13 @@ def test_the_text_encoder_is_not_looked_for_online(tmp_path, monkeypatch):
 
 
 def test_a_digest_tells_files_apart(tmp_path):
-    for name, content in (("a", CONTENT), ("b", CONTENT), ("c", CONTENT[:-1]), ("d", CONTENT[:-1] + b"\x00"), ("e", b"")):
+    for name, content in (
+        ("a", CONTENT),
+        ("b", CONTENT),
+        ("c", CONTENT[:-1]),
+        ("d", CONTENT[:-1] + b"\x00"),
+        ("e", b""),
+    ):
         (tmp_path / name).write_bytes(content)
     found = {name: downloads.digest(tmp_path / name) for name in "abcde"}
     assert found["a"] == found["b"] and len(set(found.values())) == 4

@@ -24,7 +24,9 @@ def disc(centre, radius):
 
 
 def best_iou(proposals, true):
-    return max((np.count_nonzero(mask & true) / np.count_nonzero(mask | true) for mask in proposals.masks), default=0)
+    return max(
+        (np.count_nonzero(mask & true) / np.count_nonzero(mask | true) for mask in proposals.masks), default=0
+    )
 
 
 def test_whole_parts_are_found_and_nothing_else():
@@ -90,5 +92,7 @@ def test_merging_stops_where_colours_differ():
     regions = np.repeat(np.arange(4), 100)[None].repeat(20, 0)
     lab = np.array([50.0, 55, 80, 84])[regions][..., None].repeat(3, -1).astype(np.float32)
     assert len(np.unique(merge_alike(regions, lab, 1))) == 4
-    np.testing.assert_array_equal(np.unique(merge_alike(regions, lab, 15)[0], return_counts=True)[1], [200, 200])
+    np.testing.assert_array_equal(
+        np.unique(merge_alike(regions, lab, 15)[0], return_counts=True)[1], [200, 200]
+    )
     assert len(np.unique(merge_alike(regions, lab, 100))) == 1

@@ -22,8 +22,24 @@ from conftest import make_discs
 import pseudo_label
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256",
-        "--lgst.steps", "20", "--lgst.width", "16", "--lgst.teacher_channels", "16", "--pseudo_labels.rotations", "2")
+TINY = (
+    "--preset",
+    "quick",
+    "--backbone",
+    "efficientnet_lite0",
+    "--device",
+    "cpu",
+    "--images.size",
+    "256",
+    "--lgst.steps",
+    "20",
+    "--lgst.width",
+    "16",
+    "--lgst.teacher_channels",
+    "16",
+    "--pseudo_labels.rotations",
+    "2",
+)
 TWO = ("--categories", "bolts", "discs", "--seeds", "0", "1")
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 PATIENCE = 120
@@ -49,6 +65,7 @@ def labelled(dataset, tmp_path_factory):
 @pytest.fixture
 def run(dataset, monkeypatch, capsys):
     """Run a stage in this process; returns what it printed, or the sentence with which it ended."""
+
     def run_stage(stage: str, workspace: Path, *extra: str) -> str:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", command(stage, workspace, dataset, *extra)[1:])
@@ -57,6 +74,7 @@ def run(dataset, monkeypatch, capsys):
         except SystemExit:
             return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
         return capsys.readouterr().out
+
     return run_stage
 
 
@@ -64,7 +82,9 @@ def run(dataset, monkeypatch, capsys):
 def nodes():
     """A cluster of a head, which works on nothing, and two worker nodes."""
     utilities = pytest.importorskip("ray.cluster_utils")
-    cluster = utilities.Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+    cluster = utilities.Cluster(
+        initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         cluster.add_node(**NODE)
         cluster.add_node(**NODE)
@@ -74,13 +94,24 @@ def nodes():
 
 
 def command(stage: str, workspace: Path, dataset: Path, *extra: str) -> list[str]:
-    return [sys.executable, f"{stage}.py", "--workspace", str(workspace), "--dataset_root", str(dataset), *TINY, *extra]
+    return [
+        sys.executable,
+        f"{stage}.py",
+        "--workspace",
+        str(workspace),
+        "--dataset_root",
+        str(dataset),
+        *TINY,
+        *extra,
+    ]
 
 
 def start(*arguments) -> subprocess.Popen:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         pytest.skip("Ctrl-C is ignored here")
-    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_until_training(driver: subprocess.Popen, workspace: Path) -> None:
@@ -91,8 +122,13 @@ def wait_until_training(driver: subprocess.Popen, workspace: Path) -> None:
 
 
 def contents(workspace: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(workspace)): path.read_bytes() for path in workspace.rglob("*")
-            if path.is_file() and not path.name.startswith(".") and not {".cluster", "damaged.unfinished"} & {*path.parts}}
+    return {
+        str(path.relative_to(workspace)): path.read_bytes()
+        for path in workspace.rglob("*")
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not {".cluster", "damaged.unfinished"} & {*path.parts}
+    }
 
 
 def test_stage_1_gives_the_same_bytes_and_a_failure_does_not_stop_the_others(run, nodes, labelled, tmp_path):
@@ -131,9 +167,16 @@ def test_ctrl_c_a_killed_driver_and_a_killed_node_change_no_byte(run, nodes, dat
 def test_a_dry_run_names_the_jobs_and_builds_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_backbone", None)  # it may download weights
     assert run("CSAD", tmp_path / "work", *TWO, "--dry_run").splitlines() == [
-        "bolts, seed 0", "discs, seed 0", "bolts, seed 1", "discs, seed 1"]
+        "bolts, seed 0",
+        "discs, seed 0",
+        "bolts, seed 1",
+        "discs, seed 1",
+    ]
     assert run("pseudo_label", tmp_path / "work", "--ray", "local", "--dry_run").splitlines() == [
-        f"{name}{part}" for name in ("bolts", "damaged", "discs") for part in (": begin", ": images 1 to 6", "")]
+        f"{name}{part}"
+        for name in ("bolts", "damaged", "discs")
+        for part in (": begin", ": images 1 to 6", "")
+    ]
     assert not (tmp_path / "work").exists()
 
 
@@ -144,11 +187,14 @@ def test_stage_1_in_parts_gives_the_same_bytes_in_any_order(run, labelled, tmp_p
 
     def on_a_cluster(args, jobs):
         tasks = jobs(args)
-        for name in sorted(tasks, key=lambda name: (name in ("bolts", "discs"), "images" in name, name[::-1])):
+        for name in sorted(
+            tasks, key=lambda name: (name in ("bolts", "discs"), "images" in name, name[::-1])
+        ):
             assert all(one in done for one in tasks[name].after)
             done.append(name)
             jobs(args)[name].do()
         return {}, {}
+
     monkeypatch.setattr("csad.cluster.remote_jobs.run", on_a_cluster)
     run("pseudo_label", tmp_path, "--ray", "local", "--categories", "bolts", "discs")
     assert len(done) == 8
@@ -156,6 +202,7 @@ def test_stage_1_in_parts_gives_the_same_bytes_in_any_order(run, labelled, tmp_p
 
 
 # Mistakes
+
 
 def test_a_second_driver_is_refused(run, tmp_path):
     with Workspace(tmp_path).lock():
@@ -165,7 +212,11 @@ def test_a_second_driver_is_refused(run, tmp_path):
 def test_without_ray(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "--ray needs Ray; pip install 'csad[cluster]'" in run("CSAD", tmp_path, "--ray", "local")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in (".csad.lock", "backbone.json")]
+    assert not [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name not in (".csad.lock", "backbone.json")
+    ]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no address"])
@@ -173,13 +224,16 @@ def test_an_address_that_does_not_answer(run, tmp_path, monkeypatch, address):
     pytest.importorskip("ray")
     monkeypatch.setattr(connection, "CONNECT_SECONDS", 2)
     assert f"no Ray cluster answers at '{address}'; --ray takes local, auto, or HOST:PORT" in run(
-        "CSAD", tmp_path, "--ray", address)
+        "CSAD", tmp_path, "--ray", address
+    )
 
 
 def test_a_node_that_does_not_see_the_drivers_files(tmp_path, monkeypatch):
     monkeypatch.setattr(connection, "SEEN_SECONDS", 0)
     driver = connection.Driver(tmp_path, "token", Path(os.getcwd()))
-    with pytest.raises(UserError, match="cannot see .*driver as this run wrote it.*storage that all nodes share"):
+    with pytest.raises(
+        UserError, match="cannot see .*driver as this run wrote it.*storage that all nodes share"
+    ):
         driver.enter()
     driver.marker.write_text("another run's")
     with pytest.raises(UserError, match="cannot see"):

@@ -30,7 +30,12 @@ from csad.errors import UserError  # noqa: E402
 
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
 
-HISTOGRAM = {"mean": [0.9, 0.1], "std": [0.02, 0.01], "quarter_mean": [[0.9, 0.1]] * 4, "quarter_std": [[0.02, 0.01]] * 4}
+HISTOGRAM = {
+    "mean": [0.9, 0.1],
+    "std": [0.02, 0.01],
+    "quarter_mean": [[0.9, 0.1]] * 4,
+    "quarter_std": [[0.02, 0.01]] * 4,
+}
 STORE_BYTES = 80 * 2**20
 
 
@@ -38,7 +43,10 @@ STORE_BYTES = 80 * 2**20
 def nodes():
     """A head without workers, and two nodes with one each."""
     from ray.cluster_utils import Cluster
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES}
+    )
     try:
         for _ in range(2):
             started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
@@ -57,9 +65,21 @@ def model(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, tmp_path, model):
     """Run predict.py; returns its exit status."""
+
     def run_it(*args, output="out") -> int:
-        return exit_status(monkeypatch, predict.main, "predict.py", *args, "--model", model, "--threshold", 50,
-                           "--output", tmp_path / output)
+        return exit_status(
+            monkeypatch,
+            predict.main,
+            "predict.py",
+            *args,
+            "--model",
+            model,
+            "--threshold",
+            50,
+            "--output",
+            tmp_path / output,
+        )
+
     return run_it
 
 
@@ -85,7 +105,9 @@ def many(folder: Path, count: int) -> Path:
     """Pictures that take a while to decode."""
     rng = np.random.default_rng(0)
     folder.mkdir()
-    Image.fromarray(rng.integers(0, 256, (1500, 1500, 3), np.uint8)).save(folder / "000.png", compress_level=1)
+    Image.fromarray(rng.integers(0, 256, (1500, 1500, 3), np.uint8)).save(
+        folder / "000.png", compress_level=1
+    )
     for index in range(1, count):
         os.link(folder / "000.png", folder / f"{index:03d}.png")
     return folder
@@ -124,33 +146,93 @@ def test_the_same_lines_as_without(nodes, run, photos, tmp_path, capsys):
 
 def test_lists_and_urls_as_tables(nodes, run, photos, tmp_path):
     from pyarrow import parquet
+
     with open(tmp_path / "list.csv", "w", newline="") as handle:
-        csv.writer(handle).writerows([["number", "image"], [1, photos / "0/2.png"], [2, photos / "gone.png"], [3, ""],
-                                      [4, photos / "0/2.png"]])
-    parquet.write_table(pyarrow.table({"image": [str(photos / "black.png"), None, (photos / "broken.png").as_uri(),
-                                                 (photos / "none.png").as_uri()]}), tmp_path / "list.parquet")
+        csv.writer(handle).writerows(
+            [
+                ["number", "image"],
+                [1, photos / "0/2.png"],
+                [2, photos / "gone.png"],
+                [3, ""],
+                [4, photos / "0/2.png"],
+            ]
+        )
+    parquet.write_table(
+        pyarrow.table(
+            {
+                "image": [
+                    str(photos / "black.png"),
+                    None,
+                    (photos / "broken.png").as_uri(),
+                    (photos / "none.png").as_uri(),
+                ]
+            }
+        ),
+        tmp_path / "list.parquet",
+    )
     (photos / "1/9 ü.png").write_bytes((photos / "1/9.png").read_bytes())
-    assert run(tmp_path / "list.csv", (tmp_path / "list.parquet").as_uri(), (photos / "1").as_uri(), "--format", "parquet",
-               "--unordered", "--batch_size", 3, "--shard_size", 3, "--ray", nodes.address) == 3
+    assert (
+        run(
+            tmp_path / "list.csv",
+            (tmp_path / "list.parquet").as_uri(),
+            (photos / "1").as_uri(),
+            "--format",
+            "parquet",
+            "--unordered",
+            "--batch_size",
+            3,
+            "--shard_size",
+            3,
+            "--ray",
+            nodes.address,
+        )
+        == 3
+    )
     rows = [row for path in parts(tmp_path) for row in parquet.read_table(path).to_pylist()]
     assert [(Path(row["image"]).name, row["verdict"]) for row in rows] == [
-        ("2.png", "normal"), ("gone.png", "unreadable"), ("black.png", "undecided"), ("broken.png", "unreadable"),
-        ("none.png", "unreadable"), ("1.png", "normal"), ("3.png", "normal"), ("5.png", "normal"), ("7.png", "anomalous"),
-        ("9%20%C3%BC.png", "anomalous"), ("9.png", "anomalous")]
+        ("2.png", "normal"),
+        ("gone.png", "unreadable"),
+        ("black.png", "undecided"),
+        ("broken.png", "unreadable"),
+        ("none.png", "unreadable"),
+        ("1.png", "normal"),
+        ("3.png", "normal"),
+        ("5.png", "normal"),
+        ("7.png", "anomalous"),
+        ("9%20%C3%BC.png", "anomalous"),
+        ("9.png", "anomalous"),
+    ]
     assert rows[1]["problem"] == f"image {photos / 'gone.png'} is missing"
     assert rows[4]["problem"] == f"image {(photos / 'none.png').as_uri()} is missing"
     assert rows[-1]["components"][0]["words"] in rows[-1]["findings"]
     assert {len(parquet.read_schema(path)) for path in parts(tmp_path)} == {12}
     left_out = json.loads((tmp_path / "out/summary.json").read_text())["left_out"]
-    assert left_out == {"they are named more than once": [str(photos / "0/2.png")], "their row in the list is empty": [
-        f"row 3 of {tmp_path / 'list.csv'}", f"row 2 of {(tmp_path / 'list.parquet').as_uri()}"]}
+    assert left_out == {
+        "they are named more than once": [str(photos / "0/2.png")],
+        "their row in the list is empty": [
+            f"row 3 of {tmp_path / 'list.csv'}",
+            f"row 2 of {(tmp_path / 'list.parquet').as_uri()}",
+        ],
+    }
 
 
 def test_a_killed_driver_is_followed_by_one_that_goes_on(nodes, run, tmp_path, model):
     folder = many(tmp_path / "photos", 48)
     command = [folder, "--batch_size", 2, "--shard_size", 2, "--ray", nodes.address]
-    driver = subprocess.Popen([sys.executable, "predict.py", *map(str, command), "--model", model, "--threshold", "50",
-                               "--output", tmp_path / "out"], cwd=Path(__file__).parents[1])
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "predict.py",
+            *map(str, command),
+            "--model",
+            model,
+            "--threshold",
+            "50",
+            "--output",
+            tmp_path / "out",
+        ],
+        cwd=Path(__file__).parents[1],
+    )
     try:
         wait_for(lambda: len(parts(tmp_path)) >= 2)
     finally:
@@ -165,9 +247,26 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(nodes, run, tmp_path, m
 
 def test_a_killed_worker_loses_nothing(nodes, run, tmp_path, model):
     folder = many(tmp_path / "photos", 48)
-    driver = subprocess.Popen([sys.executable, "predict.py", folder, "--batch_size", "2", "--shard_size", "2", "--ray",
-                               nodes.address, "--model", model, "--threshold", "50", "--output", tmp_path / "out"],
-                              cwd=Path(__file__).parents[1])
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "predict.py",
+            folder,
+            "--batch_size",
+            "2",
+            "--shard_size",
+            "2",
+            "--ray",
+            nodes.address,
+            "--model",
+            model,
+            "--threshold",
+            "50",
+            "--output",
+            tmp_path / "out",
+        ],
+        cwd=Path(__file__).parents[1],
+    )
     try:
         wait_for(lambda: len(parts(tmp_path)) >= 2)
         os.kill(workers_of(nodes)[0], signal.SIGKILL)
@@ -191,7 +290,9 @@ def test_a_shard_is_known_by_all_that_its_lines_depend_on():
     assert [shard.count for shard in before] == [4, 4, 2]
     changed = list(shards_of([*images[:5], Listed("5.png", 1, 3), *images[6:]], 2, ["model", 1.0], 4))
     assert [one == other for one, other in zip(before, changed)] == [True, False, True]
-    assert not {shard.digest for shard in before} & {shard.digest for shard in shards_of(images, 2, ["model", 2.0], 4)}
+    assert not {shard.digest for shard in before} & {
+        shard.digest for shard in shards_of(images, 2, ["model", 2.0], 4)
+    }
     assert [shard.count for shard in shards_of(images, 4, [], 3)] == [4, 4, 2]  # whole batches
     assert len(list(shards_of(images * 100_000, 8, []))) == 1000
 
@@ -200,19 +301,31 @@ def test_images_of_all_places_once(photos, tmp_path):
     found = Sources([photos / "0", photos], "image", tmp_path / "out")
     assert found.found == 13 + 5 and len(found.images) == 12
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
-        "they are no images": 1, "they are named more than once": 5}
+        "they are no images": 1,
+        "they are named more than once": 5,
+    }
     by_url = Sources([photos.as_uri()], "image", tmp_path / "out")
     assert {(Path(one.name).name, one.bytes, one.changed_ns) for one in by_url.images} == {
-        (Path(one.name).name, one.bytes, one.changed_ns) for one in found.images}
+        (Path(one.name).name, one.bytes, one.changed_ns) for one in found.images
+    }
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["list.csv"], "has no column 'image', but path, other"), (["list.csv", "--column", "other"], "no images in"),
-    (["nowhere.csv"], "is missing"), (["nowhere"], "there is no nowhere"), (["file:///nowhere/at/all"], "there is no file://"),
-    (["gopher://x/y.png"], "cannot be read"), (["s3://key:secret@bucket/x"], "in the environment"),
-    (["text.parquet"], "cannot be read"), (["photos", "--ray", "127.0.0.1:1"], "no Ray cluster answers at"),
-    (["photos", "--watch"], "--watch does not go with --ray"), (["photos", "--shard_size", "0"], "--shard_size is 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["list.csv"], "has no column 'image', but path, other"),
+        (["list.csv", "--column", "other"], "no images in"),
+        (["nowhere.csv"], "is missing"),
+        (["nowhere"], "there is no nowhere"),
+        (["file:///nowhere/at/all"], "there is no file://"),
+        (["gopher://x/y.png"], "cannot be read"),
+        (["s3://key:secret@bucket/x"], "in the environment"),
+        (["text.parquet"], "cannot be read"),
+        (["photos", "--ray", "127.0.0.1:1"], "no Ray cluster answers at"),
+        (["photos", "--watch"], "--watch does not go with --ray"),
+        (["photos", "--shard_size", "0"], "--shard_size is 0"),
+    ],
+)
 def test_mistakes_get_a_sentence(run, photos, tmp_path, monkeypatch, capsys, arguments, said):
     (tmp_path / "list.csv").write_text("path,other\na.png,\n")
     (tmp_path / "text.parquet").write_text("no table")
@@ -234,10 +347,12 @@ def test_without_ray(run, photos, monkeypatch, capsys):
 @pytest.fixture
 def worker(model, tmp_path):
     """A worker in this process."""
+
     def made(digest: str = scoring.model_digest(model)) -> scoring.Worker:
         driver = Driver(tmp_path, "token", Path.cwd())
         driver.marker.write_text("token")
         return scoring.Worker(scoring.Work(model, digest, "cpu", 50.0, 2), driver)
+
     return made
 
 
@@ -249,16 +364,25 @@ def test_a_worker_with_another_model_is_refused(worker, photos):
         scoring._require_success(result)
 
 
-@pytest.mark.parametrize("problem, unreadable", [
-    (FileNotFoundError("Path does not exist"), True), (OSError("AWS Error ACCESS_DENIED during HeadObject"), True),
-    (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), False)])
+@pytest.mark.parametrize(
+    "problem, unreadable",
+    [
+        (FileNotFoundError("Path does not exist"), True),
+        (OSError("AWS Error ACCESS_DENIED during HeadObject"), True),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), False),
+    ],
+)
 def test_a_store_that_does_not_answer_is_no_damaged_picture(worker, monkeypatch, problem, unreadable):
     def no_file_system(url):
         raise problem
 
     monkeypatch.setattr(sources, "file_system", no_file_system)
     result = worker()({"shard": 0, "images": json.dumps([["s3://bucket/a.png", None, None]])})
-    assert (json.loads(result["lines"])["verdict"] == "unreadable" if unreadable else "goes on" in result["sentence"])
+    assert (
+        json.loads(result["lines"])["verdict"] == "unreadable"
+        if unreadable
+        else "goes on" in result["sentence"]
+    )
 
 
 def test_pictures_that_kill_workers_are_given_up(worker, photos, monkeypatch):

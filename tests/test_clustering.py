@@ -13,8 +13,11 @@ def made_up(images=20, seed=0, crumbs=3):
     """Every image has a large and a small part, and one of two variants of a third; a few have crumbs as well."""
     rng = np.random.default_rng(seed)
     centres, sizes = np.array([[0, 0], [5, 0], [0, 5], [5, 5], [20, 20]], float), (0.2, 0.05, 0.1, 0.1, 0.01)
-    parts = [(image, part) for image in range(images)
-             for part in (0, 1, 2 + image % 2, *([4] if image < crumbs else []))]
+    parts = [
+        (image, part)
+        for image in range(images)
+        for part in (0, 1, 2 + image % 2, *([4] if image < crumbs else []))
+    ]
     image_of, part_of = np.array(parts).T
     features = centres[part_of] + rng.normal(0, 0.2, (len(parts), 2))
     areas = np.array(sizes)[part_of] * rng.uniform(0.95, 1.05, len(parts))
@@ -30,7 +33,9 @@ def same_grouping(one, other):
 def test_mean_shift_is_that_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     points = np.concatenate([rng.normal(centre, 0.3, (12, 3)) for centre in range(4)])
-    np.testing.assert_array_equal(clustering.mean_shift(points, 0.9), MeanShift(bandwidth=0.9).fit_predict(points))
+    np.testing.assert_array_equal(
+        clustering.mean_shift(points, 0.9), MeanShift(bandwidth=0.9).fit_predict(points)
+    )
 
 
 def wide(components, images, spread=0.02):
@@ -49,7 +54,9 @@ def test_thousands_of_wide_components_take_seconds():
 
 
 def test_histograms_add_up_areas():
-    histograms = clustering.label_histograms(np.array([1, 1, 2, 0]), np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 2, 2]), 3)
+    histograms = clustering.label_histograms(
+        np.array([1, 1, 2, 0]), np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 2, 2]), 3
+    )
     np.testing.assert_allclose(histograms, [[0.3, 0], [0, 0], [0, 0.3]])
 
 
@@ -68,7 +75,9 @@ def test_thousands_of_components_climb_from_every_one_of_them():
     assert same_grouping(clustering.mean_shift(features, 1.0), part_of)
     rng = np.random.default_rng(0)
     points = rng.normal(0, 1, (1100, 2))
-    np.testing.assert_array_equal(clustering.mean_shift(points, 1.2), MeanShift(bandwidth=1.2).fit_predict(points))
+    np.testing.assert_array_equal(
+        clustering.mean_shift(points, 1.2), MeanShift(bandwidth=1.2).fit_predict(points)
+    )
 
 
 def test_rare_clusters_are_no_label_and_the_others_keep_their_numbers():
@@ -76,7 +85,12 @@ def test_rare_clusters_are_no_label_and_the_others_keep_their_numbers():
     np.testing.assert_array_equal(clustering.without_rare(found, 4), np.repeat([1, 0, 3, 4], [9, 3, 10, 4]))
     features, areas, image_of, part_of = made_up(images=21)
     labels = clustering.semantic_labels(features, areas, image_of, 21, 1.0, largest_kind_only=False)
-    assert {part for part in range(5) if labels.clusters[part_of == part].any()} == {0, 1, 2, 3}  # 11 and 10 of int(10.5)
+    assert {part for part in range(5) if labels.clusters[part_of == part].any()} == {
+        0,
+        1,
+        2,
+        3,
+    }  # 11 and 10 of int(10.5)
     assert labels.number_of_clusters == 4
 
 
@@ -85,7 +99,9 @@ def test_half_as_many_images_as_a_kind_has_are_trusted_nearest_to_its_mean_among
     kinds = np.array([0, 0, 0, 1, -1, 1, -1])
     # The mean of kind 0 is 0.22: nearest is image 6, which belongs to no kind.
     np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_kind_only=True), [6])
-    np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_kind_only=False), [3, 6])
+    np.testing.assert_array_equal(
+        clustering.trusted_images(histograms, kinds, largest_kind_only=False), [3, 6]
+    )
     np.testing.assert_array_equal(clustering.trusted_images(np.zeros((1, 2)), np.array([0]), True), [0])
 
 

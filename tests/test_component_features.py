@@ -22,7 +22,9 @@ def test_shallow_features_match_the_published_implementation(published):
     np.testing.assert_array_equal(crops, published["aligned_images"])
     for name in ("area", "color", "position", "shape_hu"):
         np.testing.assert_allclose(features[name], published[name], rtol=0, atol=1e-6, err_msg=name)
-    for mask, image, aligned in zip(published["masks"], published["aligned_images"], published["aligned_masks"]):
+    for mask, image, aligned in zip(
+        published["masks"], published["aligned_images"], published["aligned_masks"]
+    ):
         found_mask, found_image = components.aligned_crop(published["image"], mask)
         np.testing.assert_array_equal(found_mask, aligned)
         np.testing.assert_array_equal(found_image, image)
@@ -37,8 +39,9 @@ def test_lab_is_the_mean_colour():
     np.testing.assert_allclose(components.lab(image, 255 - half), (0, 0, 0), atol=0.1)
 
 
-@pytest.mark.parametrize("rows, columns", [(slice(3, 4), slice(3, 4)), (slice(3, 4), slice(0, 200)),
-                                           (slice(0, 256), slice(9, 10))])
+@pytest.mark.parametrize(
+    "rows, columns", [(slice(3, 4), slice(3, 4)), (slice(3, 4), slice(0, 200)), (slice(0, 256), slice(9, 10))]
+)
 def test_slivers_have_features_too(rows, columns):
     mask = np.zeros((256, 256), np.uint8)
     mask[rows, columns] = 1
@@ -50,8 +53,15 @@ def test_slivers_have_features_too(rows, columns):
 def test_an_image_without_components_has_empty_features():
     features, crops = components.shallow_features(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8), bool))
     assert {name: values.shape for name, values in features.items()} == {
-        "area": (0, 1), "color": (0, 1), "position": (0, 2), "shape_hu": (0, 7), "lab": (0, 3)}
-    empty = crop_embedding.CropEmbedding(Deepest(nn.Conv2d(3, 7, 3)), 2)(torch.from_numpy(crops).permute(0, 3, 1, 2))
+        "area": (0, 1),
+        "color": (0, 1),
+        "position": (0, 2),
+        "shape_hu": (0, 7),
+        "lab": (0, 3),
+    }
+    empty = crop_embedding.CropEmbedding(Deepest(nn.Conv2d(3, 7, 3)), 2)(
+        torch.from_numpy(crops).permute(0, 3, 1, 2)
+    )
     assert empty.shape == (0, 7)
 
 
@@ -69,7 +79,9 @@ class Deepest(nn.Module):
 @pytest.fixture
 def deepest():
     torch.manual_seed(0)
-    return Deepest(nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU())).eval()
+    return Deepest(
+        nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU())
+    ).eval()
 
 
 @pytest.fixture
@@ -79,9 +91,13 @@ def crops():
 
 def test_embedding_averages_over_distinct_rotations(deepest, crops):
     quarter_turns = crop_embedding.CropEmbedding(deepest, 4)
-    by_hand = torch.stack([crop_embedding.CropEmbedding(deepest, 1)(crops.rot90(turn, (2, 3))) for turn in range(4)]).mean(0)
+    by_hand = torch.stack(
+        [crop_embedding.CropEmbedding(deepest, 1)(crops.rot90(turn, (2, 3))) for turn in range(4)]
+    ).mean(0)
     torch.testing.assert_close(quarter_turns(crops), by_hand, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(quarter_turns(crops), quarter_turns(crops.rot90(1, (2, 3))), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        quarter_turns(crops), quarter_turns(crops.rot90(1, (2, 3))), rtol=1e-3, atol=1e-4
+    )
     assert len(quarter_turns.grids) == 4
 
 
@@ -93,7 +109,10 @@ def test_embedding_of_a_crop_does_not_depend_on_its_batch(deepest, crops, monkey
 
 def published_rotations(crop):
     """The sixty turned pictures that the published code makes of a crop, (60, 3, 65, 65): PIL, 0 and 360 degrees both."""
-    turned = [np.array(Image.fromarray(crop).rotate(angle, Image.Resampling.BILINEAR)) for angle in np.linspace(0, 360, 60)]
+    turned = [
+        np.array(Image.fromarray(crop).rotate(angle, Image.Resampling.BILINEAR))
+        for angle in np.linspace(0, 360, 60)
+    ]
     return torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2)
 
 

@@ -28,18 +28,22 @@ def workspace(tmp_path):
 
 def train(category, workspace, overwrite=False, **more):
     overrides = {"student": "pixels", "width": 8, "teacher_channels": 8, "steps": 2, "batch_size": 1} | more
-    chosen = settings.load(CATEGORY, "quick", {"images.size": 256} | {f"lgst.{key}": value for key, value in overrides.items()})
-    CSAD.train_category(job_for(category, workspace, tiny_backbone(), chosen,
-                                overwrite=overwrite))
+    chosen = settings.load(
+        CATEGORY, "quick", {"images.size": 256} | {f"lgst.{key}": value for key, value in overrides.items()}
+    )
+    CSAD.train_category(job_for(category, workspace, tiny_backbone(), chosen, overwrite=overwrite))
 
 
 def scores(workspace):
-    return {path.name: len(files.read_array(path)) for path in (workspace.root / "anomaly_score").glob("*.npy")}
+    return {
+        path.name: len(files.read_array(path)) for path in (workspace.root / "anomaly_score").glob("*.npy")
+    }
 
 
 @pytest.mark.parametrize("missing", ["test", "test/good"])
-def test_without_test_images_the_rest_is_written_and_they_may_come_later(category, workspace, tmp_path, capsys, monkeypatch,
-                                                                         missing):
+def test_without_test_images_the_rest_is_written_and_they_may_come_later(
+    category, workspace, tmp_path, capsys, monkeypatch, missing
+):
     (category.root / missing).rename(tmp_path / "elsewhere")
     train(category, workspace)
     assert scores(workspace) == {"discs_LGST_val_score.npy": 2, "discs_CSAD_val_score.npy": 2}
@@ -61,7 +65,9 @@ def test_an_empty_test_folder_is_noticed_before_training(category, workspace):
     assert not workspace.lgst(CATEGORY).exists()
 
 
-def test_changed_validation_and_test_images_are_scored_without_training(category, workspace, monkeypatch, capsys):
+def test_changed_validation_and_test_images_are_scored_without_training(
+    category, workspace, monkeypatch, capsys
+):
     train(category, workspace)
     before = files.read_state(workspace.lgst(CATEGORY))["state"]
     monkeypatch.setattr(CSAD, "train", None)

@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as arrays
 
 # Settings
 
+
 def test_layers_override_in_order():
     assert settings.load("screw_bag").segmentor.paste_distance == 0.1
     assert settings.load("screw_bag").lgst.steps == 60000
@@ -32,8 +33,10 @@ def test_layers_override_in_order():
     assert settings.load("screw_bag", "quick", {"lgst.steps": 7}).lgst.steps == 7
 
 
-@pytest.mark.parametrize(("name", "value"), [("lgst.steps", 0), ("lgst.lr", "fast"), ("segmentor.epochs", -1),
-                                             ("pseudo_labels.bandwidth", "wide")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lgst.steps", 0), ("lgst.lr", "fast"), ("segmentor.epochs", -1), ("pseudo_labels.bandwidth", "wide")],
+)
 def test_bad_value_is_named(name, value):
     with pytest.raises(UserError, match=name):
         settings.load("screw_bag", overrides={name: value})
@@ -41,7 +44,9 @@ def test_bad_value_is_named(name, value):
 
 @pytest.mark.parametrize("first", [3, 9])
 def test_unsupervised_losses_join_before_the_end(first):
-    with pytest.raises(UserError, match=f"segmentor.unsupervised_from_epoch: {first} is after the last epoch .*epochs: 3"):
+    with pytest.raises(
+        UserError, match=f"segmentor.unsupervised_from_epoch: {first} is after the last epoch .*epochs: 3"
+    ):
         settings.load("none", overrides={"segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": first})
     assert settings.load("none", overrides={"segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 2})
 
@@ -58,24 +63,44 @@ def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
         settings.load("cup")
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    ("{5: capacitor, 12: 'pin, long'}", None), ("{0: pin}", "names.0"), ("{pin: 5}", "names.pin"), ("{5: ''}", "names.5"),
-    ("{5: 7}", "names.5"), ("[pin]", "names:"), ("{5: ' pin'}", "names.5"), ("{5: \"a\\e[31mpin\"}", "names.5"),
-    ("{5: a, 5: b}", "the key 5 stands there twice")])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("{5: capacitor, 12: 'pin, long'}", None),
+        ("{0: pin}", "names.0"),
+        ("{pin: 5}", "names.pin"),
+        ("{5: ''}", "names.5"),
+        ("{5: 7}", "names.5"),
+        ("[pin]", "names:"),
+        ("{5: ' pin'}", "names.5"),
+        ('{5: "a\\e[31mpin"}', "names.5"),
+        ("{5: a, 5: b}", "the key 5 stands there twice"),
+    ],
+)
 def test_a_categorys_file_names_components(tmp_path, monkeypatch, names, said):
     (tmp_path / "categories").mkdir()
     (tmp_path / "categories" / "cup.yaml").write_text(f"names: {names}\n")
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
     if said is None:
-        assert settings.load("cup").names == {5: "capacitor", 12: "pin, long"} and settings.load("mug").names == {}
+        assert (
+            settings.load("cup").names == {5: "capacitor", 12: "pin, long"}
+            and settings.load("mug").names == {}
+        )
     else:
         with pytest.raises(UserError, match=re.escape(said)):
             settings.load("cup")
 
 
-@pytest.mark.parametrize("text, key", [
-    ("lgst:\n  steps: 20\nlgst:\n  lr: 0.0001\n", "lgst"), ("lgst:\n  steps: 20\n  lr: 0.1\n  steps: 20\n", "steps"),
-    ("lgst: {steps: 2, steps: 3}", "steps"), ('"lgst": {steps: 2}\nlgst: {lr: 1.0}', "lgst"), ("roi: []\nroi: [[]]\n", "roi")])
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("lgst:\n  steps: 20\nlgst:\n  lr: 0.0001\n", "lgst"),
+        ("lgst:\n  steps: 20\n  lr: 0.1\n  steps: 20\n", "steps"),
+        ("lgst: {steps: 2, steps: 3}", "steps"),
+        ('"lgst": {steps: 2}\nlgst: {lr: 1.0}', "lgst"),
+        ("roi: []\nroi: [[]]\n", "roi"),
+    ],
+)
 def test_a_key_that_stands_there_twice_is_refused(tmp_path, monkeypatch, text, key):
     (tmp_path / "categories").mkdir()
     (tmp_path / "categories" / "cup.yaml").write_text(text)
@@ -91,7 +116,9 @@ def test_a_json_key_that_stands_there_twice_is_refused(tmp_path):
 
 
 def test_every_setting_is_an_option():
-    args = common_options("story").parse_args(["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"])
+    args = common_options("story").parse_args(
+        ["--segmentor.lr", "1e-3", "--pseudo_labels.features", "[area, color]"]
+    )
     chosen = settings.load("none", "paper", overrides(args))
     assert chosen.segmentor.lr == 1e-3
     assert chosen.pseudo_labels.features == ["area", "color"]
@@ -130,7 +157,10 @@ def test_numbers_mean_what_they_look_like(value):
 
 
 def test_what_a_person_wrote_wins_over_a_preset(tmp_path, monkeypatch):
-    for folder, name, text in (("categories", "cup", "lgst: {steps: 3}"), ("presets", "fast", "lgst: {steps: 9, width: 16}")):
+    for folder, name, text in (
+        ("categories", "cup", "lgst: {steps: 3}"),
+        ("presets", "fast", "lgst: {steps: 9, width: 16}"),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.yaml").write_text(text)
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
@@ -139,6 +169,7 @@ def test_what_a_person_wrote_wins_over_a_preset(tmp_path, monkeypatch):
 
 
 # Workspace
+
 
 def test_a_workspace_serves_one_run_at_a_time(tmp_path):
     workspace = Workspace(tmp_path)
@@ -150,9 +181,15 @@ def test_a_workspace_serves_one_run_at_a_time(tmp_path):
 
 # Files
 
-@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(arrays.arrays(st.sampled_from([np.uint8, np.int64, np.float64]), arrays.array_shapes(min_dims=0, max_dims=3))
-       .filter(lambda array: np.isfinite(array).all()))
+
+@hypothesis_settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    arrays.arrays(
+        st.sampled_from([np.uint8, np.int64, np.float64]), arrays.array_shapes(min_dims=0, max_dims=3)
+    ).filter(lambda array: np.isfinite(array).all())
+)
 def test_arrays_come_back_as_they_were(tmp_path, array):
     files.write_array(tmp_path / "a.npy", array)
     np.testing.assert_array_equal(files.read_array(tmp_path / "a.npy"), array)
@@ -174,16 +211,20 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npy"]
 
 
-@pytest.mark.parametrize(("problem", "words"), [
-    (UserError("no such thing"), "no such thing"),
-    (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
-    (MemoryError("Unable to allocate 9 PiB"), "memory ran out"),
-    (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
-    (OSError(errno.ELOOP, "Too many levels of symbolic links", "work"), "work cannot be used"),
-    (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
-    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
-    (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
-    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long")])
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (UserError("no such thing"), "no such thing"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.npy"), "disk is full"),
+        (MemoryError("Unable to allocate 9 PiB"), "memory ran out"),
+        (OSError(errno.EFBIG, "File too large", "x.npy"), "disk is full"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "work"), "work cannot be used"),
+        (FileExistsError(errno.EEXIST, "File exists", "work"), "work cannot be used"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "work/a"), "work/a cannot be used"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "ckpt"), "ckpt cannot be used"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long"),
+    ],
+)
 def test_a_mistake_is_one_sentence_and_status_2(problem, words, capsys):
     def main():
         raise problem
@@ -231,9 +272,20 @@ def test_pickles_are_refused(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    for name, read in (("a.npy", files.read_array), ("a.npz", files.read_arrays), ("a.pth", files.read_state),
-                       ("a.json", files.read_json)):
-        for content in (b"\x89PNG not really", b"", b"a text\n", b"hello world", b"G", b".\n"):  # torch has an error for each
+    for name, read in (
+        ("a.npy", files.read_array),
+        ("a.npz", files.read_arrays),
+        ("a.pth", files.read_state),
+        ("a.json", files.read_json),
+    ):
+        for content in (
+            b"\x89PNG not really",
+            b"",
+            b"a text\n",
+            b"hello world",
+            b"G",
+            b".\n",
+        ):  # torch has an error for each
             (tmp_path / name).write_bytes(content)
             with pytest.raises(UserError, match=name):
                 read(tmp_path / name)
@@ -244,9 +296,14 @@ def test_damaged_files_are_named(tmp_path):
 def test_numbers_that_are_none_are_not_read(tmp_path):
     np.save(tmp_path / "a.npy", np.array([1, np.nan]))
     np.savez(tmp_path / "a.npz", good=np.ones(2), bad=np.array([np.inf]))
-    files.write_state(tmp_path / "a.pth", {"state": {"weight": torch.tensor([[torch.nan]]), "bias": torch.zeros(1)}})
-    for read in (lambda: files.read_array(tmp_path / "a.npy"), lambda: files.read_arrays(tmp_path / "a.npz"),
-                 lambda: files.load_checkpoint(torch.nn.Linear(1, 1), tmp_path / "a.pth")):
+    files.write_state(
+        tmp_path / "a.pth", {"state": {"weight": torch.tensor([[torch.nan]]), "bias": torch.zeros(1)}}
+    )
+    for read in (
+        lambda: files.read_array(tmp_path / "a.npy"),
+        lambda: files.read_arrays(tmp_path / "a.npz"),
+        lambda: files.load_checkpoint(torch.nn.Linear(1, 1), tmp_path / "a.pth"),
+    ):
         with pytest.raises(UserError, match="not finite"):
             read()
 
@@ -277,6 +334,7 @@ def test_text_may_hold_names_that_are_none(tmp_path):
 
 # Records
 
+
 @pytest.fixture
 def made(tmp_path):
     """A record of one checkpoint and its scores; made(**used) and made(scored=...) describe other ones."""
@@ -290,6 +348,7 @@ def made(tmp_path):
         files.write_state(outputs[0], {"state": {}, "meta": record.used | {"more": 1}})
         files.write_array(outputs[1], np.zeros(1))
         record.finish()
+
     record.write, record.outputs = write, outputs
     return record
 
@@ -321,16 +380,27 @@ def test_a_run_that_ended_before_its_record_is_scored_again(made):
 
 def test_outputs_of_others_are_used_as_they_are(tmp_path):
     files.write_array(tmp_path / "made.npy", np.zeros(1))
-    assert records.Record(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"]).begin(False) == records.SKIP
+    assert (
+        records.Record(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"]).begin(False)
+        == records.SKIP
+    )
 
 
-@pytest.mark.parametrize("content, said", [
-    ({"state": {}, "meta": {"format_version": csad.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
-     "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite"),
-    ({"state": {}, "meta": {"seed": 0, "names": ("a", "b")}}, f"made.pth .*format_version: None -> {csad.FORMAT_VERSION}"),
-    ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
-    (torch.zeros(1), "made.pth does not say what it was made from"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (
+            {"state": {}, "meta": {"format_version": csad.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
+            "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite",
+        ),
+        (
+            {"state": {}, "meta": {"seed": 0, "names": ("a", "b")}},
+            f"made.pth .*format_version: None -> {csad.FORMAT_VERSION}",
+        ),
+        ({"encoder.weight": torch.zeros(1)}, "made.pth does not say what it was made from"),
+        (torch.zeros(1), "made.pth does not say what it was made from"),
+    ],
+)
 def test_a_checkpoint_without_a_record_has_to_fit(made, content, said):
     files.write_state(made.outputs[0], content)
     with pytest.raises(UserError, match=said):

@@ -42,7 +42,11 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
     """A small fused model in which nothing is 0 or 1 by chance of its initialisation: the paper's branches, or all there are."""
     tiles = 2 if kind == "tiles" else 1
     torch.manual_seed(3)
-    encoder = build_backbone(backbone, None, Path()).encoder if backbone == "efficientnet_lite0" else empty_encoder(backbone)
+    encoder = (
+        build_backbone(backbone, None, Path()).encoder
+        if backbone == "efficientnet_lite0"
+        else empty_encoder(backbone)
+    )
     segmentor, detector = Segmentor(encoder.channels, 16, CLASSES), PatchHistogramDetector(CLASSES)
     if kind == "paper":
         lgst = LGST(encoder.channels, 16, 24)
@@ -50,7 +54,9 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
         model = FusedModel(encoder, segmentor, detector, lgst)
     else:
         rng = np.random.default_rng(0)
-        labels = torch.from_numpy(np.kron(rng.integers(0, CLASSES, (6, 8, 8)), np.ones((32, 32))).astype(np.uint8))
+        labels = torch.from_numpy(
+            np.kron(rng.integers(0, CLASSES, (6, 8, 8)), np.ones((32, 32))).astype(np.uint8)
+        )
         evidence = HistogramEvidence(CLASSES)
         evidence.load_parameters(fit_evidence(labels, labels[:3], CLASSES))
         memory = PatchMemory(sum(encoder.channels[1:]), 50, 64, 0.005, tiles)
@@ -58,10 +64,25 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
         roi = torch.ones(512, 512, dtype=torch.bool)
         roi[:, 480:] = False
         drawn = torch.rand(8, encoder.channels[2], 8, 8, generator=torch.Generator().manual_seed(0))
-        model = FusedModel(encoder, segmentor, detector, FeatureLGST(encoder.channels, 16, 24), memory, 512, roi, evidence,
-                           "softplus", tiles, deep_features.fit(drawn, encoder.channels[2]), WEIGHTS)
+        model = FusedModel(
+            encoder,
+            segmentor,
+            detector,
+            FeatureLGST(encoder.channels, 16, 24),
+            memory,
+            512,
+            roi,
+            evidence,
+            "softplus",
+            tiles,
+            deep_features.fit(drawn, encoder.channels[2]),
+            WEIGHTS,
+        )
     for name, buffer in model.named_buffers():
-        if name.startswith(("encoder", "evidence", "memory", "dfm.", "image_", "roi")) or not buffer.is_floating_point():
+        if (
+            name.startswith(("encoder", "evidence", "memory", "dfm.", "image_", "roi"))
+            or not buffer.is_floating_point()
+        ):
             continue
         if name.endswith("invcov"):
             factor = torch.randn(buffer.shape)
@@ -76,12 +97,21 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
 
 def state_of(kind: str) -> dict:
     content = published_state(draw_model(kind))
-    attach_metadata(content, {
-        "category": "discs", "backbone": "efficientnet_lite0", "stand_ins": ["backbone efficientnet_lite0"],
-        "input_size": SIZES[kind], "branches": ["patchhist", "LGST"] if kind == "paper" else list(WEIGHTS),
-        "branch_weights": {"patchhist": 1.0, "LGST": 1.0} if kind == "paper" else WEIGHTS,
-        "memory_score_share": 0.005, "memory_border": "zeros", "tiles": 1 + (kind == "tiles"),
-        "fusion_rule": "sum" if kind == "paper" else "softplus"})
+    attach_metadata(
+        content,
+        {
+            "category": "discs",
+            "backbone": "efficientnet_lite0",
+            "stand_ins": ["backbone efficientnet_lite0"],
+            "input_size": SIZES[kind],
+            "branches": ["patchhist", "LGST"] if kind == "paper" else list(WEIGHTS),
+            "branch_weights": {"patchhist": 1.0, "LGST": 1.0} if kind == "paper" else WEIGHTS,
+            "memory_score_share": 0.005,
+            "memory_border": "zeros",
+            "tiles": 1 + (kind == "tiles"),
+            "fusion_rule": "sum" if kind == "paper" else "softplus",
+        },
+    )
     return content
 
 
@@ -118,9 +148,13 @@ def paths(state, tmp_path_factory):
     """The same model for three runtimes, by suffix."""
     folder = tmp_path_factory.mktemp("models")
     files.write_state(folder / "discs.pth", state)
-    files.write_bytes(folder / "discs.onnx", exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False))
+    files.write_bytes(
+        folder / "discs.onnx", exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False)
+    )
     known = OnnxEngine((folder / "discs.onnx").read_bytes(), "cpu").metadata
-    exporters.write_openvino(exporters.openvino_model((folder / "discs.onnx").read_bytes(), "fp32"), folder / "discs.xml", known)
+    exporters.write_openvino(
+        exporters.openvino_model((folder / "discs.onnx").read_bytes(), "fp32"), folder / "discs.xml", known
+    )
     return {path.suffix: path for path in folder.iterdir()}
 
 
@@ -128,7 +162,9 @@ def test_graphs_have_the_form_that_their_runtime_is_fast_at(paths, kind):
     """Scores are the same either way, so nothing else would notice: it costs a third of the time."""
     graph = onnx.load(paths[".onnx"]).graph
     nodes, weights = list(graph.node), {one.name for one in graph.initializer}
-    biases = Counter(name for node in nodes if node.op_type == "Conv" for name in node.input[2:] if name in weights)
+    biases = Counter(
+        name for node in nodes if node.op_type == "Conv" for name in node.input[2:] if name in weights
+    )
     assert biases and max(biases.values()) == 1  # OpenVINO fuses no bias that two convolutions share
     made_by = {name: node.op_type for node in nodes for name in node.output}
 
@@ -154,7 +190,12 @@ def test_every_runtime_finds_what_the_unfolded_model_finds(suffix, paths, raw, e
     np.testing.assert_allclose(found.score, expected.score, atol=2e-3, rtol=1e-4)
     np.testing.assert_allclose(found.branch_scores.sum(1), found.score, atol=1e-4)
     assert found.branch_scores.shape == (3, len(engine.branches))
-    assert found.anomaly_map.shape == (3, 64, 64) and found.branch_maps.shape == (3, len(engine.branches), 64, 64)
+    assert found.anomaly_map.shape == (3, 64, 64) and found.branch_maps.shape == (
+        3,
+        len(engine.branches),
+        64,
+        64,
+    )
     assert found.label_map.dtype == np.uint8
     assert found.score.dtype == found.anomaly_map.dtype == np.float32
     np.testing.assert_allclose(found.branch_maps, expected.branch_maps, atol=1e-2, rtol=1e-3)
@@ -174,11 +215,14 @@ def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
     lgst = ("teacher", "local_st", "autoencoder", "q_", "fourth_", "sixteenth_")  # its networks may be others
     assert not [key for key in paper if key.startswith(further)]
     assert {key for key in everything if not key.startswith((*further, *lgst))} == {
-        key for key in paper if not key.startswith(lgst)}
+        key for key in paper if not key.startswith(lgst)
+    }
     files.write_state(tmp_path / "all.pth", everything)
     read = files.read_state(tmp_path / "all.pth")
     again = published_state(from_state(read))
-    assert list(again) == list(everything) and all(torch.equal(again[key], everything[key]) for key in everything)
+    assert list(again) == list(everything) and all(
+        torch.equal(again[key], everything[key]) for key in everything
+    )
     assert metadata(read) == metadata(everything)
     for border in ("zeros", "replicate"):
         attach_metadata(again, metadata(everything) | {"memory_border": border})
@@ -198,7 +242,9 @@ def test_a_gpu_gives_nearly_the_same_shares(state, kind, raw, expected, precisio
     found = engine.predict(raw)
     assert np.isfinite(found.score).all()
     # The label map decides the patch histogram, and borders move: the other branches are compared.
-    np.testing.assert_allclose(found.branch_scores[:, 1:], expected.branch_scores[:, 1:], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        found.branch_scores[:, 1:], expected.branch_scores[:, 1:], rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".onnx", ".xml"])
@@ -262,9 +308,17 @@ def test_folding_changes_no_score_with_other_encoders(backbone):
 def test_onnx_passes_the_checker_and_names_its_outputs(paths, state):
     model = onnx.load(paths[".onnx"])
     onnx.checker.check_model(model, full_check=True)
-    assert [output.name for output in model.graph.output] == ["score", "branch_scores", "anomaly_map", "branch_maps", "label_map"]
+    assert [output.name for output in model.graph.output] == [
+        "score",
+        "branch_scores",
+        "anomaly_map",
+        "branch_maps",
+        "label_map",
+    ]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    alone = onnx.load_from_string(exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=False))
+    alone = onnx.load_from_string(
+        exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=False)
+    )
     assert [output.name for output in alone.graph.output] == ["score"]
 
 
@@ -350,13 +404,20 @@ def test_int8_keeps_parts_until_the_scores_agree(runtime):
     assert agreement.suffices or len(built) == len(quantisation.FALLBACK_ORDER)
     if runtime == "onnxruntime":
         for prefixes, model in built:
-            quantised = {node.name for node in onnx.load_from_string(model).graph.node if node.op_type == "DequantizeLinear"}
+            quantised = {
+                node.name
+                for node in onnx.load_from_string(model).graph.node
+                if node.op_type == "DequantizeLinear"
+            }
             assert any(".trunk." in name for name in quantised)
-            assert not any(name.startswith("segmentor.") for name in quantised) or "/segmentor/" not in prefixes
+            assert (
+                not any(name.startswith("segmentor.") for name in quantised) or "/segmentor/" not in prefixes
+            )
 
 
 def test_devices_are_chosen_by_what_there_is_and_said(paths, raw, monkeypatch):
     import onnxruntime
+
     assert open_model(paths[".xml"], "auto").device == "cpu"
     engine = open_model(paths[".xml"], "AUTO")
     assert "cpu" in engine.device
@@ -364,14 +425,26 @@ def test_devices_are_chosen_by_what_there_is_and_said(paths, raw, monkeypatch):
     with pytest.raises(UserError, match="cannot run this model on GPU.9.*it has CPU"):
         open_model(paths[".xml"], "GPU.9")
     asked, session = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "get_available_providers",
-                        lambda: ["CPUExecutionProvider", "CoreMLExecutionProvider", "CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, options, providers: (
-        asked.append(providers), session(model, options, ["CPUExecutionProvider"]))[1])
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CPUExecutionProvider", "CoreMLExecutionProvider", "CUDAExecutionProvider"],
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, options, providers: (
+            asked.append(providers),
+            session(model, options, ["CPUExecutionProvider"]),
+        )[1],
+    )
     for device in ("auto", "cpu", "cuda:1"):
         assert open_model(paths[".onnx"], device).device == "cpu"  # what it runs on, whatever was asked for
-    assert asked == [["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"],
-                     [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]]
+    assert asked == [
+        ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"],
+        ["CPUExecutionProvider"],
+        [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"],
+    ]
 
 
 def test_agreement_sees_a_score_that_moved():
@@ -392,8 +465,13 @@ def test_agreement_sees_a_score_that_moved():
     for wrong in (np.nan, np.inf):
         agreement = check.agreement(Fake([0, 1, 2, 10, wrong, 12]))
         assert agreement == (np.inf, np.inf) and not agreement.suffices and "inf" in str(agreement)
-    good_alone = quantisation.Check(np.zeros((3, 1)), scores[:3], np.ones(3, bool))  # where nothing could be pasted
-    assert good_alone.agreement(Fake(scores[:3])).suffices and not good_alone.agreement(Fake(scores[:3] + 1)).suffices
+    good_alone = quantisation.Check(
+        np.zeros((3, 1)), scores[:3], np.ones(3, bool)
+    )  # where nothing could be pasted
+    assert (
+        good_alone.agreement(Fake(scores[:3])).suffices
+        and not good_alone.agreement(Fake(scores[:3] + 1)).suffices
+    )
 
 
 @pytest.mark.parametrize("agrees_at", [1, 3, None])
@@ -461,9 +539,21 @@ def test_models_with_numbers_that_are_none_are_not_exported():
 
 
 def evaluated(category: str, logical: float) -> dict:
-    return {"category": category, "format": "torch", "precision": "fp32", "ran_in": "fp32", "auroc_logical": logical,
-            "auroc_structural": float("nan"), "auroc_mean": logical, "ms_per_image": 1.0, "preprocessing_ms": 1.0,
-            "largest_difference": 0.0, "kept_in_higher_precision": [], "networks": {}, "stand_ins": []}
+    return {
+        "category": category,
+        "format": "torch",
+        "precision": "fp32",
+        "ran_in": "fp32",
+        "auroc_logical": logical,
+        "auroc_structural": float("nan"),
+        "auroc_mean": logical,
+        "ms_per_image": 1.0,
+        "preprocessing_ms": 1.0,
+        "largest_difference": 0.0,
+        "kept_in_higher_precision": [],
+        "networks": {},
+        "stand_ins": [],
+    }
 
 
 def test_the_report_says_of_int8_what_is_left_in_higher_precision():
@@ -474,17 +564,24 @@ def test_the_report_says_of_int8_what_is_left_in_higher_precision():
 
 def test_the_report_of_a_category_with_one_kind_of_anomaly(tmp_path):
     workspace = Workspace(tmp_path)
-    for category, logical in (("discs", float("nan")), ("rings", 80.0)):  # the second reads what the first wrote
+    for category, logical in (
+        ("discs", float("nan")),
+        ("rings", 80.0),
+    ):  # the second reads what the first wrote
         export_tables.write([evaluated(category, logical)], workspace)
     assert "NaN" not in workspace.export_report.read_text()
-    average = next(line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line)
+    average = next(
+        line for line in (tmp_path / "export_report.md").read_text().splitlines() if "average" in line
+    )
     assert [cell.strip() for cell in average.split("|")[5:8]] == ["80.000", "nan", "80.000"]
 
 
 def test_of_many_categories_the_terminal_has_the_average_and_the_file_all(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_tables, "MANY", 2)
     for again in (70.0, 80.0):  # replaces what was there
-        export_tables.write([evaluated(f"category_{index}", again) for index in range(3)], Workspace(tmp_path))
+        export_tables.write(
+            [evaluated(f"category_{index}", again) for index in range(3)], Workspace(tmp_path)
+        )
     said, written = capsys.readouterr().out, (tmp_path / "export_report.md").read_text()
     assert "category_1" not in said and said.count("| average") == 2
     assert written.count("category_") == 3 and written.count("80.000") == 8 and "70.000" not in written

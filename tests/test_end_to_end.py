@@ -26,7 +26,14 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256")
 TINY_OF = {
     "pseudo_label": ("--pseudo_labels.rotations", "2"),
-    "train_segmentor": ("--segmentor.epochs", "3", "--segmentor.unsupervised_from_epoch", "1", "--segmentor.width", "16"),
+    "train_segmentor": (
+        "--segmentor.epochs",
+        "3",
+        "--segmentor.unsupervised_from_epoch",
+        "1",
+        "--segmentor.width",
+        "16",
+    ),
     "CSAD": ("--lgst.steps", "6", "--lgst.width", "16", "--lgst.teacher_channels", "16"),
     "patch_memory": ("--memory.rows", "50"),
 }
@@ -35,21 +42,32 @@ TRAINING = STAGES[:4]
 
 
 def arguments(stage: str, workspace: Path, dataset: Path, *extra: str) -> list[str]:
-    return ["--workspace", str(workspace), "--dataset_root", str(dataset), *TINY, *TINY_OF.get(stage, ()), *extra]
+    return [
+        "--workspace",
+        str(workspace),
+        "--dataset_root",
+        str(dataset),
+        *TINY,
+        *TINY_OF.get(stage, ()),
+        *extra,
+    ]
 
 
 @pytest.fixture
 def run(monkeypatch):
     """Run a stage in this process."""
+
     def run_stage(stage: str, workspace: Path, dataset: Path, *extra: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *arguments(stage, workspace, dataset, *extra)])
         run_script(importlib.import_module(stage).main)
+
     return run_stage
 
 
 @pytest.fixture
 def fails(run, capsys):
     """Run a stage that must end with status 2 and one sentence, or as interrupted; returns the sentence."""
+
     def run_wrong(stage: str, workspace: Path, dataset: Path, *extra: str, interrupted: bool = False) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -59,6 +77,7 @@ def fails(run, capsys):
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(begins)]
         assert len(said) == 1
         return said[0]
+
     return run_wrong
 
 
@@ -68,10 +87,15 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     dataset = folder / "data"
     from conftest import make_discs
+
     make_discs(dataset)
     for stage in STAGES:
-        done = subprocess.run([sys.executable, f"{stage}.py", *arguments(stage, folder / "work", dataset)], cwd=ROOT,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, f"{stage}.py", *arguments(stage, folder / "work", dataset)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     return folder / "work", dataset
 
@@ -83,25 +107,47 @@ def copy_of_finished(finished, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != ".csad.lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".csad.lock"
+    }
 
 
 def test_every_file_of_the_contract_is_there(finished):
     work, _ = finished
     masks = work / "datasets/masks/discs"
-    for name in ("000/all_masks.png", "000/background.jpg", "000/refined_masks.png", "000/cluster_map.png",
-                 "000/filtered_cluster_map.png", "000/filtered_cluster_map_color.png",
-                 "info/filtered_histogram_indices.npy", "info/filtered_component_histogram.npy",
-                 "info/raw_component_histogram.npy", "info/all_component_feats.npz", "info/component_num_mode.npy",
-                 "info/feature.png", "info/info.txt", "test_seg_output/good_000.png",
-                 "test_seg_output/logical_anomalies_003.png"):
+    for name in (
+        "000/all_masks.png",
+        "000/background.jpg",
+        "000/refined_masks.png",
+        "000/cluster_map.png",
+        "000/filtered_cluster_map.png",
+        "000/filtered_cluster_map_color.png",
+        "info/filtered_histogram_indices.npy",
+        "info/filtered_component_histogram.npy",
+        "info/raw_component_histogram.npy",
+        "info/all_component_feats.npz",
+        "info/component_num_mode.npy",
+        "info/feature.png",
+        "info/info.txt",
+        "test_seg_output/good_000.png",
+        "test_seg_output/logical_anomalies_003.png",
+    ):
         assert (masks / name).exists(), name
-    for name in ("ckpt/segmentor_discs_256.pth", "ckpt/best_discs.pth", "ckpt/pytorch_models/discs.pth",
-                 "anomaly_score/discs_patchhist_params.npz", "anomaly_score/discs_patchhist_maps.npz",
-                 "anomaly_score/discs_memory_maps.npz", "ckpt/memory_discs.pth",
-                 "anomaly_score/discs_DFM_maps.npz", "ckpt/dfm_discs.pth", "anomaly_score/discs_torch_scores.csv",
-                 "score_combine_result.txt"):
+    for name in (
+        "ckpt/segmentor_discs_256.pth",
+        "ckpt/best_discs.pth",
+        "ckpt/pytorch_models/discs.pth",
+        "anomaly_score/discs_patchhist_params.npz",
+        "anomaly_score/discs_patchhist_maps.npz",
+        "anomaly_score/discs_memory_maps.npz",
+        "ckpt/memory_discs.pth",
+        "anomaly_score/discs_DFM_maps.npz",
+        "ckpt/dfm_discs.pth",
+        "anomaly_score/discs_torch_scores.csv",
+        "score_combine_result.txt",
+    ):
         assert (work / name).exists(), name
     for branch in ("patchhist", "LGST", "CSAD", "memory", "DFM"):
         for part, count in (("logi", 8), ("struc", 8), ("val", 6)):
@@ -115,8 +161,18 @@ def test_every_file_of_the_contract_is_there(finished):
 def test_result_file_reads_as_peoples_scripts_expect(finished):
     lines = (finished[0] / "score_combine_result.txt").read_text().splitlines()
     assert lines[0] == "DISCS:"
-    for line, branches in zip(lines[1:], ("('patchhist',)", "('LGST',)", "('patchhist', 'LGST')", "('memory',)",
-                                         "('DFM',)", "('patchhist', 'LGST', 'memory', 'DFM')", "('fused',)")):
+    for line, branches in zip(
+        lines[1:],
+        (
+            "('patchhist',)",
+            "('LGST',)",
+            "('patchhist', 'LGST')",
+            "('memory',)",
+            "('DFM',)",
+            "('patchhist', 'LGST', 'memory', 'DFM')",
+            "('fused',)",
+        ),
+    ):
         assert re.fullmatch(re.escape(branches) + r" AUC: \d+\.\d{3} \d+\.\d{3}", line)
     assert any("stand-ins" in line and "efficientnet_lite0" in line for line in lines)
 
@@ -129,7 +185,9 @@ def decided(work: Path) -> dict[str, float]:
 def test_stages_4_and_5_fuse_the_same_branches(finished):
     work, _ = finished
     exported = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())
-    assert exported["branches"] == list(decided(work)) and exported["model"]["branch_weights"] == decided(work)
+    assert exported["branches"] == list(decided(work)) and exported["model"]["branch_weights"] == decided(
+        work
+    )
     metrics = json.loads((work / "anomaly_score/discs_metrics.json").read_text())
     assert metrics["weights"] == decided(work) and metrics["fused"] == list(decided(work))
     lines = (work / "score_combine_result.txt").read_text().splitlines()
@@ -138,7 +196,8 @@ def test_stages_4_and_5_fuse_the_same_branches(finished):
     exported = json.loads((work / "export_report.json").read_text())[0]
     measured = metrics["detection"]["fused"]
     assert [exported[f"auroc_{kind}"] for kind in ("logical", "structural")] == pytest.approx(
-        [measured[kind]["auroc"] for kind in ("logical", "structural")], abs=7)  # of 4 by 4 pairs one may change
+        [measured[kind]["auroc"] for kind in ("logical", "structural")], abs=7
+    )  # of 4 by 4 pairs one may change
 
 
 def test_exported_model_gives_the_fused_score_of_the_stages(finished):
@@ -147,9 +206,12 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
         rows = list(csv.DictReader(handle))
     assert rows[0].keys() == {"image", "split", "score"}
     from models.fusion import EXPORTED_STD_FLOOR, apply_z, fit_normalisation, share
+
     fused = 0
     for branch, weight in decided(work).items():
-        logical, validation = (np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val"))
+        logical, validation = (
+            np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val")
+        )
         z = apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR))
         fused = fused + weight * share(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
@@ -185,17 +247,23 @@ def test_same_seed_same_files(finished, run, tmp_path):
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",)])
-@pytest.mark.parametrize(("stage", "owner", "called", "times"), [
-    ("pseudo_label", files, "write_image", 30), ("train_segmentor", TrainingLoop, "report", 2),
-    ("CSAD", TrainingLoop, "report", 3)])
-def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, times, option, finished, run, fails, monkeypatch,
-                                                      tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "owner", "called", "times"),
+    [
+        ("pseudo_label", files, "write_image", 30),
+        ("train_segmentor", TrainingLoop, "report", 2),
+        ("CSAD", TrainingLoop, "report", 3),
+    ],
+)
+def test_interrupted_and_resumed_gives_the_same_files(
+    stage, owner, called, times, option, finished, run, fails, monkeypatch, tmp_path
+):
     """Ctrl-C in the middle of the work; then the same command again, which goes on, also with --overwrite."""
     work, dataset = finished
     if option:
         shutil.copytree(work, tmp_path / "work")
     else:
-        for earlier in STAGES[:STAGES.index(stage)]:
+        for earlier in STAGES[: STAGES.index(stage)]:
             run(earlier, tmp_path / "work", dataset)
     real, calls = getattr(owner, called), itertools.count(1)
 
@@ -207,7 +275,9 @@ def test_interrupted_and_resumed_gives_the_same_files(stage, owner, called, time
     monkeypatch.setattr(owner, called, interrupting)
     fails(stage, tmp_path / "work", dataset, *option, interrupted=True)
     calls = itertools.count(1)
-    monkeypatch.setattr(owner, called, lambda *arguments, **options: (next(calls), real(*arguments, **options))[1])
+    monkeypatch.setattr(
+        owner, called, lambda *arguments, **options: (next(calls), real(*arguments, **options))[1]
+    )
     run(stage, tmp_path / "work", dataset, *option)
     rest, calls = next(calls), itertools.count(1)
     run(stage, tmp_path / "work", dataset, "--overwrite")  # complete by now, so from the start
@@ -221,6 +291,7 @@ def test_training_resumes_from_a_saved_step(finished, run, tmp_path, monkeypatch
     from csad.training import loop
 
     import CSAD
+
     work, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     real, calls = CSAD.losses, []
@@ -246,6 +317,7 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
     from csad.training import loop
 
     import CSAD
+
     _, dataset = finished
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     real = CSAD.losses
@@ -256,6 +328,7 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
         if len(calls) == 3:
             raise ZeroDivisionError
         return real(*args)
+
     monkeypatch.setattr(CSAD, "losses", killed)
     with pytest.raises(ZeroDivisionError):
         run("CSAD", tmp_path, dataset)
@@ -264,11 +337,13 @@ def test_a_progress_file_of_other_settings_is_refused(finished, run, fails, tmp_
 
 def test_a_loss_that_is_no_number_ends_within_twenty_steps(finished, fails, tmp_path, monkeypatch):
     import CSAD
+
     real, calls = CSAD.losses, []
 
     def broken(*args):
         calls.append(1)
         return {name: loss * float("nan") for name, loss in real(*args).items()}
+
     monkeypatch.setattr(CSAD, "losses", broken)
     assert "diverged" in fails("CSAD", tmp_path, finished[1], "--lgst.steps", "200")
     assert len(calls) <= 20 and not list(tmp_path.rglob("*progress*"))
@@ -299,12 +374,20 @@ def test_exports_know_what_they_were_made_of(copy_of_finished, run, fails, capsy
         with open(work / f"anomaly_score/discs_{row['format']}_scores.csv", newline="") as handle:
             scores[row["format"]] = list(csv.DictReader(handle))
     for format_ in ("onnx", "openvino"):
-        np.testing.assert_allclose([float(row["score"]) for row in scores[format_]],
-                                   [float(row["score"]) for row in scores["torch"]], rtol=1e-3, atol=1e-2)
-    assert "without --raw_input" in fails("export_model", work, dataset, "--format", "openvino", "--raw_input")
+        np.testing.assert_allclose(
+            [float(row["score"]) for row in scores[format_]],
+            [float(row["score"]) for row in scores["torch"]],
+            rtol=1e-3,
+            atol=1e-2,
+        )
+    assert "without --raw_input" in fails(
+        "export_model", work, dataset, "--format", "openvino", "--raw_input"
+    )
     run("patch_memory", work, dataset, "--memory.rows", "60", "--overwrite")
     for format_ in ("onnx", "openvino"):
-        assert "was made before the stages ran again" in fails("export_model", work, dataset, "--format", format_)
+        assert "was made before the stages ran again" in fails(
+            "export_model", work, dataset, "--format", format_
+        )
     assert "int8" in fails("export_model", work, dataset, "--precision", "int8")
 
 
@@ -319,24 +402,33 @@ def test_an_optional_branch_whose_files_do_not_fit_is_left_out(copy_of_finished,
     noted["outputs"]["ckpt/best_discs.pth"] = records.digest(checkpoint)
     files.write_json(record, noted)
     run("export_model", work, dataset)
-    assert "discs: LGST is left out: discs: train_segmentor.py and CSAD.py were run on different backbones" in (
-        capsys.readouterr().out)
+    assert (
+        "discs: LGST is left out: discs: train_segmentor.py and CSAD.py were run on different backbones"
+        in (capsys.readouterr().out)
+    )
     run("benchmark_performance", work, dataset)
-    fused = re.search(r"^fused: (.*) \(softplus\)$", (work / "score_combine_result.txt").read_text(), re.MULTILINE)
+    fused = re.search(
+        r"^fused: (.*) \(softplus\)$", (work / "score_combine_result.txt").read_text(), re.MULTILINE
+    )
     assert fused and "memory" in fused[1] and "LGST" not in fused[1]
     assert "run export_model.py again" not in (work / "score_combine_result.txt").read_text()
     (work / "anomaly_score/discs_branches.json").unlink()
     run("benchmark_performance", work, dataset)
-    assert "discs: export_model.py has not weighed the branches yet" in (work / "score_combine_result.txt").read_text()
+    assert (
+        "discs: export_model.py has not weighed the branches yet"
+        in (work / "score_combine_result.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize("tested", [True, False])
 @pytest.mark.parametrize("format_", ["onnx", "openvino"])
-def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(format_, tested, copy_of_finished, run, fails,
-                                                                           monkeypatch, tmp_path):
+def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(
+    format_, tested, copy_of_finished, run, fails, monkeypatch, tmp_path
+):
     from csad.export import exporters
 
     import onnx
+
     work, dataset = copy_of_finished
     if not tested:
         shutil.copytree(dataset, tmp_path / "data")
@@ -356,7 +448,10 @@ def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(forma
 
     monkeypatch.setattr(exporters, f"{format_}_model", damaged)
     said = fails("export_model", work, dataset, "--format", format_, "--with_map")
-    assert "does not give PyTorch's scores of 6 validation images, so it is not kept and an earlier one stays as it is" in said
+    assert (
+        "does not give PyTorch's scores of 6 validation images, so it is not kept and an earlier one stays as it is"
+        in said
+    )
     assert contents(work / "ckpt") == before
 
 
@@ -364,14 +459,18 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
     from csad.inference.engines import open_model
 
     from models.fused import metadata
+
     work, dataset = finished
     path = work / "ckpt/pytorch_models/discs.pth"
     known = metadata(files.read_state(path))
     assert known["networks"] == dict.fromkeys(known["networks"], "fp32") and "memory" in known["networks"]
     from csad.data import images
+
     engine = open_model(path, "cpu")
-    scores = [float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
-              for one in sorted((dataset / "discs/validation/good").iterdir())]
+    scores = [
+        float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
+        for one in sorted((dataset / "discs/validation/good").iterdir())
+    ]
     np.testing.assert_allclose(known["validation_scores"], sorted(scores), rtol=1e-4, atol=1e-4)
     row = json.loads((work / "export_report.json").read_text())[0]
     assert row["ran_in"] == "fp32" and row["networks"] == known["networks"]
@@ -380,6 +479,7 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 def test_saved_maps_are_those_of_the_exported_model(finished):
     from csad.data import images
     from csad.inference.engines import open_model
+
     work, dataset = finished
     engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")
     picture = sorted((dataset / "discs/test/structural_anomalies").iterdir())[0]
@@ -396,11 +496,14 @@ def test_scores_of_other_images_are_not_measured(copy_of_finished, fails, tmp_pa
     one, other = good[0].read_bytes(), good[1].read_bytes()
     good[0].write_bytes(other)
     good[1].write_bytes(one)  # as many, called the same
-    assert "good images are not those that train_segmentor.py saw" in fails("benchmark_performance", work, tmp_path / "data")
+    assert "good images are not those that train_segmentor.py saw" in fails(
+        "benchmark_performance", work, tmp_path / "data"
+    )
 
 
 def test_another_backbone_is_noticed_before_training(copy_of_finished, fails, tmp_path):
     import timm
+
     work, dataset = copy_of_finished
     torch.save(timm.create_model("resnet18").state_dict(), work / "ckpt/resnet18.pth")
     for path in (work / "ckpt").glob("best_discs*"):
@@ -467,9 +570,18 @@ def test_scores_of_another_data_set_are_refused(copy_of_finished, fails):
 def test_foreign_backbone_weights_and_devices(fails, make_dataset, tmp_path):
     dataset = make_dataset()
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    assert "state dict" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights",
-                                 str(tmp_path / "other.pth"))
-    assert "does not exist" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights", "no.pth")
+    assert "state dict" in fails(
+        "CSAD",
+        tmp_path / "w",
+        dataset,
+        "--backbone",
+        "resnet18",
+        "--backbone_weights",
+        str(tmp_path / "other.pth"),
+    )
+    assert "does not exist" in fails(
+        "CSAD", tmp_path / "w", dataset, "--backbone", "resnet18", "--backbone_weights", "no.pth"
+    )
     assert "backbone 'resnet17'" in fails("CSAD", tmp_path / "w", dataset, "--backbone", "resnet17")
     assert "device 'gpu'" in fails("CSAD", tmp_path / "w", dataset, "--device", "gpu")
 
@@ -480,7 +592,16 @@ def test_all_stages_run_on_a_gpu_and_their_model_scores_alike_without(preset, ru
     work, dataset, found = tmp_path / "work", make_dataset(), []
     fused = ("--branches", "LGST", "memory")  # borders of components move a little, and so do histograms
     for stage in STAGES:
-        run(stage, work, dataset, "--preset", preset, "--device", "cuda", *fused[:0 if stage in TRAINING else None])
+        run(
+            stage,
+            work,
+            dataset,
+            "--preset",
+            preset,
+            "--device",
+            "cuda",
+            *fused[: 0 if stage in TRAINING else None],
+        )
     for device in ("cuda", "cpu"):
         run("export_model", work, dataset, "--preset", preset, "--device", device, *fused, "--inference_only")
         with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
@@ -499,37 +620,82 @@ def test_on_a_gpu_the_same_seed_gives_the_same_files(run, make_dataset, tmp_path
     assert [name for name in before if before[name] != after.get(name)] == []
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text()))
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
+)
 def test_outside_of_the_environment_a_sentence_says_what_to_do(script):
     done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     sentence, activate, install = done.stderr.splitlines()
-    assert re.fullmatch(r"error: the package '\w+' is not installed for .*; activate an environment .*:", sentence)
+    assert re.fullmatch(
+        r"error: the package '\w+' is not installed for .*; activate an environment .*:", sentence
+    )
     assert "bin/activate" in activate and "pip install " in install
     assert install.endswith("'.[station]'" if script in ("predict.py", "serve.py") else "requirements.txt")
 
 
-@pytest.mark.parametrize("script, given, expected", [
-    *((script, {}, "1000") for script in ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model", "report")),
-    ("CSAD", {"GOMP_SPINCOUNT": "5"}, "5"), ("CSAD", {"OMP_WAIT_POLICY": "passive"}, "None")])
+@pytest.mark.parametrize(
+    "script, given, expected",
+    [
+        *(
+            (script, {}, "1000")
+            for script in (
+                "pseudo_label",
+                "train_segmentor",
+                "CSAD",
+                "patch_memory",
+                "export_model",
+                "report",
+            )
+        ),
+        ("CSAD", {"GOMP_SPINCOUNT": "5"}, "5"),
+        ("CSAD", {"OMP_WAIT_POLICY": "passive"}, "None"),
+    ],
+)
 def test_how_threads_wait_is_decided_before_pytorch_is_loaded(script, given, expected, tmp_path):
-    (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)")
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], env=environment | given, capture_output=True,
-                          text=True)
+    (tmp_path / "torch.py").write_text(
+        "import os; print(os.environ.get('GOMP_SPINCOUNT'), flush=True); os._exit(0)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {
+        "PYTHONPATH": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", "--help"],
+        env=environment | given,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.split() == [expected], done.stderr
 
 
 def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path):
     work, dataset = copy_of_finished
     model = work / "ckpt/pytorch_models/discs.pth"
-    done = subprocess.run([sys.executable, "predict.py", str(dataset / "discs/test"), "--model", str(model), "--output",
-                           str(tmp_path / "out"), "--device", "cpu", "--save_maps"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "predict.py",
+            str(dataset / "discs/test"),
+            "--model",
+            str(model),
+            "--output",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+            "--save_maps",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode in (0, 4), done.stderr
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
         expected = {row["image"]: float(row["score"]) for row in csv.DictReader(handle)}
     with open(tmp_path / "out/predictions.csv", newline="") as handle:
-        found = {Path(row["image"]).relative_to(dataset / "discs").as_posix(): row for row in csv.DictReader(handle)}
+        found = {
+            Path(row["image"]).relative_to(dataset / "discs").as_posix(): row
+            for row in csv.DictReader(handle)
+        }
     assert found.keys() == expected.keys()
     for image, row in found.items():
         assert float(row["score"]) == pytest.approx(expected[image], rel=1e-3, abs=1e-2)
@@ -537,7 +703,20 @@ def test_predict_and_report_take_what_the_stages_left(copy_of_finished, tmp_path
         assert sum(contributions) == pytest.approx(float(row["score"]), abs=1e-2)
     assert len(list((tmp_path / "out/maps").rglob("*.png"))) == 12
 
-    done = subprocess.run([sys.executable, "report.py", "--workspace", str(work), "--dataset_root", str(dataset), "--preset",
-                           "quick"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "report.py",
+            "--workspace",
+            str(work),
+            "--dataset_root",
+            str(dataset),
+            "--preset",
+            "quick",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (work / "report.html").read_text().count("<article") == 12

@@ -41,14 +41,19 @@ def exported(request, tmp_path_factory):
     files.write_state(folder / "model.pth", state)
     content = exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False)
     files.write_bytes(folder / "model.onnx", content)
-    files.write_bytes(folder / "raw.onnx", exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=True))
+    files.write_bytes(
+        folder / "raw.onnx", exporters.onnx_model(state, "discs", "fp32", with_map=False, raw_input=True)
+    )
     known = {name: value for name, value in OnnxEngine(content, "cpu").metadata.items() if name != "networks"}
     precisions = ("fp32", "bf16", "int8") if kind == "all" else ("fp32",)
     for precision in precisions:
         model = exporters.openvino_model(content, "fp32")
         if precision == "int8":
-            model = exporters.int8_openvino(model, np.random.default_rng(0).normal(size=(2, 3, side, side)).astype(np.float32),
-                                            ("/segmentor/", "/encoder/"))
+            model = exporters.int8_openvino(
+                model,
+                np.random.default_rng(0).normal(size=(2, 3, side, side)).astype(np.float32),
+                ("/segmentor/", "/encoder/"),
+            )
         exporters.write_openvino(model, folder / f"model_{precision}.xml", known | {"precision": precision})
     return TorchEngine(state, "cpu"), pictures, {path.name: path for path in folder.iterdir()}
 
@@ -59,14 +64,18 @@ def test_every_convolution_pads_by_itself_and_by_less_than_its_size(exported):
         graph = onnx.load(exported[2][name]).graph
         made_by = {output: node.op_type for node in graph.node for output in node.output}
         convolutions = [node for node in graph.node if node.op_type == "Conv"]
-        assert convolutions and not [node.name for node in convolutions if made_by.get(node.input[0]) == "Pad"]
+        assert convolutions and not [
+            node.name for node in convolutions if made_by.get(node.input[0]) == "Pad"
+        ]
         for node in convolutions:
             of = {attribute.name: list(attribute.ints) for attribute in node.attribute}
             extent = [1 + rate * (size - 1) for rate, size in zip(of["dilations"], of["kernel_shape"])]
             assert max(np.array(of["pads"]) - np.array(extent * 2)) < 0, node.name
 
 
-@pytest.mark.parametrize("file", ["model.pth", "model.onnx", "raw.onnx", "model_fp32.xml", "model_bf16.xml", "model_int8.xml"])
+@pytest.mark.parametrize(
+    "file", ["model.pth", "model.onnx", "raw.onnx", "model_fp32.xml", "model_bf16.xml", "model_int8.xml"]
+)
 def test_memory_that_was_never_written_changes_no_score(file, exported, monkeypatch):
     """OpenVINO and glibc are told to be what they are elsewhere: a processor without AVX-512, memory that is not zero."""
     reference, pictures, paths = exported
@@ -82,7 +91,9 @@ def test_memory_that_was_never_written_changes_no_score(file, exported, monkeypa
         assert agreement.disagreement(reference, pictures, found, exactly) is None
         assert set(found.networks.values()) == {"fp32"} and "encoder" in found.networks
     else:  # of networks with random weights; the memory, which has none, is the part that was wrong
-        expected = np.concatenate([reference.predict(with_edges(512)[index:index + 1]).branch_scores for index in range(2)])
+        expected = np.concatenate(
+            [reference.predict(with_edges(512)[index : index + 1]).branch_scores for index in range(2)]
+        )
         np.testing.assert_allclose(found.branch_scores[:, 2], expected[:, 2], rtol=0.1)
     if "int8" in file:  # what stayed in fp32 is said
         assert "int8" not in found.networks["LGST student"] and "int8" not in found.networks["memory"]
@@ -94,9 +105,18 @@ def test_what_ran_is_what_is_said():
     state, _ = drawn("all")
     attach_metadata(state, metadata(state) | {"precision": "bf16"})
     engine = TorchEngine(state, "cpu")
-    assert engine.networks == {"encoder": "bf16", "segmentor": "bf16", "LGST teacher": "fp32", "LGST student": "fp32",
-                               "LGST autoencoder": "fp32", "memory": "fp32"}
-    assert engine.precision == "bf16: encoder, segmentor; fp32: LGST teacher, LGST student, LGST autoencoder, memory"
+    assert engine.networks == {
+        "encoder": "bf16",
+        "segmentor": "bf16",
+        "LGST teacher": "fp32",
+        "LGST student": "fp32",
+        "LGST autoencoder": "fp32",
+        "memory": "fp32",
+    }
+    assert (
+        engine.precision
+        == "bf16: encoder, segmentor; fp32: LGST teacher, LGST student, LGST autoencoder, memory"
+    )
     assert set(TorchEngine(state, "cpu", "fp32").networks.values()) == {"fp32"}
     half = OnnxEngine(exporters.onnx_model(state, "discs", "fp16", with_map=False, raw_input=False), "cpu")
     assert half.metadata["networks"]["encoder"] == "fp16" and half.metadata["networks"]["memory"] == "fp32"
@@ -112,24 +132,38 @@ def test_zeros_around_are_moved_into_the_convolution_and_nothing_else_is():
             self.conv = torch.nn.Conv2d(3, 2, 3, stride=2)
 
         def forward(self, images):
-            return self.conv(torch.nn.functional.pad(images, self.amounts, self.mode, self.value)).amax((1, 2, 3))
+            return self.conv(torch.nn.functional.pad(images, self.amounts, self.mode, self.value)).amax(
+                (1, 2, 3)
+            )
 
     known = {"raw_input": False, "input_size": 16}
-    for amounts, mode, value, moved in (((0, 1, 0, 1), "constant", 0, [0, 0, 1, 1]), ((2, 1, 0, 2), "constant", 0, [0, 2, 2, 1]),
-                                        ((1, 1, 1, 1), "constant", 1, None), ((1, 1, 1, 1), "reflect", None, None)):
+    for amounts, mode, value, moved in (
+        ((0, 1, 0, 1), "constant", 0, [0, 0, 1, 1]),
+        ((2, 1, 0, 2), "constant", 0, [0, 2, 2, 1]),
+        ((1, 1, 1, 1), "constant", 1, None),
+        ((1, 1, 1, 1), "reflect", None, None),
+    ):
         torch.manual_seed(0)
         model = Padded(amounts, mode, value).eval()
         content = exporters.to_onnx(model, known, ("score",))
         nodes = onnx.load_from_string(content).graph.node
-        pads = next(list(attribute.ints) for node in nodes if node.op_type == "Conv" for attribute in node.attribute
-                    if attribute.name == "pads")
-        assert pads == (moved or [0, 0, 0, 0]) and any(node.op_type == "Pad" for node in nodes) == (moved is None)
+        pads = next(
+            list(attribute.ints)
+            for node in nodes
+            if node.op_type == "Conv"
+            for attribute in node.attribute
+            if attribute.name == "pads"
+        )
+        assert pads == (moved or [0, 0, 0, 0]) and any(node.op_type == "Pad" for node in nodes) == (
+            moved is None
+        )
         images = torch.randn(2, 3, 16, 16)
         found = OnnxEngine(content, "cpu").session.run(None, {"images": images.numpy()})[0]
         np.testing.assert_allclose(found, model(images).detach(), atol=1e-5)
 
 
 # Whether two models agree
+
 
 class Reference:
     """PyTorch's answers, made up; a label map of label 1 adds nothing to the first branch, one of label 2 adds 1."""
@@ -141,6 +175,7 @@ class Reference:
 
     def predict(self, picture):
         from models.prediction import Prediction
+
         share = next(self.shares)
         return Prediction(share.sum(keepdims=True), share[None], None, None, np.ones((1, 256, 256), np.uint8))
 
@@ -158,7 +193,9 @@ def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True)
     reference.all = SHARES
     labels = np.ones((16, 256, 256), np.uint8) if labels is None else labels
     given = np.asarray(given, dtype=float)
-    found = fresh_process.Scored(given.sum(1), given.sum(1), *((given, labels) if with_branches else (None, None)), {}, {}, "cpu")
+    found = fresh_process.Scored(
+        given.sum(1), given.sum(1), *((given, labels) if with_branches else (None, None)), {}, {}, "cpu"
+    )
     return agreement.disagreement(reference, [picture] * 16, found, exactly)
 
 
@@ -217,7 +254,9 @@ def test_compared_images_are_spread_evenly():
     assert len(chosen) == 16 and chosen[0] == 0 and chosen[-1] == 303 and np.ptp(np.diff(chosen)) <= 1
 
 
-def test_a_process_that_ends_without_an_answer_and_a_file_that_is_no_model_get_a_sentence(tmp_path, monkeypatch):
+def test_a_process_that_ends_without_an_answer_and_a_file_that_is_no_model_get_a_sentence(
+    tmp_path, monkeypatch
+):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(UserError, match="onnxruntime cannot run this model"):
         fresh_process.score(tmp_path / "model.onnx", [], [], "cpu", "score")
@@ -238,9 +277,15 @@ def test_a_new_export_takes_the_old_ones_place_at_the_end_or_not_at_all(tmp_path
     with pytest.raises(ZeroDivisionError), exporters.replacing(path) as new:
         write(new)
         raise ZeroDivisionError
-    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"discs.xml": b"old", "discs.bin": b"old"}
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {
+        "discs.xml": b"old",
+        "discs.bin": b"old",
+    }
     (tmp_path / ".discs.xml.new").mkdir()
     (tmp_path / ".discs.xml.new/left by a killed run").write_bytes(b"")
     with exporters.replacing(path) as new:
         write(new)
-    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"discs.xml": b"new", "discs.bin": b"new"}
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {
+        "discs.xml": b"new",
+        "discs.bin": b"new",
+    }

@@ -62,8 +62,10 @@ def published():
     with np.load(REFERENCE / "fused_model.npz", allow_pickle=False) as archive:
         expected = dict(archive)
     specification = json.loads((REFERENCE / "fused_model_state_dict.json").read_text())
-    state = {key: torch.from_numpy(np.asarray(draw(key, shape, int(expected["salt"])))).to(getattr(torch, dtype))
-             for key, (shape, dtype) in specification.items()}
+    state = {
+        key: torch.from_numpy(np.asarray(draw(key, shape, int(expected["salt"])))).to(getattr(torch, dtype))
+        for key, (shape, dtype) in specification.items()
+    }
     state["segmentor.fc2.conv3.bias"] = torch.from_numpy(expected["segmentor_fc2_conv3_bias"]).float()
     return state, expected
 
@@ -97,8 +99,12 @@ def test_published_state_dict_gives_the_published_outputs(published, plain):
         differences = model.lgst.differences(images, maps)
         label_map = model.segmentor(maps).argmax(1)
         histogram_score = model.patch_hist_detector(label_map)
-    np.testing.assert_allclose(differences.local.numpy(), expected["local_difference"].reshape(-1, 64, 64), rtol=1e-3)
-    np.testing.assert_allclose(differences.global_.numpy(), expected["global_difference"].reshape(-1, 64, 64), rtol=1e-3)
+    np.testing.assert_allclose(
+        differences.local.numpy(), expected["local_difference"].reshape(-1, 64, 64), rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        differences.global_.numpy(), expected["global_difference"].reshape(-1, 64, 64), rtol=1e-3
+    )
     assert (label_map.numpy() == expected["label_map"].reshape(-1, 256, 256)).mean() >= 0.999
     np.testing.assert_allclose(histogram_score.numpy(), expected["patch_histogram_score"].ravel(), rtol=1e-3)
     np.testing.assert_allclose(score.numpy(), expected["score"].ravel(), atol=1e-3)
@@ -117,7 +123,11 @@ def test_batch_scores_are_the_single_scores(plain):
 
 
 @hypothesis_settings(max_examples=20, deadline=None)
-@given(factor=st.integers(1, 4), seed=st.integers(0, 10_000), values=st.sampled_from([(0, 256), (254, 256), (0, 2)]))
+@given(
+    factor=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
+    values=st.sampled_from([(0, 256), (254, 256), (0, 2)]),
+)
 def test_the_models_small_view_is_that_of_the_stages(factor, seed, values):
     """In floating point here, in whole numbers there: the same bytes, halves included."""
     side = 256 * factor
@@ -154,7 +164,9 @@ def test_a_model_of_another_version_is_refused_and_a_published_one_is_not(publis
     with pytest.raises(UserError, match="another version of this code .*export it again"):
         from_state(ours)
     for kind in ("ONNX", "OpenVINO"):
-        with pytest.raises(UserError, match=f"this {kind} model was written by another version.*--format {kind.lower()}"):
+        with pytest.raises(
+            UserError, match=f"this {kind} model was written by another version.*--format {kind.lower()}"
+        ):
             engines._decoded('{"category": "screw_bag"}', kind)
 
 

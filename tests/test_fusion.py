@@ -24,6 +24,7 @@ scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
 # Trimmed z
 
+
 def test_trimmed_z_matches(reference):
     expected = reference("fusion")
     fused = 0
@@ -72,19 +73,28 @@ def test_the_units_of_a_branch_do_not_matter(values, unit):
     values = np.array(values, float)
     (mean, std), (scaled_mean, scaled_std) = fit_trimmed_z(values), fit_trimmed_z(unit * values)
     if std != 1 or scaled_std != 1:  # there is a spread
-        np.testing.assert_allclose(apply_z(unit * values, scaled_mean, scaled_std), apply_z(values, mean, std))
+        np.testing.assert_allclose(
+            apply_z(unit * values, scaled_mean, scaled_std), apply_z(values, mean, std)
+        )
     else:
         assert (scaled_mean, scaled_std) == (unit * mean, 1)
 
 
 # Fusion
 
+
 def test_the_sum_adds_and_softplus_forgets_what_is_all_too_usual():
-    branches = {"patchhist": np.array([5.0, -50.0]), "memory": np.array([1.0, 3.0]), "LGST": np.array([9.0, 9.0])}
+    branches = {
+        "patchhist": np.array([5.0, -50.0]),
+        "memory": np.array([1.0, 3.0]),
+        "LGST": np.array([9.0, 9.0]),
+    }
     np.testing.assert_allclose(fuse(branches, {"patchhist": 1, "memory": 1}, "sum"), [6, -47])
     np.testing.assert_allclose(fuse(branches, {"memory": 0.5, "LGST": 2}, "sum"), [18.5, 19.5])
     found = fuse(branches, {"patchhist": 1, "memory": 1}, "softplus")
-    np.testing.assert_allclose(found, [math.log1p(math.exp(5)) + math.log1p(math.exp(1)), math.log1p(math.exp(3))])
+    np.testing.assert_allclose(
+        found, [math.log1p(math.exp(5)) + math.log1p(math.exp(1)), math.log1p(math.exp(3))]
+    )
 
 
 @given(st.lists(st.floats(-700, 700), min_size=2, max_size=20))
@@ -95,6 +105,7 @@ def test_softplus_keeps_the_order_of_one_branch(values):
 
 
 # The threshold
+
 
 @given(scores, st.floats(0, 1))
 def test_the_threshold_is_the_order_statistic_of_split_conformal_prediction(values, rate):
@@ -112,8 +123,12 @@ def test_the_threshold_is_the_order_statistic_of_split_conformal_prediction(valu
 
 
 @settings(max_examples=12, deadline=None)
-@given(n=st.integers(5, 150), rate=st.sampled_from([0.01, 0.05, 0.1, 0.3]), seed=st.integers(0, 2**32 - 1),
-       heavy=st.booleans())
+@given(
+    n=st.integers(5, 150),
+    rate=st.sampled_from([0.01, 0.05, 0.1, 0.3]),
+    seed=st.integers(0, 2**32 - 1),
+    heavy=st.booleans(),
+)
 def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
     """In expectation over the choice of validation images, whatever the scores' distribution: a small simulation."""
     rng = np.random.default_rng(seed)
@@ -129,17 +144,30 @@ def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
 def test_words_say_what_is_promised_and_what_it_would_take():
     few = choose_threshold(np.arange(10.0), 0.01)
     assert (few.value, few.kept) == (9, False)
-    assert few.words == ("about 1 good part in 11 may be rejected; 99 good validation pictures would allow 1 in 100")
+    assert few.words == (
+        "about 1 good part in 11 may be rejected; 99 good validation pictures would allow 1 in 100"
+    )
     assert choose_threshold(np.arange(99.0), 0.01).kept
     assert choose_threshold(np.arange(99.0), 0.01).words == "about 1 good part in 100 may be rejected"
     assert "no number of good validation pictures" in choose_threshold(np.arange(10.0), 0).words
     assert choose_threshold(np.arange(2.0), 0.01).words.startswith("about 1 good part in 3 may")
     assert choose_threshold(np.arange(9.0), 0.4).words == "about 40 good parts in 100 may be rejected"
-    assert choose_threshold(np.arange(2.0), 0.25).words.endswith("; 3 good validation pictures would allow 1 in 4")
+    assert choose_threshold(np.arange(2.0), 0.25).words.endswith(
+        "; 3 good validation pictures would allow 1 in 4"
+    )
 
 
-@pytest.mark.parametrize("values, rate", [([], 0.1), ([1.0, np.nan], 0.1), ([1.0, np.inf], 0.1), ([1.0], -0.1), ([1.0], 1.1),
-                                          ([1.0], float("nan"))])
+@pytest.mark.parametrize(
+    "values, rate",
+    [
+        ([], 0.1),
+        ([1.0, np.nan], 0.1),
+        ([1.0, np.inf], 0.1),
+        ([1.0], -0.1),
+        ([1.0], 1.1),
+        ([1.0], float("nan")),
+    ],
+)
 def test_a_threshold_of_nothing_is_refused(values, rate):
     with pytest.raises(ValueError):
         choose_threshold(np.array(values), rate)

@@ -23,8 +23,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     """What lies in ckpt/ is used without asking anybody."""
+
     def connect(*_):
         raise AssertionError("went online")
+
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 
@@ -57,15 +59,24 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(grounded_sam.build_sam("vit_tiny").state_dict(), folder / "sam_hq_vit_tiny.pth")
     bert = folder / "bert-base-uncased"
-    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=32)).save_pretrained(bert)
+    BertModel(
+        BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).save_pretrained(bert)
     (bert / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
     with pytest.MonkeyPatch.context() as patch:
         small_grounding_dino(patch)
         state = grounded_sam.build_grounding_dino("swint_ogc", bert).state_dict()
     # The published file's keys have this prefix, and it holds parameters that inference does not need.
-    state = {f"module.{key}": value for key, value in state.items()} | {"module.label_enc.weight": torch.zeros(2, 2)}
+    state = {f"module.{key}": value for key, value in state.items()} | {
+        "module.label_enc.weight": torch.zeros(2, 2)
+    }
     torch.save({"model": state}, folder / "groundingdino_swint_ogc.pth")
     return folder
 
@@ -78,16 +89,30 @@ def sam(weights):
 @pytest.fixture
 def detector(weights, monkeypatch):
     small_grounding_dino(monkeypatch)
-    return grounded_sam.load_grounding_dino("swint_ogc", weights / "groundingdino_swint_ogc.pth",
-                                            weights / "bert-base-uncased", CPU)
+    return grounded_sam.load_grounding_dino(
+        "swint_ogc", weights / "groundingdino_swint_ogc.pth", weights / "bert-base-uncased", CPU
+    )
 
 
 def chosen(**changes):
-    everything_passes = {"sam": "vit_tiny", "points_per_side": 2, "crop_n_layers": 0, "pred_iou_thresh": 0,
-                         "stability_score_thresh": 0, "min_mask_region_area": 20, "text_prompt": PROMPT,
-                         "background_prompt": "zip-lock bag", "box_threshold": 0, "text_threshold": 0, "variants": True}
-    return settings.load("discs", "quick", {f"pseudo_labels.{key}": value
-                                            for key, value in (everything_passes | changes).items()}).pseudo_labels
+    everything_passes = {
+        "sam": "vit_tiny",
+        "points_per_side": 2,
+        "crop_n_layers": 0,
+        "pred_iou_thresh": 0,
+        "stability_score_thresh": 0,
+        "min_mask_region_area": 20,
+        "text_prompt": PROMPT,
+        "background_prompt": "zip-lock bag",
+        "box_threshold": 0,
+        "text_threshold": 0,
+        "variants": True,
+    }
+    return settings.load(
+        "discs",
+        "quick",
+        {f"pseudo_labels.{key}": value for key, value in (everything_passes | changes).items()},
+    ).pseudo_labels
 
 
 def picture(parts=4):
@@ -116,11 +141,15 @@ def test_small_regions_go_as_in_the_package(sam):
         from segment_anything_hq import SamAutomaticMaskGenerator
         from segment_anything_hq.utils.amg import MaskData, batched_mask_to_box, mask_to_rle_pytorch
     masks = torch.zeros(6, 60, 80, dtype=torch.bool)
-    masks[0, 5:40, 5:40] = masks[1, 5:40, 5:40] = masks[2, 5:41, 5:40] = masks[3, 20:55, 30:70] = masks[4, :9, 60:] = True
+    masks[0, 5:40, 5:40] = masks[1, 5:40, 5:40] = masks[2, 5:41, 5:40] = masks[3, 20:55, 30:70] = masks[
+        4, :9, 60:
+    ] = True
     masks[1, 10, 10], masks[3, 0, 0], masks[4, 0, 0], masks[5, 0, :3] = False, True, True, True
 
     def data():
-        return MaskData(rles=mask_to_rle_pytorch(masks), boxes=batched_mask_to_box(masks).numpy(), number=np.arange(6))
+        return MaskData(
+            rles=mask_to_rle_pytorch(masks), boxes=batched_mask_to_box(masks).numpy(), number=np.arange(6)
+        )
 
     ours = grounded_sam._mask_generator().postprocess_small_regions(data(), 20, 0.7)
     theirs = SamAutomaticMaskGenerator.postprocess_small_regions(data(), 20, 0.7)
@@ -131,7 +160,9 @@ def test_small_regions_go_as_in_the_package(sam):
 
 def test_tiny_vit_uses_the_attention_biases_of_its_checkpoint(sam, weights):
     state = torch.load(weights / "sam_hq_vit_tiny.pth", weights_only=True)
-    for attention in (module for module in sam.predictor.model.modules() if hasattr(module, "attention_biases")):
+    for attention in (
+        module for module in sam.predictor.model.modules() if hasattr(module, "attention_biases")
+    ):
         torch.testing.assert_close(attention.ab, attention.attention_biases[:, attention.attention_bias_idxs])
     assert any("attention_biases" in key for key in state)
 
@@ -144,8 +175,16 @@ def test_grounding_dino_finds_boxes_and_phrases(detector):
     assert boxes.shape == (0, 4) and phrases == []
 
 
-@pytest.mark.parametrize("phrase, background", [("zip - lock bag", True), ("a bag", False), ("", False), ("container", False),
-                                                ("pin container pushpin", True)])
+@pytest.mark.parametrize(
+    "phrase, background",
+    [
+        ("zip - lock bag", True),
+        ("a bag", False),
+        ("", False),
+        ("container", False),
+        ("pin container pushpin", True),
+    ],
+)
 def test_background_prompts_are_looked_for_in_phrases_with_their_spaces(phrase, background):
     assert grounded_sam.names_background(phrase, "Zip-lock bag. container .") == background
     assert not grounded_sam.names_background(phrase, None)
@@ -167,8 +206,13 @@ def test_masks_named_as_background_are_no_instances(weights, detector):
 
 
 def proposer(weights, **changes):
-    return grounded_sam.GroundedSamProposer(chosen(**changes), weights / "sam_hq_vit_tiny.pth",
-                                            weights / "groundingdino_swint_ogc.pth", weights / "bert-base-uncased", CPU)
+    return grounded_sam.GroundedSamProposer(
+        chosen(**changes),
+        weights / "sam_hq_vit_tiny.pth",
+        weights / "groundingdino_swint_ogc.pth",
+        weights / "bert-base-uncased",
+        CPU,
+    )
 
 
 def damaged(folder):
@@ -178,7 +222,9 @@ def damaged(folder):
 
 def plain_sam(folder):
     state = torch.load(folder / "sam_hq_vit_tiny.pth", weights_only=True)
-    torch.save({key: value for key, value in state.items() if "hf_token" not in key}, folder / "sam_hq_vit_tiny.pth")
+    torch.save(
+        {key: value for key, value in state.items() if "hf_token" not in key}, folder / "sam_hq_vit_tiny.pth"
+    )
     return "does not hold the weights of SAM-HQ vit_tiny", {}
 
 
@@ -202,14 +248,18 @@ def no_text_encoder(folder):
     return "does not hold the text encoder", {}
 
 
-@pytest.mark.parametrize("harm", [damaged, plain_sam, another_size, executable, no_grounding_dino, no_text_encoder])
+@pytest.mark.parametrize(
+    "harm", [damaged, plain_sam, another_size, executable, no_grounding_dino, no_text_encoder]
+)
 def test_wrong_checkpoints_get_a_sentence(harm, weights, tmp_path, monkeypatch):
     small_grounding_dino(monkeypatch)
     folder = tmp_path / "ckpt"
     shutil.copytree(weights, folder)
     sentence, changes = harm(folder)
     with pytest.raises(UserError, match=sentence):
-        pseudo_label.choose_proposer("discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False).load()
+        pseudo_label.choose_proposer(
+            "discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False
+        ).load()
 
 
 @pytest.fixture
@@ -228,12 +278,41 @@ def dataset(tmp_path):
 
 def run_stage(monkeypatch, workspace, dataset, *extra):
     changes = chosen(no_sam=False).model_dump()
-    single = [word for key in ("sam", "points_per_side", "crop_n_layers", "pred_iou_thresh", "stability_score_thresh",
-                               "min_mask_region_area", "text_prompt", "text_threshold", "box_threshold", "variants")
-              for word in (f"--pseudo_labels.{key}", str(changes[key]))]
-    monkeypatch.setattr(sys, "argv", ["pseudo_label.py", "--workspace", str(workspace), "--dataset_root", str(dataset),
-                                      "--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu",
-                                      *single, *extra])
+    single = [
+        word
+        for key in (
+            "sam",
+            "points_per_side",
+            "crop_n_layers",
+            "pred_iou_thresh",
+            "stability_score_thresh",
+            "min_mask_region_area",
+            "text_prompt",
+            "text_threshold",
+            "box_threshold",
+            "variants",
+        )
+        for word in (f"--pseudo_labels.{key}", str(changes[key]))
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pseudo_label.py",
+            "--workspace",
+            str(workspace),
+            "--dataset_root",
+            str(dataset),
+            "--preset",
+            "quick",
+            "--backbone",
+            "efficientnet_lite0",
+            "--device",
+            "cpu",
+            *single,
+            *extra,
+        ],
+    )
     pseudo_label.run_script(pseudo_label.main)
 
 
@@ -241,8 +320,9 @@ class Killed(Exception):
     """Stands for a power cut."""
 
 
-def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(weights, dataset, detector, tmp_path,
-                                                                             monkeypatch, capsys):
+def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(
+    weights, dataset, detector, tmp_path, monkeypatch, capsys
+):
     workspace = tmp_path / "work"
     shutil.copytree(weights, workspace / "ckpt")
     seen, look_at = [], grounded_sam.SamHQ.look_at
@@ -281,22 +361,37 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(we
     state = torch.load(workspace / "ckpt" / "sam_hq_vit_tiny.pth", weights_only=True)
     state["mask_decoder.hf_token.weight"] += 1
     torch.save(state, workspace / "ckpt" / "sam_hq_vit_tiny.pth")
-    for changes, sentence in (([], "checkpoints.sam_hq_vit_tiny.pth: "), (["--proposer", "sam"], "proposer: auto -> sam"),
-                              (["--pseudo_labels.text_prompt", "bag ."], "pseudo_labels.text_prompt: ")):
+    for changes, sentence in (
+        ([], "checkpoints.sam_hq_vit_tiny.pth: "),
+        (["--proposer", "sam"], "proposer: auto -> sam"),
+        (["--pseudo_labels.text_prompt", "bag ."], "pseudo_labels.text_prompt: "),
+    ):
         with pytest.raises(SystemExit):
             run_stage(monkeypatch, workspace, dataset, *changes)
         assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("there, prompt, found", [
-    (("sam_hq_vit_h.pth", "groundingdino_swint_ogc.pth"), PROMPT, "grounded_sam"), (("sam_hq_vit_h.pth",), PROMPT, "sam"),
-    (("sam_hq_vit_h.pth",), None, "sam"), (("groundingdino_swint_ogc.pth",), PROMPT, "classical"), ((), None, "classical")])
+@pytest.mark.parametrize(
+    "there, prompt, found",
+    [
+        (("sam_hq_vit_h.pth", "groundingdino_swint_ogc.pth"), PROMPT, "grounded_sam"),
+        (("sam_hq_vit_h.pth",), PROMPT, "sam"),
+        (("sam_hq_vit_h.pth",), None, "sam"),
+        (("groundingdino_swint_ogc.pth",), PROMPT, "classical"),
+        ((), None, "classical"),
+    ],
+)
 def test_auto_takes_what_is_there_and_says_so(there, prompt, found, tmp_path, capsys):
     for name in there:
         (tmp_path / name).write_bytes(b"weights")
     (tmp_path / "bert-base-uncased").mkdir()
-    taken = pseudo_label.choose_proposer("discs", settings.load("discs", "paper", {
-        "pseudo_labels.text_prompt": prompt}).pseudo_labels, tmp_path, CPU, False)
+    taken = pseudo_label.choose_proposer(
+        "discs",
+        settings.load("discs", "paper", {"pseudo_labels.text_prompt": prompt}).pseudo_labels,
+        tmp_path,
+        CPU,
+        False,
+    )
     said = capsys.readouterr().out
     assert taken.name == found and said.count("\n") == 1
     real = found == ("grounded_sam" if prompt else "sam")
@@ -305,24 +400,39 @@ def test_auto_takes_what_is_there_and_says_so(there, prompt, found, tmp_path, ca
 
 
 def test_what_cannot_be_had_is_one_sentence(tmp_path):
-    for changes, sentence in (({"proposer": "sam"}, "sam_hq_vit_h.pth is missing; fetch it with --download"),
-                              ({"proposer": "grounded_sam"}, "what the parts are called"),
-                              ({"proposer": "grounded_sam", "text_prompt": "nut ."}, "sam_hq_vit_h.pth is missing")):
-        wanted = settings.load("discs", "paper", {f"pseudo_labels.{key}": value for key, value in changes.items()})
+    for changes, sentence in (
+        ({"proposer": "sam"}, "sam_hq_vit_h.pth is missing; fetch it with --download"),
+        ({"proposer": "grounded_sam"}, "what the parts are called"),
+        ({"proposer": "grounded_sam", "text_prompt": "nut ."}, "sam_hq_vit_h.pth is missing"),
+    ):
+        wanted = settings.load(
+            "discs", "paper", {f"pseudo_labels.{key}": value for key, value in changes.items()}
+        )
         with pytest.raises(UserError, match=sentence):
             pseudo_label.choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
 
 
-@pytest.mark.parametrize("asked, device, half", [("fp32", "cuda", False), ("fp16", "cuda", True), ("fp16", "cpu", False)])
+@pytest.mark.parametrize(
+    "asked, device, half", [("fp32", "cuda", False), ("fp16", "cuda", True), ("fp16", "cpu", False)]
+)
 def test_the_image_encoder_is_in_fp16_on_cuda_and_only_where_asked(weights, asked, device, half):
     settings_, folder = chosen(sam_precision=asked), weights
     sam_file = folder / "sam_hq_vit_tiny.pth"
-    proposers = (grounded_sam.SamProposer(settings_, sam_file, torch.device(device)),
-                 grounded_sam.GroundedSamProposer(settings_, sam_file, folder / "groundingdino_swint_ogc.pth",
-                                                  folder / "bert-base-uncased", torch.device(device)))
+    proposers = (
+        grounded_sam.SamProposer(settings_, sam_file, torch.device(device)),
+        grounded_sam.GroundedSamProposer(
+            settings_,
+            sam_file,
+            folder / "groundingdino_swint_ogc.pth",
+            folder / "bert-base-uncased",
+            torch.device(device),
+        ),
+    )
     assert settings.PseudoLabelSettings().sam_precision == "fp32"
     for proposer in proposers:
-        assert proposer.half == half and proposer.name.endswith(" fp16") == half  # the name goes into records and info.txt
+        assert (
+            proposer.half == half and proposer.name.endswith(" fp16") == half
+        )  # the name goes into records and info.txt
 
 
 def test_the_image_encoder_multiplies_in_what_was_asked_for():

@@ -17,8 +17,8 @@ def label_maps(count, seed=0):
     labels = np.zeros((count, 256, 256), np.uint8)
     for one in labels:
         side, other = rng.integers(56, 72, 2)
-        one[32:32 + side, 32:32 + side] = 1
-        one[160:160 + other, 160:160 + other] = 2
+        one[32 : 32 + side, 32 : 32 + side] = 1
+        one[160 : 160 + other, 160 : 160 + other] = 2
     return torch.from_numpy(labels)
 
 
@@ -65,11 +65,15 @@ def test_too_much_is_drawn_on_its_own_pixels(evidence):
 
 def test_the_score_is_the_normalised_mean_of_the_map(evidence):
     good = evidence.score(evidence(label_maps(8, seed=1)))
-    assert abs(good.mean()) < 1e-4 and good.std(correction=0) == pytest.approx(1, abs=1e-4)  # those it was normalised on
+    assert abs(good.mean()) < 1e-4 and good.std(correction=0) == pytest.approx(
+        1, abs=1e-4
+    )  # those it was normalised on
     labels = label_maps(1, seed=3)
     labels[labels == 2] = 0
     found = evidence(labels)
-    torch.testing.assert_close(evidence.score(found), (found.mean((1, 2)) - evidence.val_mean) / evidence.val_std)
+    torch.testing.assert_close(
+        evidence.score(found), (found.mean((1, 2)) - evidence.val_mean) / evidence.val_std
+    )
     assert evidence.score(found) > 10
 
 
@@ -77,12 +81,30 @@ def test_deviations_are_what_all_other_shares_leave_open(parameters):
     """By definition: a regression of each share on all others, on the finest grid that a test can afford."""
     grid = 2
     labels = label_maps(30).numpy()
-    shares = np.stack([[(one[row:row + 128, column:column + 128] == part).mean() for part in (1, 2)
-                        for row in (0, 128) for column in (0, 128)] for one in labels])
+    shares = np.stack(
+        [
+            [
+                (one[row : row + 128, column : column + 128] == part).mean()
+                for part in (1, 2)
+                for row in (0, 128)
+                for column in (0, 128)
+            ]
+            for one in labels
+        ]
+    )
     np.testing.assert_allclose(parameters[f"mean_{grid}"], shares.mean(0), atol=1e-6)
     covariance = np.cov(shares, rowvar=False) + (0.001 * grid) ** 2 * np.eye(shares.shape[1])
-    given = np.stack([[(one[row:row + 128, column:column + 128] == part).mean() for part in (1, 2)
-                       for row in (0, 128) for column in (0, 128)] for one in label_maps(8, seed=1).numpy()]) - shares.mean(0)
+    given = np.stack(
+        [
+            [
+                (one[row : row + 128, column : column + 128] == part).mean()
+                for part in (1, 2)
+                for row in (0, 128)
+                for column in (0, 128)
+            ]
+            for one in label_maps(8, seed=1).numpy()
+        ]
+    ) - shares.mean(0)
     plain = np.empty_like(given)
     for one in range(given.shape[1]):
         others = np.arange(given.shape[1]) != one
@@ -90,7 +112,9 @@ def test_deviations_are_what_all_other_shares_leave_open(parameters):
         left = covariance[one, one] - covariance[one, others] @ weights
         plain[:, one] = (given[:, one] - given[:, others] @ weights) / np.sqrt(left)
     plain /= np.abs(plain).max(1).mean()
-    np.testing.assert_allclose(given @ parameters[f"deviation_{grid}"].astype(np.float64), plain, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        given @ parameters[f"deviation_{grid}"].astype(np.float64), plain, rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -106,8 +130,9 @@ def test_parameters_for_other_classes_are_refused(parameters):
     with pytest.raises(ValueError, match="another number of classes"):
         HistogramEvidence(CLASSES + 1).load_parameters(parameters)
     with pytest.raises(ValueError, match=f"deviation_{GRIDS[-1]} is missing"):
-        HistogramEvidence(CLASSES).load_parameters({name: values for name, values in parameters.items()
-                                                    if name != f"deviation_{GRIDS[-1]}"})
+        HistogramEvidence(CLASSES).load_parameters(
+            {name: values for name, values in parameters.items() if name != f"deviation_{GRIDS[-1]}"}
+        )
 
 
 def test_of_several_deviations_the_farthest_is_drawn(evidence):

@@ -20,8 +20,17 @@ LEVELS = [  # from the ground up
     {"csad", "csad.settings", "csad.errors", "csad.progress", "csad.branches", "csad.processes"},
     {"models"},
     {"csad.inference", "csad.evaluation", "csad.data", "csad.cli", "csad.tasks"},
-    {"csad.pseudo_labels", "csad.training", "csad.export", "csad.station", "csad.cluster", "csad.report", "csad.standins",
-     "csad.synthetic", "csad.commands"},
+    {
+        "csad.pseudo_labels",
+        "csad.training",
+        "csad.export",
+        "csad.station",
+        "csad.cluster",
+        "csad.report",
+        "csad.standins",
+        "csad.synthetic",
+        "csad.commands",
+    },
     {"scripts"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -56,7 +65,10 @@ def imports_of(path: Path) -> Iterator[Import]:
                     inner = f"{child.module}.{alias.name}"
                     if inner in own or child.module in own:
                         yield Import(inner if inner in own else child.module, function)
-            yield from visit(child, child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function)
+            yield from visit(
+                child, child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
+            )
+
     return visit(ast.parse(path.read_text(encoding="utf-8")), None)
 
 
@@ -97,13 +109,21 @@ def test_no_two_files_have_the_same_name():
 
 def test_rays_room_is_entered_only_where_ray_is_asked_for():
     """By a function of its own, whose callers look at ``args.ray`` first."""
-    doors = {(name_of(path), function) for path, imported in IMPORTS.items() for module, function in imported
-             if room_of(module) == "csad.cluster" and room_of(name_of(path)) != "csad.cluster"}
+    doors = {
+        (name_of(path), function)
+        for path, imported in IMPORTS.items()
+        for module, function in imported
+        if room_of(module) == "csad.cluster" and room_of(name_of(path)) != "csad.cluster"
+    }
     assert doors and None not in {function for _, function in doors}
     for module, door in doors:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.If, ast.IfExp))
-                 and any(isinstance(part, ast.Name) and part.id == door for part in ast.walk(node))]
+        calls = [
+            node
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, (ast.If, ast.IfExp))
+            and any(isinstance(part, ast.Name) and part.id == door for part in ast.walk(node))
+        ]
         assert calls and all("args.ray" in ast.unparse(call.test) for call in calls), (module, door)
 
 
@@ -112,9 +132,25 @@ def test_models_know_no_files_and_no_settings(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for imported, _ in IMPORTS[path]:
         assert room_of(imported) not in ("csad.data", "csad.settings"), imported
-    packages = {name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-                for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])}
-    assert not packages & {"pathlib", "shutil", "tempfile", "json", "cv2", "PIL", "glob", "requests", "urllib"}
+    packages = {
+        name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        )
+    }
+    assert not packages & {
+        "pathlib",
+        "shutil",
+        "tempfile",
+        "json",
+        "cv2",
+        "PIL",
+        "glob",
+        "requests",
+        "urllib",
+    }
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"open", "np.load", "np.save", "np.savez", "torch.load", "torch.save", "os.listdir"}
 
@@ -125,5 +161,9 @@ def test_the_table_of_branches_is_complete_and_its_rows_differ(tmp_path):
         assert len({getattr(branch, field) for branch in BRANCHES.values()}) == len(BRANCHES)
     workspace = Workspace(tmp_path)
     assert {branch: workspace.checkpoint("a{b}", branch).name for branch in BRANCHES} == {
-        "patchhist": "segmentor_a{b}_256.pth", "LGST": "best_a{b}.pth", "memory": "memory_a{b}.pth", "DFM": "dfm_a{b}.pth"}
+        "patchhist": "segmentor_a{b}_256.pth",
+        "LGST": "best_a{b}.pth",
+        "memory": "memory_a{b}.pth",
+        "DFM": "dfm_a{b}.pth",
+    }
     assert all((ROOT / branch.stage).exists() for branch in BRANCHES.values())

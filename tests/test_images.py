@@ -24,8 +24,9 @@ from PIL import Image
 CASES = Path(__file__).parent / "cases"
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (6, 9, 3), dtype=np.uint16)
-few_examples = hypothesis_settings(max_examples=25, deadline=None,
-                                         suppress_health_check=[HealthCheck.function_scoped_fixture])
+few_examples = hypothesis_settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def eight_bits(values: np.ndarray, white: float = 65535) -> np.ndarray:
@@ -39,7 +40,10 @@ def test_neither_torch_nor_opencv_is_needed():
 
 # As a person sees them
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".gif", ".ppm", ".tga", ".qoi", ".jp2", ".PNG"])
+
+@pytest.mark.parametrize(
+    "suffix", [".png", ".bmp", ".tif", ".webp", ".gif", ".ppm", ".tga", ".qoi", ".jp2", ".PNG"]
+)
 def test_lossless_formats_give_their_pixels(tmp_path, suffix):
     if suffix.lower() not in images.SUFFIXES:
         pytest.skip("Pillow was built without it")
@@ -61,12 +65,22 @@ def test_every_orientation_is_turned_upright(tmp_path, suffix, orientation):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :8] = 200, 40, 40
     upright[8:, 24:] = 40, 40, 200
-    undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
-            6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a.transpose(1, 0, 2), 2), 8: lambda a: np.rot90(a, -1)}
+    undo = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+        8: lambda a: np.rot90(a, -1),
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {".webp": {"lossless": True}, ".jpg": {"quality": 100, "subsampling": 0}}.get(suffix, {})
-    Image.fromarray(np.ascontiguousarray(undo[orientation](upright))).save(tmp_path / f"a{suffix}", exif=exif, **options)
+    Image.fromarray(np.ascontiguousarray(undo[orientation](upright))).save(
+        tmp_path / f"a{suffix}", exif=exif, **options
+    )
     np.testing.assert_allclose(images.read_rgb(tmp_path / f"a{suffix}").astype(int), upright, atol=6)
     assert images.displayed_size(tmp_path / f"a{suffix}") == (32, 16)
     if suffix != ".jpg":
@@ -99,7 +113,9 @@ def test_hidden_pixels_do_not_count(tmp_path, mode, capsys, monkeypatch):
         picture.putpalette([90, 90, 90, 7, 7, 7])
         picture.save(tmp_path / "a.png", transparency=1)
     elif mode.endswith("key"):
-        Image.fromarray(hidden).convert(mode[:-4]).save(tmp_path / "a.png", transparency=7 if mode[0] == "L" else (7, 7, 7))
+        Image.fromarray(hidden).convert(mode[:-4]).save(
+            tmp_path / "a.png", transparency=7 if mode[0] == "L" else (7, 7, 7)
+        )
     else:
         picture = Image.merge("LA", [Image.fromarray(hidden), Image.fromarray(clear)])
         picture.convert(mode).save(tmp_path / "a.png")
@@ -110,29 +126,39 @@ def test_hidden_pixels_do_not_count(tmp_path, mode, capsys, monkeypatch):
 
 
 def test_a_phones_second_picture_inside_is_left_alone(tmp_path):
-    first, second = Image.fromarray(np.full((8, 8, 3), 200, np.uint8)), Image.fromarray(np.full((8, 8, 3), 10, np.uint8))
+    first, second = (
+        Image.fromarray(np.full((8, 8, 3), 200, np.uint8)),
+        Image.fromarray(np.full((8, 8, 3), 10, np.uint8)),
+    )
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
     assert images.read_rgb(tmp_path / "a.jpg").mean() > 190
 
 
 # More than 8 bits
 
+
 def save_deep(path: Path, values: np.ndarray, way: str) -> None:
     if way == "cv2":
         cv2.imwrite(str(path), values[..., ::-1] if values.shape[2] == 3 else values[..., [2, 1, 0, 3]])
     else:
         options = {"big": {"byteorder": ">"}, "zlib": {"compression": "zlib", "predictor": True}}.get(way, {})
-        tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unassalpha"][:values.shape[2] - 3], **options)
+        tifffile.imwrite(
+            path, values, photometric="rgb", extrasamples=["unassalpha"][: values.shape[2] - 3], **options
+        )
 
 
-@pytest.mark.parametrize(("name", "way"), [("a.png", "cv2"), ("a.tif", "plain"), ("a.tif", "big"), ("a.tif", "zlib")])
+@pytest.mark.parametrize(
+    ("name", "way"), [("a.png", "cv2"), ("a.tif", "plain"), ("a.tif", "big"), ("a.tif", "zlib")]
+)
 def test_16_bit_colour_keeps_its_low_bytes(tmp_path, name, way):
     save_deep(tmp_path / name, DEEP, way)
     np.testing.assert_array_equal(images.read_rgb(tmp_path / name), eight_bits(DEEP))
     save_deep(tmp_path / name, DEEP >> 4, way)
     with pytest.raises(UserError, match="--images.white_level"):
         images.read_rgb(tmp_path / name)
-    np.testing.assert_array_equal(images.read_rgb(tmp_path / name, white_level=4095), eight_bits(DEEP >> 4, 4095))
+    np.testing.assert_array_equal(
+        images.read_rgb(tmp_path / name, white_level=4095), eight_bits(DEEP >> 4, 4095)
+    )
     opaque = np.dstack([DEEP, np.full(DEEP.shape[:2], 65535, np.uint16)])
     opaque[0, :, 3] = 0
     save_deep(tmp_path / name, opaque, way)
@@ -148,10 +174,15 @@ def test_16_bit_grey_with_alpha(tmp_path):
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     rows = np.stack([DEEP[..., 0], np.where(np.arange(9) < 5, 65535, 0)[None].repeat(6, 0)], 2).astype(">u2")
     data = b"".join(b"\0" + row.tobytes() for row in rows)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 6, 16, 4, 0, 0, 0))
-                                     + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 6, 16, 4, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
     read = images.read_rgb(tmp_path / "a.png")
     np.testing.assert_array_equal(read[:, :5, 2], eight_bits(DEEP[:, :5, 0]))
     assert (read[:, 5:] == 255).all()
@@ -176,14 +207,18 @@ def test_the_grey_pictures_of_the_issue():
         with pytest.raises(UserError, match="--images.white_level"):
             images.read_rgb(CASES / name)
         assert np.abs(images.read_rgb(CASES / name, white_level=white) - expected).max() <= 1
-    np.testing.assert_array_equal(images.read_rgb(CASES / "grey8.png", white_level=4095), expected)  # 8 bits are 8 bits
+    np.testing.assert_array_equal(
+        images.read_rgb(CASES / "grey8.png", white_level=4095), expected
+    )  # 8 bits are 8 bits
 
 
 def test_formats_that_say_their_white_level(tmp_path):
     values = DEEP[..., 0] >> 4
     (tmp_path / "a.pgm").write_bytes(b"P5 9 6 4095\n" + values.astype(">u2").tobytes())
     for white in (None, 4095):
-        np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.pgm", white_level=white)[..., 0], eight_bits(values, 4095))
+        np.testing.assert_array_equal(
+            images.read_rgb(tmp_path / "a.pgm", white_level=white)[..., 0], eight_bits(values, 4095)
+        )
     (tmp_path / "b.pgm").write_bytes(b"P5 9 6 65535\n" + values.astype(">u2").tobytes())
     (tmp_path / "c.ppm").write_bytes(b"P6 3 6 65535\n" + values.astype(">u2").tobytes())
     for name in ("b.pgm", "c.ppm"):
@@ -216,6 +251,7 @@ def test_planes_of_16_bits_are_not_read_wrongly(tmp_path):
 
 # What is no single whole picture
 
+
 @pytest.mark.parametrize("suffix", [".tif", ".gif", ".webp", ".png"])
 def test_several_pages_are_refused(tmp_path, suffix):
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
@@ -228,9 +264,10 @@ def test_several_pages_are_refused(tmp_path, suffix):
 def test_truncated_files_are_named(tmp_path, suffix):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
-        buffer, {".jpg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000"}.get(suffix, suffix[1:].upper()))
+        buffer, {".jpg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000"}.get(suffix, suffix[1:].upper())
+    )
     for share in (0.02, 0.5, 0.9):
-        (tmp_path / f"half{suffix}").write_bytes(buffer.getvalue()[:int(len(buffer.getvalue()) * share)])
+        (tmp_path / f"half{suffix}").write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * share)])
         for read in (images.read_rgb, images.read_mask):
             with pytest.raises(UserError, match="half"):
                 read(tmp_path / f"half{suffix}")
@@ -260,15 +297,21 @@ def test_decompression_bombs(tmp_path, monkeypatch):
 
 # Masks
 
+
 @few_examples
-@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20))), st.sampled_from([".png", ".bmp", ".tif"]))
+@given(
+    arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20))),
+    st.sampled_from([".png", ".bmp", ".tif"]),
+)
 def test_label_maps_come_back_as_they_were(tmp_path, labels, suffix):
     files.write_image(tmp_path / f"labels{suffix}", labels)
     np.testing.assert_array_equal(images.read_mask(tmp_path / f"labels{suffix}"), labels)
 
 
 @few_examples
-@given(arrays.arrays(st.sampled_from([np.uint16, np.int32, np.float32]), (3, 5), elements=st.integers(0, 60000)))
+@given(
+    arrays.arrays(st.sampled_from([np.uint16, np.int32, np.float32]), (3, 5), elements=st.integers(0, 60000))
+)
 def test_no_pixel_of_a_deep_mask_is_lost(tmp_path, values):
     values[0, 0] = 256  # its low byte is 0
     tifffile.imwrite(tmp_path / "mask.tif", values)
@@ -300,6 +343,7 @@ def test_masks_in_colour_one_bit_palette_and_fractions(tmp_path):
 
 # Views
 
+
 @hypothesis_settings(max_examples=12, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(1, 255))
 def test_small_views_are_exact_block_means(factor, seed, largest):
@@ -309,12 +353,18 @@ def test_small_views_are_exact_block_means(factor, seed, largest):
     pixels = factor * factor
     expected = (2 * blocks + pixels) // (2 * pixels)  # halves up
     np.testing.assert_array_equal(images.small_views(batch), expected)
-    np.testing.assert_array_equal(images.small_view(batch[0].transpose(1, 2, 0)), expected[0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(
+        images.small_view(batch[0].transpose(1, 2, 0)), expected[0].transpose(1, 2, 0)
+    )
 
 
 def test_small_views_refuse_other_shapes():
-    for batch in (np.zeros((1, 3, 300, 300), np.uint8), np.zeros((1, 3, 512, 256), np.uint8), np.zeros((1, 3, 256, 256)),
-                  np.zeros((3, 256, 256), np.uint8)):
+    for batch in (
+        np.zeros((1, 3, 300, 300), np.uint8),
+        np.zeros((1, 3, 512, 256), np.uint8),
+        np.zeros((1, 3, 256, 256)),
+        np.zeros((3, 256, 256), np.uint8),
+    ):
         with pytest.raises(ValueError, match="expected"):
             images.small_views(batch)
 
@@ -346,10 +396,14 @@ def test_white_at_zero_in_every_depth_that_is_read(tmp_path, options):
     tifffile.imwrite(tmp_path / "a.tif", 4095 - (RAMP >> 4), photometric="miniswhite", **options)
     with pytest.raises(UserError, match="--images.white_level"):
         images.read_rgb(tmp_path / "a.tif")
-    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif", white_level=4095)[..., 0], eight_bits(RAMP >> 4, 4095))
+    np.testing.assert_array_equal(
+        images.read_rgb(tmp_path / "a.tif", white_level=4095)[..., 0], eight_bits(RAMP >> 4, 4095)
+    )
     tifffile.imwrite(tmp_path / "a.tif", 255 - expected, photometric="miniswhite", **options)
     np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif")[..., 0], expected)
-    tifffile.imwrite(tmp_path / "a.tif", 1 - RAMP.astype(np.float32) / 65535, photometric="miniswhite", **options)
+    tifffile.imwrite(
+        tmp_path / "a.tif", 1 - RAMP.astype(np.float32) / 65535, photometric="miniswhite", **options
+    )
     read = images.read_rgb(tmp_path / "a.tif", white_level=1)[..., 0].astype(int)
     assert np.abs(read - expected).max() <= 1
     with pytest.raises(UserError, match="0 is white"):
@@ -360,7 +414,11 @@ def test_a_mask_with_white_at_zero(tmp_path):
     inside = np.zeros((4, 6), bool)
     inside[1:3, 2] = True
     for dtype in (np.uint8, np.uint16):
-        tifffile.imwrite(tmp_path / "a.tif", np.where(inside, 0, np.iinfo(dtype).max).astype(dtype), photometric="miniswhite")
+        tifffile.imwrite(
+            tmp_path / "a.tif",
+            np.where(inside, 0, np.iinfo(dtype).max).astype(dtype),
+            photometric="miniswhite",
+        )
         np.testing.assert_array_equal(images.read_mask(tmp_path / "a.tif"), np.where(inside, 255, 0))
 
 
@@ -368,7 +426,9 @@ def test_a_tiff_that_does_not_say_what_0_means(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RAMP, metadata=None)
     content = bytearray((tmp_path / "a.tif").read_bytes())
     tag = content.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
-    content[tag:tag + 2] = (263).to_bytes(2, "little")  # another tag in the place of PhotometricInterpretation
+    content[tag : tag + 2] = (263).to_bytes(
+        2, "little"
+    )  # another tag in the place of PhotometricInterpretation
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(UserError, match="black or white"):
         images.read_rgb(tmp_path / "a.tif")
@@ -380,7 +440,9 @@ def test_signed_8_bits_are_read_as_signed_16_bits_are(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", (RAMP >> 9).astype(np.int8))
     with pytest.raises(UserError, match="a.tif holds values from 0 to 127 .*--images.white_level"):
         images.read_rgb(tmp_path / "a.tif")
-    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif", white_level=127)[..., 0], eight_bits(RAMP >> 9, 127))
+    np.testing.assert_array_equal(
+        images.read_rgb(tmp_path / "a.tif", white_level=127)[..., 0], eight_bits(RAMP >> 9, 127)
+    )
 
 
 def test_packed_16_bit_pixels():
@@ -399,13 +461,21 @@ def write_pages(path: Path, *pages: tuple[np.ndarray, int]) -> None:
 
 def test_smaller_copies_in_a_tiff_are_passed_over(tmp_path):
     small = PIXELS[::3, ::3].copy()
-    for pages in ([(PIXELS, 0), (small, 1)], [(small, 1), (PIXELS, 0)], [(PIXELS, 0), (PIXELS[::2, ::2].copy(), 1), (small, 1)]):
+    for pages in (
+        [(PIXELS, 0), (small, 1)],
+        [(small, 1), (PIXELS, 0)],
+        [(PIXELS, 0), (PIXELS[::2, ::2].copy(), 1), (small, 1)],
+    ):
         write_pages(tmp_path / "a.tif", *pages)
         np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif"), PIXELS)
         assert images.displayed_size(tmp_path / "a.tif") == (9, 6)
     write_pages(tmp_path / "a.tif", (DEEP[::3, ::3].copy(), 1), (DEEP, 0))
     np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.tif"), eight_bits(DEEP))
-    for pages in ([(PIXELS, 0), (PIXELS, 0)], [(PIXELS, 0), (small, 1), (PIXELS, 0)], [(PIXELS, 1), (small, 1)]):
+    for pages in (
+        [(PIXELS, 0), (PIXELS, 0)],
+        [(PIXELS, 0), (small, 1), (PIXELS, 0)],
+        [(PIXELS, 1), (small, 1)],
+    ):
         write_pages(tmp_path / "a.tif", *pages)
         with pytest.raises(UserError, match="2 pages"):
             images.read_rgb(tmp_path / "a.tif")
@@ -434,14 +504,23 @@ def test_a_pipe_is_no_image(tmp_path, read):
 
 # Lossy masks
 
+
 def test_the_jpeg_mask_of_the_issue():
     mask = images.read_mask(CASES / "002_mask.jpg")
     np.testing.assert_array_equal(mask > 0, images.read_mask(CASES / "002_mask.png") > 0)
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("a.jpg", {"quality": 75}), ("a.jpg", {"quality": 95}), ("a.webp", {"quality": 60}), ("a.tif", {"compression": "jpeg"}),
-    ("a.jp2", {"irreversible": True, "quality_layers": [6]}), ("a.avif", {"quality": 5})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.jpg", {"quality": 75}),
+        ("a.jpg", {"quality": 95}),
+        ("a.webp", {"quality": 60}),
+        ("a.tif", {"compression": "jpeg"}),
+        ("a.jp2", {"irreversible": True, "quality_layers": [6]}),
+        ("a.avif", {"quality": 5}),
+    ],
+)
 @pytest.mark.parametrize("value", [255, 120])
 def test_traces_of_lossy_compression_are_no_defect(tmp_path, name, options, value):
     if Path(name).suffix not in images.SUFFIXES:
@@ -459,9 +538,16 @@ def test_traces_of_lossy_compression_are_no_defect(tmp_path, name, options, valu
     assert not images.read_mask(tmp_path / name).any()
 
 
-@pytest.mark.parametrize(("name", "options"), [("a.png", {}), ("a.bmp", {}), ("a.tif", {"compression": "tiff_lzw"}),
-                                               ("a.webp", {"lossless": True}),
-                                               ("a.webp", {"lossless": True, "icc_profile": b"a profile" * 11})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        ("a.bmp", {}),
+        ("a.tif", {"compression": "tiff_lzw"}),
+        ("a.webp", {"lossless": True}),
+        ("a.webp", {"lossless": True, "icc_profile": b"a profile" * 11}),
+    ],
+)
 def test_lossless_masks_keep_their_values(tmp_path, name, options):
     labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(labels).save(tmp_path / name, **options)

@@ -20,7 +20,9 @@ def test_one_label_serves_one_class():
 
 
 def test_counts_are_pooled_over_images_and_absent_classes_left_out():
-    match = match_labels(iter([TRUE, np.zeros_like(TRUE)]), iter([TRUE, np.where(TRUE == 1, 1, 0).astype(np.uint8)]))
+    match = match_labels(
+        iter([TRUE, np.zeros_like(TRUE)]), iter([TRUE, np.where(TRUE == 1, 1, 0).astype(np.uint8)])
+    )
     assert match.per_class == {0: pytest.approx(10 / 12), 1: pytest.approx(0.5), 2: 1}
 
 

@@ -29,7 +29,9 @@ def write(root: Path, *names: str, value: int = 100, size: tuple[int, int] = (12
     for name in names:
         start, brace, rest = name.partition("{")
         count, _, end = rest.partition("}")
-        for path in [root / f"{start}{index:03d}{end}" for index in range(int(count))] if brace else [root / name]:
+        for path in (
+            [root / f"{start}{index:03d}{end}" for index in range(int(count))] if brace else [root / name]
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", size, value).save(path)
     return root
@@ -40,6 +42,7 @@ def relative(paths, root: Path) -> list[str]:
 
 
 # Data set and category
+
 
 def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
@@ -64,27 +67,39 @@ def test_formats_and_sorted_order(make_dataset, suffix):
 def test_a_data_set_may_be_one_category_and_be_called_from_within(tmp_path, monkeypatch):
     write(tmp_path / "cup", "train/good/{6}.png")
     monkeypatch.chdir(tmp_path / "cup")
-    category, = Dataset(Path(".")).select(["cup"])
+    (category,) = Dataset(Path(".")).select(["cup"])
     assert category.name == "cup" and len(category.train) == 5
 
 
 # Layouts
+
 
 def test_loco(make_dataset):
     root = make_dataset() / "discs"
     category = Category(root)
     assert category.layout == "MVTec LOCO AD" and category.tested and not category.validation_is_held_out
     assert [len(images) for images in (category.train, category.validation)] == [12, 6]
-    assert [split for split, _ in category.test_images] == [split for split in layouts.SPLITS for _ in range(4)]
+    assert [split for split, _ in category.test_images] == [
+        split for split in layouts.SPLITS for _ in range(4)
+    ]
     for path in [*category.train, *category.validation, *(path for _, path in category.test_images)]:
         assert category.key(path) == path.stem
     write(root, "ground_truth/logical_anomalies/001/000.png", "ground_truth/logical_anomalies/001/001.png")
     image = category.test(LOGICAL)[1]
-    assert relative(category.region_masks(LOGICAL, image), root / "ground_truth" / LOGICAL) == ["001/000.png", "001/001.png"]
-    assert category.region_masks(LOGICAL, category.test(LOGICAL)[0]) == category.region_masks(GOOD, category.test(GOOD)[1]) == []
+    assert relative(category.region_masks(LOGICAL, image), root / "ground_truth" / LOGICAL) == [
+        "001/000.png",
+        "001/001.png",
+    ]
+    assert (
+        category.region_masks(LOGICAL, category.test(LOGICAL)[0])
+        == category.region_masks(GOOD, category.test(GOOD)[1])
+        == []
+    )
     assert category.unused == []
-    assert category.layout_line == ("discs (MVTec LOCO AD): 12 training images; 6 validation images; test images: 4 good, "
-                                    "4 logical_anomalies, 4 structural_anomalies")
+    assert category.layout_line == (
+        "discs (MVTec LOCO AD): 12 training images; 6 validation images; test images: 4 good, "
+        "4 logical_anomalies, 4 structural_anomalies"
+    )
 
 
 def test_mvtec_ad():
@@ -95,12 +110,20 @@ def test_mvtec_ad():
     assert relative(category.test(STRUCTURAL), root) == ["test/crack/000.png", "test/missing_pin/000.png"]
     assert category.test(LOGICAL) == []
     assert [category.key(path) for path in category.test(STRUCTURAL)] == ["crack_000", "missing_pin_000"]
-    assert [category.defect_of(split, path) for split, path in category.test_images] == [None, "crack", "missing_pin"]
-    assert relative(category.region_masks(STRUCTURAL, category.test(STRUCTURAL)[0]), root) == ["ground_truth/crack/000_mask.png"]
+    assert [category.defect_of(split, path) for split, path in category.test_images] == [
+        None,
+        "crack",
+        "missing_pin",
+    ]
+    assert relative(category.region_masks(STRUCTURAL, category.test(STRUCTURAL)[0]), root) == [
+        "ground_truth/crack/000_mask.png"
+    ]
     assert category.unused == []
-    assert category.layout_line == ("cup (MVTec AD): 4 training images; 1 validation image (set aside from 5 training images, "
-                                    "there are no others); test images: 1 good, 1 crack, 1 missing_pin")
-    sorted_by_user, = Dataset(CASES / "mini_mvtec_ad").select(None, {"cup": ["missing_pin"]})
+    assert category.layout_line == (
+        "cup (MVTec AD): 4 training images; 1 validation image (set aside from 5 training images, "
+        "there are no others); test images: 1 good, 1 crack, 1 missing_pin"
+    )
+    (sorted_by_user,) = Dataset(CASES / "mini_mvtec_ad").select(None, {"cup": ["missing_pin"]})
     assert relative(sorted_by_user.test(LOGICAL), root) == ["test/missing_pin/000.png"]
     assert relative(sorted_by_user.test(STRUCTURAL), root) == ["test/crack/000.png"]
     assert "1 missing_pin (logical)" in sorted_by_user.layout_line
@@ -114,25 +137,45 @@ def test_defects_that_are_not_there():
 
 
 def test_mvtec_ad_with_validation_images_measures_every_defect(tmp_path):
-    root = write(tmp_path, "train/good/{4}.png", "validation/good/{3}.png", "test/good/{1}.png", "test/crack/{2}.png")
+    root = write(
+        tmp_path, "train/good/{4}.png", "validation/good/{3}.png", "test/good/{1}.png", "test/crack/{2}.png"
+    )
     category = Category(root)
-    assert category.layout == "MVTec AD" and len(category.validation) == 3 and len(category.test(STRUCTURAL)) == 2
+    assert (
+        category.layout == "MVTec AD"
+        and len(category.validation) == 3
+        and len(category.test(STRUCTURAL)) == 2
+    )
 
 
 def test_btad(tmp_path):
-    root = write(tmp_path, "train/ok/{6}.bmp", "test/ok/{2}.bmp", "test/ko/{2}.bmp", "ground_truth/ko/001.png")
+    root = write(
+        tmp_path, "train/ok/{6}.bmp", "test/ok/{2}.bmp", "test/ko/{2}.bmp", "ground_truth/ko/001.png"
+    )
     category = Category(root)
     assert category.layout == "BTAD" and len(category.test(GOOD)) == 2
     assert [len(category.region_masks(STRUCTURAL, path)) for path in category.test(STRUCTURAL)] == [0, 1]
     assert category.unused == []
 
 
-@pytest.mark.parametrize("names", [["train/good/{8}.png"], ["train/{8}.png"], ["{8}.png"],
-                                   ["train/good/camera1/{4}.png", "train/good/camera2/{4}.png"],
-                                   ["train/camera1/{4}.png", "train/camera2/night/{4}.png"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/good/{8}.png"],
+        ["train/{8}.png"],
+        ["{8}.png"],
+        ["train/good/camera1/{4}.png", "train/good/camera2/{4}.png"],
+        ["train/camera1/{4}.png", "train/camera2/night/{4}.png"],
+    ],
+)
 def test_plain_folders(tmp_path, names):
-    category, = Dataset(write(tmp_path / "cup", *names)).select(None)
-    assert category.layout == "plain folder" and not category.tested and category.test_images == [] and category.test(GOOD) == []
+    (category,) = Dataset(write(tmp_path / "cup", *names)).select(None)
+    assert (
+        category.layout == "plain folder"
+        and not category.tested
+        and category.test_images == []
+        and category.test(GOOD) == []
+    )
     assert len(category.train) == 7 and len(category.validation) == 1
     keys = {category.key(path) for path in [*category.train, *category.validation]}
     assert len(keys) == 8
@@ -141,8 +184,14 @@ def test_plain_folders(tmp_path, names):
 
 
 def test_two_layouts_mixed(tmp_path):
-    write(tmp_path, "train/good/{5}.png", "test/good/{1}.png", "test/crack/{1}.png", "ground_truth/crack/000_mask.png",
-          "test/logical_anomalies/{1}.png")
+    write(
+        tmp_path,
+        "train/good/{5}.png",
+        "test/good/{1}.png",
+        "test/crack/{1}.png",
+        "ground_truth/crack/000_mask.png",
+        "test/logical_anomalies/{1}.png",
+    )
     with pytest.raises(UserError, match="mixes two layouts"):
         Category(tmp_path).test_images  # noqa: B018
     write(tmp_path / "other", "train/good/{5}.png", "train/ok/{5}.png")
@@ -152,7 +201,9 @@ def test_two_layouts_mixed(tmp_path):
 
 @pytest.mark.parametrize("folder", ["train/good", "validation/good", "test/good", "test/crack"])
 def test_an_empty_split_is_named(tmp_path, folder):
-    write(tmp_path, "train/good/{5}.png", "validation/good/{2}.png", "test/good/{1}.png", "test/crack/{1}.png")
+    write(
+        tmp_path, "train/good/{5}.png", "validation/good/{2}.png", "test/good/{1}.png", "test/crack/{1}.png"
+    )
     for path in (tmp_path / folder).iterdir():
         path.unlink()
     with pytest.raises(UserError, match=f"no images in .*{folder}"):
@@ -171,7 +222,10 @@ def test_no_training_folder(tmp_path):
 
 # Validation images set aside
 
-@pytest.mark.parametrize(("count", "aside"), [(5, 1), (9, 1), (10, 2), (20, 3), (39, 6), (40, 10), (60, 10), (100, 15)])
+
+@pytest.mark.parametrize(
+    ("count", "aside"), [(5, 1), (9, 1), (10, 2), (20, 3), (39, 6), (40, 10), (60, 10), (100, 15)]
+)
 def test_a_share_is_set_aside(tmp_path, count, aside):
     category = Category(write(tmp_path, f"train/good/{{{count}}}.png", size=(1, 1)))
     assert len(category.validation) == aside
@@ -207,11 +261,20 @@ def test_too_few_to_set_aside(tmp_path, count):
 
 # Keys
 
+
 def test_keys_of_long_names_fit_any_file_system(tmp_path):
     """Long file names, many long folders, letters of several bytes: what stage 2 writes has names of at most 255 bytes."""
     odd = os.fsdecode(b"\xff" * 240)
-    names = ["y" * 249, "y" * 248 + "z", "ä" * 120 + "a", "ä" * 120 + "b", "n" * 220, odd, odd + "a",
-             *(f"{'d' * 200}/{'e' * 200}/{index}" for index in range(2))]
+    names = [
+        "y" * 249,
+        "y" * 248 + "z",
+        "ä" * 120 + "a",
+        "ä" * 120 + "b",
+        "n" * 220,
+        odd,
+        odd + "a",
+        *(f"{'d' * 200}/{'e' * 200}/{index}" for index in range(2)),
+    ]
     paths = [tmp_path / f"{name}.png" for name in names]
     keys = listing.unique_names(paths, tmp_path)
     assert len(set(keys.values())) == len(paths) and keys[paths[4]] == "n" * 220
@@ -223,11 +286,19 @@ def test_keys_of_long_names_fit_any_file_system(tmp_path):
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
-@given(st.sets(st.lists(st.sampled_from(["a", "b", "info", "a_b", "a.jpg", "é"]), min_size=1, max_size=3).map(tuple), min_size=1),
-       st.sets(st.sampled_from([".jpg", ".png", ".jpg.png"]), min_size=1), st.randoms(use_true_random=False))
+@given(
+    st.sets(
+        st.lists(st.sampled_from(["a", "b", "info", "a_b", "a.jpg", "é"]), min_size=1, max_size=3).map(tuple),
+        min_size=1,
+    ),
+    st.sets(st.sampled_from([".jpg", ".png", ".jpg.png"]), min_size=1),
+    st.randoms(use_true_random=False),
+)
 def test_keys_are_unique_whatever_the_names(places, suffixes, order):
     base = Path("/data/train")
-    paths = sorted({base.joinpath(*parts[:-1], parts[-1] + suffix) for parts in places for suffix in suffixes})
+    paths = sorted(
+        {base.joinpath(*parts[:-1], parts[-1] + suffix) for parts in places for suffix in suffixes}
+    )
     keys = listing.unique_names(paths, base)
     assert len(set(keys.values())) == len(paths)
     assert not any("/" in key or key in listing.RESERVED_KEYS for key in keys.values())
@@ -237,39 +308,72 @@ def test_keys_are_unique_whatever_the_names(places, suffixes, order):
 
 
 def test_keys_of_twins_and_reserved_names(tmp_path):
-    category = Category(write(tmp_path, "train/a.jpg", "train/a.jpg.png", "train/b.png", "train/b.jpg", "train/info.png",
-                              "train/test_seg_output.png", "train/x/y.png", "train/x_y.png"))
+    category = Category(
+        write(
+            tmp_path,
+            "train/a.jpg",
+            "train/a.jpg.png",
+            "train/b.png",
+            "train/b.jpg",
+            "train/info.png",
+            "train/test_seg_output.png",
+            "train/x/y.png",
+            "train/x_y.png",
+        )
+    )
     found = sorted([*category.train, *category.validation])
     keys = dict(zip(relative(found, tmp_path / "train"), map(category.key, found)))
-    assert keys == {"a.jpg": "a", "a.jpg.png": "a.jpg", "b.png": "b.png", "b.jpg": "b.jpg", "info.png": "info.png",
-                    "test_seg_output.png": "test_seg_output.png", "x/y.png": "x_y.png-" + keys["x/y.png"][-8:],
-                    "x_y.png": "x_y.png-" + keys["x_y.png"][-8:]}
+    assert keys == {
+        "a.jpg": "a",
+        "a.jpg.png": "a.jpg",
+        "b.png": "b.png",
+        "b.jpg": "b.jpg",
+        "info.png": "info.png",
+        "test_seg_output.png": "test_seg_output.png",
+        "x/y.png": "x_y.png-" + keys["x/y.png"][-8:],
+        "x_y.png": "x_y.png-" + keys["x_y.png"][-8:],
+    }
     with pytest.raises(ValueError, match="no image of"):
         category.key(tmp_path / "train" / "none.png")
 
 
 def test_one_object_looks_at_the_disk_once(tmp_path, monkeypatch):
-    root = write(tmp_path, "train/good/a/{300}.png", "train/good/b/{300}.png", "test/good/{1}.png", size=(1, 1))
+    root = write(
+        tmp_path, "train/good/a/{300}.png", "train/good/b/{300}.png", "test/good/{1}.png", size=(1, 1)
+    )
     category = Category(root)
     looks, scan = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: (looks.append(folder), scan(folder))[1])
     for _ in range(3):
         assert len({category.key(path) for path in [*category.train, *category.validation]}) == 600
         assert len(category.test_images) == 1
-    assert sorted(map(str, looks)) == [str(root / name) for name in ("test/good", "train/good", "train/good/a", "train/good/b")]
+    assert sorted(map(str, looks)) == [
+        str(root / name) for name in ("test/good", "train/good", "train/good/a", "train/good/b")
+    ]
     write(root, "train/good/later.png")
-    assert len(category.train) + 1 == len(Category(root).train) or len(category.validation) + 1 == len(Category(root).validation)
+    assert len(category.train) + 1 == len(Category(root).train) or len(category.validation) + 1 == len(
+        Category(root).validation
+    )
     assert Category(root).key(root / "train/good/later.png") == "later"
 
 
 def test_masks_of_twins_are_not_guessed(tmp_path):
-    category = Category(write(tmp_path, "train/good/{5}.png", "test/good/{1}.png", "test/crack/000.png", "test/crack/000.jpg",
-                              "ground_truth/crack/000_mask.png"))
+    category = Category(
+        write(
+            tmp_path,
+            "train/good/{5}.png",
+            "test/good/{1}.png",
+            "test/crack/000.png",
+            "test/crack/000.jpg",
+            "ground_truth/crack/000_mask.png",
+        )
+    )
     with pytest.raises(UserError, match="two images in .*crack are called '000'"):
         category.region_masks(STRUCTURAL, category.test(STRUCTURAL)[0])
 
 
 # Links and what is not used
+
 
 def test_links_are_followed_and_cycles_noticed(tmp_path):
     write(tmp_path / "elsewhere", "{4}.png", "shelf/{2}.png")
@@ -294,8 +398,16 @@ def test_links_are_followed_and_cycles_noticed(tmp_path):
 
 def test_whatever_is_not_used_is_named(make_dataset):
     root = make_dataset() / "discs"
-    write(root, "test/unknown/{3}.png", "test/stray.png", "extra/{2}.png", "train/bad/{2}.png", "photo.png",
-          "ground_truth/logical_anomalies/999/000.png", "ground_truth/good/000_mask.png")
+    write(
+        root,
+        "test/unknown/{3}.png",
+        "test/stray.png",
+        "extra/{2}.png",
+        "train/bad/{2}.png",
+        "photo.png",
+        "ground_truth/logical_anomalies/999/000.png",
+        "ground_truth/good/000_mask.png",
+    )
     (root / "train/good/a.heic").write_bytes(b"")
     (root / "train/good/.hidden.png").write_bytes(b"")
     (root / "train/good/raw").write_bytes(b"")
@@ -304,10 +416,23 @@ def test_whatever_is_not_used_is_named(make_dataset):
     (root / "defects_config.json").write_text("[]")
     category = Category(root)
     assert relative([path for path, _ in category.unused], root) == [
-        "extra", "ground_truth/good/000_mask.png", "ground_truth/logical_anomalies/999/000.png", "photo.png", "test/stray.png",
-        "test/unknown", "train/bad", "train/good/.hidden.png", "train/good/a.heic", "train/good/raw"]
+        "extra",
+        "ground_truth/good/000_mask.png",
+        "ground_truth/logical_anomalies/999/000.png",
+        "photo.png",
+        "test/stray.png",
+        "test/unknown",
+        "train/bad",
+        "train/good/.hidden.png",
+        "train/good/a.heic",
+        "train/good/raw",
+    ]
     reasons = {path.name: why for path, why in category.unused}
-    assert "3 images" in reasons["unknown"] and ".heic" in reasons["a.heic"] and "no test image" in reasons["000.png"]
+    assert (
+        "3 images" in reasons["unknown"]
+        and ".heic" in reasons["a.heic"]
+        and "no test image" in reasons["000.png"]
+    )
     assert "10 not used: extra (" in category.layout_line
 
 
@@ -323,6 +448,7 @@ def test_names_need_not_be_text(tmp_path):
 
 # Defects' names
 
+
 def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_dataset):
     root = make_dataset() / "discs"
     category = Category(root)
@@ -332,8 +458,9 @@ def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_data
     described.parent.mkdir(parents=True)
     described.write_text('{"anomalies": {"logical_anomalies": {"002": "no_disc"}}}')
     assert Category(root).defect_of(LOGICAL, image) == "no_disc"
-    (root / "defects_config.json").write_text(json.dumps([{"pixel_value": 7, "defect_name": "missing"},
-                                                          {"pixel_value": 9, "defect_name": "extra"}]))
+    (root / "defects_config.json").write_text(
+        json.dumps([{"pixel_value": 7, "defect_name": "missing"}, {"pixel_value": 9, "defect_name": "extra"}])
+    )
     for number, value in enumerate((9, 7, 9)):
         write(root, f"ground_truth/logical_anomalies/002/{number:03d}.png", value=value)
     category = Category(root)
@@ -348,6 +475,7 @@ def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_data
 
 
 # Region of interest
+
 
 def test_no_region_means_everything(make_dataset):
     assert read_roi(Category(make_dataset() / "discs"), 32) is None
@@ -370,9 +498,13 @@ def test_region_from_a_picture_and_from_polygons_agree(make_dataset):
 
 def test_regions_that_are_none(make_dataset):
     category = Category(make_dataset() / "discs")
-    for polygons, said in (([[[0, 0], [1, 1]]], "at least three"), ([[[0, 0], [1, 1], [0, 2]]], "from 0 to 1"),
-                           ([[0, 1, 2]], "expected"),
-                           ([[[0, 0], [1, 1], [0, float("nan")]]], "from 0 to 1"), ([[[0, 0], [0, 0], [0, 0]]], "is empty")):
+    for polygons, said in (
+        ([[[0, 0], [1, 1]]], "at least three"),
+        ([[[0, 0], [1, 1], [0, 2]]], "from 0 to 1"),
+        ([[0, 1, 2]], "expected"),
+        ([[[0, 0], [1, 1], [0, float("nan")]]], "from 0 to 1"),
+        ([[[0, 0], [0, 0], [0, 0]]], "is empty"),
+    ):
         with pytest.raises(UserError, match=said):
             read_roi(category, 32, polygons)
     Image.new("L", (64, 128), 255).save(category.roi_file)

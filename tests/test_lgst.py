@@ -27,8 +27,10 @@ class Encoder(torch.nn.Module):
 
     def forward(self, images):
         images = (images.float() - 115) / 58
-        return tuple(torch.nn.functional.avg_pool2d(images, f).repeat(1, c // 2, 1, 1)[:, :c]
-                     for c, f in zip(CHANNELS, (4, 8, 16)))
+        return tuple(
+            torch.nn.functional.avg_pool2d(images, f).repeat(1, c // 2, 1, 1)[:, :c]
+            for c, f in zip(CHANNELS, (4, 8, 16))
+        )
 
 
 @pytest.fixture
@@ -46,13 +48,22 @@ def test_maps_are_64_by_64():
 def test_losses_are_the_papers():
     draw = np.random.default_rng(0)
     teacher, local, penalty, augmented_teacher, decoded, global_ = (
-        draw.standard_normal((2, 5, 64, 64)).astype(np.float32) for _ in range(6))
-    features = TrainingFeatures(*map(torch.from_numpy, (teacher, local, penalty, augmented_teacher, decoded, global_)))
+        draw.standard_normal((2, 5, 64, 64)).astype(np.float32) for _ in range(6)
+    )
+    features = TrainingFeatures(
+        *map(torch.from_numpy, (teacher, local, penalty, augmented_teacher, decoded, global_))
+    )
     found = losses(features, 0.999)
     difference = (teacher - local) ** 2
-    assert {name: value.item() for name, value in found.items()} == pytest.approx({
-        "local": difference[difference >= np.quantile(difference, 0.999)].mean(), "penalty": (penalty**2).mean(),
-        "autoencoder": ((augmented_teacher - decoded) ** 2).mean(), "global": ((decoded - global_) ** 2).mean()}, rel=1e-5)
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {
+            "local": difference[difference >= np.quantile(difference, 0.999)].mean(),
+            "penalty": (penalty**2).mean(),
+            "autoencoder": ((augmented_teacher - decoded) ** 2).mean(),
+            "global": ((decoded - global_) ** 2).mean(),
+        },
+        rel=1e-5,
+    )
     local_step = losses(TrainingFeatures(features.teacher, features.local))
     assert local_step.keys() == {"local"}
     assert local_step["local"].item() == pytest.approx(difference.mean(), rel=1e-5)
@@ -61,12 +72,16 @@ def test_losses_are_the_papers():
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.999, 1.0])
 def test_quantile_is_numpys(fraction):
     values = np.random.default_rng(1).standard_normal((3, 7, 11)).astype(np.float32)
-    assert quantile(torch.from_numpy(values), fraction).item() == pytest.approx(np.quantile(values, fraction), abs=1e-6)
+    assert quantile(torch.from_numpy(values), fraction).item() == pytest.approx(
+        np.quantile(values, fraction), abs=1e-6
+    )
 
 
 @pytest.fixture
 def pictures():
-    return torch.randint(0, 255, (5, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0, 255, (5, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def new_model(chosen):
@@ -91,30 +106,45 @@ def test_kept_teacher_features_are_those_of_a_fresh_pass(pictures, kept, monkeyp
     """And the three networks see what they should: original, augmented and penalty images."""
     if not kept:
         monkeypatch.setattr(feature_cache, "CACHE_BYTES", 0)
-    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12, "lgst.global_every": 2}).lgst
+    chosen = settings.load(
+        "none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12, "lgst.global_every": 2}
+    ).lgst
     encoder, penalties, model = Encoder(), PenaltyPictures("bundled"), new_model(chosen).eval()
     batches = Batches(pictures, model, encoder, torch.device("cpu"), "fp32", "teacher")
     batches.fit_teacher_normalisation()
     features = model.teacher(*encoder(pictures.float())[1:]).double()
-    torch.testing.assert_close(model.teacher_mean.flatten(), features.mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.teacher_std.flatten(), features.std((0, 2, 3), correction=0).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.teacher_mean.flatten(), features.mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        model.teacher_std.flatten(), features.std((0, 2, 3), correction=0).float(), rtol=1e-4, atol=1e-4
+    )
     sample = draw_sample(len(pictures), penalties, chosen, 0, "c", 0)
     batch = batches.batch(sample)
     assert torch.equal(batch.images, pictures[sample.indices].float())
-    torch.testing.assert_close(batch.teacher, model.teacher_features(encoder(batch.images)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(batch.augmented_teacher, model.teacher_features(encoder(batch.augmented)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        batch.teacher, model.teacher_features(encoder(batch.images)), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        batch.augmented_teacher, model.teacher_features(encoder(batch.augmented)), rtol=1e-4, atol=1e-4
+    )
     compared = model.training_features(*batch)
     torch.testing.assert_close(compared.local, model.local_st(model.normalise(batch.images))[0])
     torch.testing.assert_close(compared.penalty, model.local_st(model.normalise(batch.penalty))[0])
     torch.testing.assert_close(compared.global_, model.local_st(model.normalise(batch.augmented))[1])
     torch.testing.assert_close(compared.decoded, model.autoencoder(model.normalise(batch.augmented)))
     local_step = batches.batch(draw_sample(len(pictures), penalties, chosen, 1, "c", 0))
-    assert local_step.augmented is None and step_losses(model, local_step, chosen).keys() == {"local", "penalty"}
+    assert local_step.augmented is None and step_losses(model, local_step, chosen).keys() == {
+        "local",
+        "penalty",
+    }
 
 
 def test_projecting_before_enlarging_changes_nothing(model):
     eighth, sixteenth = torch.randn(2, CHANNELS[1], 32, 32), torch.randn(2, CHANNELS[2], 16, 16)
-    enlarged = [torch.nn.functional.interpolate(maps, size=(64, 64), mode="bilinear") for maps in (eighth, sixteenth)]
+    enlarged = [
+        torch.nn.functional.interpolate(maps, size=(64, 64), mode="bilinear") for maps in (eighth, sixteenth)
+    ]
     plain = model.teacher.proj(torch.nn.functional.avg_pool2d(torch.cat(enlarged, 1), 3, stride=1, padding=1))
     torch.testing.assert_close(model.teacher(eighth, sixteenth), plain, rtol=1e-4, atol=1e-5)
 
@@ -123,7 +153,9 @@ def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
     chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 12}).lgst
     encoder = Encoder()
     chosen = chosen.model_copy(update={"hard_quantile": 0.9})
-    model = new_model(chosen).eval()  # dropout draws in the order in which memory lies, which channels last changes
+    model = new_model(
+        chosen
+    ).eval()  # dropout draws in the order in which memory lies, which channels last changes
     gradients, values = {}, {}
     for precision in ("fp32", "bf16"):
         batches = Batches(pictures, model, encoder, torch.device("cpu"), precision, "teacher")
@@ -134,16 +166,27 @@ def test_bf16_losses_and_gradients_stay_near_those_of_fp32(pictures):
         assert all(part.dtype == torch.float32 for part in parts.values())
         sum(parts.values()).backward()
         values[precision] = sum(parts.values()).item()
-        gradients[precision] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()
-                                          if parameter.grad is not None])
+        gradients[precision] = torch.cat(
+            [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        )
     assert values["bf16"] != values["fp32"]  # it really multiplied in bf16
     assert values["bf16"] == pytest.approx(values["fp32"], rel=2e-2)
     assert relative_difference(gradients["bf16"], gradients["fp32"]) < 5e-2
 
 
 def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
-    chosen = settings.load("none", "paper", {"lgst.width": 8, "lgst.teacher_channels": 8, "lgst.lr": 0.001,
-                                             "lgst.steps": 100, "lgst.batch_size": 1, "lgst.hard_quantile": 0.9}).lgst
+    chosen = settings.load(
+        "none",
+        "paper",
+        {
+            "lgst.width": 8,
+            "lgst.teacher_channels": 8,
+            "lgst.lr": 0.001,
+            "lgst.steps": 100,
+            "lgst.batch_size": 1,
+            "lgst.hard_quantile": 0.9,
+        },
+    ).lgst
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(np.stack([draw_parts(rng, 4, 256)[0] for _ in range(5)])).permute(0, 3, 1, 2)
     encoder, penalties = Encoder(), PenaltyPictures("bundled")
@@ -152,7 +195,9 @@ def test_bf16_learns_as_much_as_fp32_in_as_many_steps():
         model = new_model(chosen).eval()  # without dropout, which channels last draws in another order
         batches = Batches(pictures, model, encoder, torch.device("cpu"), precision, "teacher")
         batches.fit_teacher_normalisation()
-        optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True)
+        optimizer = torch.optim.Adam(
+            [one for one in model.parameters() if one.requires_grad], lr=chosen.lr, fused=True
+        )
         curves[precision] = []
         for step in range(12):
             batch = batches.batch(draw_sample(len(pictures), penalties, chosen, step, "c", 0))
@@ -174,6 +219,7 @@ def test_draws_depend_on_seed_and_step_only(pictures):
 
     def drawn(step, seed):
         return draw_sample(5, penalties, chosen, step, "c", seed)
+
     first = drawn(3, 0)
     drawn(9, 0)
     again, other = drawn(3, 0), drawn(3, 1)
@@ -183,8 +229,14 @@ def test_draws_depend_on_seed_and_step_only(pictures):
     assert first.penalty.shape == (1, 3, 256, 256)
 
 
-@pytest.mark.parametrize("schedule, expected", [
-    (step_decay, [1, 1, 1, 0.1]), (cosine, [1, 0.5, 0.00886, 0.000247]), (warm_cosine, [0.02, 0.5, 0.00886, 0.000247])])
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (step_decay, [1, 1, 1, 0.1]),
+        (cosine, [1, 0.5, 0.00886, 0.000247]),
+        (warm_cosine, [0.02, 0.5, 0.00886, 0.000247]),
+    ],
+)
 def test_learning_rate_falls(schedule, expected):
     assert [schedule(step, 100) for step in (0, 50, 94, 99)] == pytest.approx(expected, rel=0.01)
     assert step_decay(0, 1) == 1
@@ -241,8 +293,10 @@ class Frozen(torch.nn.Module):
     @staticmethod
     def maps(count):
         generator = torch.Generator().manual_seed(4)
-        return tuple(torch.randn(count, channels, side, side, generator=generator) * 3 + 1
-                     for channels, side in zip(CHANNELS, (128, 64, 32)))
+        return tuple(
+            torch.randn(count, channels, side, side, generator=generator) * 3 + 1
+            for channels, side in zip(CHANNELS, (128, 64, 32))
+        )
 
 
 def test_the_whitened_teacher_gives_features_of_variance_one():

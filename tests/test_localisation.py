@@ -108,14 +108,20 @@ def test_agrees_with_the_plain_definition(seed, levels):
 def test_smooth_maps_lose_nothing_to_the_bins():
     rng = np.random.default_rng(0)
     small = rng.normal(0, 0.05, (2, 16, 16)) + np.array([0, 0.03])[:, None, None]
-    images = [(enlarge(small[0], (48, 40)), []), (enlarge(small[1], (48, 40)), [region(slice(5, 15), slice(8, 30), (40, 48))])]
+    images = [
+        (enlarge(small[0], (48, 40)), []),
+        (enlarge(small[1], (48, 40)), [region(slice(5, 15), slice(8, 30), (40, 48))]),
+    ]
     found, plain = sweep(*images), by_definition(images)
     for limit in (0.01, 0.05, 1.0):
         assert found.spro[limit] == pytest.approx(plain.spro[limit], abs=0.02)
 
 
 def test_nothing_to_measure_is_not_a_number():
-    for found in (sweep((np.ones((3, 3)), [])), sweep((np.ones((3, 3)), [region(slice(None), slice(None), (3, 3))]))):
+    for found in (
+        sweep((np.ones((3, 3)), [])),
+        sweep((np.ones((3, 3)), [region(slice(None), slice(None), (3, 3))])),
+    ):
         assert all(np.isnan(value) for value in found.spro.values())
 
 
@@ -127,7 +133,9 @@ def test_misfits_are_refused():
 
 
 def test_area_is_cut_inside_a_piece():
-    assert area_up_to(np.array([0, 0, 1.0]), np.array([0, 0.5, 1.0]), 0.1) == pytest.approx(0.1 * (0.5 + 0.025))
+    assert area_up_to(np.array([0, 0, 1.0]), np.array([0, 0.5, 1.0]), 0.1) == pytest.approx(
+        0.1 * (0.5 + 0.025)
+    )
 
 
 @pytest.fixture
@@ -155,7 +163,11 @@ def write_config(root, entries) -> None:
 def test_saturation_is_pixels_or_a_share_and_never_more_than_the_region(category):
     def areas():
         path = category.test(layouts.LOGICAL)[0]
-        return [found.saturation for found in read_regions(category, layouts.LOGICAL, path, read_saturations(category), (40, 30))]
+        return [
+            found.saturation
+            for found in read_regions(category, layouts.LOGICAL, path, read_saturations(category), (40, 30))
+        ]
+
     assert areas() == [50, 50]
     write_config(category.root, [(255, 1000, False), (254, 0.25, True)])
     assert areas() == [100, 25]
@@ -171,16 +183,35 @@ def test_measured_from_files(category):
     assert measure(category, maps, layouts.LOGICAL).spro[0.05] < 20
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda root: (root / "defects_config.json").unlink(), "defects_config.json is missing"),
-    (lambda root: (root / "defects_config.json").write_text("{}"), None),
-    (lambda root: (root / "defects_config.json").write_text('[{"pixel_value": 255}]'), "should be a list"),
-    (lambda root: write_config(root, [(255, 0, False), (254, 1, True)]), "more than 0"),
-    (lambda root: write_config(root, [(255, 1, True)]), "254"),
-    (lambda root: [path.unlink() for path in root.glob("ground_truth/*/*/*.png")], "no ground-truth mask"),
-    (lambda root: cv2.imwrite(str(root / "ground_truth/logical_anomalies/000/000.png"), np.zeros((30, 40), np.uint8)), "empty"),
-    (lambda root: cv2.imwrite(str(root / "ground_truth/logical_anomalies/000/000.png"), np.ones((3, 4), np.uint8)), "4x3"),
-])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda root: (root / "defects_config.json").unlink(), "defects_config.json is missing"),
+        (lambda root: (root / "defects_config.json").write_text("{}"), None),
+        (
+            lambda root: (root / "defects_config.json").write_text('[{"pixel_value": 255}]'),
+            "should be a list",
+        ),
+        (lambda root: write_config(root, [(255, 0, False), (254, 1, True)]), "more than 0"),
+        (lambda root: write_config(root, [(255, 1, True)]), "254"),
+        (
+            lambda root: [path.unlink() for path in root.glob("ground_truth/*/*/*.png")],
+            "no ground-truth mask",
+        ),
+        (
+            lambda root: cv2.imwrite(
+                str(root / "ground_truth/logical_anomalies/000/000.png"), np.zeros((30, 40), np.uint8)
+            ),
+            "empty",
+        ),
+        (
+            lambda root: cv2.imwrite(
+                str(root / "ground_truth/logical_anomalies/000/000.png"), np.ones((3, 4), np.uint8)
+            ),
+            "4x3",
+        ),
+    ],
+)
 def test_ground_truth_that_does_not_fit_gets_a_sentence(category, spoil, said):
     spoil(category.root)
     maps = {kind: np.zeros((1, 3, 4), np.float32) for kind in (layouts.GOOD, layouts.LOGICAL)}
@@ -225,7 +256,10 @@ def test_pixel_values_that_stand_there_twice(category):
 
 def test_lossy_masks_are_measured_by_what_was_drawn_and_named_once(category, capsys):
     """JPEG instead of PNG: the same regions; of several pixel_values none can be told."""
-    maps = {kind: np.random.default_rng(0).random((1, 30, 40)).astype(np.float32) for kind in (layouts.GOOD, layouts.LOGICAL)}
+    maps = {
+        kind: np.random.default_rng(0).random((1, 30, 40)).astype(np.float32)
+        for kind in (layouts.GOOD, layouts.LOGICAL)
+    }
     folder = category.root / "ground_truth/logical_anomalies/000"
     (folder / "001.png").unlink()
     expected = measure(category, maps, layouts.LOGICAL)

@@ -26,8 +26,13 @@ def path(tmp_path):
 
 def write(path, age=0.0, **changes):
     """A lock file as another owner would have left it."""
-    content = {"token": "other", "host": socket.gethostname(), "namespace": locks._process_namespace(), "process": os.getpid(),
-               "since": "2026-11-30 05:41"} | changes
+    content = {
+        "token": "other",
+        "host": socket.gethostname(),
+        "namespace": locks._process_namespace(),
+        "process": os.getpid(),
+        "since": "2026-11-30 05:41",
+    } | changes
     path.write_text(json.dumps(content))
     os.utime(path, (time.time() - age,) * 2)
 
@@ -43,18 +48,32 @@ def test_a_second_one_is_refused_until_the_first_lets_go(path):
 
 def test_the_sentence_names_process_host_and_time(path):
     write(path, host="line-a", process=4711)
-    with pytest.raises(UserError, match="another run is working in .* [(]process 4711 on line-a, since 2026-11-30 05:41[)]"):
+    with pytest.raises(
+        UserError, match="another run is working in .* [(]process 4711 on line-a, since 2026-11-30 05:41[)]"
+    ):
         with Workspace(path.parent).lock():
             pass
     assert path.exists()
 
 
-@pytest.mark.parametrize("age, changes, held", [
-    (0, {"host": "line-a", "process": 2**22 + 1}, True),  # of another machine's processes nothing is known
-    (0, {"namespace": "pid:[1]", "process": 2**22 + 1}, True),  # nor of another container's
-    (locks.STALE_SECONDS + 60, {"host": "line-a"}, False),
-    (locks.STALE_SECONDS + 60, {}, False),  # alive, but perhaps another process of the same number, after a restart
-    (0, {"process": 2**22 + 1}, False)])  # dead
+@pytest.mark.parametrize(
+    "age, changes, held",
+    [
+        (
+            0,
+            {"host": "line-a", "process": 2**22 + 1},
+            True,
+        ),  # of another machine's processes nothing is known
+        (0, {"namespace": "pid:[1]", "process": 2**22 + 1}, True),  # nor of another container's
+        (locks.STALE_SECONDS + 60, {"host": "line-a"}, False),
+        (
+            locks.STALE_SECONDS + 60,
+            {},
+            False,
+        ),  # alive, but perhaps another process of the same number, after a restart
+        (0, {"process": 2**22 + 1}, False),
+    ],
+)  # dead
 def test_only_what_is_dead_or_silent_is_taken_over(path, age, changes, held):
     write(path, age, **changes)
     if held:
@@ -77,8 +96,12 @@ def test_a_lock_that_says_nothing_holds_until_it_is_silent(path, content):
 
 def test_a_killed_process_leaves_a_lock_that_is_taken_over_at_once(path):
     code = f"from pathlib import Path; from csad.data.locks import FileLock\nFileLock(Path({str(path)!r})).acquire()"
-    process = subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(1, flush=True); input()"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     process.stdout.readline()
     with pytest.raises(LockHeld, match=f"process {process.pid} "):
         FileLock(path).acquire()
@@ -107,6 +130,7 @@ def test_of_many_only_one_takes_over(path):
             held.append(FileLock(path).acquire())
         except LockHeld:
             refused.append(1)
+
     threads = [threading.Thread(target=enter) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -135,6 +159,7 @@ def test_what_a_killed_process_left_beside_it_goes(path):
 def test_without_links_the_file_itself_is_exclusive(path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "no links here")
+
     monkeypatch.setattr(os, "link", refuse)
     with FileLock(path).acquire(), pytest.raises(LockHeld):
         FileLock(path).acquire()

@@ -141,8 +141,13 @@ def test_a_component_is_tried_as_often_as_asked_for(picture):
     background = np.ones((SIDE, SIDE), bool)
     background[60:80, 60:80] = False
     mask = lsa.label_parts(picture[1]) == 1
-    placed = {trials: sum(lsa.find_placement(mask, background, np.random.default_rng(seed), 0.2, 0.7, trials) is not None
-                          for seed in range(30)) for trials in (1, 10, 500)}
+    placed = {
+        trials: sum(
+            lsa.find_placement(mask, background, np.random.default_rng(seed), 0.2, 0.7, trials) is not None
+            for seed in range(30)
+        )
+        for trials in (1, 10, 500)
+    }
     assert placed[1] <= 3 and placed[1] < placed[10] < placed[500] and placed[500] >= 25
 
 
@@ -183,10 +188,15 @@ def reference_pictures(category, targets):
     return made[f"{category}_{targets}"][trusted], instances, backgrounds > 0
 
 
-@pytest.mark.parametrize("run, category, targets, distance, changed_within", [
-    ("screw_bag_01", "screw_bag", "plain", 0.1, 0.09), ("screw_bag_02", "screw_bag", "plain", 0.2, 0.09),
-    ("pushpins_02", "pushpins", "plain", 0.2, 0.09),
-    ("juice_bottle_02_filled", "juice_bottle", "filled", 0.2, 0.25)])  # one of 15 components is half a picture
+@pytest.mark.parametrize(
+    "run, category, targets, distance, changed_within",
+    [
+        ("screw_bag_01", "screw_bag", "plain", 0.1, 0.09),
+        ("screw_bag_02", "screw_bag", "plain", 0.2, 0.09),
+        ("pushpins_02", "pushpins", "plain", 0.2, 0.09),
+        ("juice_bottle_02_filled", "juice_bottle", "filled", 0.2, 0.25),
+    ],
+)  # one of 15 components is half a picture
 def test_the_statistics_are_the_published_ones(run, category, targets, distance, changed_within, monkeypatch):
     """But for changed labels, of which there are 4 to 8 % more: the published masks lose their rims when turned."""
     published = np.load(STAGE_1 / "logical_synthesis.npz")
@@ -200,6 +210,7 @@ def test_the_statistics_are_the_published_ones(run, category, targets, distance,
         moved = np.hypot(*(new_centre(mask, placement) - centre(mask))) / 256
         placements.append((moved, background[placement.window][placement.mask].mean()))
         return placement
+
     monkeypatch.setattr(lsa, "find_placement", watched)
     changed = []
     for call in range(len(published[f"{run}_pastes"])):
@@ -215,7 +226,7 @@ def test_the_statistics_are_the_published_ones(run, category, targets, distance,
         assert np.quantile(moves, quantile) == pytest.approx(np.quantile(expected, quantile), rel=0.08)
     for turn, limit in enumerate(lsa.MOST_BACKGROUND, start=1):
         expected = published[f"{run}_paste_background_ratio"][published[f"{run}_paste_order"] == turn]
-        ours = on_background[turn - 1::2]
+        ours = on_background[turn - 1 :: 2]
         assert ours.max() < limit and ours.mean() == pytest.approx(expected.mean(), abs=0.03)
     assert np.mean(changed) == pytest.approx(published[f"{run}_changed_labels"].mean(), rel=changed_within)
 
@@ -226,8 +237,14 @@ def test_without_room_fewer_are_pasted_than_published():
     background = np.ones((256, 256), bool)
     background[118:138, 118:138] = False
     for call in range(4):
-        synthesis = lsa.synthesise(COLOURS[labels[call] % 4], labels[call], instances[call], background,
-                                   np.random.default_rng(call), 0.2)
+        synthesis = lsa.synthesise(
+            COLOURS[labels[call] % 4],
+            labels[call],
+            instances[call],
+            background,
+            np.random.default_rng(call),
+            0.2,
+        )
         changed = synthesis.labels != labels[call]
         assert changed.sum() <= 2 * (instances[call] > 0).sum()
         if synthesis.pasted == 1:

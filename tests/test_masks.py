@@ -30,7 +30,7 @@ def rectangles(draw):
     for _ in range(draw(st.integers(1, 6))):
         top, left = draw(st.integers(0, SIDE - 2)), draw(st.integers(0, SIDE - 2))
         mask = np.zeros((SIDE, SIDE), np.uint8)
-        mask[top:top + draw(st.integers(1, SIDE)), left:left + draw(st.integers(1, SIDE))] = 255
+        mask[top : top + draw(st.integers(1, SIDE)), left : left + draw(st.integers(1, SIDE))] = 255
         drawn.append(mask)
     drawn.append(draw(arrays(np.uint8, (SIDE, SIDE), elements=st.sampled_from([0, 255]))))
     return packed(np.array(drawn))
@@ -41,13 +41,19 @@ def published(reference):
     return reference("mask_operations")
 
 
-@pytest.mark.parametrize("result, operation", [
-    ("split_components", lambda p: algebra.split_components(packed(p["masks"]))),
-    ("filtered_small", lambda p: algebra.without_small(packed(p["masks"]))),
-    ("filtered_by_combine", lambda p: algebra.combine(packed(p["masks"]))),
-    ("background_removed", lambda p: algebra.without_background(packed(p["masks"]), p["background"])),
-    ("inside_grounding", lambda p: algebra.inside_grounding(packed(p["split_components"]), p["grounding"])),
-])
+@pytest.mark.parametrize(
+    "result, operation",
+    [
+        ("split_components", lambda p: algebra.split_components(packed(p["masks"]))),
+        ("filtered_small", lambda p: algebra.without_small(packed(p["masks"]))),
+        ("filtered_by_combine", lambda p: algebra.combine(packed(p["masks"]))),
+        ("background_removed", lambda p: algebra.without_background(packed(p["masks"]), p["background"])),
+        (
+            "inside_grounding",
+            lambda p: algebra.inside_grounding(packed(p["split_components"]), p["grounding"]),
+        ),
+    ],
+)
 def test_matches_the_published_implementation(published, result, operation):
     np.testing.assert_array_equal(unpacked(operation(published)), published[result] != 0)
 
@@ -95,7 +101,10 @@ def test_components_are_disjoint_and_either_inside_their_mask_or_its_whole_outsi
 def test_the_outside_of_a_mask_is_one_component_where_its_box_is_small_enough():
     mask = np.ones((1, 40, 40), bool)
     mask[0, 5:15, 5:15] = mask[0, 25:30, 25:35] = False
-    outside, inside = unpacked(algebra.split_components(packed(mask)))[[0]], algebra.split_components(packed(~mask))
+    outside, inside = (
+        unpacked(algebra.split_components(packed(mask)))[[0]],
+        algebra.split_components(packed(~mask)),
+    )
     np.testing.assert_array_equal(outside[0], ~mask[0])  # two pieces, one component
     assert len(algebra.split_components(packed(mask))) == 1  # the frame's own box is the whole picture
     assert len(inside) == 1  # of its two pieces one is of 50 pixels, and what lies outside fills the picture
@@ -153,7 +162,9 @@ def test_components_are_indices_with_over_a_thousandth_in_sight():
     labels = np.zeros((100, 100), np.uint8)
     labels[0, :10], labels[1, :11], labels[50:, :] = 7, 3, 255
     np.testing.assert_array_equal(algebra.components_in_sight(labels), [3, 255])
-    np.testing.assert_array_equal(algebra.areas(algebra.label_masks(labels, algebra.components_in_sight(labels))), [11, 5000])
+    np.testing.assert_array_equal(
+        algebra.areas(algebra.label_masks(labels, algebra.components_in_sight(labels))), [11, 5000]
+    )
 
 
 def test_255_masks_of_a_native_picture_take_little_memory():
@@ -163,12 +174,16 @@ def test_255_masks_of_a_native_picture_take_little_memory():
         for number in range(count):
             mask = np.zeros(size, bool)
             row, column = divmod(number, 16)
-            mask[row * 76:row * 76 + 90, column * 96:column * 96 + 110] = True
+            mask[row * 76 : row * 76 + 90, column * 96 : column * 96 + 110] = True
             yield mask
 
     tracemalloc.start()
-    masks = algebra.without_background(algebra.split_components(PackedMasks.pack(blobs(255), size)), next(blobs(1)))
+    masks = algebra.without_background(
+        algebra.split_components(PackedMasks.pack(blobs(255), size)), next(blobs(1))
+    )
     algebra.merge(algebra.combine(algebra.largest(masks)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(masks) == 254 and peak < 400e6  # bytes; unpacked they are 520e6, and everything was several times that
+    assert (
+        len(masks) == 254 and peak < 400e6
+    )  # bytes; unpacked they are 520e6, and everything was several times that

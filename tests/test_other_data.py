@@ -29,15 +29,22 @@ FOUR_STEPS = {"CSAD": ("--lgst.steps", "4")}
 def run(stage: str, workspace: Path, dataset: Path, *extra: str) -> int:
     """Run a stage in this process; returns its exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{stage}.py", *arguments(stage, workspace, dataset, *FOUR_STEPS.get(stage, ()), *extra)])
+        patch.setattr(
+            sys,
+            "argv",
+            [f"{stage}.py", *arguments(stage, workspace, dataset, *FOUR_STEPS.get(stage, ()), *extra)],
+        )
         return status_of(lambda: runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__"))
 
 
 def predicted(model: Path, pictures: Path, output: Path) -> list[dict]:
     """What predict.py says of a folder of pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["predict.py", str(pictures), "--model", str(model), "--output", str(output),
-                                         "--device", "cpu"])
+        patch.setattr(
+            sys,
+            "argv",
+            ["predict.py", str(pictures), "--model", str(model), "--output", str(output), "--device", "cpu"],
+        )
         assert status_of(predict.main) in (0, 4)
     return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
 
@@ -50,6 +57,7 @@ def draw(folder: Path, count: int, seed: int = 7) -> None:
 
 
 # MVTec AD's layout
+
 
 @pytest.fixture(scope="module")
 def mvtec_ad(tmp_path_factory):
@@ -69,17 +77,24 @@ def test_every_defect_of_mvtec_ad_is_measured(mvtec_ad):
     work, _ = mvtec_ad
     measured = json.loads((work / "anomaly_score/cup_metrics.json").read_text())
     assert {name: (entry["kind"], entry["images"]) for name, entry in measured["defects"].items()} == {
-        "crack": ("structural", 1), "missing_pin": ("logical", 1)}
+        "crack": ("structural", 1),
+        "missing_pin": ("logical", 1),
+    }
     sums = ("patchhist", "LGST", "patchhist+LGST", "memory", "DFM", "patchhist+LGST+memory+DFM", "fused")
     for entry in measured["defects"].values():
-        assert set(entry["auroc"]) == set(sums) and all(0 <= value <= 100 for value in entry["auroc"].values())
+        assert set(entry["auroc"]) == set(sums) and all(
+            0 <= value <= 100 for value in entry["auroc"].values()
+        )
     for kind in ("logical", "structural"):
         found = measured["localisation"]["fused"][kind]
         assert 0 <= found["pixel_auroc"] <= 100 and len(found["spro"]) == 5
     said = (work / "score_combine_result.txt").read_text()
     assert "missing_pin" in said and "not measured" not in said
     assert {path.name for path in (work / "datasets/masks/cup/test_seg_output").iterdir()} == {
-        "good_000.png", "logical_anomalies_missing_pin_000.png", "structural_anomalies_crack_000.png"}
+        "good_000.png",
+        "logical_anomalies_missing_pin_000.png",
+        "structural_anomalies_crack_000.png",
+    }
     assert "missing_pin" in (work / "report.html").read_text()
 
 
@@ -111,20 +126,30 @@ def test_a_defect_without_masks_is_left_out_and_named(tmp_path):
     shutil.copytree(CASES / "mini_mvtec_ad", tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "cup/ground_truth/missing_pin")
     category, rng = layouts.Category(tmp_path / "cup"), np.random.default_rng(0)
-    maps = {"good": rng.random((1, 64, 64), np.float32), "structural_anomalies": rng.random((2, 64, 64), np.float32)}
+    maps = {
+        "good": rng.random((1, 64, 64), np.float32),
+        "structural_anomalies": rng.random((2, 64, 64), np.float32),
+    }
     assert localisation.without_masks(category, "structural_anomalies") == {"missing_pin"}
     found = localisation.measure(category, maps, "structural_anomalies")
     shutil.rmtree(tmp_path / "cup/test/missing_pin")
-    alone = localisation.measure(layouts.Category(tmp_path / "cup"), maps | {
-        "structural_anomalies": maps["structural_anomalies"][:1]}, "structural_anomalies")
+    alone = localisation.measure(
+        layouts.Category(tmp_path / "cup"),
+        maps | {"structural_anomalies": maps["structural_anomalies"][:1]},
+        "structural_anomalies",
+    )
     assert found == alone
     shutil.rmtree(tmp_path / "cup/ground_truth")
     with pytest.raises(UserError, match="test/crack/000.png has no ground-truth mask"):
-        localisation.measure(layouts.Category(tmp_path / "cup"), maps | {
-            "structural_anomalies": maps["structural_anomalies"][:1]}, "structural_anomalies")
+        localisation.measure(
+            layouts.Category(tmp_path / "cup"),
+            maps | {"structural_anomalies": maps["structural_anomalies"][:1]},
+            "structural_anomalies",
+        )
 
 
 # Good pictures in one folder, and nothing else
+
 
 def test_a_folder_of_good_pictures_is_enough_for_verdicts(tmp_path, capsys):
     pictures, work = tmp_path / "my pictures", tmp_path / "work"
@@ -139,12 +164,16 @@ def test_a_folder_of_good_pictures_is_enough_for_verdicts(tmp_path, capsys):
     assert {one["verdict"] for one in found} <= {"normal", "anomalous"}
     capsys.readouterr()
     assert run("benchmark_performance", work, pictures) == 2
-    assert "nothing to measure, there are no good test images; export_model.py and predict.py" in capsys.readouterr().err
+    assert (
+        "nothing to measure, there are no good test images; export_model.py and predict.py"
+        in capsys.readouterr().err
+    )
     assert run("report", work, pictures) == 2
     assert "no good test images" in capsys.readouterr().err
 
 
 # A region of interest, and folders within folders
+
 
 def test_nothing_outside_of_the_region_of_interest_changes_a_score(tmp_path):
     root, work, photos = tmp_path / "data/parts", tmp_path / "work", tmp_path / "photos"

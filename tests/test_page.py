@@ -36,11 +36,20 @@ DROP = """(dropped) => {
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium with a camera that shows a test picture."""
-    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    path = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     with api.sync_playwright() as started:
         try:
-            opened = started.chromium.launch(executable_path=path, args=[
-                "--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"])
+            opened = started.chromium.launch(
+                executable_path=path,
+                args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+            )
         except api.Error as problem:
             pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
         yield opened
@@ -58,12 +67,20 @@ def opened(browser):
         listening = serve.listen("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, accept_downloads=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, accept_downloads=True
+        )
         shown = context.new_page()
         shown.on("console", lambda message: wrong.append(message.text))
         shown.on("pageerror", lambda problem: wrong.append(str(problem)))
-        shown.on("request", lambda request: wrong.append(request.url)
-                 if not request.url.startswith((serve.address(listening), "data:", "blob:")) else None)
+        shown.on(
+            "request",
+            lambda request: (
+                wrong.append(request.url)
+                if not request.url.startswith((serve.address(listening), "data:", "blob:"))
+                else None
+            ),
+        )
         shown.goto(serve.address(listening))
         ends.append((context, server, thread))
         shown.wrong = wrong
@@ -87,9 +104,12 @@ def verdict(shown) -> str:
 
 
 def slide(shown, value: float) -> None:
-    shown.locator("#threshold").evaluate("""(slider, value) => {
+    shown.locator("#threshold").evaluate(
+        """(slider, value) => {
         slider.value = value;
-        slider.dispatchEvent(new Event("input")); slider.dispatchEvent(new Event("change")) }""", value)
+        slider.dispatchEvent(new Event("input")); slider.dispatchEvent(new Event("change")) }""",
+        value,
+    )
 
 
 def test_a_dropped_picture_shows_verdict_reasons_and_overlay(opened):
@@ -101,11 +121,21 @@ def test_a_dropped_picture_shows_verdict_reasons_and_overlay(opened):
     assert shown.locator("#score-words").inner_text() == "Score 200 is over the threshold 100"
     api.expect(shown.locator("#map")).to_be_visible()
     assert shown.locator("#legend").inner_text() == "component 1"
-    assert shown.locator("#legend i").evaluate("swatch => getComputedStyle(swatch).backgroundColor") == "rgb(230, 159, 0)"
+    assert (
+        shown.locator("#legend i").evaluate("swatch => getComputedStyle(swatch).backgroundColor")
+        == "rgb(230, 159, 0)"
+    )
     # The three parts of the overlay lie where they belong: the picture is grey, its map is not.
-    colours = [shown.locator(f"#{name}").evaluate("""canvas => [canvas.width, canvas.height,
-        ...canvas.getContext("2d").getImageData(40, 15, 1, 1).data]""") for name in ("picture", "map")]
-    assert colours[0][:5] == [80, 60, 200, 200, 200] and colours[1][:2] == [80, 60] and len(set(colours[1][2:5])) > 1
+    colours = [
+        shown.locator(f"#{name}").evaluate("""canvas => [canvas.width, canvas.height,
+        ...canvas.getContext("2d").getImageData(40, 15, 1, 1).data]""")
+        for name in ("picture", "map")
+    ]
+    assert (
+        colours[0][:5] == [80, 60, 200, 200, 200]
+        and colours[1][:2] == [80, 60]
+        and len(set(colours[1][2:5])) > 1
+    )
     drop(shown, 50, "good.png")
     assert verdict(shown) == "Normal" and not shown.locator("#findings li").count()
 
@@ -117,7 +147,10 @@ def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
     slide(shown, 60)
     threshold = float(re.search(r"[\d.]+", shown.locator("#threshold-words").inner_text())[0])
     assert verdict(shown) == "Anomalous" and "unusual surface" in shown.locator("#findings").inner_text()
-    assert "anomalous" in shown.locator("#list tr").inner_text() and "1 anomalous" in shown.locator("#counts").inner_text()
+    assert (
+        "anomalous" in shown.locator("#list tr").inner_text()
+        and "1 anomalous" in shown.locator("#counts").inner_text()
+    )
     promised = float(re.search(r"About (\d+) good parts in 100", shown.locator("#promise").inner_text())[1])
     rank = sum(score <= threshold for score in scores)
     assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).promised, abs=0.5)
@@ -131,13 +164,22 @@ def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
 
 def test_the_list_counts_and_can_be_downloaded(opened):
     shown = opened()
-    for value, name in ((50, 'a "b", c.png'), (200, "bad.png"), (0, "black.png"), (50, "=1+1.png"),
-                        (50, "-2.png")):
+    for value, name in (
+        (50, 'a "b", c.png'),
+        (200, "bad.png"),
+        (0, "black.png"),
+        (50, "=1+1.png"),
+        (50, "-2.png"),
+    ):
         drop(shown, value, name)
         if name == "black.png":
             assert verdict(shown) == "Undecided" and "not finite" in shown.locator("#findings").inner_text()
     assert [line.inner_text() for line in shown.locator("#counts .pill").all()] == [
-        "3 normal", "1 anomalous", "1 undecided", "0 unreadable"]
+        "3 normal",
+        "1 anomalous",
+        "1 undecided",
+        "0 unreadable",
+    ]
     with shown.expect_download() as csv_file:
         shown.locator("#csv").click()
     with shown.expect_download() as lines_file:
@@ -148,8 +190,11 @@ def test_the_list_counts_and_can_be_downloaded(opened):
     assert [one["image"] for one in entries] == names
     # A spreadsheet takes what begins so for a formula.
     assert [row["image"] for row in rows] == [*names[:3], "'=1+1.png", "'-2.png"]
-    assert [row["verdict"] for row in rows] == [one["verdict"] for one in entries] == [
-        "normal", "anomalous", "undecided", "normal", "normal"]
+    assert (
+        [row["verdict"] for row in rows]
+        == [one["verdict"] for one in entries]
+        == ["normal", "anomalous", "undecided", "normal", "normal"]
+    )
     assert rows[1]["score"] == "200" and "overlay" not in entries[1]
     shown.locator("#list button", has_text="bad.png").click()
     assert verdict(shown) == "Anomalous"
@@ -168,8 +213,12 @@ def test_what_is_no_picture_is_listed_as_unreadable(opened):
 
 def test_pasting_and_the_camera(opened):
     shown = opened()
-    shown.evaluate(DROP.replace("drop", "paste").replace("DragEvent", "ClipboardEvent").replace("dataTransfer", "clipboardData"),
-                   [["pasted.png", list(picture(50))]])
+    shown.evaluate(
+        DROP.replace("drop", "paste")
+        .replace("DragEvent", "ClipboardEvent")
+        .replace("dataTransfer", "clipboardData"),
+        [["pasted.png", list(picture(50))]],
+    )
     api.expect(shown.locator("#name")).to_have_text("pasted.png")
     shown.locator("#camera").click()
     shown.locator("#shoot").click()
@@ -195,7 +244,8 @@ def test_models_have_thresholds_of_their_own(opened):
 
 ANSWERS = {
     "busy.png": [{"status": 503, "headers": {"Retry-After": "0.2"}, "json": {"error": "too much to do"}}] * 2,
-    "always.png": [{"status": 503, "headers": {"Retry-After": "0"}, "json": {"error": "too much to do"}}] * 99,
+    "always.png": [{"status": 503, "headers": {"Retry-After": "0"}, "json": {"error": "too much to do"}}]
+    * 99,
     "cut.png": [None] * 99,  # the connection fails
     "proxy.png": [{"status": 502, "body": "<html>Bad gateway</html>"}],
     "half.png": [{"status": 200, "body": '{"image": "half'}],
@@ -223,13 +273,24 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
     shown.evaluate(DROP, [[name, [] if name == "empty.png" else list(picture(50))] for name in names])
     api.expect(shown.locator("#list tr")).to_have_count(len(names), timeout=20_000)
     api.expect(shown.locator("#progress")).to_contain_text("good.png: answered")
-    rows = {cells[1]: (cells[0], cells[5]) for cells in (
-        [cell.inner_text() for cell in row.locator("td").all()] for row in shown.locator("#list tr").all())}
+    rows = {
+        cells[1]: (cells[0], cells[5])
+        for cells in (
+            [cell.inner_text() for cell in row.locator("td").all()] for row in shown.locator("#list tr").all()
+        )
+    }
     assert {name for name, (word, _) in rows.items() if word == "normal"} == {"busy.png", "good.png"}
     reasons = {name: reason for name, (word, reason) in rows.items() if word == "not inspected"}
-    words = {"always.png": "too much to do", "cut.png": "connection", "proxy.png": "status 502",
-             "half.png": "understood", "login.png": "understood", "slow.png": "did not arrive",
-             "failed.png": "something is wrong", "empty.png": "0 bytes"}
+    words = {
+        "always.png": "too much to do",
+        "cut.png": "connection",
+        "proxy.png": "status 502",
+        "half.png": "understood",
+        "login.png": "understood",
+        "slow.png": "did not arrive",
+        "failed.png": "something is wrong",
+        "empty.png": "0 bytes",
+    }
     assert reasons.keys() == words.keys() and all(word in reasons[name] for name, word in words.items())
     tries = [moment for name, moment in asked if name == "busy.png"]
     assert len(tries) == 3 and min(b - a for a, b in zip(tries, tries[1:])) >= 0.2
@@ -239,7 +300,8 @@ def test_every_picture_gets_a_row_whatever_the_station_answers(opened):
     # The message is still there after later pictures, and goes with the list.
     drop(shown, 50, "later.png")
     api.expect(shown.locator("#missed")).to_contain_text(
-        "8 of 11 pictures not inspected, the last one empty.png")
+        "8 of 11 pictures not inspected, the last one empty.png"
+    )
     with shown.expect_download() as csv_file:
         shown.locator("#csv").click()
     rows = csv.DictReader(io.StringIO(csv_file.value.path().read_text()))
@@ -303,7 +365,11 @@ def test_it_fits_a_phone_follows_the_dark_and_works_by_keyboard(opened, width, s
     shown.locator("h1").click()
     for _ in range(20):
         shown.keyboard.press("Tab")
-        reached.add(shown.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label') || ''"))
+        reached.add(
+            shown.evaluate(
+                "document.activeElement.id || document.activeElement.getAttribute('aria-label') || ''"
+            )
+        )
     assert {"file", "camera", "threshold", "csv", "jsonl", "clear", "Enlarge the anomaly map"} <= reached
     shown.locator(".zoom").first.press("Enter")
     assert shown.locator("#large").is_visible()

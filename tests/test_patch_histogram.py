@@ -21,20 +21,24 @@ from models.patch_histogram import (
 )
 
 CLASSES = 5
-label_maps = arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(8), st.just(12)),
-                    elements=st.integers(0, CLASSES - 1))
+label_maps = arrays(
+    np.uint8, st.tuples(st.integers(1, 3), st.just(8), st.just(12)), elements=st.integers(0, CLASSES - 1)
+)
 
 
 @pytest.fixture(scope="module")
 def published():
     from conftest import REFERENCE
+
     with np.load(REFERENCE / "patch_histogram.npz", allow_pickle=False) as archive:
         return dict(archive)
 
 
 @pytest.fixture(scope="module")
 def fitted(published):
-    return fit_parameters(*(torch.from_numpy(published[f"{part}_maps"]) for part in ("train", "val")), CLASSES)
+    return fit_parameters(
+        *(torch.from_numpy(published[f"{part}_maps"]) for part in ("train", "val")), CLASSES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,9 @@ def test_maps(published):
 def test_fitted_parameters_match(published, fitted):
     for name in ("hist_mean", "hist_invcov", "patch_hist_mean", "patch_hist_invcov"):
         assert fitted[name].dtype == np.float64
-        np.testing.assert_allclose(fitted[name], published[name], rtol=1e-6, atol=1e-9 * np.abs(published[name]).max())
+        np.testing.assert_allclose(
+            fitted[name], published[name], rtol=1e-6, atol=1e-9 * np.abs(published[name]).max()
+        )
     np.testing.assert_allclose(fitted["hist_val_score"], published["val_scores"][:, 0], rtol=1e-6)
     np.testing.assert_allclose(fitted["patch_hist_val_score"], published["val_scores"][:, 1], rtol=1e-6)
 
@@ -63,7 +69,9 @@ def test_background_changes_nothing_with_fitted_parameters(fitted, test_maps):
     assert not fitted["hist_invcov"][0].any() and not fitted["patch_hist_invcov"][:, ::CLASSES].any()
     exported = PatchHistogramDetector(CLASSES, background=True).double()
     exported.load_parameters(fitted, std_floor=0)
-    torch.testing.assert_close(exported(test_maps), fitted_detector(fitted, CLASSES)(test_maps), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        exported(test_maps), fitted_detector(fitted, CLASSES)(test_maps), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_the_exported_detector_agrees_in_single_precision(fitted, test_maps):
@@ -92,11 +100,18 @@ def test_onnx_keeps_the_batch_apart(fitted, test_maps, tmp_path):
     detector = PatchHistogramDetector(CLASSES)
     detector.load_parameters(fitted)
     target = str(tmp_path / "detector.onnx")
-    torch.onnx.export(detector.eval(), (test_maps[:2].long(),), target, input_names=["labels"], output_names=["score"],
-                      dynamic_axes={"labels": {0: "batch"}, "score": {0: "batch"}}, dynamo=False)
+    torch.onnx.export(
+        detector.eval(),
+        (test_maps[:2].long(),),
+        target,
+        input_names=["labels"],
+        output_names=["score"],
+        dynamic_axes={"labels": {0: "batch"}, "score": {0: "batch"}},
+        dynamo=False,
+    )
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     for few in (test_maps[:1], test_maps[:5]):
-        score, = session.run(None, {"labels": few.long().numpy()})
+        (score,) = session.run(None, {"labels": few.long().numpy()})
         np.testing.assert_allclose(score, detector(few).numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +131,9 @@ def test_histograms_are_shares(labels):
     torch.testing.assert_close(quarters.view(-1, 4, CLASSES).sum(2), torch.ones(len(maps), 4))
     torch.testing.assert_close(quarters.view(-1, 4, CLASSES).mean(1), whole)
     for index, one in enumerate(labels):
-        np.testing.assert_allclose(whole[index], np.bincount(one.ravel(), minlength=CLASSES) / one.size, rtol=1e-6)
+        np.testing.assert_allclose(
+            whole[index], np.bincount(one.ravel(), minlength=CLASSES) / one.size, rtol=1e-6
+        )
     without, _ = label_histograms(maps, CLASSES)
     assert not without[:, 0].any()
     torch.testing.assert_close(without[:, 1:], whole[:, 1:])
@@ -154,7 +171,9 @@ def test_whitened_distances_are_the_same_distances(fitted, test_maps):
 
 
 def test_one_training_image_is_enough_to_go_on():
-    parameters = fit_parameters(torch.ones(1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8), 3)
+    parameters = fit_parameters(
+        torch.ones(1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8), 3
+    )
     assert all(np.isfinite(values).all() for values in parameters.values())
 
 
@@ -175,23 +194,29 @@ def test_parameters_for_another_number_of_classes_are_refused(fitted):
 
 # What segmentation itself wavers by
 
+
 def wavering_maps(count, seed, jitter):
     """Two components side by side in (N, 256, 256); the second one's edge lies anywhere within so many rows."""
     rng, maps = np.random.default_rng(seed), torch.zeros(count, 256, 256, dtype=torch.uint8)
     for label_map in maps:
-        label_map[20:int(100 + rng.integers(-2, 3)), 20:100] = 1
-        label_map[140:int(220 + rng.integers(-jitter, jitter + 1)), 140:220] = 2
+        label_map[20 : int(100 + rng.integers(-2, 3)), 20:100] = 1
+        label_map[140 : int(220 + rng.integers(-jitter, jitter + 1)), 140:220] = 2
     return maps
 
 
 def test_a_deviation_that_segmentation_itself_wavers_by_is_no_score():
     train, validation = wavering_maps(60, 0, 2), wavering_maps(30, 1, 2)
-    twice = wavering_maps(60, 2, 0), wavering_maps(60, 3, 20)  # of the same pictures the second component flickers
+    twice = (
+        wavering_maps(60, 2, 0),
+        wavering_maps(60, 3, 20),
+    )  # of the same pictures the second component flickers
     flickers, missing = validation[:1].clone(), validation[:1].clone()
     flickers[:, 200:] = 0
     missing[:, :128] = 0
-    plain, reliable = (fitted_detector(fit_parameters(train, validation, 3, 0.0005, pairs), 3, trimmed=False)
-                       for pairs in (None, twice))
+    plain, reliable = (
+        fitted_detector(fit_parameters(train, validation, 3, 0.0005, pairs), 3, trimmed=False)
+        for pairs in (None, twice)
+    )
 
     def distance(detector, maps):
         return float(detector.distances(maps)[0])
@@ -203,7 +228,9 @@ def test_a_deviation_that_segmentation_itself_wavers_by_is_no_score():
 def test_findings_respect_it_too():
     train = wavering_maps(60, 0, 2)
     twice = wavering_maps(60, 2, 0), wavering_maps(60, 3, 20)
-    stds = [area_statistics(fit_parameters(train, train, 3, 0.0005, pairs), 3)["std"] for pairs in (None, twice)]
+    stds = [
+        area_statistics(fit_parameters(train, train, 3, 0.0005, pairs), 3)["std"] for pairs in (None, twice)
+    ]
     assert stds[1][2] > 3 * stds[0][2] and stds[1][1] < 2 * stds[0][1]
 
 

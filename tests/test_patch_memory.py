@@ -26,8 +26,10 @@ def seeded(seed=0):
 
 
 def encoder_maps(count=2, side=256, seed=0):
-    return tuple(torch.randn(count, channels, side // fraction, side // fraction, generator=seeded(seed))
-                 for channels, fraction in zip(CHANNELS, (4, 8, 16)))
+    return tuple(
+        torch.randn(count, channels, side // fraction, side // fraction, generator=seeded(seed))
+        for channels, fraction in zip(CHANNELS, (4, 8, 16))
+    )
 
 
 def drawn_memory(rows=40, score_share=0.01):
@@ -39,6 +41,7 @@ def drawn_memory(rows=40, score_share=0.01):
 
 
 # The choice of rows
+
 
 def reach(candidates, rows):
     """How far the candidate lies that is farthest from its nearest row."""
@@ -69,7 +72,9 @@ def test_rounds_cover_nearly_as_well_as_one_row_after_the_other():
     while len(one_by_one) < 200:
         one_by_one.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (candidates - candidates[one_by_one[-1]]).norm(dim=1))
-    assert reach(candidates, greedy_k_centre(candidates, 200, seeded())) < 1.2 * reach(candidates, torch.tensor(one_by_one))
+    assert reach(candidates, greedy_k_centre(candidates, 200, seeded())) < 1.2 * reach(
+        candidates, torch.tensor(one_by_one)
+    )
 
 
 def test_the_seed_alone_decides_and_progress_adds_up():
@@ -86,12 +91,13 @@ def test_equal_candidates_are_no_trouble():
 
 # Distances, maps and scores
 
+
 def test_patches_lie_side_by_side_on_the_finer_grid():
     maps = encoder_maps()
     found = patches(maps)
     assert found.shape == (2, CHANNELS[1] + CHANNELS[2], 32, 32)
-    assert torch.equal(found[:, :CHANNELS[1]], maps[1])
-    torch.testing.assert_close(found[:, CHANNELS[1]:].mean((2, 3)), maps[2].mean((2, 3)), atol=0.05, rtol=0)
+    assert torch.equal(found[:, : CHANNELS[1]], maps[1])
+    torch.testing.assert_close(found[:, CHANNELS[1] :].mean((2, 3)), maps[2].mean((2, 3)), atol=0.05, rtol=0)
 
 
 def test_distances_are_those_to_the_nearest_row():
@@ -102,16 +108,17 @@ def test_distances_are_those_to_the_nearest_row():
     torch.testing.assert_close(memory.distances(embedded).flatten(1), apart.amin(2), atol=1e-4, rtol=1e-4)
     left_out = torch.zeros(len(memory.rows), dtype=torch.bool)
     left_out[apart[0, 0].argmin()] = True
-    torch.testing.assert_close(memory.distances(embedded, left_out).flatten(1), apart[..., ~left_out].amin(2), atol=1e-4,
-                               rtol=1e-4)
+    torch.testing.assert_close(
+        memory.distances(embedded, left_out).flatten(1), apart[..., ~left_out].amin(2), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_remembered_patch_is_not_unusual():
     memory = drawn_memory()
     maps = encoder_maps(1)
-    memory.rows.copy_(memory.embed(maps)[0].flatten(1).T[:len(memory.rows)])
+    memory.rows.copy_(memory.embed(maps)[0].flatten(1).T[: len(memory.rows)])
     distances = memory.distances(memory.embed(maps))[0].flatten()
-    assert distances[:len(memory.rows)].max() < 0.01 < distances[len(memory.rows):].min()
+    assert distances[: len(memory.rows)].max() < 0.01 < distances[len(memory.rows) :].min()
 
 
 def test_what_is_usual_at_a_place_is_taken_off():
@@ -138,6 +145,7 @@ def test_the_same_distance_counts_less_at_the_border():
 @pytest.mark.parametrize("sigma", [1.0, 1.5])
 def test_smoothing_is_scipys_gaussian(sigma, border, scipys):
     from scipy.ndimage import gaussian_filter
+
     maps = torch.rand(2, 20, 24, generator=seeded())
     expected = np.stack([gaussian_filter(one.numpy().astype(np.float64), sigma, mode=scipys) for one in maps])
     np.testing.assert_allclose(smooth(maps, sigma, border), expected, atol=1e-5)
@@ -177,6 +185,7 @@ def test_a_gpu_gives_the_same_maps():
 
 # The stage
 
+
 @pytest.fixture
 def category(make_dataset):
     return layouts.Category(make_dataset(train=4, validation=3, test=2) / CATEGORY)
@@ -184,14 +193,21 @@ def category(make_dataset):
 
 def fit(category, root, seed=0, overwrite=False, **more):
     workspace = Workspace(root)
-    chosen = settings.load(CATEGORY, "quick", {"images.size": 256} | {
-        f"memory.{key}": value for key, value in ({"rows": 30} | more).items()})
+    chosen = settings.load(
+        CATEGORY,
+        "quick",
+        {"images.size": 256} | {f"memory.{key}": value for key, value in ({"rows": 30} | more).items()},
+    )
     patch_memory.fit_category(job_for(category, workspace, tiny_backbone(), chosen, seed, overwrite))
     return workspace
 
 
 def contents(workspace):
-    return {path.relative_to(workspace.root): path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(workspace.root): path.read_bytes()
+        for path in workspace.root.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(category, tmp_path):
@@ -200,13 +216,18 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
     other = fit(category, tmp_path / "three", seed=1)
     assert other.memory(CATEGORY).read_bytes() != workspace.memory(CATEGORY).read_bytes()
 
-    scores = {part: files.read_array(workspace.scores(CATEGORY, "memory", part)) for part in ("logi", "struc", "val")}
+    scores = {
+        part: files.read_array(workspace.scores(CATEGORY, "memory", part))
+        for part in ("logi", "struc", "val")
+    }
     assert [len(scores[part]) for part in ("logi", "struc", "val")] == [4, 4, 3]
     assert scores["struc"][2:].min() > scores["struc"][:2].max()  # scratched
     maps = files.read_arrays(workspace.anomaly_maps(CATEGORY, "memory"))
     assert (maps["val"] > 1).mean() == pytest.approx(0.005, abs=0.001)  # as the exported model gives them
     assert {split: one.shape for split, one in maps.items()} == {
-        "val": (3, 64, 64), **{split: (2, 64, 64) for split in layouts.SPLITS}}
+        "val": (3, 64, 64),
+        **{split: (2, 64, 64) for split in layouts.SPLITS},
+    }
     saved = files.read_state(workspace.memory(CATEGORY))
     assert saved["state"]["rows"].shape == (30, 16) and saved["meta"]["stand_ins"] == ["backbone tiny"]
     # The memory's own numbers, of all training images: nothing in it is of validation or test images.
@@ -241,7 +262,9 @@ def test_other_validation_images_are_scored_with_the_same_memory(category, tmp_p
 
 
 def test_fewer_patches_than_rows_get_a_sentence_before_anything_is_read(category, tmp_path):
-    with pytest.raises(UserError, match=re.escape("4 training images have 4096 patches, fewer than the 4097 rows asked for")):
+    with pytest.raises(
+        UserError, match=re.escape("4 training images have 4096 patches, fewer than the 4097 rows asked for")
+    ):
         fit(category, tmp_path, rows=4097)
     assert not list(tmp_path.glob("ckpt/*"))
     fit(category, tmp_path, rows=4096)  # all of them

@@ -37,7 +37,9 @@ def archive(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     with zipfile.ZipFile(path, "w") as content:
         for index in range(3):
-            content.writestr(f"tiny-imagenet-200/train/n0144{index}/images/n0144{index}_0.JPEG", jpeg((200, 30 * index, 0)))
+            content.writestr(
+                f"tiny-imagenet-200/train/n0144{index}/images/n0144{index}_0.JPEG", jpeg((200, 30 * index, 0))
+            )
         content.writestr("tiny-imagenet-200/train/n01440/n01440_boxes.txt", "n01440_0.JPEG 0 62 10 63\n")
         content.writestr("tiny-imagenet-200/val/images/val_0.JPEG", jpeg((0, 0, 255)))
         content.writestr("tiny-imagenet-200/test/images/test_0.JPEG", jpeg((0, 0, 255)))
@@ -52,7 +54,9 @@ def test_training_images_are_drawn_from_the_archive_itself(archive):
     assert pictures.stand_ins == []
     drawn = [pictures.draw(np.random.default_rng(seed)) for seed in range(40)]
     assert all(one.shape == (1, 3, 256, 256) and one.dtype == np.float32 for one in drawn)
-    colours = {tuple(one[0, :, 128, 128].astype(int)) for one in drawn if one[0, 0, 0, 0] > one[0, 2, 0, 0] + 50}
+    colours = {
+        tuple(one[0, :, 128, 128].astype(int)) for one in drawn if one[0, 0, 0, 0] > one[0, 2, 0, 0] + 50
+    }
     assert len(colours) == 3 and all(blue < 10 for _, _, blue in colours)  # no image of another split
     assert 4 < sum((one[0, 0] == one[0, 2]).all() for one in drawn) < 20  # grey with p 0.3
     assert [path.name for path in archive.parent.iterdir()] == [archive.name]  # nothing is unpacked
@@ -69,8 +73,12 @@ def test_only_the_centre_is_seen_enlarged(archive, monkeypatch):
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     monkeypatch.setattr(penalty_pictures, "ARCHIVE", replace(penalty_pictures.ARCHIVE, sha256=digest))
     penalty_pictures._opened.cache_clear()
-    found = PenaltyPictures("tiny-imagenet", archive.parent).draw(np.random.default_rng(0))[0].transpose(1, 2, 0)
-    enlarged = np.array(Image.fromarray(picture).resize((512, 512), Image.Resampling.BILINEAR))[128:384, 128:384]
+    found = (
+        PenaltyPictures("tiny-imagenet", archive.parent).draw(np.random.default_rng(0))[0].transpose(1, 2, 0)
+    )
+    enlarged = np.array(Image.fromarray(picture).resize((512, 512), Image.Resampling.BILINEAR))[
+        128:384, 128:384
+    ]
     np.testing.assert_array_equal(found, enlarged)
 
 
@@ -79,25 +87,35 @@ def test_auto_takes_the_archive_where_it_is_there_and_says_what_stands_in(archiv
     assert PenaltyPictures("auto", archive.parent).stand_ins == [] and not capsys.readouterr().out
     assert PenaltyPictures("auto", tmp_path).stand_ins == ["bundled penalty pictures"]
     assert "put tiny-imagenet-200.zip into" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"tiny-imagenet-200\.zip is missing; fetch it with --download \(248 MB\)"):
+    with pytest.raises(
+        UserError, match=r"tiny-imagenet-200\.zip is missing; fetch it with --download \(248 MB\)"
+    ):
         PenaltyPictures("tiny-imagenet", tmp_path)
 
 
 @pytest.mark.parametrize("source", ["auto", "tiny-imagenet"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:200] + b"\x00" + data[201:], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-100], lambda data: data[:200] + b"\x00" + data[201:], lambda data: b""]
+)
 def test_a_broken_archive_is_one_sentence_before_any_training(archive, make_dataset, damage, source):
     archive.write_bytes(damage(archive.read_bytes()))
     before = archive.read_bytes()
     category = layouts.Category(make_dataset(train=2, validation=2, test=1) / "discs")
-    chosen = settings.load("discs", "quick", {"images.size": 256, "lgst.student": "pixels", "lgst.penalty_images": source})
+    chosen = settings.load(
+        "discs", "quick", {"images.size": 256, "lgst.student": "pixels", "lgst.penalty_images": source}
+    )
     workspace = Workspace(archive.parent.parent)
-    with pytest.raises(UserError, match="is not the published archive .* --download, or take --lgst.penalty_images bundled"):
+    with pytest.raises(
+        UserError, match="is not the published archive .* --download, or take --lgst.penalty_images bundled"
+    ):
         CSAD.train_category(job_for(category, workspace, tiny_backbone(), chosen))
     assert archive.read_bytes() == before
     assert [path for path in workspace.root.rglob("*") if path.is_file()] == [archive]
 
 
-def test_download_fetches_the_archive_continues_it_and_trains_with_it(archive, server: Server, make_dataset, monkeypatch):
+def test_download_fetches_the_archive_continues_it_and_trains_with_it(
+    archive, server: Server, make_dataset, monkeypatch
+):
     """A download that broke off half-way, then the same command again."""
     content = archive.read_bytes()
     archive.unlink()
@@ -106,9 +124,24 @@ def test_download_fetches_the_archive_continues_it_and_trains_with_it(archive, s
     known = server.checkpoint(archive.name, penalty_pictures.ARCHIVE.sha256)
     monkeypatch.setattr(penalty_pictures, "ARCHIVE", known)
     monkeypatch.setattr("csad.training.stage.agreed_backbone", lambda *_: tiny_backbone())
-    command = ["CSAD.py", "--workspace", archive.parent.parent, "--dataset_root", make_dataset(train=4, validation=2, test=1),
-               "--device", "cpu", "--download", "--lgst.width", "8", "--lgst.teacher_channels", "8", "--lgst.steps", "2",
-               "--lgst.batch_size", "1"]
+    command = [
+        "CSAD.py",
+        "--workspace",
+        archive.parent.parent,
+        "--dataset_root",
+        make_dataset(train=4, validation=2, test=1),
+        "--device",
+        "cpu",
+        "--download",
+        "--lgst.width",
+        "8",
+        "--lgst.teacher_channels",
+        "8",
+        "--lgst.steps",
+        "2",
+        "--lgst.batch_size",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", [*map(str, command), "--lgst.penalty_images", "bundled", "--dry_run"])
     CSAD.main()
     assert server.asked_for == []

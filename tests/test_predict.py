@@ -26,8 +26,12 @@ from conftest import exit_status
 
 from models.prediction import Prediction
 
-HISTOGRAM = {"mean": [0.9, 0.08, 0.02], "std": [0.02, 0.01, 0.005],
-             "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]], "quarter_std": [[0.02, 0.02, 0.01]] * 4}
+HISTOGRAM = {
+    "mean": [0.9, 0.08, 0.02],
+    "std": [0.02, 0.01, 0.005],
+    "quarter_mean": [[0.9, 0.08, 0.02]] * 3 + [[0.92, 0.08, 0.0]],
+    "quarter_std": [[0.02, 0.02, 0.01]] * 4,
+}
 
 
 class BrightEngine(Engine):
@@ -36,7 +40,12 @@ class BrightEngine(Engine):
     runtime, precision, device = "fake", "fp32", "cpu"
 
     def __init__(self, **metadata):
-        self.metadata = {"with_map": True, "raw_input": True, "validation_scores": list(range(101)), "histogram": HISTOGRAM}
+        self.metadata = {
+            "with_map": True,
+            "raw_input": True,
+            "validation_scores": list(range(101)),
+            "histogram": HISTOGRAM,
+        }
         self.metadata |= metadata
         self.batches = []
 
@@ -46,8 +55,13 @@ class BrightEngine(Engine):
         anomaly_map = np.zeros((len(images), 64, 64), np.float32)
         anomaly_map[:, 12:20, 28:36] = 1
         anomaly_map[:, 16, 32] = 2
-        return Prediction(score, np.stack([0 * score, score], 1), anomaly_map, np.stack([0 * anomaly_map, anomaly_map], 1),
-                          np.zeros((len(images), 256, 256), np.uint8))
+        return Prediction(
+            score,
+            np.stack([0 * score, score], 1),
+            anomaly_map,
+            np.stack([0 * anomaly_map, anomaly_map], 1),
+            np.zeros((len(images), 256, 256), np.uint8),
+        )
 
 
 @pytest.fixture
@@ -60,8 +74,12 @@ def engine(monkeypatch):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Run predict.py; returns its exit status."""
+
     def run_it(*args) -> int:
-        return exit_status(monkeypatch, predict.main, "predict.py", *args, "--model", "x.onnx", "--output", tmp_path / "out")
+        return exit_status(
+            monkeypatch, predict.main, "predict.py", *args, "--model", "x.onnx", "--output", tmp_path / "out"
+        )
+
     return run_it
 
 
@@ -92,7 +110,11 @@ def lines(tmp_path) -> list[dict]:
 def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     assert run(photos) == 4
     found = rows(tmp_path)
-    assert [Path(row["image"]).relative_to(photos).as_posix() for row in found] == ["a.png", "b/a.png", "b/c.jpg"]
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in found] == [
+        "a.png",
+        "b/a.png",
+        "b/c.jpg",
+    ]
     assert [row["verdict"] for row in found] == ["normal", "anomalous", "normal"]
     assert float(found[1]["score"]) == pytest.approx(120)
     assert float(found[1]["threshold"]) == 100  # the 101st of 0..100: ceil(102 x 0.99)
@@ -163,7 +185,10 @@ def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos,
     assert run(photos / "a.png", photos / "b/a.png", photos / "b/c.jpg", "--save_maps") == 4
     maps = tmp_path / "out/maps"
     assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == [
-        "a.png.map.png", "b/a.png.map.png", "b/c.jpg.map.png"]
+        "a.png.map.png",
+        "b/a.png.map.png",
+        "b/c.jpg.map.png",
+    ]
     drawn = cv2.imread(str(maps / "b/a.png.map.png"))
     assert drawn.shape[0] > 60 and drawn.shape[1] > 3 * 80  # pictures, and what is said under them
     heat, plain = drawn[15, 2 * (80 + 4) + 40].astype(int), drawn[15, 40].astype(int)
@@ -173,23 +198,37 @@ def test_maps_are_drawn_beside_each_other_and_never_collide(engine, run, photos,
 
 def test_a_ring_lies_around_the_unusual_place_of_anomalous_pictures_alone(engine, run, photos, tmp_path):
     assert run(photos / "a.png", photos / "b/a.png", "--save_maps") == 4
-    normal, anomalous = (cv2.imread(str(tmp_path / "out/maps" / name))[:60, :80] for name in ("a.png.map.png", "b/a.png.map.png"))
+    normal, anomalous = (
+        cv2.imread(str(tmp_path / "out/maps" / name))[:60, :80]
+        for name in ("a.png.map.png", "b/a.png.map.png")
+    )
     assert np.ptp(normal) == 0 and np.ptp(anomalous) == 255
     rows_, columns = np.nonzero(anomalous[..., 0] != anomalous[15, 40, 0])
-    assert abs(rows_.mean() - 15) < 1 and abs(columns.mean() - 40) < 1 and np.hypot(rows_ - 15, columns - 40).min() > 3
+    assert (
+        abs(rows_.mean() - 15) < 1
+        and abs(columns.mean() - 40) < 1
+        and np.hypot(rows_ - 15, columns - 40).min() > 3
+    )
 
 
 def test_where_no_map_says_anything_no_spot_is_pointed_at(engine, run, photos, tmp_path, monkeypatch):
     """As of a patch histogram whose model has no evidence: the corner is not unusual, it is merely the first of all places."""
+
     def without_maps(images, maps):
         score = images.reshape(len(images), -1).mean(1).astype(np.float32)
         empty = np.zeros((len(images), 64, 64), np.float32)
         whole = np.pad(np.ones((len(images), 20, 200), np.uint8), ((0, 0), (0, 236), (0, 56)))
         return Prediction(score, np.stack([score, 0 * score], 1), empty, np.stack([empty, empty], 1), whole)
+
     monkeypatch.setattr(engine, "_run", without_maps)
     assert run(photos / "b/a.png", "--save_maps") == 4
-    assert lines(tmp_path)[0]["unusual"] is None and (rows(tmp_path)[0]["unusual_x"], rows(tmp_path)[0]["unusual_y"]) == ("", "")
-    assert lines(tmp_path)[0]["alarm"] == "patchhist" and not any(" at x " in text for text in lines(tmp_path)[0]["findings"])
+    assert lines(tmp_path)[0]["unusual"] is None and (
+        rows(tmp_path)[0]["unusual_x"],
+        rows(tmp_path)[0]["unusual_y"],
+    ) == ("", "")
+    assert lines(tmp_path)[0]["alarm"] == "patchhist" and not any(
+        " at x " in text for text in lines(tmp_path)[0]["findings"]
+    )
     assert lines(tmp_path)[0]["findings"][0] == "component 2 is missing"
     drawn = cv2.imread(str(tmp_path / "out/maps/a.png.map.png"))
     assert np.ptp(drawn[:60, :80]) == 0
@@ -198,15 +237,20 @@ def test_where_no_map_says_anything_no_spot_is_pointed_at(engine, run, photos, t
 def test_verdict_findings_and_the_components_colours_stand_under_saved_pictures(engine, monkeypatch):
     engine.metadata["names"] = {"2": "capacitor"}
     said = []
-    monkeypatch.setattr(inspection, "captioned", lambda picture, title, lines, legend, red: said.append(
-        (title, lines, legend, red)))
+    monkeypatch.setattr(
+        inspection,
+        "captioned",
+        lambda picture, title, lines, legend, red: said.append((title, lines, legend, red)),
+    )
     for value in (120, 10):
         shown = np.full((60, 80, 3), value, np.uint8)
         picture = inspection.Picture("a\nb.png", np.full((3, 256, 256), value, np.uint8), shown, (80, 60))
         inspection.judge([picture], engine, 100)[0].captioned_drawing  # noqa: B018
     (title, lines, legend, red), (calm_title, calm_lines, _, calm_red) = said
     assert title == "Anomalous: a\\nb.png" and red and calm_title.startswith("Normal: ") and not calm_red
-    assert lines[0] == "Score 120.00 is over the threshold 100.00" and calm_lines[0].startswith("Score 10.00 is not over")
+    assert lines[0] == "Score 120.00 is over the threshold 100.00" and calm_lines[0].startswith(
+        "Score 10.00 is not over"
+    )
     assert "Unusual surface at x 40, y 15" in lines and len(calm_lines) == 2
     assert legend == [(1, "component 1"), (2, "capacitor")]
 
@@ -222,13 +266,17 @@ def test_a_legend_shows_each_colour_once_and_nothing_is_cut_off():
 
 def test_what_is_normal_is_never_red():
     image, high = np.full((64, 64, 3), 90, np.uint8), np.pad(np.full((8, 8), 9.0), 28)
-    for name, drawn in (("anomalous", overlays.heat_overlay(image, high)),
-                        ("normal", overlays.heat_overlay(image, high, anomalous=False))):
+    for name, drawn in (
+        ("anomalous", overlays.heat_overlay(image, high)),
+        ("normal", overlays.heat_overlay(image, high, anomalous=False)),
+    ):
         red, green, _ = drawn[32, 32].astype(int)
         assert (red > green) == (name == "anomalous")
         assert (drawn[0, 0] == 90).all()
     low = high / 12  # under the limit: the same colours for both, as one scale should have
-    np.testing.assert_array_equal(overlays.heat_overlay(image, low), overlays.heat_overlay(image, low, anomalous=False))
+    np.testing.assert_array_equal(
+        overlays.heat_overlay(image, low), overlays.heat_overlay(image, low, anomalous=False)
+    )
 
 
 def test_of_the_map_of_components_only_what_explains_the_score_is_drawn():
@@ -241,7 +289,9 @@ def test_of_the_map_of_components_only_what_explains_the_score_is_drawn():
     assert drawn[11, 22] == 9 and drawn[5, 5] == 8 and drawn[50, 10] == 3
     assert (drawn[40:60, 40:60] == 0).all()  # unusual, too, but less, and elsewhere
     np.testing.assert_array_equal(overlays.explaining_map(maps, {"patchhist": 0.2, "memory": 5.0}), memory)
-    np.testing.assert_array_equal(overlays.explaining_map({"patchhist": np.zeros((64, 64))}, {"patchhist": -1.0}), 0)
+    np.testing.assert_array_equal(
+        overlays.explaining_map({"patchhist": np.zeros((64, 64))}, {"patchhist": -1.0}), 0
+    )
 
 
 def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
@@ -275,7 +325,10 @@ def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
 
 def test_a_picture_outside_of_the_output_is_refused(tmp_path):
     image = inspection.Verdict(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
-    with predict.Output(tmp_path / "out", tmp_path / "photos") as output, pytest.raises(UserError, match="no longer lies in"):
+    with (
+        predict.Output(tmp_path / "out", tmp_path / "photos") as output,
+        pytest.raises(UserError, match="no longer lies in"),
+    ):
         output.write(image)
     assert not list(tmp_path.rglob("*.png"))
 
@@ -288,11 +341,17 @@ def test_model_without_maps_gives_scores_only(engine, run, photos, tmp_path, cap
     assert "--with_map" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["nowhere"], "there is no nowhere"), (["EMPTY"], "no images"), (["PHOTOS", "--batch_size", "0"], "--batch_size"),
-    (["PHOTOS", "--false_positive_rate", "2"], "--false_positive_rate"),
-    (["PHOTOS", "--false_positive_rate", "0"], "--false_positive_rate"), (["PHOTOS/a.png", "--watch"], "--watch needs folders"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["nowhere"], "there is no nowhere"),
+        (["EMPTY"], "no images"),
+        (["PHOTOS", "--batch_size", "0"], "--batch_size"),
+        (["PHOTOS", "--false_positive_rate", "2"], "--false_positive_rate"),
+        (["PHOTOS", "--false_positive_rate", "0"], "--false_positive_rate"),
+        (["PHOTOS/a.png", "--watch"], "--watch needs folders"),
+    ],
+)
 def test_mistakes_get_a_sentence(engine, run, photos, tmp_path, capsys, arguments, said):
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "PHOTOS": str(photos), "PHOTOS/a.png": str(photos / "a.png")}
@@ -321,9 +380,14 @@ def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkey
             most[0] = max(most[0], len(alive))
         return picture
 
-    monkeypatch.setattr(inspection, "judge", lambda pictures, *rest: (
-        [alive.discard(id(picture)) for picture in pictures],
-        [inspection.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures])[1])
+    monkeypatch.setattr(
+        inspection,
+        "judge",
+        lambda pictures, *rest: (
+            [alive.discard(id(picture)) for picture in pictures],
+            [inspection.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures],
+        )[1],
+    )
     found = list(inspection.verdicts_on((path for _ in range(200)), engine, 1.0, 4, counting))
     assert len(found) == 200
     assert most[0] <= (inspection.AHEAD + 2) * 4
@@ -331,8 +395,11 @@ def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkey
 
 def test_order_and_batches(engine, tmp_path):
     paths = [write(tmp_path / f"{value}.png", value) for value in (5, 3, 9, 1, 7)]
-    found = list(inspection.verdicts_on(iter(paths), engine, 4.0, 2,
-                                        lambda path: inspection.read_picture(path, path, engine, None)))
+    found = list(
+        inspection.verdicts_on(
+            iter(paths), engine, 4.0, 2, lambda path: inspection.read_picture(path, path, engine, None)
+        )
+    )
     assert [round(one.score) for one in found] == [5, 3, 9, 1, 7]
     assert engine.batches == [2, 2, 1]
 
@@ -361,15 +428,31 @@ def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
 
 def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     """In a process of its own, with files that appear while it runs."""
-    script = ("import sys; sys.path[:0] = ['.', 'tests']; import test_predict\n"
-              "from csad.errors import run_script; from csad.commands import score_images as predict\n"
-              "predict.POLL_SECONDS = 0.05\n"
-              "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
-              "run_script(predict.main)")
+    script = (
+        "import sys; sys.path[:0] = ['.', 'tests']; import test_predict\n"
+        "from csad.errors import run_script; from csad.commands import score_images as predict\n"
+        "predict.POLL_SECONDS = 0.05\n"
+        "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
+        "run_script(predict.main)"
+    )
     folder = tmp_path / "in"
     folder.mkdir()
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder), "--model", "x", "--watch", "--output",
-                                str(tmp_path / "out")], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            script,
+            str(folder),
+            "--model",
+            "x",
+            "--watch",
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert "threshold" in process.stdout.readline()
     write(folder / "first.png", 10)
     assert "first.png" in process.stdout.readline()
@@ -388,6 +471,7 @@ def test_a_score_that_is_no_number_is_never_normal(engine, run, photos, tmp_path
         found = real(images, maps)
         found.score[0] = np.nan
         return found
+
     monkeypatch.setattr(engine, "_run", broken)
     assert run(photos, "--threshold", 200) == 3
     assert [row["verdict"] for row in rows(tmp_path)] == ["undecided", "normal", "normal"]
@@ -433,6 +517,7 @@ def test_watching_started_again_scores_only_what_is_new(engine, run, tmp_path, m
         polls.append(seconds)
         if len(polls) % 3 == 0:
             raise KeyboardInterrupt
+
     monkeypatch.setattr(predict.time, "sleep", sleep)
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
@@ -448,9 +533,17 @@ def test_a_second_process_is_refused_and_harms_nothing(engine, run, photos, tmp_
     assert run(photos) == 4
     before = (tmp_path / "out/predictions.csv").read_bytes()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from csad.data.locks import FileLock\n"
-         "with FileLock(Path(sys.argv[1])).acquire():\n print(flush=True); sys.stdin.read()",
-         str(tmp_path / "out/.predict.lock")], cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from csad.data.locks import FileLock\n"
+            "with FileLock(Path(sys.argv[1])).acquire():\n print(flush=True); sys.stdin.read()",
+            str(tmp_path / "out/.predict.lock"),
+        ],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         holder.stdout.readline()
         assert run(photos) == 2
@@ -469,8 +562,13 @@ def test_links_are_followed_once(engine, run, photos, tmp_path):
     (photos / "linked").symlink_to(tmp_path / "more")
     assert run(photos) == 3
     found = {Path(row["image"]).relative_to(photos).as_posix(): row["verdict"] for row in rows(tmp_path)}
-    assert found == {"a.png": "normal", "b/a.png": "anomalous", "b/c.jpg": "normal", "gone.png": "unreadable",
-                     "linked/d.png": "normal"}
+    assert found == {
+        "a.png": "normal",
+        "b/a.png": "anomalous",
+        "b/c.jpg": "normal",
+        "gone.png": "unreadable",
+        "linked/d.png": "normal",
+    }
 
 
 def label_map(**boxes) -> np.ndarray:
@@ -486,19 +584,23 @@ def test_a_normal_image_has_no_words():
     quarter = np.zeros(128 * 128, np.uint8)
     quarter[:1311] = 1
     last = quarter.reshape(128, 128).copy()
-    quarter[1311:1311 + 328] = 2
+    quarter[1311 : 1311 + 328] = 2
     quarter = quarter.reshape(128, 128)
     assert deviations(np.block([[quarter, quarter], [quarter, last]]), HISTOGRAM) == []
 
 
 def test_words_say_what_and_where():
-    found = deviations(label_map(c1=(slice(0, 64), slice(0, 128)), c2=(slice(200, 256), slice(200, 256))), HISTOGRAM)
+    found = deviations(
+        label_map(c1=(slice(0, 64), slice(0, 128)), c2=(slice(200, 256), slice(200, 256))), HISTOGRAM
+    )
     words = [one.words for one in found]
     assert "component 1: 1.6 times the normal area, above all in the top-left quarter" in words
     assert "component 1 is missing from the bottom-right quarter" in words
     assert "component 2: 2.4 times the normal area, above all in the bottom-right quarter" in words
     assert all(abs(one.deviation) >= LIMIT for one in found)
-    assert [abs(one.deviation) for one in found] == sorted((abs(one.deviation) for one in found), reverse=True)
+    assert [abs(one.deviation) for one in found] == sorted(
+        (abs(one.deviation) for one in found), reverse=True
+    )
 
 
 def test_words_of_a_part_that_is_hardly_ever_there():
@@ -507,54 +609,101 @@ def test_words_of_a_part_that_is_hardly_ever_there():
 
 
 def test_words_of_a_part_in_the_wrong_quarter():
-    histogram = {"mean": [0.95, 0.05], "std": [0.01, 0.01],
-                 "quarter_mean": [[0.8, 0.2], [1, 0], [1, 0], [1, 0]], "quarter_std": [[0.01, 0.01], [0, 0], [0, 0], [0, 0]]}
+    histogram = {
+        "mean": [0.95, 0.05],
+        "std": [0.01, 0.01],
+        "quarter_mean": [[0.8, 0.2], [1, 0], [1, 0], [1, 0]],
+        "quarter_std": [[0.01, 0.01], [0, 0], [0, 0], [0, 0]],
+    }
     moved = np.zeros((256, 256), np.uint8)
     moved[:64, 128:180] = 1  # in all as much as always
     assert {one.words for one in deviations(moved, histogram)} == {
         "component 1 is missing from the top-left quarter",
-        "component 1 in the top-right quarter, where there is normally none"}
+        "component 1 in the top-right quarter, where there is normally none",
+    }
 
 
 def off(component: int, area: float, normal: float, place: str = WHOLE, **more) -> Deviation:
     return Deviation(component, place, area, normal, np.sign(area - normal) * 9.0, **more)
 
 
-@pytest.mark.parametrize(("unusual", "spot", "sentence"), [
-    ([], "", ""),
-    ([off(3, 0.3, 0.1), off(5, 0, 0.1)], "", "component 5 is missing"),
-    ([off(5, 0, 0.1, name="capacitor")], "top-left quarter", "capacitor is missing"),
-    ([off(5, 0, 0.1), off(2, 0, 0.2, name="coil"), off(1, 0, 0.1)], "", "component 5, coil and component 1 are missing"),
-    ([off(5, 0, 0.1), off(2, 0.3, 0.2)], "", "component 5 is missing"),  # whether in the same place is not known
-    ([off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.3, 0.2, above_all="top-left quarter")], "",
-     "component 2 lies where component 5 should be"),
-    ([off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.8, 0.2, above_all="top-left quarter")], "",
-     "component 5 is missing"),
-    ([off(2, 0.3, 0.2, "top-left quarter"), off(5, 0.1, 0.2, "top-left quarter")], "",
-     "component 2 lies where component 5 should be"),
-    ([off(2, 0.1, 0.2, "top-left quarter")], "top-left quarter", "something lies where component 2 should be"),
-    ([off(2, 0.1, 0.2, above_all="top-left quarter")], "top-left quarter", "something lies where component 2 should be"),
-    ([off(2, 0.1, 0.2, "top-left quarter")], "top-right quarter", ""),
-    ([off(2, 0, 0.2, "top-left quarter"), off(2, 0.2, 0, "top-right quarter")], "", "component 2 is not where it should be"),
-    ([off(2, 0, 0.2, "top-left quarter")], "", "component 2 is missing from the top-left quarter"),
-    ([off(2, 0.1, 0.2)], "", "there is too little of component 2"), ([off(2, 0.2, 0.1)], "", "there is too much of component 2"),
-    ([off(2, 0.2, 0)], "", "component 2 is where it should not be")])
+@pytest.mark.parametrize(
+    ("unusual", "spot", "sentence"),
+    [
+        ([], "", ""),
+        ([off(3, 0.3, 0.1), off(5, 0, 0.1)], "", "component 5 is missing"),
+        ([off(5, 0, 0.1, name="capacitor")], "top-left quarter", "capacitor is missing"),
+        (
+            [off(5, 0, 0.1), off(2, 0, 0.2, name="coil"), off(1, 0, 0.1)],
+            "",
+            "component 5, coil and component 1 are missing",
+        ),
+        (
+            [off(5, 0, 0.1), off(2, 0.3, 0.2)],
+            "",
+            "component 5 is missing",
+        ),  # whether in the same place is not known
+        (
+            [off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.3, 0.2, above_all="top-left quarter")],
+            "",
+            "component 2 lies where component 5 should be",
+        ),
+        (
+            [off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.8, 0.2, above_all="top-left quarter")],
+            "",
+            "component 5 is missing",
+        ),
+        (
+            [off(2, 0.3, 0.2, "top-left quarter"), off(5, 0.1, 0.2, "top-left quarter")],
+            "",
+            "component 2 lies where component 5 should be",
+        ),
+        (
+            [off(2, 0.1, 0.2, "top-left quarter")],
+            "top-left quarter",
+            "something lies where component 2 should be",
+        ),
+        (
+            [off(2, 0.1, 0.2, above_all="top-left quarter")],
+            "top-left quarter",
+            "something lies where component 2 should be",
+        ),
+        ([off(2, 0.1, 0.2, "top-left quarter")], "top-right quarter", ""),
+        (
+            [off(2, 0, 0.2, "top-left quarter"), off(2, 0.2, 0, "top-right quarter")],
+            "",
+            "component 2 is not where it should be",
+        ),
+        ([off(2, 0, 0.2, "top-left quarter")], "", "component 2 is missing from the top-left quarter"),
+        ([off(2, 0.1, 0.2)], "", "there is too little of component 2"),
+        ([off(2, 0.2, 0.1)], "", "there is too much of component 2"),
+        ([off(2, 0.2, 0)], "", "component 2 is where it should not be"),
+    ],
+)
 def test_deviations_are_summed_up_in_one_sentence(unusual, spot, sentence):
     assert summarise(unusual, spot).sentence == sentence
 
 
 def test_findings_are_one_sentence_and_few_details():
     unusual = [off(component, 0.4, 0.1) for component in range(1, 9)]
-    verdict = inspection.Verdict("a.png", "anomalous", 1.0, 9.0, {"patchhist": 9.0}, "patchhist", (40, 15), unusual, (80, 60))
+    verdict = inspection.Verdict(
+        "a.png", "anomalous", 1.0, 9.0, {"patchhist": 9.0}, "patchhist", (40, 15), unusual, (80, 60)
+    )
     assert verdict.findings[:2] == ["there is too much of component 1", "most unusual at x 40, y 15"]
     assert len(verdict.findings) == 4 and len(verdict.as_json()["components"]) == 8
-    by_surface = replace(verdict, alarm="memory", components=unusual[:1])  # in no quarter above all: it explains no surface
+    by_surface = replace(
+        verdict, alarm="memory", components=unusual[:1]
+    )  # in no quarter above all: it explains no surface
     assert by_surface.findings == ["unusual surface at x 40, y 15", "component 1: 4.0 times the normal area"]
     assert replace(verdict, components=()).findings == [
-        "unusual arrangement of components, most of all at x 40, y 15"]
+        "unusual arrangement of components, most of all at x 40, y 15"
+    ]
     in_words = replace(by_surface, components=[off(2, 0.1, 0.2, "top-right quarter", name="lid")]).findings
-    assert in_words == ["something lies where lid should be", "unusual surface at x 40, y 15",
-                        "lid: 50 % of the normal area in the top-right quarter"]
+    assert in_words == [
+        "something lies where lid should be",
+        "unusual surface at x 40, y 15",
+        "lid: 50 % of the normal area in the top-right quarter",
+    ]
 
 
 def test_named_components_are_called_by_their_names(engine, run, photos, tmp_path):
@@ -566,10 +715,13 @@ def test_named_components_are_called_by_their_names(engine, run, photos, tmp_pat
 
 # Names
 
+
 @pytest.mark.parametrize("name", ["y" * 245 + ".png", "ä" * 120 + ".png", "y" * 238 + ".png"])
 def test_a_long_name_ends_no_run(engine, run, photos, tmp_path, name):
     write(photos / "b/c.jpg", 50).rename(photos / "b" / name)
-    (photos / "b" / name).with_name(name[:-5] + "z.png").write_bytes((photos / "a.png").read_bytes())  # as long, and alike
+    (photos / "b" / name).with_name(name[:-5] + "z.png").write_bytes(
+        (photos / "a.png").read_bytes()
+    )  # as long, and alike
     assert run(photos, "--save_maps") == 4
     assert sum(Path(row["image"]).name == name for row in rows(tmp_path)) == 1 and len(rows(tmp_path)) == 4
     drawings = [path.name for path in (tmp_path / "out/maps/b").iterdir()]
@@ -602,6 +754,7 @@ def test_branches_contributions_are_called_so(engine, run, photos, tmp_path):
 def test_a_permission_that_lacks_names_no_option_of_others(engine, run, photos, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "out")
+
     monkeypatch.setattr(predict, "only_writer", refuse)
     assert run(photos) == 2
     said = capsys.readouterr().err
@@ -610,6 +763,7 @@ def test_a_permission_that_lacks_names_no_option_of_others(engine, run, photos, 
 
 # Folders that cannot be listed, or go away
 
+
 def broken_listing(monkeypatch, folder: Path, number: int) -> None:
     real = os.scandir
 
@@ -617,6 +771,7 @@ def broken_listing(monkeypatch, folder: Path, number: int) -> None:
         if Path(path) == folder:
             raise OSError(number, os.strerror(number), str(path))
         return real(path)
+
     monkeypatch.setattr(os, "scandir", scandir)
 
 
@@ -638,12 +793,15 @@ def poll(monkeypatch, *events) -> None:
         event = events.pop(0)
         if event:
             event()
+
     monkeypatch.setattr(predict.time, "sleep", sleep)
 
 
 @pytest.mark.parametrize("empty_mount_point", [False, True])
 @pytest.mark.parametrize("part", ["", "b"])
-def test_a_folder_that_goes_away_for_a_while(engine, run, photos, tmp_path, capsys, monkeypatch, part, empty_mount_point):
+def test_a_folder_that_goes_away_for_a_while(
+    engine, run, photos, tmp_path, capsys, monkeypatch, part, empty_mount_point
+):
     folder, away = photos / part, tmp_path / "away"
 
     def go():
@@ -697,7 +855,10 @@ def test_a_file_that_grows_while_it_is_read_is_not_judged_yet(engine, run, photo
     poll(monkeypatch, None, None, None, None)
     assert run(photos, "--watch") == 4
     assert [(Path(row["image"]).name, row["verdict"]) for row in rows(tmp_path)] == [
-        ("a.png", "normal"), ("a.png", "anomalous"), ("c.jpg", "anomalous")]
+        ("a.png", "normal"),
+        ("a.png", "anomalous"),
+        ("c.jpg", "anomalous"),
+    ]
 
 
 def test_an_unreadable_file_is_tried_again_a_few_times(engine, run, tmp_path, monkeypatch):
@@ -716,7 +877,9 @@ def test_an_unreadable_file_is_tried_again_a_few_times(engine, run, tmp_path, mo
     poll(monkeypatch, None, None, lambda: (folder / "stalled.png").write_bytes(whole), *[None] * 8)
     assert run(folder, "--watch") == 3
     assert {Path(row["image"]).name: row["verdict"] for row in rows(tmp_path)} == {
-        "damaged.png": "unreadable", "stalled.png": "normal"}
+        "damaged.png": "unreadable",
+        "stalled.png": "normal",
+    }
     assert len(rows(tmp_path)) == 2 and reads.count("damaged.png") == predict.READ_ATTEMPTS
     poll(monkeypatch, *[None] * 8)
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2  # nor by the next run
@@ -758,11 +921,16 @@ def test_a_name_is_one_line_without_a_terminals_commands(engine, run, photos, tm
 
 def test_a_file_named_beside_its_folder_is_scored_once(engine, run, photos, tmp_path):
     assert run(photos / "b/a.png", photos) == 4
-    assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows(tmp_path)] == ["b/a.png", "a.png", "b/c.jpg"]
+    assert [Path(row["image"]).relative_to(photos).as_posix() for row in rows(tmp_path)] == [
+        "b/a.png",
+        "a.png",
+        "b/c.jpg",
+    ]
 
 
-@pytest.mark.parametrize("arguments", [["", "--model", "x"], ["photos", "--model", ""],
-                                       ["photos", "--model", "x", "--output", ""]])
+@pytest.mark.parametrize(
+    "arguments", [["", "--model", "x"], ["photos", "--model", ""], ["photos", "--model", "x", "--output", ""]]
+)
 def test_an_empty_path_is_not_the_current_folder(monkeypatch, capsys, arguments):
     assert exit_status(monkeypatch, predict.main, "predict.py", *arguments) == 2
     assert "an empty path" in capsys.readouterr().err

@@ -27,12 +27,31 @@ def test_the_full_preset_is_the_published_stages_and_what_section_6_adds():
 
 def test_the_full_preset_runs_whole(make_dataset, tmp_path, monkeypatch):
     work, dataset = tmp_path / "work", make_dataset(train=8, validation=4, test=2)
-    tiny = {"pseudo_label": ("--pseudo_labels.rotations", "1"),
-            "train_segmentor": ("--segmentor.epochs", "1", "--segmentor.unsupervised_from_epoch", "0", "--segmentor.width", "8"),
-            "CSAD": ("--lgst.steps", "1", "--lgst.width", "8", "--lgst.teacher_channels", "8"),
-            "patch_memory": ("--memory.rows", "20")}
-    common = ("--workspace", str(work), "--dataset_root", str(dataset), "--preset", "full", "--backbone", "efficientnet_lite0",
-              "--device", "cpu")
+    tiny = {
+        "pseudo_label": ("--pseudo_labels.rotations", "1"),
+        "train_segmentor": (
+            "--segmentor.epochs",
+            "1",
+            "--segmentor.unsupervised_from_epoch",
+            "0",
+            "--segmentor.width",
+            "8",
+        ),
+        "CSAD": ("--lgst.steps", "1", "--lgst.width", "8", "--lgst.teacher_channels", "8"),
+        "patch_memory": ("--memory.rows", "20"),
+    }
+    common = (
+        "--workspace",
+        str(work),
+        "--dataset_root",
+        str(dataset),
+        "--preset",
+        "full",
+        "--backbone",
+        "efficientnet_lite0",
+        "--device",
+        "cpu",
+    )
     monkeypatch.setattr("export_model.SYNTHETIC_DEFECTS", 6)
     for stage in STAGES:
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *common, *tiny.get(stage, ())])

@@ -33,7 +33,11 @@ def square(number):
 
 
 def circumstances(_):
-    return os.environ["OMP_NUM_THREADS"], cv2.getNumThreads(), sys.modules["__main__"].__dict__.get("__file__")
+    return (
+        os.environ["OMP_NUM_THREADS"],
+        cv2.getNumThreads(),
+        sys.modules["__main__"].__dict__.get("__file__"),
+    )
 
 
 def refuse(number, first):
@@ -104,15 +108,27 @@ run_script(main)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to see who lives")
-@pytest.mark.parametrize(("number", "whole_group", "status"), [
-    (signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGKILL, False, -9)])
+@pytest.mark.parametrize(
+    ("number", "whole_group", "status"),
+    [
+        (signal.SIGINT, True, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGKILL, False, -9),
+    ],
+)
 def test_nobody_is_left_behind(tmp_path, number, whole_group, status):
     """Ctrl-C in a terminal reaches all processes, kill the script alone; killed outright, it can tell nobody."""
     (tmp_path / "seen").mkdir()
     files.write_text(tmp_path / "script.py", SCRIPT)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    script = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "seen"], stderr=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": paths}, start_new_session=True)
+    script = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", tmp_path / "seen"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        start_new_session=True,
+    )
     wait_for(lambda: len({path.name.split("_")[1] for path in (tmp_path / "seen").iterdir()}) == 2)
     workers = {int(path.name.split("_")[1]) for path in (tmp_path / "seen").iterdir()}
     (os.killpg if whole_group else os.kill)(script.pid, number)

@@ -48,28 +48,44 @@ def label(category):
         with pytest.MonkeyPatch.context() as patch:
             if proposed_by:
                 patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposed_by)
-            pseudo_label.Labelling(category, workspace, settings.load("discs", "quick", named), backbone, torch.device("cpu"),
-                                   Namespace(seed=seed, overwrite=overwrite, download=False), workers).run()
+            pseudo_label.Labelling(
+                category,
+                workspace,
+                settings.load("discs", "quick", named),
+                backbone,
+                torch.device("cpu"),
+                Namespace(seed=seed, overwrite=overwrite, download=False),
+                workers,
+            ).run()
         return workspace
+
     return run
 
 
 def contents(workspace):
-    return {path.relative_to(workspace.root): path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(workspace.root): path.read_bytes()
+        for path in workspace.root.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, tmp_path, capsys):
     workspace = label(tmp_path / "w")
     info = workspace.pseudo_labels("discs").info
-    trusted, histogram = (files.read_array(info / f"filtered_{name}.npy")
-                          for name in ("histogram_indices", "component_histogram"))
+    trusted, histogram = (
+        files.read_array(info / f"filtered_{name}.npy")
+        for name in ("histogram_indices", "component_histogram")
+    )
     assert histogram.shape == (IMAGES, 4) and (trusted < IMAGES).all() and len(trusted)
     predicted, true, rng = [], [], np.random.default_rng(7)
     for index, path in enumerate(category.train):
         folder = workspace.pseudo_labels("discs").image(path.stem)
         for name in ("all_masks", "refined_masks", "cluster_map", "filtered_cluster_map"):
             labels = images.read_mask(folder / f"{name}.png")
-            np.testing.assert_array_equal(images.read_rgb(folder / f"{name}_color.png"), images.colour_labels(labels))
+            np.testing.assert_array_equal(
+                images.read_rgb(folder / f"{name}_color.png"), images.colour_labels(labels)
+            )
         shares = [(labels == number).mean() for number in range(1, 5)]
         np.testing.assert_allclose(histogram[index], shares)
         predicted.append(labels)
@@ -77,11 +93,20 @@ def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, 
         assert images.read_mask(folder / "background.jpg")[0, 0] > 250
         assert not list(folder.glob("grounding_*"))
     assert match_labels(predicted, true).mean_iou > 0.9
-    for name in ("raw_component_histogram.npy", "all_component_feats.npz", "component_num_mode.npy", "feature.png", "info.txt"):
+    for name in (
+        "raw_component_histogram.npy",
+        "all_component_feats.npz",
+        "component_num_mode.npy",
+        "feature.png",
+        "info.txt",
+    ):
         assert (info / name).exists()
     assert files.read_array(info / "component_num_mode.npy") == 4
     record = files.read_json(info / "pseudo_label.json")["used"]
-    assert record["proposer"] == "classical" and record["stand_ins"] == ["backbone tiny", "proposer classical"]
+    assert record["proposer"] == "classical" and record["stand_ins"] == [
+        "backbone tiny",
+        "proposer classical",
+    ]
     told = (info / "info.txt").read_text()
     assert "proposer classical" in told and "size of proposals, features and maps: 256x256, whatever" in told
     said = capsys.readouterr().out
@@ -114,7 +139,9 @@ def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monke
         assert contents(label(tmp_path / str(workers), features=features, workers=workers)) == alone
 
 
-def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(label, category, tmp_path, monkeypatch):
+def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(
+    label, category, tmp_path, monkeypatch
+):
     monkeypatch.setattr(processes, "LEAST_EACH", 2)
     for path in category.train[4:6]:
         path.write_bytes(path.read_bytes()[:-200])  # the header is whole: only who reads it all notices
@@ -161,15 +188,23 @@ def test_changed_settings_are_noticed(label, tmp_path):
         label(tmp_path, seed=1)
 
 
-def test_complete_files_made_by_others_are_used_and_incomplete_ones_are_not_mixed(label, category, tmp_path, capsys):
+def test_complete_files_made_by_others_are_used_and_incomplete_ones_are_not_mixed(
+    label, category, tmp_path, capsys
+):
     workspace = Workspace(tmp_path)
     for path in category.train:
-        files.write_image(workspace.pseudo_labels("discs").image(path.stem) / "filtered_cluster_map.png",
-                          np.ones((64, 64), np.uint8))
+        files.write_image(
+            workspace.pseudo_labels("discs").image(path.stem) / "filtered_cluster_map.png",
+            np.ones((64, 64), np.uint8),
+        )
     with pytest.raises(UserError, match="filtered_component_histogram.npy is missing"):
         label(tmp_path)
-    files.write_array(workspace.pseudo_labels("discs").info / "filtered_component_histogram.npy", np.ones((IMAGES, 1)))
-    files.write_array(workspace.pseudo_labels("discs").info / "filtered_histogram_indices.npy", np.arange(IMAGES))
+    files.write_array(
+        workspace.pseudo_labels("discs").info / "filtered_component_histogram.npy", np.ones((IMAGES, 1))
+    )
+    files.write_array(
+        workspace.pseudo_labels("discs").info / "filtered_histogram_indices.npy", np.arange(IMAGES)
+    )
     before = contents(workspace)
     label(tmp_path)
     assert contents(workspace) == before and "skipped" in capsys.readouterr().out
@@ -199,7 +234,9 @@ def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
     squares = np.zeros((3, 64, 64), bool)
     squares[0, 4:20, 4:20] = squares[1, 4:20, 40:60] = squares[2, 40:60, 4:20] = True
     nothing = np.zeros((64, 64), bool)
-    proposals = Proposals(pack(squares), background=squares[2], grounding=pack(squares[:1]), grounding_background=nothing)
+    proposals = Proposals(
+        pack(squares), background=squares[2], grounding=pack(squares[:1]), grounding_background=nothing
+    )
 
     def refined(**changes):
         named = {f"pseudo_labels.{key}": value for key, value in changes.items()}
@@ -211,7 +248,9 @@ def test_order_of_the_mask_algebra_with_a_grounding_proposer(tmp_path):
     candidates, labels = refined(no_sam=True)
     assert len(candidates) == 2 and labels.max() == 1 and labels[10, 10] == 1
     one_picture.save_masks(tmp_path, proposals, candidates, labels)
-    assert (tmp_path / "grounding_mask_color.png").exists() and (tmp_path / "grounding_background.png").exists()
+    assert (tmp_path / "grounding_mask_color.png").exists() and (
+        tmp_path / "grounding_background.png"
+    ).exists()
 
 
 def pack(masks):
@@ -225,8 +264,11 @@ class Drawn:
 
     def __init__(self, masks, grounding=None):
         shape = (masks if masks is not None else grounding).shape[1:]
-        self.proposals = Proposals(None if masks is None else pack(masks), np.zeros(shape, bool),
-                                   None if grounding is None else pack(grounding))
+        self.proposals = Proposals(
+            None if masks is None else pack(masks),
+            np.zeros(shape, bool),
+            None if grounding is None else pack(grounding),
+        )
 
     def load(self):
         pass
@@ -240,7 +282,7 @@ def tiles(count):
     masks = np.zeros((count, 256, 256), bool)
     for index, mask in enumerate(masks):
         row, column = divmod(index, 25)
-        mask[row * 10:row * 10 + 9, column * 10:column * 10 + 9] = True
+        mask[row * 10 : row * 10 + 9, column * 10 : column * 10 + 9] = True
     return masks
 
 
@@ -282,7 +324,10 @@ def test_a_bad_checkpoint_leaves_everything_as_it_was(label, tmp_path):
 def test_images_described_together_are_described_as_one_by_one():
     rng = np.random.default_rng(0)
     drawn = [draw_parts(rng, parts, 256) for parts in (4, 1, 3)] + [(np.zeros((256, 256, 3), np.uint8),) * 2]
-    pictures, label_maps = [image for image, _ in drawn], [labels if labels.ndim == 2 else labels[..., 0] for _, labels in drawn]
+    pictures, label_maps = (
+        [image for image, _ in drawn],
+        [labels if labels.ndim == 2 else labels[..., 0] for _, labels in drawn],
+    )
     embedding = CropEmbedding(Deepest(nn.Conv2d(3, 5, 3)), 4)
     together = pseudo_label.describe(pictures, label_maps, embedding)
     for picture, labels, found in zip(pictures, label_maps, together):
@@ -292,7 +337,12 @@ def test_images_described_together_are_described_as_one_by_one():
             np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
 
 
-PUBLISHED_CLUSTERING = {"variants": False, "lookalikes": False, "features": ["position"], "one_histogram_cluster": False}
+PUBLISHED_CLUSTERING = {
+    "variants": False,
+    "lookalikes": False,
+    "features": ["position"],
+    "one_histogram_cluster": False,
+}
 
 
 def grid(rows, columns, size):
@@ -302,7 +352,7 @@ def grid(rows, columns, size):
     for index, mask in enumerate(masks):
         row, column = divmod(index, columns)
         y, x = row * height // rows, column * width // columns
-        mask[y:y + height // rows - 3, x:x + width // columns - 3] = True
+        mask[y : y + height // rows - 3, x : x + width // columns - 3] = True
     return masks
 
 
@@ -320,7 +370,13 @@ def test_native_pictures_are_proposed_described_and_painted_at_their_size(label,
     workspace = label(tmp_path, proposed_by=Watched(grid(2, 3, (150, 320))), **PUBLISHED_CLUSTERING)
     np.testing.assert_array_equal(seen[0], images.read_rgb(category.train[0]))
     labels = workspace.pseudo_labels("discs")
-    for file in ("all_masks.png", "refined_masks.png", "cluster_map.png", "filtered_cluster_map.png", "background.jpg"):
+    for file in (
+        "all_masks.png",
+        "refined_masks.png",
+        "cluster_map.png",
+        "filtered_cluster_map.png",
+        "background.jpg",
+    ):
         assert images.displayed_size(labels.image("000") / file) == (320, 150)
     features = files.read_arrays(labels.info / "all_component_feats.npz")
     np.testing.assert_allclose(features["area"][:6, 0], grid(2, 3, (150, 320)).mean((1, 2))[0])
@@ -340,7 +396,9 @@ def test_what_lies_outside_the_region_of_interest_is_grey_in_native_pictures(tmp
 def test_without_sam_instances_are_clustered_as_painted_and_split_for_synthesis(label, category, tmp_path):
     two_pieces = np.zeros((2, 256, 256), bool)
     two_pieces[0, 10:60, 10:60] = two_pieces[0, 10:60, 200:250] = two_pieces[1, 150:200, 100:150] = True
-    workspace = label(tmp_path, proposed_by=Drawn(None, grounding=two_pieces), no_sam=True, **PUBLISHED_CLUSTERING)
+    workspace = label(
+        tmp_path, proposed_by=Drawn(None, grounding=two_pieces), no_sam=True, **PUBLISHED_CLUSTERING
+    )
     folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
     assert images.read_mask(folder / "refined_masks.png").max() == 3
     clusters = images.read_mask(folder / "cluster_map.png")
@@ -356,31 +414,52 @@ def test_a_picture_in_which_nothing_but_background_is_found_is_no_mistake(label,
             if image.tobytes() != images.read_rgb(category.train[0]).tobytes():
                 return self.proposals
             everything = np.ones((256, 256), bool)
-            return Proposals(self.proposals.masks, self.proposals.background, pack(np.zeros((0, 256, 256), bool)), everything)
+            return Proposals(
+                self.proposals.masks,
+                self.proposals.background,
+                pack(np.zeros((0, 256, 256), bool)),
+                everything,
+            )
 
     squares = grid(2, 2, (256, 256))
-    workspace = label(tmp_path, proposed_by=SometimesNothing(squares, grounding=squares), **changes, **PUBLISHED_CLUSTERING)
+    workspace = label(
+        tmp_path, proposed_by=SometimesNothing(squares, grounding=squares), **changes, **PUBLISHED_CLUSTERING
+    )
     labels = workspace.pseudo_labels("discs")
     assert not images.read_mask(labels.image(category.train[0].stem) / "filtered_cluster_map.png").any()
     assert images.read_mask(labels.image(category.train[1].stem) / "filtered_cluster_map.png").max() == 4
     assert 0 not in files.read_array(labels.trusted)
 
 
-def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_of(label, category, tmp_path, capsys):
-    for parts, clusters, features, warning in ((25, 25, "position", ""), (35, 35, "position", "warning: "),
-                                               (10, 1, "area", "warning: ")):
+def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_of(
+    label, category, tmp_path, capsys
+):
+    for parts, clusters, features, warning in (
+        (25, 25, "position", ""),
+        (35, 35, "position", "warning: "),
+        (10, 1, "area", "warning: "),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(beyond_clustering, "POSITION_UNIT", 0.02)
-            workspace = label(tmp_path / str(parts), proposed_by=Drawn(grid(parts // 5, 5, (256, 256))),
-                              **PUBLISHED_CLUSTERING | {"features": [features]})
-        found = images.read_mask(workspace.pseudo_labels("discs").image(category.train[0].stem) / "filtered_cluster_map.png")
+            workspace = label(
+                tmp_path / str(parts),
+                proposed_by=Drawn(grid(parts // 5, 5, (256, 256))),
+                **PUBLISHED_CLUSTERING | {"features": [features]},
+            )
+        found = images.read_mask(
+            workspace.pseudo_labels("discs").image(category.train[0].stem) / "filtered_cluster_map.png"
+        )
         assert found.max() == clusters
         assert f"discs: {warning}{8 * parts} components make {clusters} cluster" in capsys.readouterr().out
 
 
 def test_255_instances_in_each_picture_are_all_clustered(label, category, tmp_path):
-    workspace = label(tmp_path, proposed_by=Drawn(None, grounding=tiles(255)), no_sam=True,
-                      **PUBLISHED_CLUSTERING | {"features": ["area"]})
+    workspace = label(
+        tmp_path,
+        proposed_by=Drawn(None, grounding=tiles(255)),
+        no_sam=True,
+        **PUBLISHED_CLUSTERING | {"features": ["area"]},
+    )
     folder = workspace.pseudo_labels("discs").image(category.train[0].stem)
     clusters = images.read_mask(folder / "cluster_map.png")
     np.testing.assert_array_equal(clusters > 0, tiles(255).any(0))
@@ -391,7 +470,9 @@ def test_more_clusters_than_a_label_map_holds_get_a_sentence():
     vectors = np.repeat(np.arange(300.0)[:, None], 2, 0) + rng.normal(0, 0.01, (600, 1))
     chosen = settings.load("discs", "paper").pseudo_labels
     with pytest.raises(UserError, match="fall into 300 clusters .*a label map holds 255"):
-        pseudo_label.label_components("discs", vectors, np.full(600, 0.01), np.tile([0, 1], 300), 2, 0.5, chosen)
+        pseudo_label.label_components(
+            "discs", vectors, np.full(600, 0.01), np.tile([0, 1], 300), 2, 0.5, chosen
+        )
 
 
 def test_slivers_in_sight_are_no_components():
@@ -414,19 +495,30 @@ def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(
     encoders = Backbone("wide_resnet50_2", nn.Identity(), "", deepest_origin="wide_resnet50_2.tv2_in1k")
     vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, encoders, 0)
     assert vectors.shape == (6, 512) and 0 < bandwidth < 3
-    assert "bandwidth 3.0 belongs to cnn_image by wide_resnet50_2.racm_in1k, not to that by wide_resnet50_2.tv2_in1k" in (
-        capsys.readouterr().out)
-    other = settings.load("screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}).pseudo_labels
+    assert (
+        "bandwidth 3.0 belongs to cnn_image by wide_resnet50_2.racm_in1k, not to that by wide_resnet50_2.tv2_in1k"
+        in (capsys.readouterr().out)
+    )
+    other = settings.load(
+        "screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}
+    ).pseudo_labels
     assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
 
 def test_cnn_image_by_other_weights_is_named_as_a_stand_in(category, tmp_path):
     network = Deepest(nn.Conv2d(3, 5, 3))
-    for origin, expected in (("wide_resnet50_2.tv2_in1k", ["cnn_image by wide_resnet50_2.tv2_in1k"]),
-                             ("wide_resnet50_2.racm_in1k", [])):
+    for origin, expected in (
+        ("wide_resnet50_2.tv2_in1k", ["cnn_image by wide_resnet50_2.tv2_in1k"]),
+        ("wide_resnet50_2.racm_in1k", []),
+    ):
         labelling = pseudo_label.Labelling(
-            category, Workspace(tmp_path), settings.load("discs", "paper", {"images.size": 256}),
-            Backbone("wide_resnet50_2", network, "", network, deepest_origin=origin), torch.device("cpu"), Namespace())
+            category,
+            Workspace(tmp_path),
+            settings.load("discs", "paper", {"images.size": 256}),
+            Backbone("wide_resnet50_2", network, "", network, deepest_origin=origin),
+            torch.device("cpu"),
+            Namespace(),
+        )
         assert labelling.stand_ins(Drawn(tiles(1))) == expected and list(labelling.crop_weights()) == [origin]
 
 

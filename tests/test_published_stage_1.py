@@ -35,7 +35,9 @@ def native():
 
 
 def load(name):
-    with np.load(f"{__file__.rsplit('/', 1)[0]}/reference/stage1/stage1_{name}.npz", allow_pickle=False) as archive:
+    with np.load(
+        f"{__file__.rsplit('/', 1)[0]}/reference/stage1/stage1_{name}.npz", allow_pickle=False
+    ) as archive:
         return dict(archive)
 
 
@@ -89,7 +91,9 @@ class StubNetwork(nn.Module):
         super().__init__()
         rng = np.random.default_rng(0)
         weight, bias = rng.normal(0, 6, (2048, 3)), rng.normal(0, 3, 2048)
-        self.weight, self.bias = (nn.Parameter(torch.from_numpy(values.astype(np.float32))) for values in (weight, bias))
+        self.weight, self.bias = (
+            nn.Parameter(torch.from_numpy(values.astype(np.float32))) for values in (weight, bias)
+        )
 
     def forward(self, crops):
         return F.relu(F.conv2d(F.avg_pool2d(crops, 13), self.weight[:, :, None, None], self.bias))
@@ -109,11 +113,15 @@ def made(native, tmp_path_factory):
         files.write_image(root / "data" / name / "validation" / "good" / "000.png", native["images"][0])
         category = layouts.Category(root / "data" / name)
         published = json.loads(str(native[f"{name}_configuration"]))
-        chosen = settings.load(name, "paper", {"pseudo_labels.one_histogram_cluster": published["filter_hist"]})
+        chosen = settings.load(
+            name, "paper", {"pseudo_labels.one_histogram_cluster": published["filter_hist"]}
+        )
         assert chosen.pseudo_labels.bandwidth == published["max_hyper"]
         assert chosen.pseudo_labels.no_sam == published["no_sam"]
         assert chosen.pseudo_labels.inside_grounding == published["use_grounding_filter"]
-        assert (chosen.pseudo_labels.background_prompt or "") == published["grounding_config"]["background_prompt"]
+        assert (chosen.pseudo_labels.background_prompt or "") == published["grounding_config"][
+            "background_prompt"
+        ]
         boxes = native[f"{name}_boxes"]
         sam = StubSam(native, boxes, native[f"{name}_box_masks"], native[f"{name}_boxes_image"])
         networks = sam, StubGroundingDino(sam, native[f"{name}_phrases"])
@@ -121,11 +129,20 @@ def made(native, tmp_path_factory):
         backbone = Backbone(PUBLISHED, deepest, "", deepest, deepest_origin=CROP_WEIGHTS)
         workspace = Workspace(root / "work")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposer(root, chosen.pseudo_labels, networks))
-            pseudo_label.Labelling(category, workspace, chosen, backbone, torch.device("cpu"), Namespace(
-                seed=PROJECTED_BY, overwrite=False, download=False)).run()
+            patch.setattr(
+                pseudo_label, "choose_proposer", lambda *_: proposer(root, chosen.pseudo_labels, networks)
+            )
+            pseudo_label.Labelling(
+                category,
+                workspace,
+                chosen,
+                backbone,
+                torch.device("cpu"),
+                Namespace(seed=PROJECTED_BY, overwrite=False, download=False),
+            ).run()
         ready[name] = workspace.pseudo_labels(name)
         return ready[name]
+
     return run
 
 
@@ -142,7 +159,8 @@ def same_partition(ours, theirs):
     """Equal up to a permutation of numbers; 0 (ours) and 0 or -1 (theirs) mean none, and have to agree."""
     pairs = set(zip(np.ravel(ours).tolist(), np.ravel(theirs).tolist()))
     return len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}) and all(
-        (one <= 0) == (other <= 0) for one, other in pairs if min(one, other) <= 0)
+        (one <= 0) == (other <= 0) for one, other in pairs if min(one, other) <= 0
+    )
 
 
 def test_maps_of_masks_are_the_published_ones(made, name):
@@ -151,16 +169,23 @@ def test_maps_of_masks_are_the_published_ones(made, name):
         if name == "pushpins" and file == "all_masks":
             continue  # with no_sam automatic masks are not made unless asked for
         np.testing.assert_array_equal(maps(labels, file), published[file], err_msg=file)
-    np.testing.assert_array_equal(maps(labels, "grounding_background") > 0,
-                                  np.unpackbits(published["grounding_background"], axis=-1, count=SIZE[1]))
-    ours = [images.read_rgb(labels.image(f"{number:03d}") / "background.jpg")[..., 0] for number in range(0, 30, 6)]
+    np.testing.assert_array_equal(
+        maps(labels, "grounding_background") > 0,
+        np.unpackbits(published["grounding_background"], axis=-1, count=SIZE[1]),
+    )
+    ours = [
+        images.read_rgb(labels.image(f"{number:03d}") / "background.jpg")[..., 0]
+        for number in range(0, 30, 6)
+    ]
     np.testing.assert_array_equal(np.array(ours) > 127, published["background_jpg"] > 127)
 
 
 def test_components_and_features_are_the_published_ones(made, name):
     labels, published = made(name), load(name)
     described = files.read_arrays(labels.info / "all_component_feats.npz")
-    np.testing.assert_array_equal(np.bincount(described["image"], minlength=30), published["number_of_components"])
+    np.testing.assert_array_equal(
+        np.bincount(described["image"], minlength=30), published["number_of_components"]
+    )
     assert files.read_array(labels.info / "component_num_mode.npy") == published["component_num_mode"]
     np.testing.assert_allclose(described["area"], published["area"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(described["position"], published["position"], rtol=0, atol=1e-12)
@@ -192,8 +217,10 @@ def test_labels_and_trusted_images_are_the_published_ones(made, name):
     assert same_partition(maps(labels, "cluster_map"), published["cluster_map"])
     assert same_partition(maps(labels, "filtered_cluster_map"), published["filtered_cluster_map"])
     np.testing.assert_array_equal(files.read_array(labels.trusted), published["filtered_histogram_indices"])
-    for ours, theirs in (("raw_component_histogram", "raw_component_histogram"),
-                         ("filtered_component_histogram", "filtered_component_histogram")):
+    for ours, theirs in (
+        ("raw_component_histogram", "raw_component_histogram"),
+        ("filtered_component_histogram", "filtered_component_histogram"),
+    ):
         found, expected = files.read_array(labels.info / f"{ours}.npy"), published[theirs]
         assert found.shape == expected.shape
         order = [np.lexsort(columns) for columns in (found, expected)]
@@ -211,8 +238,12 @@ def test_clustering_of_the_published_vectors(name, kind):
     image_of = np.repeat(np.arange(30), components_of["number_of_components"])
     bandwidth = float(published["max_hyper"]) if kind else {"screw_bag": 3.0}.get(name, 3.5)
     vectors = published["vectors"]
-    assert same_partition(clustering.mean_shift(vectors, bandwidth) + 1, published["component_labels_before"] + 1)
-    found = clustering.semantic_labels(vectors, components_of["area"][:, 0], image_of, 30, bandwidth, name == "screw_bag")
+    assert same_partition(
+        clustering.mean_shift(vectors, bandwidth) + 1, published["component_labels_before"] + 1
+    )
+    found = clustering.semantic_labels(
+        vectors, components_of["area"][:, 0], image_of, 30, bandwidth, name == "screw_bag"
+    )
     assert same_partition(found.clusters, published["component_labels"] + 1)
     assert same_partition(found.kinds + 1, published["image_groups"] + 1)
     np.testing.assert_array_equal(found.trusted, published["filtered_histogram_indices"])
@@ -227,18 +258,31 @@ def test_splitting_and_filters_are_the_published_ones(native, name):
         sam = stub(native)
         parts = masks.split_components(sam.unpack(native["sam_masks"][native["sam_masks_image"] == number]))
         split.append(parts.bits)
-        filters = [("no_sam_background", sam.unpack(native["sam_background"][number][None])[0], masks.without_background),
-                   ("no_background", np.unpackbits(published["grounding_background"][number], axis=-1, count=SIZE[1]),
-                    masks.without_background)]
+        filters = [
+            (
+                "no_sam_background",
+                sam.unpack(native["sam_background"][number][None])[0],
+                masks.without_background,
+            ),
+            (
+                "no_background",
+                np.unpackbits(published["grounding_background"][number], axis=-1, count=SIZE[1]),
+                masks.without_background,
+            ),
+        ]
         if "split_kept_inside_grounding" in published:
-            filters.insert(0, ("inside_grounding", published["grounding_mask"][number], masks.inside_grounding))
+            filters.insert(
+                0, ("inside_grounding", published["grounding_mask"][number], masks.inside_grounding)
+            )
         left = parts
         for key, against, keep in filters:
             left = keep(left, against)
             kept[key] += [row.tobytes() in {one.tobytes() for one in left.bits} for row in parts.bits]
         order = {row.tobytes(): place for place, row in reversed(list(enumerate(masks.combine(left).bits)))}
         combined.append(order)
-    expected = np.packbits(np.unpackbits(native["split_masks"], axis=-1, count=SIZE[1]).reshape(-1, SIZE[0] * SIZE[1]), axis=1)
+    expected = np.packbits(
+        np.unpackbits(native["split_masks"], axis=-1, count=SIZE[1]).reshape(-1, SIZE[0] * SIZE[1]), axis=1
+    )
     np.testing.assert_array_equal(np.concatenate(split), expected)
     for key, values in kept.items():
         if f"split_kept_{key}" in published:
@@ -259,26 +303,37 @@ def test_small_pictures_with_hundreds_of_masks(tmp_path):
     shape = small["images"].shape[1:3]
 
     def unpacked(name, number):
-        return PackedMasks.pack(np.unpackbits(small[name][small[f"{name}_image"] == number], axis=-1, count=shape[1]), shape)
+        return PackedMasks.pack(
+            np.unpackbits(small[name][small[f"{name}_image"] == number], axis=-1, count=shape[1]), shape
+        )
 
     sam = StubSam(small, small["boxes"], small["box_masks"], small["boxes_image"])
     for number in range(3):
         split = masks.split_components(unpacked("sam_masks", number))
         np.testing.assert_array_equal(split.bits, unpacked("split_masks", number).bits)
         for category in ("screw_bag", "pushpins"):
-            chosen = settings.load(category, "paper", {"pseudo_labels.inside_grounding": False,
-                                                       "pseudo_labels.save_all_masks": True}).pseudo_labels
+            chosen = settings.load(
+                category,
+                "paper",
+                {"pseudo_labels.inside_grounding": False, "pseudo_labels.save_all_masks": True},
+            ).pseudo_labels
             networks = sam, StubGroundingDino(sam, np.full(len(small["boxes"]), "screw(0.40)"))
             proposals = proposer(tmp_path, chosen, networks).propose(small["images"][number])
             folder = tmp_path / category / str(number)
             candidates, refined = one_picture.refine(proposals, chosen)
             one_picture.save_masks(folder, proposals, candidates, refined)
             for file in ("grounding_mask", "all_masks", "refined_masks"):
-                np.testing.assert_array_equal(images.read_mask(folder / f"{file}.png"), small[f"{category}_{file}"][number])
-            assert len(masks.components_in_sight(one_picture.clustered_map(folder, chosen))) == (
-                small[f"{category}_components"][number])
+                np.testing.assert_array_equal(
+                    images.read_mask(folder / f"{file}.png"), small[f"{category}_{file}"][number]
+                )
+            assert (
+                len(masks.components_in_sight(one_picture.clustered_map(folder, chosen)))
+                == (small[f"{category}_components"][number])
+            )
             if category == "screw_bag":
-                np.testing.assert_array_equal(masks.combine(candidates).bits, unpacked("combined_masks", number).bits)
+                np.testing.assert_array_equal(
+                    masks.combine(candidates).bits, unpacked("combined_masks", number).bits
+                )
 
 
 def test_the_background_is_asked_for_at_the_published_points_and_boxes_are_enlarged_as_published(native):
@@ -303,7 +358,10 @@ def test_the_background_is_asked_for_at_the_published_points_and_boxes_are_enlar
     sam = grounded_sam.SamHQ.__new__(grounded_sam.SamHQ)
     sam.predictor, sam.image = Predictor(), native["images"][0]
     sam.background()
-    assert sorted(asked["points"].tolist()) == sorted(native["background_points"].tolist()) and asked["labels"].all()
+    assert (
+        sorted(asked["points"].tolist()) == sorted(native["background_points"].tolist())
+        and asked["labels"].all()
+    )
 
     boxes = torch.from_numpy(native["screw_bag_boxes"][:12])
     pixels = grounded_sam.to_pixels(boxes, native["images"][0].shape[:2])

@@ -27,7 +27,11 @@ def read(path: Path) -> np.ndarray:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,8 @@ def test_layout_is_locos(small_set, monkeypatch):
 def test_masks_hold_the_configured_values(small_set):
     for name in CATEGORIES:
         config = {
-            entry["pixel_value"]: entry for entry in json.loads((small_set / name / "defects_config.json").read_text())
+            entry["pixel_value"]: entry
+            for entry in json.loads((small_set / name / "defects_config.json").read_text())
         }
         assert len(config) == len(CATEGORIES[name].defects)
         anomalies = json.loads((components_root(small_set) / name / "classes.json").read_text())["anomalies"]
@@ -103,7 +108,9 @@ def test_every_class_appears_and_is_not_tiny():
     for category in CATEGORIES.values():
         pictures = [render(category, 128, np.random.default_rng(seed)) for seed in range(16)]
         for label in range(1, len(category.classes)):
-            assert max((picture.labels == label).mean() for picture in pictures) >= 0.003, category.classes[label]
+            assert max((picture.labels == label).mean() for picture in pictures) >= 0.003, category.classes[
+                label
+            ]
 
 
 # ------------------------------------------------------------------------------------------------ reproducibility
@@ -113,12 +120,15 @@ def test_same_seed_same_bytes_for_any_number_of_workers(small_set, tmp_path):
     write_dataset(tmp_path / "loco", ["pushpins", "screw_bag"], SMALL, workers=2)
     for name in ("pushpins", "screw_bag"):
         assert bytes_below(tmp_path / "loco" / name) == bytes_below(small_set / name)
-        assert bytes_below(components_root(tmp_path / "loco") / name) == bytes_below(components_root(small_set) / name)
+        assert bytes_below(components_root(tmp_path / "loco") / name) == bytes_below(
+            components_root(small_set) / name
+        )
 
 
 def test_another_seed_gives_another_picture():
     pictures = [
-        render(CATEGORIES["pushpins"], 64, picture_rng(seed, "pushpins", "train", GOOD, 0)).image for seed in (0, 1)
+        render(CATEGORIES["pushpins"], 64, picture_rng(seed, "pushpins", "train", GOOD, 0)).image
+        for seed in (0, 1)
     ]
     assert (pictures[0] != pictures[1]).any()
 
@@ -127,13 +137,19 @@ def test_an_interrupted_run_is_continued(tmp_path):
     root = tmp_path / "loco"
     write_dataset(root, ["pushpins"], SMALL)
     before = bytes_below(root)
-    lost = [root / "pushpins" / "train" / "good" / "001.png", root / "pushpins" / "test" / LOGICAL / "000.png"]
+    lost = [
+        root / "pushpins" / "train" / "good" / "001.png",
+        root / "pushpins" / "test" / LOGICAL / "000.png",
+    ]
     for path in lost:
         path.unlink()
     assert write_dataset(root, ["pushpins"], SMALL) == len(lost)
     assert bytes_below(root) == before
     assert write_dataset(root, ["screw_bag"], SMALL) == 8
-    assert json.loads((components_root(root) / "dataset.json").read_text())["categories"] == ["pushpins", "screw_bag"]
+    assert json.loads((components_root(root) / "dataset.json").read_text())["categories"] == [
+        "pushpins",
+        "screw_bag",
+    ]
 
 
 def test_other_settings_need_overwrite(tmp_path):
@@ -202,9 +218,9 @@ def pixel_gaussian_scores(train: np.ndarray, test: np.ndarray) -> dict[str, np.n
     scores = {}
     for side in (64, 128):
         small_train, small_test = (
-            np.stack([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images]).astype(
-                np.float32
-            )
+            np.stack(
+                [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images]
+            ).astype(np.float32)
             for images in (train, test)
         )
         z = abs(small_test - small_train.mean(axis=0)) / (small_train.std(axis=0) + 1e-3)
@@ -221,7 +237,9 @@ def color_histogram_scores(train: np.ndarray, test: np.ndarray) -> dict[str, np.
 
     def single(image: np.ndarray) -> np.ndarray:
         return (
-            np.concatenate([np.bincount(image[..., channel].ravel() // 8, minlength=32) for channel in range(3)])
+            np.concatenate(
+                [np.bincount(image[..., channel].ravel() // 8, minlength=32) for channel in range(3)]
+            )
             / image[..., 0].size
         )
 
@@ -240,7 +258,9 @@ def rendered_images(name: str, split: str, kind: str, count: int, size: int) -> 
     defects = [anomaly_of(category, kind, index) for index in range(count)]
     return np.stack(
         [
-            render(category, size, picture_rng(0, name, split, kind, index), defect.name if defect else None).image
+            render(
+                category, size, picture_rng(0, name, split, kind, index), defect.name if defect else None
+            ).image
             for index, defect in enumerate(defects)
         ]
     )
@@ -259,7 +279,9 @@ def test_neither_pixels_nor_colours_solve_it():
             ("pixel", pixel_gaussian_scores(train, test)),
             ("color", color_histogram_scores(train, test)),
         ):
-            aurocs[baseline].append({variant: roc_auc_score(truth, score) for variant, score in scores.items()})
+            aurocs[baseline].append(
+                {variant: roc_auc_score(truth, score) for variant, score in scores.items()}
+            )
     for baseline, found in aurocs.items():
         average = {variant: np.mean([category[variant] for category in found]) for variant in found[0]}
         assert max(average.values()) < 0.75, (baseline, average)

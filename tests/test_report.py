@@ -26,7 +26,9 @@ from conftest import status_of
 
 def load(script: str):
     """A script of the root by its file: a room may have the same name."""
-    specification = importlib.util.spec_from_file_location(f"{script}_script", Path(__file__).parent.parent / f"{script}.py")
+    specification = importlib.util.spec_from_file_location(
+        f"{script}_script", Path(__file__).parent.parent / f"{script}.py"
+    )
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -38,9 +40,15 @@ SCRIPTS = {script: load(script) for script in ("benchmark_performance", "report"
 @pytest.fixture
 def run(monkeypatch):
     """Run a script on a workspace in this process; returns its exit status."""
+
     def run_it(script: str, workspace, dataset, *extra: str) -> int:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--workspace", str(workspace), "--dataset_root", str(dataset), *extra])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [f"{script}.py", "--workspace", str(workspace), "--dataset_root", str(dataset), *extra],
+        )
         return status_of(SCRIPTS[script].main)
+
     return run_it
 
 
@@ -54,19 +62,33 @@ def results(make_dataset, tmp_path):
     for branch in ("patchhist", "LGST"):
         files.write_array(workspace.scores(name, branch, "val"), np.linspace(0, 1, 6))
         for part in ("logi", "struc"):
-            files.write_array(workspace.scores(name, branch, part), np.r_[0.1, 0.2, 0.3, 9.0, 5.0, 6.0, 7.0, 0.1])
-        files.write_arrays(workspace.anomaly_maps(name, branch), val=rng.normal(0, 0.1, (6, 64, 64)).astype(np.float32),
-                           **{split: rng.normal(0, 0.1, (4, 64, 64)).astype(np.float32) for split in layouts.SPLITS})
+            files.write_array(
+                workspace.scores(name, branch, part), np.r_[0.1, 0.2, 0.3, 9.0, 5.0, 6.0, 7.0, 0.1]
+            )
+        files.write_arrays(
+            workspace.anomaly_maps(name, branch),
+            val=rng.normal(0, 0.1, (6, 64, 64)).astype(np.float32),
+            **{split: rng.normal(0, 0.1, (4, 64, 64)).astype(np.float32) for split in layouts.SPLITS},
+        )
     for split, path in category.test_images:
-        files.write_image(workspace.segmentation_output(name, split, category.key(path)),
-                          rng.integers(0, 3, (256, 256)).astype(np.uint8))
+        files.write_image(
+            workspace.segmentation_output(name, split, category.key(path)),
+            rng.integers(0, 3, (256, 256)).astype(np.uint8),
+        )
     made = workspace.pseudo_labels(name)
     files.write_array(made.trusted, np.arange(5))
     files.write_array(made.histogram, np.full((12, 2), 0.1))
     for path in category.train:
-        files.write_image(made.image(category.key(path)) / "filtered_cluster_map.png", np.ones((256, 256), np.uint8))
-    used = {"format_version": csad.FORMAT_VERSION, "segmentor": {"lr": 0.123, "evidence": True}, "seed": 7,
-            "lgst": {"penalty_images": "/home/me/pictures"}, "stand_ins": ["backbone tiny"]}
+        files.write_image(
+            made.image(category.key(path)) / "filtered_cluster_map.png", np.ones((256, 256), np.uint8)
+        )
+    used = {
+        "format_version": csad.FORMAT_VERSION,
+        "segmentor": {"lr": 0.123, "evidence": True},
+        "seed": 7,
+        "lgst": {"penalty_images": "/home/me/pictures"},
+        "stand_ins": ["backbone tiny"],
+    }
     noted = {"used": used, "scored": None, "outputs": {}}
     files.write_json(workspace.lgst(name).with_suffix(".json"), noted)
     files.write_json(workspace.segmentor(name).with_suffix(".json"), noted)
@@ -99,24 +121,35 @@ def test_the_page_says_everything_and_needs_nothing(page):
 
 def test_the_page_begins_with_how_good_it_is_and_what_went_wrong(page):
     text = page.read_text()
-    assert re.findall(r"<h2>([^<]*)</h2>", text)[:3] == ["How good is it?", "What went wrong?", "Show me: the test images"]
+    assert re.findall(r"<h2>([^<]*)</h2>", text)[:3] == [
+        "How good is it?",
+        "What went wrong?",
+        "Show me: the test images",
+    ]
     assert "at this threshold 1 of 4 good pictures is rejected, 2 of 8 defects are missed" in text
-    first = text[text.index("<table"):text.index("</table>")]
+    first = text[text.index("<table") : text.index("</table>")]
     assert re.findall(r"<td[^>]*>([^<]*)</td>", first) == ["1 of 4", "2 of 8", "59.4 %"]
-    links = re.findall(r'<li><a href="#([^"]+)">discs &lt;b&gt; / (\d+.png)</a> \((\w+)\): <strong>([^<]*)</strong>', text)
+    links = re.findall(
+        r'<li><a href="#([^"]+)">discs &lt;b&gt; / (\d+.png)</a> \((\w+)\): <strong>([^<]*)</strong>', text
+    )
     assert [link[3] for link in links] == ["false alarm", "missed", "missed"]
     for anchor, name, split, error in links:
-        card = text[text.index(f'id="{anchor}"'):]
+        card = text[text.index(f'id="{anchor}"') :]
         assert f'data-split="{split}" data-error="{error.replace(" ", "-")}"' in card[:200]
         assert f'data-name="{name}"' in card[:300]
     threshold = re.search(r"Threshold ([\d.-]+), from 6 other good pictures", text)[1]
     assert text.count(f"</strong>, threshold {threshold};") == 12  # beside each score
 
 
-@pytest.mark.parametrize(("outcome", "words"), [
-    ((1, 15, 0, 20), "at this threshold 1 of 15 good pictures is rejected, 0 of 20 defects are missed"),
-    ((0, 1, 1, 1), "at this threshold 0 of 1 good pictures are rejected, 1 of 1 defects is missed"),
-    ((2, 5, 0, 0), "at this threshold 2 of 5 good pictures are rejected"), ((0, 0, 0, 0), "no test images")])
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ((1, 15, 0, 20), "at this threshold 1 of 15 good pictures is rejected, 0 of 20 defects are missed"),
+        ((0, 1, 1, 1), "at this threshold 0 of 1 good pictures are rejected, 1 of 1 defects is missed"),
+        ((2, 5, 0, 0), "at this threshold 2 of 5 good pictures are rejected"),
+        ((0, 0, 0, 0), "no test images"),
+    ],
+)
 def test_what_a_threshold_does_in_words(outcome, words):
     assert Outcome(*outcome).words == words
 
@@ -130,7 +163,9 @@ def test_published_figures_stand_under_their_own_categories_alone(results, run):
     assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
     said = [(work / name).read_text() for name in ("report.html", "score_combine_result.txt")]
     assert all("95.3" in text for text in said) and "quoted from the authors" in said[0]
-    dataset.with_name(f"{dataset.name}_components").mkdir()  # of the rendered data set, whose categories have those names
+    dataset.with_name(
+        f"{dataset.name}_components"
+    ).mkdir()  # of the rendered data set, whose categories have those names
     assert run("report", *results) == 0 and "95.3" not in (work / "report.html").read_text()
 
 
@@ -147,8 +182,13 @@ def test_components_have_a_number_a_colour_and_perhaps_a_name(results, run, monk
 
 
 def test_branches_stand_in_the_order_of_the_result_file(page):
-    listed = re.findall(r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE)
-    branches = [line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ") for line in listed]
+    listed = re.findall(
+        r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE
+    )
+    branches = [
+        line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ")
+        for line in listed
+    ]
     assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "fused"]
     assert re.findall(r"<td>((?:patch histogram|LGST|fused)[^<]*)</td>", page.read_text())[:4] == branches
 
@@ -168,7 +208,9 @@ def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, p
 
 def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results, run, page, capsys):
     measured = files.read_json(Workspace(results[0]).metrics("discs <b>"))
-    assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(100 * (3 * 3 + 0.5) / 16)
+    assert measured["detection"]["patchhist+LGST"]["logical"]["auroc"] == pytest.approx(
+        100 * (3 * 3 + 0.5) / 16
+    )
     assert "defects_config.json" in measured["localisation"]["fused"]["logical"]["missing"]
     said = (results[0] / "score_combine_result.txt").read_text()
     assert "not measured" in said
@@ -183,13 +225,17 @@ def test_metrics_are_kept_as_json_and_localisation_says_what_is_missing(results,
 def test_mistakes_get_a_sentence(results, run, capsys):
     assert run("report", *results) == 2
     assert "benchmark_performance.py" in capsys.readouterr().err
-    shutil.copytree(results[1] / "discs <b>", results[1] / "more")  # not done: left out, unless it is asked for
+    shutil.copytree(
+        results[1] / "discs <b>", results[1] / "more"
+    )  # not done: left out, unless it is asked for
     assert run("benchmark_performance", *results, "--categories", "discs <b>") == 0
     assert run("report", *results) == 0
     assert run("report", *results, "--categories", "discs <b>", "more") == 2
     assert "more_metrics.json is missing" in capsys.readouterr().err
     for script in SCRIPTS:  # options of other stages are taken, nonsense is not
-        assert run(script, *results, "--categories", "discs <b>", "--preset", "paper", "--lgst.steps", "9") == 0
+        assert (
+            run(script, *results, "--categories", "discs <b>", "--preset", "paper", "--lgst.steps", "9") == 0
+        )
         assert run(script, *results, "--lgst.steps", "banana") == 2
         assert "lgst.steps" in capsys.readouterr().err
 
@@ -201,7 +247,10 @@ def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
     text = page.read_text()
     assert len(text) < large
     assert text.count('<article class="card') == 12
-    shown = sum(len(uri) for uri in re.findall(r'<img src="([^"]+)" alt="(?:good|logical|structural)', text)) * 0.75
+    shown = (
+        sum(len(uri) for uri in re.findall(r'<img src="([^"]+)" alt="(?:good|logical|structural)', text))
+        * 0.75
+    )
     assert shown < 70_000
     monkeypatch.setattr(SCRIPTS["report"], "PICTURES_LIMIT", 20_000)
     assert run("report", *results) == 0
@@ -225,7 +274,9 @@ def many(results, monkeypatch):
         copy_category(work, dataset, name)
     for branch in ("patchhist", "LGST"):
         for part in ("logi", "struc"):
-            files.write_array(Workspace(work).scores("better", branch, part), np.r_[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0])
+            files.write_array(
+                Workspace(work).scores("better", branch, part), np.r_[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0]
+            )
     for script in SCRIPTS.values():
         monkeypatch.setattr(script, "MANY", 1)
     return results
@@ -235,8 +286,11 @@ def test_of_many_categories_the_page_has_a_table_and_the_lowest_in_full(many, ru
     assert run("benchmark_performance", *many) == 0
     assert run("report", *many) == 0
     text = (many[0] / "report.html").read_text()
-    table = text[text.index('id="every-category"'):]
-    rows = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', table[:table.index("</table>")])
+    table = text[text.index('id="every-category"') :]
+    rows = re.findall(
+        r'<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>',
+        table[: table.index("</table>")],
+    )
     assert [row[0] for row in rows] == ["discs &lt;b&gt;", "same", "better"]  # the lowest first
     assert rows[0][1] == "59.4" and rows[2][1:] == ("100.0", "100.0", "100.0")
     assert "3 categories" in text and "average of all 3" in text
@@ -260,12 +314,18 @@ def test_a_category_that_is_measured_is_not_kept(many, run, monkeypatch):
     assert run("benchmark_performance", *many) == 0 and len(seen) == 3
 
 
-def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_says_the_lowest(many, run, capsys):
+def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_says_the_lowest(
+    many, run, capsys
+):
     assert run("benchmark_performance", *many) == 0
     said, written = capsys.readouterr().out, (many[0] / "score_combine_result.txt").read_text()
-    assert re.findall(r"^(.*):\n\('patchhist',\) AUC: [\d.]+ [\d.]+$", written, re.MULTILINE) == ["BETTER", "DISCS <B>", "SAME"]
+    assert re.findall(r"^(.*):\n\('patchhist',\) AUC: [\d.]+ [\d.]+$", written, re.MULTILINE) == [
+        "BETTER",
+        "DISCS <B>",
+        "SAME",
+    ]
     lowest = "the lowest 1 of 3 categories, fused branches, image AUROC in percent\n"
-    assert lowest in written and written[written.index(lowest):].splitlines()[2].startswith("discs <b>")
+    assert lowest in written and written[written.index(lowest) :].splitlines()[2].startswith("discs <b>")
     assert lowest in said and "BETTER:" not in said and "average ('patchhist', 'LGST')" in said
 
 
@@ -274,14 +334,18 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
     assert run("benchmark_performance", *many) == 0
     path = many[0] / "anomaly_score/same_metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": {"patchhist": 0.25}}))
-    contents = {path.stem: json.loads(path.read_text()) for path in (many[0] / "anomaly_score").glob("*_metrics.json")}
+    contents = {
+        path.stem: json.loads(path.read_text()) for path in (many[0] / "anomaly_score").glob("*_metrics.json")
+    }
     said = script.overview(contents)
     own = np.mean([content["detection"]["fused"]["logical"]["auroc"] for content in contents.values()])
     assert any(line.startswith(f"average ('fused',) logical {own:.3f}") for line in said)
     assert "fused: patchhist 0.25 (sum) in same" in said
     assert run("report", *many) == 0
     page = (many[0] / "report.html").read_text()  # of so many, the lowest in full
-    assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(rf"<td>fused</td><td>{own:.1f}</td>", page)
+    assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(
+        rf"<td>fused</td><td>{own:.1f}</td>", page
+    )
 
 
 def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
@@ -299,6 +363,7 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
         lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split]
         np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
         return script.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
+
     monkeypatch.setattr(script.localisation, "measure", measure)
     both = script.where(category, workspace, {"patchhist": 1.0, "LGST": 1.0}, None)
     assert both["logical"]["pixel_auroc"] == 60 and "has no map" in both["logical"]["note"]
@@ -307,16 +372,22 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
 def test_averages_are_of_what_was_measured_and_say_so():
     def detection(logical, structural):
         return {"logical": {"auroc": logical}, "structural": {"auroc": structural}}
+
     average = SCRIPTS["benchmark_performance"].average
     assert average("x", [detection(80.0, float("nan")), detection(90.0, 70.0)]) == (
-        "average x logical 85.000 structural 70.000 mean 77.500 (structural of 1 of 2)")
+        "average x logical 85.000 structural 70.000 mean 77.500 (structural of 1 of 2)"
+    )
     assert average("x", [detection(80.0, 60.0), detection(90.0, 70.0)]).endswith("mean 75.000")
-    runs = [{"a": {"logical": 80.0, "structural": nan}, "b": {"logical": 90.0, "structural": 70.0 + seed}}
-            for seed, nan in enumerate([float("nan")] * 2)]
+    runs = [
+        {"a": {"logical": 80.0, "structural": nan}, "b": {"logical": 90.0, "structural": 70.0 + seed}}
+        for seed, nan in enumerate([float("nan")] * 2)
+    ]
     found = seeds.over_seeds(runs)
     assert found["average"]["structural"] == (70.5, pytest.approx(0.5**0.5), "1 of 2 categories")
     assert found["average"]["logical"] == (85, 0, "")
-    assert any("70.500" in line and line.endswith("(1 of 2 categories)") for line in seeds.table(found, [0, 1]))
+    assert any(
+        "70.500" in line and line.endswith("(1 of 2 categories)") for line in seeds.table(found, [0, 1])
+    )
     assert found["a"]["structural"].note == "0 of 2 seeds"
 
 
@@ -331,15 +402,23 @@ class OneDefectOfBothKinds:
 
 
 def test_a_defect_that_is_logical_and_structural_is_measured_as_each():
-    scores = {"good": np.array([0.0, 1]), "logical_anomalies": np.array([2.0, 3]), "structural_anomalies": np.array([-1.0, -2])}
+    scores = {
+        "good": np.array([0.0, 1]),
+        "logical_anomalies": np.array([2.0, 3]),
+        "structural_anomalies": np.array([-1.0, -2]),
+    }
     found = SCRIPTS["benchmark_performance"].single_defects(OneDefectOfBothKinds(), {"memory": scores})
     assert {name: (one["kind"], one["auroc"]["memory"]) for name, one in found.items()} == {
-        "logical anomaly": ("logical", 100.0), "structural anomaly": ("structural", 0.0)}
+        "logical anomaly": ("logical", 100.0),
+        "structural anomaly": ("structural", 0.0),
+    }
 
 
 def test_roc_figure_reaches_both_corners():
     figure = figures.roc({"both": np.array([0, 1, 2])}, {"both": np.array([1.5, 3])}, 'a "label"')
-    points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', figure)[1].split()]
+    points = [
+        tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', figure)[1].split()
+    ]
     assert points[0] == (figures._x(0), figures._y(0))
     assert points[-1] == (figures._x(1), figures._y(1))
     assert "a &#34;label&#34;" in figure
@@ -365,23 +444,42 @@ def test_one_far_score_leaves_those_near_the_threshold_apart():
 
 def test_colours_can_be_told_apart_by_colour_blind_people():
     """Simulated as Machado, Oliveira and Fernandes (2009) do for the whole loss of one kind of cone, compared in CIE Lab."""
-    blind = {"protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-             "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]}
+    blind = {
+        "protanopia": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deuteranopia": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+    }
     style = (Path(figures.__file__).parent / "page.css").read_text()
     themes = style.split("@media (prefers-color-scheme: dark)")
     groups = [[images.label_colour(label) for label in range(1, 8)]]
     for theme in (themes[0], themes[1]):
         variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
-        groups += [[variables[name] for name in names] for names in (
-            ("good", "logical", "structural"), ("fused", "patchhist", "LGST", "memory", "DFM"))]
+        groups += [
+            [variables[name] for name in names]
+            for names in (("good", "logical", "structural"), ("fused", "patchhist", "LGST", "memory", "DFM"))
+        ]
     for group in groups:
-        colours = np.array([[int(colour[index:index + 2], 16) / 255 for index in (1, 3, 5)] for colour in group])
+        colours = np.array(
+            [[int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)] for colour in group]
+        )
         linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
         for matrix in (np.eye(3), *map(np.array, blind.values())):
             seen = np.clip(linear @ matrix.T, 0, 1)
-            xyz = seen @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+            xyz = (
+                seen
+                @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+            )
             root = np.cbrt(xyz / [0.9505, 1.0, 1.089])
-            lab = np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], 1)
+            lab = np.stack(
+                [116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], 1
+            )
             apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
             assert apart.min() > 12, (group, apart.min())
 
@@ -406,8 +504,17 @@ def test_outlines_and_overlays_keep_the_image_elsewhere():
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium: the one on this machine, or playwright's own."""
-    api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])")
-    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])"
+    )
+    path = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     with api.sync_playwright() as started:
         try:
             opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -423,12 +530,18 @@ def opened(browser, page):
     pages, wrong = [], []
 
     def open_page(width=1280, scheme="light", script=True):
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, java_script_enabled=script)
+        context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, java_script_enabled=script
+        )
         shown = context.new_page()
         shown.on("console", lambda message: wrong.append(message.text))
         shown.on("pageerror", lambda problem: wrong.append(str(problem)))
-        shown.on("request", lambda request: wrong.append(request.url)
-                 if not request.url.startswith(("file:", "data:")) else None)
+        shown.on(
+            "request",
+            lambda request: (
+                wrong.append(request.url) if not request.url.startswith(("file:", "data:")) else None
+            ),
+        )
         shown.goto(page.as_uri())
         pages.append(context)
         return shown
@@ -441,8 +554,11 @@ def opened(browser, page):
 
 def visible(shown) -> list[str]:
     cards = shown.locator(".card")
-    return [cards.nth(index).get_attribute("data-name") + " " + cards.nth(index).get_attribute("data-split")
-            for index in range(cards.count()) if cards.nth(index).is_visible()]
+    return [
+        cards.nth(index).get_attribute("data-name") + " " + cards.nth(index).get_attribute("data-split")
+        for index in range(cards.count())
+        if cards.nth(index).is_visible()
+    ]
 
 
 def test_in_a_browser_sorting_and_filtering_work(opened):
@@ -454,7 +570,11 @@ def test_in_a_browser_sorting_and_filtering_work(opened):
     again = [float(card.get_attribute("data-score")) for card in shown.locator(".card").all()]
     assert again == scores[::-1]
     shown.locator("#sort").select_option("error")
-    assert [card.get_attribute("data-error") for card in shown.locator(".card").all()][:3] == ["missed", "missed", "false-alarm"]
+    assert [card.get_attribute("data-error") for card in shown.locator(".card").all()][:3] == [
+        "missed",
+        "missed",
+        "false-alarm",
+    ]
 
     shown.get_by_text("structural", exact=True).and_(shown.locator("label")).click()
     assert len(visible(shown)) == 4
@@ -465,7 +585,11 @@ def test_in_a_browser_sorting_and_filtering_work(opened):
         label.click()
     shown.locator("#from").fill("10")
     assert 0 < len(visible(shown)) < 12
-    assert all(float(card.get_attribute("data-score")) >= 10 for card in shown.locator(".card").all() if card.is_visible())
+    assert all(
+        float(card.get_attribute("data-score")) >= 10
+        for card in shown.locator(".card").all()
+        if card.is_visible()
+    )
 
 
 def test_in_a_browser_without_script_all_but_sorting_works(opened):
@@ -481,15 +605,20 @@ def test_in_a_browser_it_fits_a_phone_and_follows_the_dark(opened, tmp_path):
     assert phone.evaluate("document.documentElement.scrollWidth") == 390
     # The first table's figures are to be seen without moving it.
     table = phone.locator(".scroll").first
-    assert table.evaluate("table => table.scrollWidth <= table.clientWidth") and table.locator("td").count() == 3
+    assert (
+        table.evaluate("table => table.scrollWidth <= table.clientWidth") and table.locator("td").count() == 3
+    )
     for cell in table.locator("td").all():
         box = cell.bounding_box()
         assert 0 <= box["x"] and box["x"] + box["width"] <= 390 and box["y"] + box["height"] < 844
-    light_paper, dark_paper = (shown.evaluate("getComputedStyle(document.body).backgroundColor") for shown in (phone, dark))
+    light_paper, dark_paper = (
+        shown.evaluate("getComputedStyle(document.body).backgroundColor") for shown in (phone, dark)
+    )
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (light_paper, dark_paper)]
     assert brightness[0] > 600 > 150 > brightness[1]
     # A screenshot of the cards shows pictures, not empty frames.
     import cv2
+
     picture = phone.locator(".card img").first
     picture.scroll_into_view_if_needed()
     shot = cv2.imdecode(np.frombuffer(picture.screenshot(), np.uint8), cv2.IMREAD_COLOR)

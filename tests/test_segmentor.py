@@ -13,17 +13,24 @@ PUBLISHED_CHANNELS, PUBLISHED_WIDTH, PREFIX = (256, 512, 1024), 256, "segmentor.
 
 
 def encoder_maps(channels, batch=2, side=64):
-    return tuple(torch.rand(batch, count, side // fraction, side // fraction)
-                 for count, fraction in zip(channels, (4, 8, 16)))
+    return tuple(
+        torch.rand(batch, count, side // fraction, side // fraction)
+        for count, fraction in zip(channels, (4, 8, 16))
+    )
 
 
 def test_state_dict_has_the_published_names_shapes_types_and_order():
     specification = json.loads((REFERENCE / "fused_model_state_dict.json").read_text())
-    published = {key.removeprefix(PREFIX): (shape, dtype) for key, (shape, dtype) in specification.items()
-                 if key.startswith(PREFIX)}
+    published = {
+        key.removeprefix(PREFIX): (shape, dtype)
+        for key, (shape, dtype) in specification.items()
+        if key.startswith(PREFIX)
+    }
     classes = published["fc2.conv3.bias"][0][0]
     state = Segmentor(PUBLISHED_CHANNELS, PUBLISHED_WIDTH, classes).state_dict()
-    found = {key: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()}
+    found = {
+        key: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()
+    }
     assert found == published
     assert list(found) == list(published)
 
@@ -54,6 +61,7 @@ def test_every_parameter_learns():
 
 # Losses
 
+
 @pytest.fixture
 def case(reference):
     data = reference("segmentation_losses")
@@ -79,7 +87,9 @@ def test_plain_cross_entropy_takes_the_logits_as_they_are(case):
     inputs, _ = case
     logits, target = inputs["logits"], inputs["target"][:, 0]
     by_hand = -logits.log_softmax(1).gather(1, target[:, None]).mean()
-    assert segmentors.cross_entropy(logits, target, softmax_twice=False).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert segmentors.cross_entropy(logits, target, softmax_twice=False).item() == pytest.approx(
+        by_hand.item(), rel=1e-6
+    )
 
 
 def test_dice_pays_no_attention_to_classes_that_the_batch_lacks():
@@ -98,7 +108,9 @@ def test_dice_weighs_rare_classes_more():
     rare_missed[:, :, 0, :2] = torch.tensor([1.0, 0.0]).view(1, 2, 1)
     common_missed = right.clone()
     common_missed[:, :, 1, :2] = torch.tensor([0.0, 1.0]).view(1, 2, 1)
-    assert segmentors.balanced_dice_loss(rare_missed, target) > segmentors.balanced_dice_loss(common_missed, target)
+    assert segmentors.balanced_dice_loss(rare_missed, target) > segmentors.balanced_dice_loss(
+        common_missed, target
+    )
 
 
 def test_histogram_loss_compares_amounts_and_not_places():
@@ -121,8 +133,12 @@ def test_every_loss_has_finite_gradients_for_extreme_logits():
     logits = (torch.tensor([80.0, -80.0, 0.0]).view(1, 3, 1, 1) * torch.ones(2, 3, 4, 4)).requires_grad_()
     target = torch.ones(2, 4, 4, dtype=torch.int64)
     probabilities = logits.softmax(1)
-    total = (segmentors.cross_entropy(logits, target, False) + segmentors.focal_loss(probabilities, target)
-             + segmentors.balanced_dice_loss(probabilities, target) + segmentors.histogram_loss(probabilities, target)
-             + segmentors.entropy_loss(probabilities))
+    total = (
+        segmentors.cross_entropy(logits, target, False)
+        + segmentors.focal_loss(probabilities, target)
+        + segmentors.balanced_dice_loss(probabilities, target)
+        + segmentors.histogram_loss(probabilities, target)
+        + segmentors.entropy_loss(probabilities)
+    )
     total.backward()
     assert torch.isfinite(logits.grad).all()

@@ -57,8 +57,15 @@ class BrightEngine:
     branches, size = ["patchhist", "LGST"], SIZE
 
     def __init__(self, seconds: float = 0.0, **metadata):
-        self.metadata = {"validation_scores": [float(value) for value in range(1, 101)], "histogram": {
-            "mean": FLAT, "std": [0.1] * 2, "quarter_mean": [FLAT] * 4, "quarter_std": [[0.1] * 2] * 4}} | metadata
+        self.metadata = {
+            "validation_scores": [float(value) for value in range(1, 101)],
+            "histogram": {
+                "mean": FLAT,
+                "std": [0.1] * 2,
+                "quarter_mean": [FLAT] * 4,
+                "quarter_std": [[0.1] * 2] * 4,
+            },
+        } | metadata
         self.seconds, self.batches = seconds, []
         self.has_maps = self.metadata.get("with_map", True)
 
@@ -73,7 +80,13 @@ class BrightEngine:
         score = self.score(batch)
         maps = np.zeros((len(batch), 2, MAP_SIZE, MAP_SIZE), np.float32)
         maps[:, 1, 16, 32] = 2
-        return Prediction(score, np.stack([0 * score, score], 1), maps.max(1), maps, np.zeros((len(batch), SIZE, SIZE), np.uint8))
+        return Prediction(
+            score,
+            np.stack([0 * score, score], 1),
+            maps.max(1),
+            maps,
+            np.zeros((len(batch), SIZE, SIZE), np.uint8),
+        )
 
 
 def picture(value: int | np.ndarray = 50, kind: str = "PNG", size=(80, 60), **options) -> bytes:
@@ -89,7 +102,9 @@ def station():
     clients = []
 
     def start(engines=None, log=None, **options):
-        app = create_app(engines or {"bright": BrightEngine()}, Options(**{"batch_wait_ms": 0} | options), log)
+        app = create_app(
+            engines or {"bright": BrightEngine()}, Options(**{"batch_wait_ms": 0} | options), log
+        )
         clients.append(testclient.TestClient(app, raise_server_exceptions=False).__enter__())
         return clients[-1]
 
@@ -99,7 +114,10 @@ def station():
 
 
 def test_answers_are_predicts_lines(station):
-    engine, content = BrightEngine(), picture(np.random.default_rng(0).integers(90, 255, (60, 80, 3), dtype=np.uint8))
+    engine, content = (
+        BrightEngine(),
+        picture(np.random.default_rng(0).integers(90, 255, (60, 80, 3), dtype=np.uint8)),
+    )
     client = station({"bright": engine})
     raw = client.post("/score?name=a.png", content=content)
     form = client.post("/score", files={"anything": ("C:\\lines\\a.png", content, "image/png")})
@@ -108,29 +126,52 @@ def test_answers_are_predicts_lines(station):
     line = json.loads(json.dumps(judge([read], engine, 100.0)[0].as_json()))
     answer = raw.json()
     assert answer == line | {"model": "bright", "threshold_words": answer["threshold_words"]}
-    assert answer["verdict"] == "anomalous" and answer["threshold"] == 100 and "1 good part in 101" in answer["threshold_words"]
+    assert (
+        answer["verdict"] == "anomalous"
+        and answer["threshold"] == 100
+        and "1 good part in 101" in answer["threshold_words"]
+    )
     assert answer["findings"] == ["component 1 is missing", "unusual surface at x 40, y 15"]
 
 
 def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     make, kinds = onnx.helper, onnx.TensorProto
-    graph = make.make_graph([
-        make.make_node("Cast", ["images"], ["float"], to=kinds.FLOAT),
-        make.make_node("ReduceMean", ["float", "axes"], ["score"], keepdims=0)],
-        "mean", [make.make_tensor_value_info("images", kinds.UINT8, ["B", 3, SIZE, SIZE])],
-        [make.make_tensor_value_info("score", kinds.FLOAT, ["B"])], [make.make_tensor("axes", kinds.INT64, [3], [1, 2, 3])])
+    graph = make.make_graph(
+        [
+            make.make_node("Cast", ["images"], ["float"], to=kinds.FLOAT),
+            make.make_node("ReduceMean", ["float", "axes"], ["score"], keepdims=0),
+        ],
+        "mean",
+        [make.make_tensor_value_info("images", kinds.UINT8, ["B", 3, SIZE, SIZE])],
+        [make.make_tensor_value_info("score", kinds.FLOAT, ["B"])],
+        [make.make_tensor("axes", kinds.INT64, [3], [1, 2, 3])],
+    )
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
-    known = {"format_version": csad.FORMAT_VERSION, "raw_input": True, "with_map": False,
-             "validation_scores": [float(value) for value in range(1, 101)]}
+    known = {
+        "format_version": csad.FORMAT_VERSION,
+        "raw_input": True,
+        "with_map": False,
+        "validation_scores": [float(value) for value in range(1, 101)],
+    }
     make.set_model_props(model, {METADATA_KEY: json.dumps(known)})
     onnx.save(model, tmp_path / "mean.onnx")
     rng = np.random.default_rng(3)
     for index, kind in enumerate(("PNG", "JPEG", "BMP", "PNG", "TIFF")):
         pixels = rng.integers(40 * index, 255, (60 + index, 80, 3), dtype=np.uint8)
         (tmp_path / f"{index}.{kind.lower()}").write_bytes(picture(pixels, kind))
-    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path), "--model", str(tmp_path / "mean.onnx"),
-                                      "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "predict.py",
+            str(tmp_path),
+            "--model",
+            str(tmp_path / "mean.onnx"),
+            "--output",
+            str(tmp_path / "out"),
+        ],
+    )
     with pytest.raises(SystemExit):
         predict.main()
     client = station({"mean": open_model(tmp_path / "mean.onnx", "cpu")})
@@ -138,7 +179,10 @@ def test_scores_of_an_onnx_file_equal_predicts(station, tmp_path, monkeypatch):
     assert len(lines) == 5 and {line["verdict"] for line in lines} == {"anomalous"}
     for line in lines:
         answer = client.post("/score", content=Path(line["image"]).read_bytes()).json()
-        assert answer["score"] == pytest.approx(line["score"], abs=1e-6) and answer["threshold"] == line["threshold"]
+        assert (
+            answer["score"] == pytest.approx(line["score"], abs=1e-6)
+            and answer["threshold"] == line["threshold"]
+        )
 
 
 def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(station):
@@ -149,7 +193,9 @@ def test_an_overlay_shows_three_pictures_and_what_another_threshold_would_find(s
     kind, _, data = answer["overlay"].partition(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/png;base64" and shown.size == (3 * 80 + 2 * 4, 60)
-    scores_only = station({"flat": BrightEngine(with_map=False)}).post("/score?overlay=1", content=picture(50)).json()
+    scores_only = (
+        station({"flat": BrightEngine(with_map=False)}).post("/score?overlay=1", content=picture(50)).json()
+    )
     assert scores_only["overlay"] is None and scores_only["score"] == 50
 
 
@@ -158,7 +204,12 @@ def test_several_models_by_name(station):
     assert client.post("/score?model=a", content=picture()).json()["verdict"] == "normal"
     answer = client.post("/score?model=b", content=picture()).json()
     assert (answer["verdict"], answer["threshold_words"]) == ("anomalous", "set in the model")
-    for query, status in (("", 422), ("?model=c", 404), ("?model=../a", 404), ("?overlay=perhaps&model=a", 422)):
+    for query, status in (
+        ("", 422),
+        ("?model=c", 404),
+        ("?model=../a", 404),
+        ("?overlay=perhaps&model=a", 422),
+    ):
         answer = client.post(f"/score{query}", content=picture())
         assert answer.status_code == status and answer.json()["error"]
     described = client.get("/models").json()["models"]
@@ -169,7 +220,11 @@ def test_a_score_that_is_not_finite_is_undecided(station):
     client = station()
     answer = client.post("/score?overlay=1", content=picture(0))
     assert answer.status_code == 200
-    assert answer.json()["verdict"] == "undecided" and answer.json()["score"] is None and answer.json()["problem"]
+    assert (
+        answer.json()["verdict"] == "undecided"
+        and answer.json()["score"] is None
+        and answer.json()["problem"]
+    )
     assert 'csad_verdicts_total{model="bright",verdict="undecided"} 1.0' in client.get("/metrics").text
 
 
@@ -179,7 +234,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png_bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def hostile() -> dict[str, bytes]:
@@ -193,23 +253,45 @@ def hostile() -> dict[str, bytes]:
     for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000"):
         buffer = io.BytesIO()
         noise.save(buffer, kind)
-        kinds[f"half a {kind}"] = buffer.getvalue()[:len(buffer.getvalue()) // 2]
+        kinds[f"half a {kind}"] = buffer.getvalue()[: len(buffer.getvalue()) // 2]
     return kinds | {
-        "empty": b"", "one byte": b"\x00", "zeros": bytes(5000), "noise": rng.bytes(5000), "text": b"hello",
+        "empty": b"",
+        "one byte": b"\x00",
+        "zeros": bytes(5000),
+        "noise": rng.bytes(5000),
+        "text": b"hello",
         "path": b"/etc/passwd",
-        "url": b"http://127.0.0.1/x.png", "html": b"<html><script>alert(1)</script>", "json": b'{"image": "/etc/passwd"}',
-        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "pdf": b"%PDF-1.7\n",
-        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "zip": b"PK\x03\x04" + bytes(60),
+        "url": b"http://127.0.0.1/x.png",
+        "html": b"<html><script>alert(1)</script>",
+        "json": b'{"image": "/etc/passwd"}',
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "pdf": b"%PDF-1.7\n",
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "zip": b"PK\x03\x04" + bytes(60),
         "gzip": b"\x1f\x8b\x08" + bytes(60),
-        "pickle": b"\x80\x04\x95\x10\x00\x00\x00cos\nsystem\n.", "elf": b"\x7fELF" + bytes(60), "only magic": good[:8],
-        "header alone": good[:33], "wrong checksum": good[:29] + b"\0\0\0\0" + good[33:], "twice cut": good[:40] + good[50:],
-        "jpeg magic": jpeg[:3], "jpeg noise": jpeg[:20] + rng.bytes(500), "tiff offset": tiff[:4] + b"\xff" * 4,
-        "bomb": png_bomb(30000, 30000), "small bomb": png_bomb(9000, 9000), "long bomb": png_bomb(2**31 - 1, 1),
-        "no pixels": png_bomb(0, 0), "bmp sizes": b"BM" + b"\xff" * 60, "gif frames": animated.getvalue(),
-        "ppm bomb": b"P6 99999 99999 255\n", "ppm word": b"P6 a b c\n",
+        "pickle": b"\x80\x04\x95\x10\x00\x00\x00cos\nsystem\n.",
+        "elf": b"\x7fELF" + bytes(60),
+        "only magic": good[:8],
+        "header alone": good[:33],
+        "wrong checksum": good[:29] + b"\0\0\0\0" + good[33:],
+        "twice cut": good[:40] + good[50:],
+        "jpeg magic": jpeg[:3],
+        "jpeg noise": jpeg[:20] + rng.bytes(500),
+        "tiff offset": tiff[:4] + b"\xff" * 4,
+        "bomb": png_bomb(30000, 30000),
+        "small bomb": png_bomb(9000, 9000),
+        "long bomb": png_bomb(2**31 - 1, 1),
+        "no pixels": png_bomb(0, 0),
+        "bmp sizes": b"BM" + b"\xff" * 60,
+        "gif frames": animated.getvalue(),
+        "ppm bomb": b"P6 99999 99999 255\n",
+        "ppm word": b"P6 a b c\n",
         "pfm nan": b"Pf\n2 2\n-1\n" + struct.pack("<4f", *[float("nan")] * 4),
-        "webp riff": b"RIFF\xff\xff\xff\xffWEBPVP8 " + bytes(30), "icon": b"\0\0\1\0" + bytes(60),
-        "qoi bomb": b"qoif" + struct.pack(">II", 60000, 60000) + b"\3\0", "psd": b"8BPS" + bytes(60)}
+        "webp riff": b"RIFF\xff\xff\xff\xffWEBPVP8 " + bytes(30),
+        "icon": b"\0\0\1\0" + bytes(60),
+        "qoi bomb": b"qoif" + struct.pack(">II", 60000, 60000) + b"\3\0",
+        "psd": b"8BPS" + bytes(60),
+    }
 
 
 def test_hostile_bodies_get_a_sentence_and_the_station_lives(station, caplog):
@@ -217,7 +299,10 @@ def test_hostile_bodies_get_a_sentence_and_the_station_lives(station, caplog):
     bodies = hostile()
     assert len(bodies) >= 40
     for name, body in bodies.items():
-        for answer in (client.post("/score", content=body), client.post("/score?overlay=1", files={"file": ("x.png", body)})):
+        for answer in (
+            client.post("/score", content=body),
+            client.post("/score?overlay=1", files={"file": ("x.png", body)}),
+        ):
             assert answer.status_code in (413, 415, 422), (name, answer.status_code, answer.text)
             assert set(answer.json()) == {"error"}, name
             assert not re.search(r"Traceback|0x[0-9a-f]{6}|/tmp|\.py|<_io", answer.text), answer.text
@@ -230,15 +315,22 @@ FORM = "multipart/form-data; boundary=a"
 TEXT_PART = b'--a\r\ncontent-disposition: form-data; name="f"\r\n\r\ntext\r\n--a--\r\n'
 
 
-@pytest.mark.parametrize("headers, body, status", [
-    ({"content-type": "multipart/form-data"}, b"x", 400), ({"content-type": "multipart/form-data; boundary="}, b"x", 400),
-    ({"content-type": FORM}, b"no boundary here", 400), ({"content-type": FORM}, TEXT_PART, 422),
-    ({"content-type": FORM + "; charset=base64"}, TEXT_PART, (400, 422)),
-    ({"content-type": FORM}, b"--a\r\n" + b"x" * 60_000 + b"\r\n", 400),
-    ({"content-type": "multipart/form-data; boundary=" + "a" * 9000}, b"--a", 400),
-    ({"content-type": "\xff\xfe"}, b"x", 415), ({"x-large": "a" * 50_000}, b"x", 415), ({}, b"a" * 200_001, 413),
-    ({"transfer-encoding": "chunked"}, "chunks", 413),
-])
+@pytest.mark.parametrize(
+    "headers, body, status",
+    [
+        ({"content-type": "multipart/form-data"}, b"x", 400),
+        ({"content-type": "multipart/form-data; boundary="}, b"x", 400),
+        ({"content-type": FORM}, b"no boundary here", 400),
+        ({"content-type": FORM}, TEXT_PART, 422),
+        ({"content-type": FORM + "; charset=base64"}, TEXT_PART, (400, 422)),
+        ({"content-type": FORM}, b"--a\r\n" + b"x" * 60_000 + b"\r\n", 400),
+        ({"content-type": "multipart/form-data; boundary=" + "a" * 9000}, b"--a", 400),
+        ({"content-type": "\xff\xfe"}, b"x", 415),
+        ({"x-large": "a" * 50_000}, b"x", 415),
+        ({}, b"a" * 200_001, 413),
+        ({"transfer-encoding": "chunked"}, "chunks", 413),
+    ],
+)
 def test_hostile_requests_get_a_sentence(station, headers, body, status):
     client = station(max_body_bytes=200_000)
     content = (bytes(1000) for _ in range(300)) if body == "chunks" else body
@@ -249,20 +341,36 @@ def test_hostile_requests_get_a_sentence(station, headers, body, status):
     assert client.get("/health").json() == {"status": "ok", "models": 1}
 
 
-@pytest.mark.parametrize("given, name", [
-    ("../../etc/passwd", "passwd"), ("C:\\a\\b.png", "b.png"), ("", "unnamed"), ("..", "unnamed"), ("a/", "a"),
-    ("a\r\nSet-Cookie: x\0.png", "aSet-Cookie: x.png"), ("\u202egnp.exe", "gnp.exe"), ("x" * 500, "x" * 200),
-    ("\ud800.png", ".png"),
-    ("Schraube ü.png", "Schraube ü.png")])
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\a\\b.png", "b.png"),
+        ("", "unnamed"),
+        ("..", "unnamed"),
+        ("a/", "a"),
+        ("a\r\nSet-Cookie: x\0.png", "aSet-Cookie: x.png"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("x" * 500, "x" * 200),
+        ("\ud800.png", ".png"),
+        ("Schraube ü.png", "Schraube ü.png"),
+    ],
+)
 def test_names_of_pictures_are_names_alone(given, name):
     assert str(plain_name(given)) == name
 
 
 def test_other_addresses_and_methods_get_a_sentence(station):
     client = station()
-    for method, path, status in (("GET", "/score", 405), ("POST", "/", 405), ("GET", "/../serve.py", 404),
-                                 ("GET", "/app.js/..%2f", 404), ("GET", "/page/index.html", 404), ("DELETE", "/models", 405),
-                                 ("GET", "/docs/x", 404)):
+    for method, path, status in (
+        ("GET", "/score", 405),
+        ("POST", "/", 405),
+        ("GET", "/../serve.py", 404),
+        ("GET", "/app.js/..%2f", 404),
+        ("GET", "/page/index.html", 404),
+        ("DELETE", "/models", 405),
+        ("GET", "/docs/x", 404),
+    ):
         answer = client.request(method, path)
         assert (answer.status_code, set(answer.json())) == (status, {"error"}), path
     page = client.get("/")
@@ -286,12 +394,28 @@ def test_the_token_is_wanted_everywhere_but_for_page_and_health(station):
     client = station(token="secret")
     for path in ("/", "/app.js", "/style.css", "/health"):
         assert client.get(path).status_code == 200
-    for headers in ({}, {"Authorization": "secret"}, {"Authorization": "Bearer secre"}, {"Authorization": b"Bearer secr\xe9t"},
-                    {"Authorization": "Basic secret"}):
-        for answer in (client.post("/score", content=picture(), headers=headers), client.get("/models", headers=headers),
-                       client.get("/metrics", headers=headers), client.get("/openapi.json", headers=headers)):
-            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and "secret" not in answer.text
-    assert client.post("/score", content=picture(), headers={"Authorization": "Bearer secret"}).status_code == 200
+    for headers in (
+        {},
+        {"Authorization": "secret"},
+        {"Authorization": "Bearer secre"},
+        {"Authorization": b"Bearer secr\xe9t"},
+        {"Authorization": "Basic secret"},
+    ):
+        for answer in (
+            client.post("/score", content=picture(), headers=headers),
+            client.get("/models", headers=headers),
+            client.get("/metrics", headers=headers),
+            client.get("/openapi.json", headers=headers),
+        ):
+            assert (
+                answer.status_code == 401
+                and answer.headers["www-authenticate"] == "Bearer"
+                and "secret" not in answer.text
+            )
+    assert (
+        client.post("/score", content=picture(), headers={"Authorization": "Bearer secret"}).status_code
+        == 200
+    )
 
 
 def test_requests_that_come_together_are_scored_together(station):
@@ -299,7 +423,9 @@ def test_requests_that_come_together_are_scored_together(station):
     client = station({"bright": engine}, batch_size=4)
     with ThreadPoolExecutor(8) as clients:
         values = [*range(60, 76)]
-        answers = list(clients.map(lambda value: client.post("/score", content=picture(value)).json(), values))
+        answers = list(
+            clients.map(lambda value: client.post("/score", content=picture(value)).json(), values)
+        )
     assert [answer["score"] for answer in answers] == values
     assert max(engine.batches) == 4 and len(engine.batches) < 12
 
@@ -328,8 +454,21 @@ def test_a_body_that_does_not_arrive_is_a_408():
             sent.append(message)
 
         app = create_app({"bright": BrightEngine()}, Options(body_seconds=0.1))
-        await app({"type": "http", "method": "POST", "path": "/score", "raw_path": b"/score", "query_string": b"", "headers": [],
-                   "http_version": "1.1", "scheme": "http", "root_path": ""}, receive, send)
+        await app(
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/score",
+                "raw_path": b"/score",
+                "query_string": b"",
+                "headers": [],
+                "http_version": "1.1",
+                "scheme": "http",
+                "root_path": "",
+            },
+            receive,
+            send,
+        )
         return sent
 
     begin, body, *_ = asyncio.run(slow())
@@ -391,7 +530,9 @@ def health_of(port: int) -> bytes:
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 
-@pytest.mark.parametrize("sent, answer", [(b"", b""), (b"G", b""), (HEAD, b""), (HEAD + b"\r\n" + HEAD, b"HTTP/1.1 200 ")])
+@pytest.mark.parametrize(
+    "sent, answer", [(b"", b""), (b"G", b""), (HEAD, b""), (HEAD + b"\r\n" + HEAD, b"HTTP/1.1 200 ")]
+)
 def test_headers_that_do_not_arrive_end_the_connection(listening_station, sent, answer):
     port = listening_station()
     with sent_to(port, sent) as client:
@@ -402,12 +543,17 @@ def test_headers_that_do_not_arrive_end_the_connection(listening_station, sent, 
     assert health_of(port).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("begin, more", [
-    (HEAD, b"x: y\r\n"), (HEAD + b"\r\n" + HEAD, b"x: y\r\n"),
-    (b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
-    (b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
-    (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x")])
+@pytest.mark.parametrize(
+    "begin, more",
+    [
+        (HEAD, b"x: y\r\n"),
+        (HEAD + b"\r\n" + HEAD, b"x: y\r\n"),
+        (b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        (b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b"x"),
+    ],
+)
 def test_what_trickles_for_ever_ends(listening_station, monkeypatch, begin, more):
     monkeypatch.setattr(connections, "BODY_GRACE_SECONDS", 0.5)
     port = listening_station()
@@ -433,8 +579,10 @@ def test_an_answer_that_nobody_takes_ends_the_connection(listening_station):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(20)
         client.connect(("127.0.0.1", port))
-        request = (b"POST /score?overlay=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(noise)
-                   + noise)
+        request = (
+            b"POST /score?overlay=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(noise)
+            + noise
+        )
         with pytest.raises(ConnectionError):  # it asks and never reads until the other side hangs up
             for _ in range(100):
                 client.sendall(request)
@@ -471,6 +619,7 @@ def test_where_every_connection_is_at_work_a_new_one_gets_a_503(listening_statio
 @pytest.mark.parametrize("files, limit", [(1 << 16, 256), (256, 64), (400, 208), (130, 1)])
 def test_connections_stay_below_the_limit_of_open_files(monkeypatch, files, limit):
     import resource
+
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert connections.connection_limit(Options()) == limit
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
@@ -481,6 +630,7 @@ def test_connections_stay_below_the_limit_of_open_files(monkeypatch, files, limi
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of open files")
 def test_more_connections_than_files_leave_the_station_answering_and_its_log_short(started):
     import resource
+
     process, url = started(files=160)
     port = int(url.rstrip("/").rpartition(":")[2])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -517,7 +667,9 @@ def test_a_log_line_of_a_kind_comes_once_a_minute(monkeypatch):
         trouble = sys.exc_info()
 
     def record():
-        return logging.LogRecord("asyncio", logging.ERROR, "x.py", 1, "socket.accept() failed\nsocket: 3", (), trouble)
+        return logging.LogRecord(
+            "asyncio", logging.ERROR, "x.py", 1, "socket.accept() failed\nsocket: 3", (), trouble
+        )
 
     first = record()
     assert quiet.filter(first) and first.exc_info is None
@@ -534,7 +686,9 @@ def test_head_is_get_without_a_body(station, listening_station):
     for path, status in (("/health", 200), ("/", 200), ("/metrics", 200), ("/score", 405), ("/nothing", 404)):
         answer = client.head(path)
         assert (answer.status_code, answer.content) == (status, b"")
-    with sent_to(listening_station(), HEAD.replace(b"GET", b"HEAD") + b"Connection: close\r\n\r\n") as socket_client:
+    with sent_to(
+        listening_station(), HEAD.replace(b"GET", b"HEAD") + b"Connection: close\r\n\r\n"
+    ) as socket_client:
         answer = socket_client.recv(4096)
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
 
@@ -543,32 +697,64 @@ LOOPBACK_ONLY = {"allowed_hosts": frozenset()}
 ELSEWHERE = {"allowed_hosts": frozenset({"station.example", "line-4"}), "any_address": True}
 
 
-@pytest.mark.parametrize("options, host, status", [
-    (LOOPBACK_ONLY, "localhost", 200), (LOOPBACK_ONLY, "LOCALHOST:8000", 200), (LOOPBACK_ONLY, "localhost.:8000", 200),
-    (LOOPBACK_ONLY, "127.0.0.1:8000", 200), (LOOPBACK_ONLY, "127.8.9.1", 200), (LOOPBACK_ONLY, "[::1]:8000", 200),
-    (LOOPBACK_ONLY, "evil.example", 403), (LOOPBACK_ONLY, "127.0.0.1.evil.example:8000", 403),
-    (LOOPBACK_ONLY, "localhost.evil.example", 403), (LOOPBACK_ONLY, "0.0.0.0:8000", 403), (LOOPBACK_ONLY, "192.0.2.7", 403),
-    (LOOPBACK_ONLY, "a@localhost", 403), (LOOPBACK_ONLY, "", 403), (LOOPBACK_ONLY, "localhost:8000:1", 403),
-    (ELSEWHERE, "192.0.2.7:8000", 200), (ELSEWHERE, "[2001:db8::1]:8000", 200), (ELSEWHERE, "localhost", 200),
-    (ELSEWHERE, "Station.Example:443", 200), (ELSEWHERE, "line-4", 200), (ELSEWHERE, "evil.example", 403)])
+@pytest.mark.parametrize(
+    "options, host, status",
+    [
+        (LOOPBACK_ONLY, "localhost", 200),
+        (LOOPBACK_ONLY, "LOCALHOST:8000", 200),
+        (LOOPBACK_ONLY, "localhost.:8000", 200),
+        (LOOPBACK_ONLY, "127.0.0.1:8000", 200),
+        (LOOPBACK_ONLY, "127.8.9.1", 200),
+        (LOOPBACK_ONLY, "[::1]:8000", 200),
+        (LOOPBACK_ONLY, "evil.example", 403),
+        (LOOPBACK_ONLY, "127.0.0.1.evil.example:8000", 403),
+        (LOOPBACK_ONLY, "localhost.evil.example", 403),
+        (LOOPBACK_ONLY, "0.0.0.0:8000", 403),
+        (LOOPBACK_ONLY, "192.0.2.7", 403),
+        (LOOPBACK_ONLY, "a@localhost", 403),
+        (LOOPBACK_ONLY, "", 403),
+        (LOOPBACK_ONLY, "localhost:8000:1", 403),
+        (ELSEWHERE, "192.0.2.7:8000", 200),
+        (ELSEWHERE, "[2001:db8::1]:8000", 200),
+        (ELSEWHERE, "localhost", 200),
+        (ELSEWHERE, "Station.Example:443", 200),
+        (ELSEWHERE, "line-4", 200),
+        (ELSEWHERE, "evil.example", 403),
+    ],
+)
 def test_only_this_machines_names_are_answered(station, options, host, status):
     client = station(**options)
-    for answer in (client.get("/", headers={"Host": host}), client.get("/health", headers={"Host": host}),
-                   client.post("/score", content=picture(), headers={"Host": host})):
+    for answer in (
+        client.get("/", headers={"Host": host}),
+        client.get("/health", headers={"Host": host}),
+        client.post("/score", content=picture(), headers={"Host": host}),
+    ):
         assert answer.status_code == status, answer.text
         if status == 403:
             assert set(answer.json()) == {"error"} and "--allowed_hosts" in answer.text
 
 
-@pytest.mark.parametrize("host, origin, status", [
-    ("127.0.0.1:8000", "http://127.0.0.1:8000", 200), ("localhost", "http://localhost", 200),
-    ("localhost:80", "http://localhost", 200), ("LOCALHOST:8000", "http://localhost:8000", 200),
-    ("[::1]:8000", "http://[::1]:8000", 200), ("127.0.0.1:8000", "https://station.example", 200),
-    ("station.example", "https://station.example", 200), ("127.0.0.1:8000", "http://127.0.0.1:9000", 403),
-    ("127.0.0.1:8000", "http://evil.example", 403), ("127.0.0.1:8000", "null", 403), ("127.0.0.1:8000", "", 403),
-    ("127.0.0.1:8000", "http://evil.example:8000", 403), ("127.0.0.1:8000", "http://127.0.0.1:8000.evil.example", 403),
-    ("127.0.0.1:8000", "file://", 403), ("127.0.0.1:8000", "chrome-extension://127.0.0.1:8000", 403),
-    ("127.0.0.1:8000", "http://evil.example#@127.0.0.1:8000", 403)])
+@pytest.mark.parametrize(
+    "host, origin, status",
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", 200),
+        ("localhost", "http://localhost", 200),
+        ("localhost:80", "http://localhost", 200),
+        ("LOCALHOST:8000", "http://localhost:8000", 200),
+        ("[::1]:8000", "http://[::1]:8000", 200),
+        ("127.0.0.1:8000", "https://station.example", 200),
+        ("station.example", "https://station.example", 200),
+        ("127.0.0.1:8000", "http://127.0.0.1:9000", 403),
+        ("127.0.0.1:8000", "http://evil.example", 403),
+        ("127.0.0.1:8000", "null", 403),
+        ("127.0.0.1:8000", "", 403),
+        ("127.0.0.1:8000", "http://evil.example:8000", 403),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000.evil.example", 403),
+        ("127.0.0.1:8000", "file://", 403),
+        ("127.0.0.1:8000", "chrome-extension://127.0.0.1:8000", 403),
+        ("127.0.0.1:8000", "http://evil.example#@127.0.0.1:8000", 403),
+    ],
+)
 def test_pages_of_other_sites_can_neither_ask_nor_write_the_log(station, tmp_path, host, origin, status):
     log = DailyLog(tmp_path / "line.jsonl")
     client = station(log=log, allowed_hosts=frozenset({"station.example"}))
@@ -581,17 +767,27 @@ def test_pages_of_other_sites_can_neither_ask_nor_write_the_log(station, tmp_pat
 
 def test_pages_under_the_stations_own_name_may_ask_where_any_name_is_allowed(station):
     client = station()
-    assert client.post("/score", content=picture(), headers={"Origin": "http://testserver"}).status_code == 200
-    assert client.post("/score", content=picture(), headers={"Origin": "http://evil.example"}).status_code == 403
+    assert (
+        client.post("/score", content=picture(), headers={"Origin": "http://testserver"}).status_code == 200
+    )
+    assert (
+        client.post("/score", content=picture(), headers={"Origin": "http://evil.example"}).status_code == 403
+    )
 
 
 def test_the_started_station_refuses_other_names(started):
     import httpx
+
     _, url = started()
     with httpx.Client(trust_env=False) as client:
         assert client.get(url + "health").status_code == 200
         assert client.get(url + "health", headers={"Host": "evil.example"}).status_code == 403
-        assert client.post(url + "score", content=picture(), headers={"Origin": "http://evil.example"}).status_code == 403
+        assert (
+            client.post(
+                url + "score", content=picture(), headers={"Origin": "http://evil.example"}
+            ).status_code
+            == 403
+        )
     _, url = started(args=["--allowed_hosts", "station.example", "--port", "0"], log="m.jsonl")
     with httpx.Client(trust_env=False) as client:
         assert client.get(url + "health", headers={"Host": "Station.example:443"}).status_code == 200
@@ -603,7 +799,9 @@ def test_the_started_station_refuses_other_names(started):
             assert client.get(url + "health", headers={"Host": name}).status_code == status
 
 
-def equal_pixels(width: int, height: int, depth: int, colour_type: int, channels: int, value: bytes = b"\xf0") -> bytes:
+def equal_pixels(
+    width: int, height: int, depth: int, colour_type: int, channels: int, value: bytes = b"\xf0"
+) -> bytes:
     """A PNG of one value, small however many pixels it has."""
     compressor = zlib.compressobj(9)
     row = b"\0" + value * (width * channels * depth // 8 // len(value))
@@ -617,15 +815,22 @@ def test_bytes_after_decoding_are_bounded_before_it(station, monkeypatch):
     read = []
     monkeypatch.setattr("csad.station.upload.read_picture", lambda *args: read.append(args))
     deep = np.full((100, 100), 40_000, np.uint16)
-    for name, body in {"RGBA 16": equal_pixels(100, 100, 16, 6, 4), "grey and alpha 16": equal_pixels(100, 100, 16, 4, 2),
-                       "RGB 16": equal_pixels(100, 100, 16, 2, 3)}.items():
+    for name, body in {
+        "RGBA 16": equal_pixels(100, 100, 16, 6, 4),
+        "grey and alpha 16": equal_pixels(100, 100, 16, 4, 2),
+        "RGB 16": equal_pixels(100, 100, 16, 2, 3),
+    }.items():
         answer = client.post("/score?name=a.png", content=body)
         assert answer.status_code == 413 and "100 x 100 pixels" in answer.json()["error"], name
     assert client.post("/score", content=picture(deep[:, :99].repeat(2, 1))).status_code == 413
     assert not read
     monkeypatch.undo()
-    for body in (picture(np.full((100, 100, 4), 200, np.uint8)), picture(deep), picture(200, size=(100, 100)),
-                 equal_pixels(70, 70, 16, 6, 4)):
+    for body in (
+        picture(np.full((100, 100, 4), 200, np.uint8)),
+        picture(deep),
+        picture(200, size=(100, 100)),
+        equal_pixels(70, 70, 16, 6, 4),
+    ):
         assert client.post("/score", content=body).status_code == 200
 
 
@@ -635,10 +840,22 @@ def test_the_small_file_of_very_many_deep_pixels_is_refused(station):
     assert "7000 x 7000 pixels and takes 392 MB when decoded, more than 200" in answer.json()["error"]
 
 
-@pytest.mark.parametrize("kind, dtype, channels, expected", [
-    ("PNG", np.uint16, 1, 3), ("PNG", np.uint8, 1, 3), ("PNG", np.uint8, 4, 4), ("TIFF", np.uint16, 1, 3),
-    ("TIFF", np.float32, 1, 4), ("TIFF", np.int32, 1, 4), ("PPM", np.uint16, 1, 4), ("JPEG", np.uint8, 3, 3),
-    ("WEBP", np.uint8, 4, 4), ("JPEG2000", np.uint16, 1, 3), ("BMP", bool, 1, 3)])
+@pytest.mark.parametrize(
+    "kind, dtype, channels, expected",
+    [
+        ("PNG", np.uint16, 1, 3),
+        ("PNG", np.uint8, 1, 3),
+        ("PNG", np.uint8, 4, 4),
+        ("TIFF", np.uint16, 1, 3),
+        ("TIFF", np.float32, 1, 4),
+        ("TIFF", np.int32, 1, 4),
+        ("PPM", np.uint16, 1, 4),
+        ("JPEG", np.uint8, 3, 3),
+        ("WEBP", np.uint8, 4, 4),
+        ("JPEG2000", np.uint16, 1, 3),
+        ("BMP", bool, 1, 3),
+    ],
+)
 def test_bytes_after_decoding_by_format(kind, dtype, channels, expected):
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((10, 20, channels), dtype).squeeze()).save(buffer, kind)
@@ -661,7 +878,9 @@ def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(sta
     with ThreadPoolExecutor(5) as clients:
         with monkeypatch.context() as patched:
             patched.setattr("csad.station.upload.read_picture", slowly)
-            answers = list(clients.map(lambda _: client.post("/score", content=picture(size=(100, 100))), range(4)))
+            answers = list(
+                clients.map(lambda _: client.post("/score", content=picture(size=(100, 100))), range(4))
+            )
         assert most == [1] and {answer.status_code for answer in answers} == {200}
         begun, release = threading.Event(), threading.Event()
 
@@ -673,7 +892,10 @@ def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(sta
 
         with monkeypatch.context() as patched:
             patched.setattr("csad.station.upload.read_picture", wait_if_large)
-            large = [clients.submit(client.post, "/score?name=large.png", content=picture(size=(100, 100))) for _ in range(4)]
+            large = [
+                clients.submit(client.post, "/score?name=large.png", content=picture(size=(100, 100)))
+                for _ in range(4)
+            ]
             assert begun.wait(20) and client.post("/score", content=picture()).status_code == 200
             release.set()
             assert {one.result().status_code for one in large} == {200}
@@ -682,15 +904,21 @@ def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(sta
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process as Linux tells it")
 def test_the_memory_of_large_pictures_goes_back(started):
     import httpx
+
     process, url = started()
 
     def megabytes(line: str) -> int:
-        return int(re.search(line + r":\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) // 1024
+        return (
+            int(re.search(line + r":\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) // 1024
+        )
 
     with httpx.Client(timeout=120, trust_env=False) as client:
         assert client.post(url + "score", content=picture()).status_code == 200
         before = megabytes("VmRSS")
-        for body, status in ((equal_pixels(3500, 3500, 16, 6, 4), 200), (equal_pixels(3500, 3500, 16, 6, 4, b"\0\1"), 422)):
+        for body, status in (
+            (equal_pixels(3500, 3500, 16, 6, 4), 200),
+            (equal_pixels(3500, 3500, 16, 6, 4, b"\0\1"), 422),
+        ):
             answer = client.post(url + "score?name=a.png", content=body)
             assert answer.status_code == status, answer.text
             assert megabytes("VmRSS") < before + 60
@@ -734,7 +962,9 @@ def test_answers_leave_at_once():
 
 def test_a_batch_waits_only_for_what_is_on_its_way():
     sizes = []
-    batcher = Batcher(lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append)
+    batcher = Batcher(
+        lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append
+    )
     assert batcher.submit(1).result(5) == 1
     with batcher.expecting():
         first = batcher.submit(2)
@@ -756,7 +986,9 @@ def test_every_verdict_is_in_the_days_log_before_it_is_answered(station, tmp_pat
     (path,) = tmp_path.glob("line-*.jsonl")
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(one["image"], one["verdict"], one["model"]) for one in entries] == [
-        ("a.png", "anomalous", "bright"), ("b.png", "unreadable", "bright")]
+        ("a.png", "anomalous", "bright"),
+        ("b.png", "unreadable", "bright"),
+    ]
     assert "overlay" not in entries[0] and entries[0]["bytes"] == len(picture(200))
 
     class Later(daily_log.datetime):
@@ -809,11 +1041,33 @@ def started(tmp_path):
     processes = []
 
     def start(seconds: float = 0.0, files: int = 0, args=(), log: str = "l.jsonl"):
-        code = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))" if files else ""
-        command = [sys.executable, "-c", code + START.format(seconds=seconds), "--model", "bright.onnx", "--port", "0",
-                   "--log", str(tmp_path / log), *args]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-                                          stderr=subprocess.PIPE, text=True))
+        code = (
+            f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))"
+            if files
+            else ""
+        )
+        command = [
+            sys.executable,
+            "-c",
+            code + START.format(seconds=seconds),
+            "--model",
+            "bright.onnx",
+            "--port",
+            "0",
+            "--log",
+            str(tmp_path / log),
+            *args,
+        ]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         return processes[-1], processes[-1].stdout.readline().split()[-1]
 
     yield start
@@ -829,11 +1083,14 @@ def logged(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_answers_what_is_in_flight_and_ends_with_status_0(started, tmp_path, number):
     import httpx
+
     process, url = started(seconds=1.0)
     with ThreadPoolExecutor(2) as clients, httpx.Client(timeout=30, trust_env=False) as idle:
         assert idle.get(url + "health").status_code == 200  # its connection stays open
-        answers = [clients.submit(httpx.post, url + "score", content=picture(), timeout=30, trust_env=False)
-                   for _ in range(2)]
+        answers = [
+            clients.submit(httpx.post, url + "score", content=picture(), timeout=30, trust_env=False)
+            for _ in range(2)
+        ]
         time.sleep(0.5)
         process.send_signal(number)
         assert [one.result().json()["verdict"] for one in answers] == ["normal"] * 2
@@ -849,6 +1106,7 @@ def test_a_signal_answers_what_is_in_flight_and_ends_with_status_0(started, tmp_
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_kill_9_loses_only_what_is_in_flight(started, tmp_path):
     import httpx
+
     process, url = started(seconds=0.05)
     answered = []
 
@@ -865,7 +1123,7 @@ def test_kill_9_loses_only_what_is_in_flight(started, tmp_path):
         with pytest.raises(httpx.TransportError):
             sending.result()
     before = [one["image"] for one in logged(tmp_path)]
-    assert before[:len(answered)] == answered and len(before) <= len(answered) + 1
+    assert before[: len(answered)] == answered and len(before) <= len(answered) + 1
     _, url = started()
     assert httpx.post(url + "score?name=again", content=picture(), trust_env=False).status_code == 200
     assert [one["image"] for one in logged(tmp_path)] == [*before, "again"]
@@ -873,18 +1131,25 @@ def test_kill_9_loses_only_what_is_in_flight(started, tmp_path):
 
 def test_hostile_senders_get_a_4xx_over_a_socket(started):
     import httpx
+
     process, url = started()
     port = httpx.URL(url).port
     post = b"POST /score HTTP/1.1\r\nHost: x\r\n"
-    for sent in (b"no http at all\r\n\r\n", b"\x16\x03\x01" + bytes(200) + b"\r\n\r\n",
-                 post + b"X-Large: " + b"a" * 200_000 + b"\r\n\r\n",
-                 post + b"X: y\r\n" * 20_000 + b"\r\n", post + b"Content-Length: -1\r\n\r\n",
-                 post + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-                 post + b"Content-Length: 99999999999\r\n\r\n", post.replace(b"POST /score", b"GET /../../etc/passwd") + b"\r\n",
-                 post.replace(b"POST /score", b"GET //etc/passwd") + b"\r\n",
-                 post.replace(b"POST /score", b"GET /%2e%2e/serve.py") + b"\r\n",
-                 post.replace(b"/score", b"/score?model=../bright") + b"Content-Length: 1\r\n\r\na",
-                 post.replace(b"/score", b"/score?name=/etc/passwd") + b"Content-Length: 1\r\n\r\na"):
+    for sent in (
+        b"no http at all\r\n\r\n",
+        b"\x16\x03\x01" + bytes(200) + b"\r\n\r\n",
+        post + b"X-Large: " + b"a" * 200_000 + b"\r\n\r\n",
+        post + b"X: y\r\n" * 20_000 + b"\r\n",
+        post + b"Content-Length: -1\r\n\r\n",
+        post + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        post + b"Content-Length: 99999999999\r\n\r\n",
+        post.replace(b"POST /score", b"GET /../../etc/passwd") + b"\r\n",
+        post.replace(b"POST /score", b"GET //etc/passwd") + b"\r\n",
+        post.replace(b"POST /score", b"GET /%2e%2e/serve.py") + b"\r\n",
+        post.replace(b"/score", b"/score?model=../bright") + b"Content-Length: 1\r\n\r\na",
+        post.replace(b"/score", b"/score?name=/etc/passwd") + b"Content-Length: 1\r\n\r\na",
+    ):
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
             with suppress(OSError):  # it may hang up before it has read everything
                 client.sendall(sent)
@@ -899,17 +1164,22 @@ def test_hostile_senders_get_a_4xx_over_a_socket(started):
     assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--model", "a.onnx", "b/a.onnx"], "would both be called a"),
-    (["--model", "a.onnx", "--batch_size", "0"], "--batch_size is 0"),
-    (["--model", "a.onnx", "b.onnx", "--threshold", "1"], "one model alone"), (["--model", "a.onnx", "--token", ""], "the token"),
-    (["--model", "a.onnx", "--batch_wait_ms", "nan"], "--batch_wait_ms is nan"),
-    (["--model", "a.onnx", "--port", "99999999"], "--port is 99999999"),
-    (["--model", "a.onnx", "--allowed_hosts", "http://x"], "host name without"),
-    (["--model", "a.onnx", "--allowed_hosts", "x", "y:80"], "names y:80"),
-    (["--model", "a.onnx", "--max_connections", "0"], "--max_connections is 0"),
-    (["--model", "a.onnx", "--header_seconds", "inf"], "--header_seconds is inf"),
-    (["--model", "a.onnx", "--host", "203.0.113.7"], "cannot listen")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--model", "a.onnx", "b/a.onnx"], "would both be called a"),
+        (["--model", "a.onnx", "--batch_size", "0"], "--batch_size is 0"),
+        (["--model", "a.onnx", "b.onnx", "--threshold", "1"], "one model alone"),
+        (["--model", "a.onnx", "--token", ""], "the token"),
+        (["--model", "a.onnx", "--batch_wait_ms", "nan"], "--batch_wait_ms is nan"),
+        (["--model", "a.onnx", "--port", "99999999"], "--port is 99999999"),
+        (["--model", "a.onnx", "--allowed_hosts", "http://x"], "host name without"),
+        (["--model", "a.onnx", "--allowed_hosts", "x", "y:80"], "names y:80"),
+        (["--model", "a.onnx", "--max_connections", "0"], "--max_connections is 0"),
+        (["--model", "a.onnx", "--header_seconds", "inf"], "--header_seconds is inf"),
+        (["--model", "a.onnx", "--host", "203.0.113.7"], "cannot listen"),
+    ],
+)
 def test_mistakes_get_a_sentence(monkeypatch, args, words):
     monkeypatch.setattr(sys, "argv", ["serve.py", *args])
     monkeypatch.setattr(serve, "open_model", lambda path, device: BrightEngine())

@@ -36,15 +36,21 @@ def test_targets_are_the_published_ones_before_their_labels_are_permuted(categor
         assert exact >= 15
 
 
-@pytest.mark.parametrize("case, names", [
-    (0, {0: 0, 1: 1, 2: 2, 3: 3}),  # sizes in order
-    (1, {0: 0, 1: 1, 2: 2, 3: 3}),  # 1 and 3 exchanged
-    (2, {0: 0, 1: 3, 2: 1, 3: 2}),  # a cycle of three: the published labels are permuted
-    (3, {0: 0, 1: 1, 3: 2, 5: 3}),  # the published labels close up where 2 and 4 are absent
-    (5, {0: 0, 1: 1, 2: 2, 3: 3}),  # a label inside another's hole
-])
+@pytest.mark.parametrize(
+    "case, names",
+    [
+        (0, {0: 0, 1: 1, 2: 2, 3: 3}),  # sizes in order
+        (1, {0: 0, 1: 1, 2: 2, 3: 3}),  # 1 and 3 exchanged
+        (2, {0: 0, 1: 3, 2: 1, 3: 2}),  # a cycle of three: the published labels are permuted
+        (3, {0: 0, 1: 1, 3: 2, 5: 3}),  # the published labels close up where 2 and 4 are absent
+        (5, {0: 0, 1: 1, 2: 2, 3: 3}),  # a label inside another's hole
+    ],
+)
 def test_crafted_maps(case, names):
-    assert renamed(to_side(fill_class_holes(TARGETS["crafted_maps"][case])), TARGETS["crafted_filled"][case]) == names
+    assert (
+        renamed(to_side(fill_class_holes(TARGETS["crafted_maps"][case])), TARGETS["crafted_filled"][case])
+        == names
+    )
 
 
 def test_a_small_label_stays():

@@ -30,15 +30,20 @@ def exported(tmp_path_factory):
     """A workspace with one model in three formats, and int8 by name."""
     workspace = Workspace(tmp_path_factory.mktemp("exported"))
     state = state_of("paper")
-    attach_metadata(state, exported_thresholds.with_validation_scores(metadata(state), np.array(SCORES), "discs"))
+    attach_metadata(
+        state, exported_thresholds.with_validation_scores(metadata(state), np.array(SCORES), "discs")
+    )
     files.write_state(workspace.exported_model("discs", "torch"), state)
     content = exporters.onnx_model(state, "discs", "fp32", with_map=True, raw_input=False)
     for precision in ("fp32", "int8"):
         files.write_bytes(workspace.exported_model("discs", "onnx", precision), content)
     path = workspace.exported_model("discs", "openvino")
     path.parent.mkdir()
-    exporters.write_openvino(engines.read_openvino(workspace.exported_model("discs", "onnx")), path,
-                             OnnxEngine(content, "cpu").metadata)
+    exporters.write_openvino(
+        engines.read_openvino(workspace.exported_model("discs", "onnx")),
+        path,
+        OnnxEngine(content, "cpu").metadata,
+    )
     return workspace
 
 
@@ -47,6 +52,7 @@ def run(monkeypatch):
     def run_it(main, *args):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
         main()
+
     return run_it
 
 
@@ -72,13 +78,32 @@ def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, cap
         assert Station("discs", engine, Options(), print).threshold == -12.5
         assert threshold_of(engine.metadata, None, 0.01, "")[0] == 99  # asked for here, this is what counts
         beside = json.loads(path.with_name(f"{path.stem}.threshold.json").read_text())
-        assert (beside["threshold"], beside["false_positive_rate"], beside["validation_images"]) == (-12.5, 1.0, 99)
+        assert (beside["threshold"], beside["false_positive_rate"], beside["validation_images"]) == (
+            -12.5,
+            1.0,
+            99,
+        )
     assert paths[-1].with_suffix(".bin").read_bytes() == weights
     files.write_image(exported.root / "photo.png", image[0].transpose(1, 2, 0))
     for threshold, status in ((float(before[1][0]) - 1, 4), (float(before[1][0]) + 1, None)):
-        run(export_model.main, "--workspace", exported.root, "--categories", "discs", "--set_threshold", threshold)
+        run(
+            export_model.main,
+            "--workspace",
+            exported.root,
+            "--categories",
+            "discs",
+            "--set_threshold",
+            threshold,
+        )
         with pytest.raises(SystemExit) as ended:
-            run(predict.main, exported.root / "photo.png", "--model", paths[1], "--output", exported.root / "out")
+            run(
+                predict.main,
+                exported.root / "photo.png",
+                "--model",
+                paths[1],
+                "--output",
+                exported.root / "out",
+            )
         assert ended.value.code == (status or 0)
     run(export_model.main, "--workspace", exported.root, "--set_false_positive_rate", 0.05)
     for path in paths:
@@ -86,12 +111,18 @@ def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, cap
         assert known["threshold"] == 95 and known["threshold_rate"] == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--categories", "discs", "--set_threshold", "nan"], "--set_threshold is nan"),
-    (["--categories", "discs", "--set_threshold", "inf"], "--set_threshold is inf"),
-    (["--set_threshold", "1"], "for one category"), (["--categories", "a", "b", "--set_threshold", "1"], "for one category"),
-    (["--categories", "cups", "--set_threshold", "1"], "no exported model of cups"),
-    (["--set_false_positive_rate", "1.5"], "rate is 1.5"), (["--set_false_positive_rate", "nan"], "rate is nan")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--categories", "discs", "--set_threshold", "nan"], "--set_threshold is nan"),
+        (["--categories", "discs", "--set_threshold", "inf"], "--set_threshold is inf"),
+        (["--set_threshold", "1"], "for one category"),
+        (["--categories", "a", "b", "--set_threshold", "1"], "for one category"),
+        (["--categories", "cups", "--set_threshold", "1"], "no exported model of cups"),
+        (["--set_false_positive_rate", "1.5"], "rate is 1.5"),
+        (["--set_false_positive_rate", "nan"], "rate is nan"),
+    ],
+)
 def test_mistakes_change_nothing(exported, run, args, words):
     paths = exported.exported_models(None)
     before = [path.read_bytes() for path in paths]

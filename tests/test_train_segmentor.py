@@ -27,7 +27,12 @@ from models.segmentor import losses as train_segmentor_losses
 CATEGORY, PARTS = "discs", 4
 CPU = torch.device("cpu")
 PROVENANCE = {"format_version": csad.FORMAT_VERSION, "stand_ins": []}
-TINY = {"segmentor.width": 16, "segmentor.epochs": 3, "segmentor.unsupervised_from_epoch": 1, "segmentor.batch_size": 2}
+TINY = {
+    "segmentor.width": 16,
+    "segmentor.epochs": 3,
+    "segmentor.unsupervised_from_epoch": 1,
+    "segmentor.batch_size": 2,
+}
 
 
 @pytest.fixture
@@ -57,6 +62,7 @@ def prepared(tmp_path, make_dataset):
         made = Workspace(tmp_path / name)
         write_stage_1(made, category, list(trusted), side)
         return made
+
     return category, workspace
 
 
@@ -68,8 +74,11 @@ def train(category, workspace, backbone, seed=0, overwrite=False, precision="fp3
 
 def outputs(workspace):
     """Relative path and bytes of everything written that stage 1 did not write."""
-    written = [*(workspace.root / "ckpt").glob("*"), *(workspace.root / "anomaly_score").glob("*"),
-               *(workspace.pseudo_labels(CATEGORY).root / "test_seg_output").glob("*")]
+    written = [
+        *(workspace.root / "ckpt").glob("*"),
+        *(workspace.root / "anomaly_score").glob("*"),
+        *(workspace.pseudo_labels(CATEGORY).root / "test_seg_output").glob("*"),
+    ]
     return {str(path.relative_to(workspace.root)): path.read_bytes() for path in written}
 
 
@@ -88,16 +97,22 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
     parameters = files.read_arrays(workspace.patch_histogram_parameters(CATEGORY))
     assert parameters.keys() == set(PARAMETER_NAMES)
     assert parameters["patch_hist_invcov"].shape == (4 * (PARTS + 1),) * 2
-    scores = {part: files.read_array(workspace.scores(CATEGORY, "patchhist", part))
-              for part in ("logi", "struc", "val")}
+    scores = {
+        part: files.read_array(workspace.scores(CATEGORY, "patchhist", part))
+        for part in ("logi", "struc", "val")
+    }
     assert [len(scores[part]) for part in ("logi", "struc", "val")] == [8, 8, 6]
     np.testing.assert_array_equal(scores["logi"][:4], scores["struc"][:4])
     assert scores["logi"][4:].min() > scores["logi"][:4].max()  # a disc is missing there
 
-    maps = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-            for path in (workspace.pseudo_labels(CATEGORY).root / "test_seg_output").glob("*")}
+    maps = {
+        path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        for path in (workspace.pseudo_labels(CATEGORY).root / "test_seg_output").glob("*")
+    }
     assert sorted(maps) == sorted(f"{kind}_{index:03d}.png" for kind in layouts.SPLITS for index in range(4))
-    assert all(one.shape == (256, 256) and one.dtype == np.uint8 and one.max() <= PARTS for one in maps.values())
+    assert all(
+        one.shape == (256, 256) and one.dtype == np.uint8 and one.max() <= PARTS for one in maps.values()
+    )
     assert set(np.unique(maps["good_000.png"])) == set(range(PARTS + 1))
 
 
@@ -114,11 +129,13 @@ class Stop:
             if self.left == 0:
                 self.how()
             return parts
+
         monkeypatch.setattr(train_segmentor, "step_losses", watched)
 
 
 def press_control_c():
     import signal
+
     signal.raise_signal(signal.SIGINT)
 
 
@@ -172,7 +189,9 @@ def test_an_overwriting_run_goes_on_from_its_own_progress_alone(prepared, backbo
 
     run(broken_at=4)
     record = workspace.record(CATEGORY, "patchhist")
-    record.write_text(record.read_text() + "\n")  # another result than the one that the broken run was to replace
+    record.write_text(
+        record.read_text() + "\n"
+    )  # another result than the one that the broken run was to replace
     assert run() == steps and outputs(workspace) == before
 
 
@@ -201,7 +220,9 @@ def test_replaced_label_maps_and_backgrounds_are_noticed_whoever_made_them(prepa
     files.write_image(folder / name, np.roll(labels, 1, 0))
     with pytest.raises(UserError, match="label_maps: .*--overwrite"):
         train(category, workspace, backbone)
-    files.write_image(workspace.pseudo_labels(CATEGORY).image("001") / "filtered_cluster_map.png", labels)  # not a trusted one
+    files.write_image(
+        workspace.pseudo_labels(CATEGORY).image("001") / "filtered_cluster_map.png", labels
+    )  # not a trusted one
     train(category, workspace, backbone, overwrite=True)
 
 
@@ -230,8 +251,13 @@ def peak(batches):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 print(peak(4), peak(int(sys.argv[1]) // SCORING_BATCH))
 """
-    done = subprocess.run([sys.executable, "-c", code, "400"], cwd=train_segmentor.__file__.rpartition("/")[0],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "400"],
+        cwd=train_segmentor.__file__.rpartition("/")[0],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     few, many = map(float, done.stdout.split())
     assert many - few < 50  # MB; the maps that are drawn take 6.6, all one-hot label maps at once 500
 
@@ -257,9 +283,15 @@ def test_changed_validation_and_test_images_are_scored_without_training(prepared
     category.test("logical_anomalies")[0].unlink()
     train(category, workspace, backbone, epochs=1, unsupervised_from_epoch=0)
     after = outputs(workspace)
-    scores = {part: len(files.read_array(workspace.scores(CATEGORY, "patchhist", part))) for part in ("logi", "struc", "val")}
+    scores = {
+        part: len(files.read_array(workspace.scores(CATEGORY, "patchhist", part)))
+        for part in ("logi", "struc", "val")
+    }
     assert scores == {"logi": 7, "struc": 8, "val": 7}
-    parameters, checkpoint = f"anomaly_score/{CATEGORY}_patchhist_params.npz", f"ckpt/segmentor_{CATEGORY}_256.pth"
+    parameters, checkpoint = (
+        f"anomaly_score/{CATEGORY}_patchhist_params.npz",
+        f"ckpt/segmentor_{CATEGORY}_256.pth",
+    )
     assert after[parameters] != before[parameters] and after[checkpoint] == before[checkpoint]
 
 
@@ -332,8 +364,10 @@ def test_training_reads_what_stage_1_says_of_the_trusted_images(prepared, capsys
     files.write_image(first / "refined_masks.png", refined)
     files.write_image(first / "background.jpg", np.where(labels == 0, 255, 0).astype(np.uint8))
     pictures = torch.zeros(12, 3, 256, 256)
-    plain, data = (pseudo_label_files.training_data(category, workspace, pictures, np.array([0, 1]), PARTS + 1, fill)
-                   for fill in (False, True))
+    plain, data = (
+        pseudo_label_files.training_data(category, workspace, pictures, np.array([0, 1]), PARTS + 1, fill)
+        for fill in (False, True)
+    )
     assert (plain.labels[0] == 2).sum() == 50 * 50 - 1 and (data.labels[0] == 2).sum() == 50 * 50
     assert np.unique(data.instances[0]).tolist() == [0, 3, 200]
     assert 0 < (data.backgrounds[0] & (data.labels[0] > 0)).sum() < 200  # the halo of the JPEG
@@ -388,25 +422,35 @@ def damage_no_index(workspace, category):
 
 
 def damage_origin(workspace, category):
-    files.write_json(workspace.pseudo_labels(CATEGORY).record,
-                     {"used": PROVENANCE | {"train_images": "others"}, "scored": None, "outputs": {}})
+    files.write_json(
+        workspace.pseudo_labels(CATEGORY).record,
+        {"used": PROVENANCE | {"train_images": "others"}, "scored": None, "outputs": {}},
+    )
 
 
 def damage_map_of_another_origin(workspace, category):
-    files.write_json(workspace.pseudo_labels(CATEGORY).record,
-                     {"used": PROVENANCE, "scored": None, "outputs": {"002/filtered_cluster_map.png": "another"}})
+    files.write_json(
+        workspace.pseudo_labels(CATEGORY).record,
+        {"used": PROVENANCE, "scored": None, "outputs": {"002/filtered_cluster_map.png": "another"}},
+    )
 
 
-@pytest.mark.parametrize("damage, sentence", [
-    (damage_origin, "the train images are not those that pseudo_label.py saw"),
-    (damage_map_of_another_origin, "002/filtered_cluster_map.png is not the file that pseudo_label.py wrote"),
-    (damage_missing_stage, "filtered_component_histogram.npy is missing; run pseudo_label.py"),
-    (damage_missing_map, "002/filtered_cluster_map.png is missing; run pseudo_label.py"),
-    (damage_unreadable_map, "002/filtered_cluster_map.png cannot be read"),
-    (damage_class_count, "has label 4, but .* knows 2 components"),
-    (damage_index, "names image number 99, but .* has 12 images"),
-    (damage_no_index, "should hold a list of image numbers"),
-])
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (damage_origin, "the train images are not those that pseudo_label.py saw"),
+        (
+            damage_map_of_another_origin,
+            "002/filtered_cluster_map.png is not the file that pseudo_label.py wrote",
+        ),
+        (damage_missing_stage, "filtered_component_histogram.npy is missing; run pseudo_label.py"),
+        (damage_missing_map, "002/filtered_cluster_map.png is missing; run pseudo_label.py"),
+        (damage_unreadable_map, "002/filtered_cluster_map.png cannot be read"),
+        (damage_class_count, "has label 4, but .* knows 2 components"),
+        (damage_index, "names image number 99, but .* has 12 images"),
+        (damage_no_index, "should hold a list of image numbers"),
+    ],
+)
 def test_mistakes_get_a_sentence_and_nothing_is_written(prepared, backbone, damage, sentence):
     category, make = prepared
     workspace = make("work")
@@ -420,10 +464,22 @@ def test_the_command_line_runs_the_stage(prepared, backbone, monkeypatch):
     category, make = prepared
     workspace = make("work")
     monkeypatch.setattr(stage, "build_backbone", lambda *arguments: backbone)
-    monkeypatch.setattr(sys, "argv", [
-        "train_segmentor.py", "--workspace", str(workspace.root), "--dataset_root", str(category.root.parent),
-        "--preset", "quick", "--device", "cpu",
-        *(part for key, value in TINY.items() for part in (f"--{key}", str(value)))])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train_segmentor.py",
+            "--workspace",
+            str(workspace.root),
+            "--dataset_root",
+            str(category.root.parent),
+            "--preset",
+            "quick",
+            "--device",
+            "cpu",
+            *(part for key, value in TINY.items() for part in (f"--{key}", str(value))),
+        ],
+    )
     train_segmentor.main()
     assert workspace.segmentor(CATEGORY).exists()
 
@@ -433,8 +489,14 @@ def training_data():
     rng = np.random.default_rng(0)
     images, labels = zip(*(draw_parts(rng, PARTS, 256) for _ in range(8)))
     labels = np.stack(labels)
-    return steps.TrainingData(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels, labels, labels > 9,
-                              np.arange(0, 8, 2), np.arange(1, 8, 2))
+    return steps.TrainingData(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+        labels,
+        labels,
+        labels > 9,
+        np.arange(0, 8, 2),
+        np.arange(1, 8, 2),
+    )
 
 
 def test_a_batch_depends_on_seed_category_and_step_alone(training_data):
@@ -442,6 +504,7 @@ def test_a_batch_depends_on_seed_category_and_step_alone(training_data):
 
     def draw(step, category, seed):
         return steps.draw_sample(training_data, chosen, step, True, category, seed)
+
     assert all((one == other).all() for one, other in zip(draw(3, "a", 0), draw(3, "a", 0)))
     for different in ((4, "a", 0), (3, "b", 0), (3, "a", 1)):
         assert (draw(*different).images != draw(3, "a", 0).images).any()
@@ -467,7 +530,11 @@ def test_the_unsupervised_losses_wait_for_their_epoch(training_data, joint_pass)
     backbone, segmentor = TinyEncoder(), train_segmentor.Segmentor((8, 8, 8), 16, PARTS + 1)
     batches = steps.Batches(training_data, backbone, CPU, "fp32", "encode")
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, False, CATEGORY, 0))
-    assert len(batch.unlabelled[0]) == (0 if joint_pass else 2) and batch.reference_labels.shape == (0, 256, 256)
+    assert len(batch.unlabelled[0]) == (0 if joint_pass else 2) and batch.reference_labels.shape == (
+        0,
+        256,
+        256,
+    )
     assert steps.step_losses(segmentor, backbone, batch, chosen, "fp32").keys() == {"ce", "focal", "dice"}
     batch = batches.batch(steps.draw_sample(training_data, chosen, 0, True, CATEGORY, 0))
     assert "histogram" in steps.step_losses(segmentor, backbone, batch, chosen, "fp32")
@@ -523,7 +590,9 @@ def test_bf16_resumes_exactly_and_is_remembered(prepared, backbone, monkeypatch)
 def test_every_trusted_image_is_seen_before_any_is_seen_twice(training_data, monkeypatch):
     chosen = settings.load(CATEGORY, "quick", TINY).segmentor
     seen = []
-    monkeypatch.setattr(steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels, 0))
+    monkeypatch.setattr(
+        steps, "synthesise", lambda image, labels, *rest: seen.append(labels) or (image, labels, 0)
+    )
     for step in range(2):
         steps.draw_sample(training_data, chosen, step, False, CATEGORY, 0)
     found = [next(index for index in range(8) if (training_data.labels[index] == one).all()) for one in seen]
@@ -552,10 +621,13 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
     angle, scale, shift = 8.0, 1.05, np.array([0.05, -0.03])
     matrix = cv2.getRotationMatrix2D((31.5, 31.5), angle, scale)
     matrix[:, 2] += shift * 63
-    expected = cv2.warpAffine(picture, matrix, (64, 64), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    expected = cv2.warpAffine(
+        picture, matrix, (64, 64), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
+    )
 
     class Drawn:
         """Gives out the wanted values in the order in which they are drawn."""
+
         values = iter([angle, scale - 1, shift])
 
         def random(self):
@@ -563,6 +635,7 @@ def test_movements_turn_shift_and_scale_as_opencv_does():
 
         def uniform(self, *_):
             return next(self.values)
+
     movement = torch.from_numpy(steps._draw_affine(Drawn()))[None]
     images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
     found, labels = steps.augment(images, torch.full((1, 64, 64), 7), movement, torch.tensor([[1.0, 0.0]]))

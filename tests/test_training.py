@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 
 # The loop
 
+
 class Stopped(Exception):
     """Stands for a killed process."""
 
@@ -41,7 +42,9 @@ def train(path, steps=8, used=None, stop_at=None, how=None, seen=None, loss_of=l
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
-    training = TrainingLoop(steps, path, used or {"seed": 0}, "cup: train", "--cup.lr", network=network, optimizer=optimizer)
+    training = TrainingLoop(
+        steps, path, used or {"seed": 0}, "cup: train", "--cup.lr", network=network, optimizer=optimizer
+    )
 
     def draw(step):
         return torch.from_numpy(np.random.default_rng([0, step]).normal(size=(1, 1)).astype(np.float32))
@@ -65,9 +68,14 @@ def kill():
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 6])
-@pytest.mark.parametrize("how, done, error", [
-    (kill, 0, Stopped), (lambda: signal.raise_signal(signal.SIGINT), 1, KeyboardInterrupt),
-    (lambda: signal.raise_signal(signal.SIGTERM), 1, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    "how, done, error",
+    [
+        (kill, 0, Stopped),
+        (lambda: signal.raise_signal(signal.SIGINT), 1, KeyboardInterrupt),
+        (lambda: signal.raise_signal(signal.SIGTERM), 1, KeyboardInterrupt),
+    ],
+)
 def test_resumed_is_as_if_never_interrupted(tmp_path, monkeypatch, stop_at, how, done, error):
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0 if how is kill else 60)
     whole, path, seen = train(tmp_path / "whole"), tmp_path / "progress.pth", []
@@ -85,6 +93,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("went on")
+
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "progress.pth", stop_at=2, how=twice)
 
@@ -102,14 +111,18 @@ def test_an_ignored_signal_stays_ignored_and_threads_are_left_alone(tmp_path):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("used, said", [({"seed": 1}, "seed: 0 -> 1"), ({"seed": 0, "more": {"lr": 2}}, "more: None -> ")])
+@pytest.mark.parametrize(
+    "used, said", [({"seed": 1}, "seed: 0 -> 1"), ({"seed": 0, "more": {"lr": 2}}, "more: None -> ")]
+)
 def test_progress_of_other_settings_is_refused_and_kept(tmp_path, monkeypatch, used, said):
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     path = tmp_path / "progress.pth"
     with pytest.raises(Stopped):
         train(path, stop_at=3, how=kill)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"progress.pth is a training begun with something else [(]{said}.*--overwrite"):
+    with pytest.raises(
+        UserError, match=f"progress.pth is a training begun with something else [(]{said}.*--overwrite"
+    ):
         train(path, used=used)
     assert path.read_bytes() == before
 
@@ -124,7 +137,9 @@ def test_damaged_progress_gets_a_sentence(tmp_path, content):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("first", [0, 9, 31])
-def test_a_loss_that_is_no_number_ends_soon_and_leaves_nothing_to_go_on_from(tmp_path, monkeypatch, value, first):
+def test_a_loss_that_is_no_number_ends_soon_and_leaves_nothing_to_go_on_from(
+    tmp_path, monkeypatch, value, first
+):
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0)
     path, seen = tmp_path / "progress.pth", []
     with pytest.raises(UserError, match="cup: train: diverged at step .*lower --cup.lr") as problem:
@@ -138,6 +153,7 @@ def test_a_mistake_while_drawing_comes_through(tmp_path):
         if step == 3:
             raise UserError("003.png is gone")
         return step
+
     training, seen = TrainingLoop(9, tmp_path / "p.pth", {}, "cup", "--lr"), []
     with pytest.raises(UserError, match="003.png"):
         for step, sample in training.samples(draw):
@@ -147,6 +163,7 @@ def test_a_mistake_while_drawing_comes_through(tmp_path):
 
 
 # Progress
+
 
 def test_in_a_log_file_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     assert list(progress.ProgressBar(range(1000), desc="quick")) == list(range(1000))
@@ -162,15 +179,19 @@ def test_in_a_log_file_progress_is_a_plain_line_now_and_then(monkeypatch, capsys
 
 # Kept features
 
+
 @pytest.mark.parametrize("room", [0, 2**30])
 def test_features_are_the_same_kept_or_not(monkeypatch, room):
     monkeypatch.setattr(feature_cache, "CACHE_BYTES", room)
-    pictures = torch.randint(0, 256, (21, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randint(
+        0, 256, (21, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     encoder, indices, calls = TinyEncoder(), torch.tensor([20, 3, 5, *range(6, 18)]), []
 
     def compute(batch):
         calls.append(len(batch))
         return encoder(batch)
+
     cache = FeatureCache(compute, pictures, indices, "encode")
     calls.clear()
     wanted = torch.tensor([3, 20, 3, 17])
@@ -194,14 +215,19 @@ def test_encoded_images_are_the_same_kept_or_not(monkeypatch, make_dataset, room
     encoded.fit(model)
     expected = tuple(one.half().float() for one in encoder(torch.from_numpy(view.read(paths))))
     torch.testing.assert_close(model.fourth_mean.flatten(), expected[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.sixteenth_std.flatten(), expected[2].std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.sixteenth_std.flatten(), expected[2].std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-4
+    )
     fourth, teacher, sixteenth = encoded.batch(torch.tensor([2, 0]), model)
     torch.testing.assert_close(fourth, expected[0][[2, 0]])
     torch.testing.assert_close(sixteenth, expected[2][[2, 0]])
-    torch.testing.assert_close(teacher, model.teacher(tuple(one[[2, 0]] for one in expected)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        teacher, model.teacher(tuple(one[[2, 0]] for one in expected)), rtol=1e-3, atol=1e-3
+    )
 
 
 # What stage 2 reads of stage 1
+
 
 @pytest.mark.parametrize("with_background", [True, False])
 def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, with_background):
@@ -218,18 +244,32 @@ def test_published_files_are_used_as_they_are(make_dataset, tmp_path, capsys, wi
     files.write_array(workspace.pseudo_labels("discs").trusted, np.array([2, 0]))
     trusted, classes = read_stage_1(category, workspace)
     assert trusted.tolist() == [0, 2] and classes == 3
-    data = training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes, False)
+    data = training_data(
+        category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), trusted, classes, False
+    )
     assert set(np.unique(data.labels[0])) == {0, 1, 2}
     assert ("2 of 2 trusted images have no background.jpg" in capsys.readouterr().out) != with_background
     expected = data.labels[0] == (2 if with_background else 0)
     assert (data.backgrounds[0] == expected).mean() > 0.95
 
 
-@pytest.mark.parametrize("sizes, sentence", [
-    ({"000": (128, 128), "002": (256, 256)}, "mixed sizes: .*000.* has the size of its image, but .*002.* is 256x256"),
-    ({"000": (128, 130)}, "000/filtered_cluster_map.png is 130x128, expected 128x128 or 256x256, the size of its image"),
-    ({"002/background.jpg": (256, 256)}, "002/background.jpg is 256x256, expected 128x128, the size of its image"),
-])
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        (
+            {"000": (128, 128), "002": (256, 256)},
+            "mixed sizes: .*000.* has the size of its image, but .*002.* is 256x256",
+        ),
+        (
+            {"000": (128, 130)},
+            "000/filtered_cluster_map.png is 130x128, expected 128x128 or 256x256, the size of its image",
+        ),
+        (
+            {"002/background.jpg": (256, 256)},
+            "002/background.jpg is 256x256, expected 128x128, the size of its image",
+        ),
+    ],
+)
 def test_maps_of_another_size_than_the_image_get_a_sentence(make_dataset, tmp_path, sizes, sentence):
     category = layouts.Category(make_dataset(train=4) / "discs")
     workspace = Workspace(tmp_path / "work")
@@ -239,10 +279,13 @@ def test_maps_of_another_size_than_the_image_get_a_sentence(make_dataset, tmp_pa
             size = sizes.get(f"{path.stem}/{file}", sizes.get(path.stem, (128, 128)))
             files.write_image(folder / file, np.ones(size, np.uint8))
     with pytest.raises(UserError, match=sentence):
-        training_data(category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), np.array([0, 2]), 3, False)
+        training_data(
+            category, workspace, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), np.array([0, 2]), 3, False
+        )
 
 
 # Memory
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
 def test_on_the_cpu_freed_memory_is_not_handed_out_anew():
@@ -257,20 +300,42 @@ for turn in range(20):
     torch.ones(16_000_000)  # 64 MB, freed at once
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=Path(loop.__file__).parents[2], capture_output=True, text=True,
-                           check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(loop.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(found.stdout) < 15_000  # pages; handed out anew they are 150,000
 
 
-@pytest.mark.parametrize("options, precision", [
-    ((), "fp32"), (("--preset", "quick"), "bf16"), (("--precision", "auto"), "bf16"),
-    (("--preset", "quick", "--precision", "fp32"), "fp32")])
-def test_the_paper_preset_trains_in_plain_fp32_unless_asked_otherwise(make_dataset, tmp_path, monkeypatch, options, precision):
+@pytest.mark.parametrize(
+    "options, precision",
+    [
+        ((), "fp32"),
+        (("--preset", "quick"), "bf16"),
+        (("--precision", "auto"), "bf16"),
+        (("--preset", "quick", "--precision", "fp32"), "fp32"),
+    ],
+)
+def test_the_paper_preset_trains_in_plain_fp32_unless_asked_otherwise(
+    make_dataset, tmp_path, monkeypatch, options, precision
+):
     monkeypatch.setattr(stage, "agreed_backbone", lambda *_: tiny_backbone())
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    args = training_options("story").parse_args(["--workspace", str(tmp_path), "--dataset_root", str(make_dataset(train=2)),
-                                                 "--device", "cpu", *options])
+    args = training_options("story").parse_args(
+        [
+            "--workspace",
+            str(tmp_path),
+            "--dataset_root",
+            str(make_dataset(train=2)),
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
     jobs = []
     for task in stage.training_jobs(jobs.append, args).values():
         task.do()

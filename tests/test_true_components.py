@@ -30,8 +30,10 @@ class TrueComponents:
     name, is_stand_in, checkpoints, working_size = "true", True, {}, 256
 
     def __init__(self, paths, label_paths):
-        self.labels = {images.read_rgb(path, 256).tobytes(): true_labels(label_path)
-                       for path, label_path in zip(paths, label_paths)}
+        self.labels = {
+            images.read_rgb(path, 256).tobytes(): true_labels(label_path)
+            for path, label_path in zip(paths, label_paths)
+        }
 
     def load(self):
         pass
@@ -76,19 +78,33 @@ def label_true_components(category, components, workspace, seed=0):
     proposer = TrueComponents(paths, label_paths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposer)
-        pseudo_label.Labelling(category, workspace, chosen, backbone, torch.device("cpu"),
-                               Namespace(download=False, seed=seed, overwrite=False)).run()
+        pseudo_label.Labelling(
+            category,
+            workspace,
+            chosen,
+            backbone,
+            torch.device("cpu"),
+            Namespace(download=False, seed=seed, overwrite=False),
+        ).run()
     made = workspace.pseudo_labels(category.name)
     trusted = files.read_array(made.trusted)
-    predicted = [images.read_mask(made.image(paths[index].stem) / "filtered_cluster_map.png")
-                 for index in trusted]
+    predicted = [
+        images.read_mask(made.image(paths[index].stem) / "filtered_cluster_map.png") for index in trusted
+    ]
     return match_labels(predicted, [true_labels(label_paths[index]) for index in trusted])
 
 
 @pytest.mark.parametrize("name", sorted(CATEGORIES))
 def test_pseudo_labels_agree_with_the_truth(name, tmp_path):
     root = tmp_path / "loco"
-    write_dataset(root, [name], Settings(image_size=256, train=60, validation=1, test_good=0, test_logical=0,
-                                         test_structural=0, seed=5))
-    match = label_true_components(layouts.Category(root / name), components_root(root), Workspace(tmp_path / "work"))
+    write_dataset(
+        root,
+        [name],
+        Settings(
+            image_size=256, train=60, validation=1, test_good=0, test_logical=0, test_structural=0, seed=5
+        ),
+    )
+    match = label_true_components(
+        layouts.Category(root / name), components_root(root), Workspace(tmp_path / "work")
+    )
     assert match.mean_iou > 0.85, match

@@ -48,11 +48,15 @@ class Driver(NamedTuple):
             UserError: this node does not see the driver's files, or another driver has taken over.
         """
         deadline = time.monotonic() + SEEN_SECONDS
-        while not (self.marker.exists() and self.marker.read_text() == self.token and self.directory.is_dir()):
+        while not (
+            self.marker.exists() and self.marker.read_text() == self.token and self.directory.is_dir()
+        ):
             if time.monotonic() > deadline:
-                raise UserError(f"node {socket.gethostname()} cannot see {self.marker} as this run wrote it, or the folder "
-                                f"{self.directory}; workspace, data set and code have to lie on storage that all nodes share, "
-                                "under the same paths")
+                raise UserError(
+                    f"node {socket.gethostname()} cannot see {self.marker} as this run wrote it, or the folder "
+                    f"{self.directory}; workspace, data set and code have to lie on storage that all nodes share, "
+                    "under the same paths"
+                )
             time.sleep(0.1)
         os.chdir(self.directory)
 
@@ -85,7 +89,9 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
         try:
             ray.init(address=address, **options)
         except Exception as problem:  # of many kinds: another version of Ray, no room for its store
-            raise UserError(f"Ray at '{address}' cannot be used ({str(problem).splitlines()[0]})") from problem
+            raise UserError(
+                f"Ray at '{address}' cannot be used ({str(problem).splitlines()[0]})"
+            ) from problem
         files.write_text(driver.marker, driver.token)
         yield ray, driver
     finally:
@@ -107,12 +113,20 @@ def _require_answer(address: str) -> None:
     Raises:
         UserError: no cluster answers within `CONNECT_SECONDS`.
     """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *(["--address", address] if address != "auto" else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "status",
+        *(["--address", address] if address != "auto" else []),
+    ]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as problem:
-        raise UserError(f"no Ray cluster answers at '{address}'; --ray takes local, auto, or HOST:PORT as ray start --head "
-                        "names it") from problem
+        raise UserError(
+            f"no Ray cluster answers at '{address}'; --ray takes local, auto, or HOST:PORT as ray start --head "
+            "names it"
+        ) from problem
 
 
 def environment(threads: int) -> dict[str, Any]:

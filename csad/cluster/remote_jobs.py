@@ -25,7 +25,9 @@ from csad.progress import ProgressBar
 from csad.tasks import Jobs, Task, reason, told_if_ours
 
 RETRIES = 20  # of a job whose node or worker died
-TAKE_OVER_SECONDS = STALE_SECONDS + 60  # for which a job waits until its predecessor, whose driver or node was lost, has ended
+TAKE_OVER_SECONDS = (
+    STALE_SECONDS + 60
+)  # for which a job waits until its predecessor, whose driver or node was lost, has ended
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
@@ -62,9 +64,16 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
         remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
         started: dict[str, Any] = {}
         for name, task in tasks.items():
-            narrowed = {"categories": [task.category.name]} | ({} if task.seed is None else {"seeds": [task.seed]})
+            narrowed = {"categories": [task.category.name]} | (
+                {} if task.seed is None else {"seeds": [task.seed]}
+            )
             started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
-                jobs, argparse.Namespace(**vars(args) | narrowed), name, driver, *(started[one] for one in task.after))
+                jobs,
+                argparse.Namespace(**vars(args) | narrowed),
+                name,
+                driver,
+                *(started[one] for one in task.after),
+            )
         running = {reference: name for name, reference in started.items()}
         try:
             with interrupts_wait() as interrupted, Bars(driver.folder, len(tasks)) as bars:
@@ -78,7 +87,9 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                             raise UserError(outcome.failure)
                         bars.finished(outcome.said)
                         if name not in waited_for:
-                            (failures if outcome.failure else results)[name] = outcome.failure or outcome.result
+                            (failures if outcome.failure else results)[name] = (
+                                outcome.failure or outcome.result
+                            )
                     bars.show(running.values())
         except BaseException:
             for one in running:
@@ -93,7 +104,9 @@ def _outcome(ray: ModuleType, reference: Any) -> Outcome:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as problem:
-        return Outcome(failure=f"its worker died more than {RETRIES} times, or was stopped ({str(problem).splitlines()[0]})")
+        return Outcome(
+            failure=f"its worker died more than {RETRIES} times, or was stopped ({str(problem).splitlines()[0]})"
+        )
 
 
 def resources(ray: ModuleType, task: Task, args: argparse.Namespace, threads: int) -> dict[str, float]:
@@ -103,8 +116,11 @@ def resources(ray: ModuleType, task: Task, args: argparse.Namespace, threads: in
     category = task.category
     images = task.images or len(category.train) + len(category.validation) + len(category.test_images)
     side = int(getattr(args, "images.size", None) or 512)
-    return {"num_cpus": most(nodes, "CPU", 1 if on_gpu else threads), "num_gpus": int(on_gpu),
-            "memory": int(most(nodes, "memory", MEMORY_BYTES + COPIES * images * 3 * side**2))}
+    return {
+        "num_cpus": most(nodes, "CPU", 1 if on_gpu else threads),
+        "num_gpus": int(on_gpu),
+        "memory": int(most(nodes, "memory", MEMORY_BYTES + COPIES * images * 3 * side**2)),
+    }
 
 
 def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *before: Outcome) -> Outcome:
@@ -122,13 +138,17 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
             try:
                 lock = FileLock(place.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
             except LockHeld as problem:
-                raise UserError(f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
-                                "the same command again") from problem
+                raise UserError(
+                    f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
+                    "the same command again"
+                ) from problem
             with lock:
                 tell_progress_in(place.with_suffix(".bar"))
                 return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
         except Exception as problem:
-            return Outcome(said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem))
+            return Outcome(
+                said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem)
+            )
 
 
 def place_of(folder: Path, name: str) -> Path:
@@ -154,8 +174,10 @@ class Bars:
     def __init__(self, folder: Path, total: int):
         self.folder = folder
         self.all = ProgressBar(total=total, desc="jobs", unit="job")
-        self.lines = [ProgressBar(bar_format="{desc}", position=index + 1, leave=False) for index in range(
-            min(SHOWN, total) if sys.stderr.isatty() else 0)]
+        self.lines = [
+            ProgressBar(bar_format="{desc}", position=index + 1, leave=False)
+            for index in range(min(SHOWN, total) if sys.stderr.isatty() else 0)
+        ]
 
     def __enter__(self) -> Bars:
         return self
@@ -175,4 +197,4 @@ class Bars:
         places = [place_of(self.folder, name).with_suffix(".bar") for name in names]
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in places if path.exists()]
         for line, text in zip(self.lines, texts + [""] * len(self.lines)):
-            line.set_description_str(text[:line.ncols or 100])
+            line.set_description_str(text[: line.ncols or 100])

@@ -54,7 +54,9 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
         raise UserError("--ray needs Ray with Ray Data; pip install 'csad[cluster]'")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it would warn of what Ray Data does, and rightly so
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # it would warn of what Ray Data does, and rightly so
     sources = Sources(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
@@ -85,11 +87,20 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
                     bar.set_postfix_str(result["engine"])
         if pending:
             first = json.loads(next(iter(pending.values())).images)[0][0]
-            raise UserError(f"{len(pending)} of {len(shards)} parts are not scored, because their workers died {TRIES} times "
-                            f"(the first of them begins with {first}); the others are in {written.folder}, and the same "
-                            "command tries those again")
-        files.write_json(summary, {"found": sources.found, "images": len(sources.images), "left_out": sources.left_out,
-                                   **{name: counts[name] for name in VERDICTS}})
+            raise UserError(
+                f"{len(pending)} of {len(shards)} parts are not scored, because their workers died {TRIES} times "
+                f"(the first of them begins with {first}); the others are in {written.folder}, and the same "
+                "command tries those again"
+            )
+        files.write_json(
+            summary,
+            {
+                "found": sources.found,
+                "images": len(sources.images),
+                "left_out": sources.left_out,
+                **{name: counts[name] for name in VERDICTS},
+            },
+        )
     return {name: counts[name] for name in VERDICTS}, sources.left_out
 
 
@@ -106,7 +117,9 @@ def model_digest(model: Path) -> str:
     return " ".join(records.digest(path) for path in (model, *weights))
 
 
-def scored(ray: ModuleType, driver: Driver, work: Work, shards: Sequence[Shard], ordered: bool) -> Iterator[dict[str, Any]]:
+def scored(
+    ray: ModuleType, driver: Driver, work: Work, shards: Sequence[Shard], ordered: bool
+) -> Iterator[dict[str, Any]]:
     """What `Worker` returns of each shard, as soon as it is there or in the order of the shards.
 
     Raises:
@@ -120,17 +133,27 @@ def scored(ray: ModuleType, driver: Driver, work: Work, shards: Sequence[Shard],
     context.execution_options.preserve_order = ordered
     resources, workers = worker_resources(ray, work)
     workers = min(workers, len(shards))
-    rows = ray_data.from_items([{"shard": shard.index, "images": shard.images} for shard in shards],
-                               override_num_blocks=len(shards))
-    pool = ray_data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers, max_tasks_in_flight_per_actor=1)
-    rows = rows.map(Worker, fn_constructor_args=(work, driver), compute=pool, **resources,
-                    runtime_env=environment(int(resources["num_cpus"])))
+    rows = ray_data.from_items(
+        [{"shard": shard.index, "images": shard.images} for shard in shards], override_num_blocks=len(shards)
+    )
+    pool = ray_data.ActorPoolStrategy(
+        min_size=1, initial_size=workers, max_size=workers, max_tasks_in_flight_per_actor=1
+    )
+    rows = rows.map(
+        Worker,
+        fn_constructor_args=(work, driver),
+        compute=pool,
+        **resources,
+        runtime_env=environment(int(resources["num_cpus"])),
+    )
     try:
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
     except ray.exceptions.RayError as problem:
-        raise UserError(f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command goes on from the parts "
-                        "that are finished") from problem
+        raise UserError(
+            f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command goes on from the parts "
+            "that are finished"
+        ) from problem
 
 
 def worker_resources(ray: ModuleType, work: Work) -> tuple[dict[str, float], int]:
@@ -138,8 +161,12 @@ def worker_resources(ray: ModuleType, work: Work) -> tuple[dict[str, float], int
     nodes = node_resources(ray)
     for_gpu = work.model.suffix.lower() != ".xml" and not work.device.startswith("cpu")
     on_gpu = for_gpu and any(node.get("GPU", 0) >= 1 for node in nodes)
-    cpus = max(1, int(most([node for node in nodes if not on_gpu or node.get("GPU", 0) >= 1], "CPU", WORKER_CPUS)))
-    workers = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if on_gpu else float("inf"))) for node in nodes)
+    cpus = max(
+        1, int(most([node for node in nodes if not on_gpu or node.get("GPU", 0) >= 1], "CPU", WORKER_CPUS))
+    )
+    workers = sum(
+        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if on_gpu else float("inf"))) for node in nodes
+    )
     return {"num_cpus": cpus, "num_gpus": int(on_gpu)}, max(1, workers)
 
 
@@ -155,7 +182,14 @@ class Worker:
 
         No lines: the shard has killed `TRIES` workers, and is given up. Ray itself would try for ever.
         """
-        result = {"shard": row["shard"], "lines": b"", "verdicts": "", "engine": "", "sentence": "", "traceback": ""}
+        result = {
+            "shard": row["shard"],
+            "lines": b"",
+            "verdicts": "",
+            "engine": "",
+            "sentence": "",
+            "traceback": "",
+        }
         try:
             self.driver.enter()
             tries = self.driver.folder / f"{self.driver.token}-{row['shard']}.tries"
@@ -165,20 +199,35 @@ class Worker:
                 handle.write(b".")
             if self.engine is None:
                 self.engine = self._open()
-            states = {name: {"bytes": size, "changed_ns": changed} for name, size, changed in json.loads(row["images"])}
-            verdicts = list(verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read))
-            lines = [as_line(one, state_of(one.name) if isinstance(one.name, Path) else states[one.name]) for one in verdicts]
+            states = {
+                name: {"bytes": size, "changed_ns": changed}
+                for name, size, changed in json.loads(row["images"])
+            }
+            verdicts = list(
+                verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read)
+            )
+            lines = [
+                as_line(one, state_of(one.name) if isinstance(one.name, Path) else states[one.name])
+                for one in verdicts
+            ]
             tries.unlink()
-            return result | {"lines": "".join(lines).encode(errors="backslashreplace"),
-                             "verdicts": json.dumps(Counter(one.verdict for one in verdicts)),
-                             "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}"}
+            return result | {
+                "lines": "".join(lines).encode(errors="backslashreplace"),
+                "verdicts": json.dumps(Counter(one.verdict for one in verdicts)),
+                "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}",
+            }
         except Exception as problem:
             sentence = in_a_sentence(problem)
-            return result | {"sentence": sentence or "", "traceback": "" if sentence else traceback.format_exc()}
+            return result | {
+                "sentence": sentence or "",
+                "traceback": "" if sentence else traceback.format_exc(),
+            }
 
     def _open(self) -> Engine:
         if model_digest(self.work.model) != self.work.digest:
-            raise UserError(f"{self.work.model} is not the same file on all nodes, or was replaced; run the same command again")
+            raise UserError(
+                f"{self.work.model} is not the same file on all nodes, or was replaced; run the same command again"
+            )
         return open_model(self.work.model, device_name(self.work.device, self.work.model))
 
     def _read(self, name: str) -> Picture:
@@ -186,6 +235,8 @@ class Worker:
             source = source_of(name)
         except UserError as problem:
             if is_passing(problem.__cause__):
-                raise UserError(f"{problem}; the same command goes on from the parts that are finished") from problem
+                raise UserError(
+                    f"{problem}; the same command goes on from the parts that are finished"
+                ) from problem
             return Picture(name, problem=str(problem))
         return read_picture(source, source if isinstance(source, Path) else name, self.engine, None)

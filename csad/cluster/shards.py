@@ -32,7 +32,9 @@ class Shard(NamedTuple):
     digest: str
 
 
-def shards_of(images: Sequence[Image], batch_size: int, made_with: Sequence[Any], size: int | None = None) -> Iterator[Shard]:
+def shards_of(
+    images: Sequence[Image], batch_size: int, made_with: Sequence[Any], size: int | None = None
+) -> Iterator[Shard]:
     """Cut a list into shards of whole batches, which then are the same as without shards.
 
     Args:
@@ -42,9 +44,9 @@ def shards_of(images: Sequence[Image], batch_size: int, made_with: Sequence[Any]
     wanted = size or min(LARGEST, len(images) // FEWEST_SHARDS)
     step = max(1, wanted // batch_size) * batch_size
     for index, start in enumerate(range(0, len(images), step)):
-        text = json.dumps(images[start:start + step])
+        text = json.dumps(images[start : start + step])
         digest = hashlib.sha256(json.dumps([made_with, batch_size, text]).encode()).hexdigest()[:16]
-        yield Shard(index, len(images[start:start + step]), text, digest)
+        yield Shard(index, len(images[start : start + step]), text, digest)
 
 
 class Shards:
@@ -75,7 +77,10 @@ class Shards:
                     found = Counter(json.loads(line)["verdict"] for line in lines)
             else:
                 from pyarrow import parquet
-                found = Counter(parquet.read_table(self.path(shard), columns=["verdict"]).column(0).to_pylist())
+
+                found = Counter(
+                    parquet.read_table(self.path(shard), columns=["verdict"]).column(0).to_pylist()
+                )
         except (OSError, *DAMAGED):
             return None
         return found if found.total() == shard.count else None
@@ -91,12 +96,32 @@ def as_parquet(lines: bytes) -> bytes:
     from pyarrow import parquet
 
     text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
-    component = {"component": whole, "place": text, "area": number, "normal_area": number, "deviation": number,
-                 "above_all": text, "name": text, "words": text}
-    schema = pyarrow.schema({
-        "image": text, "verdict": text, "score": number, "threshold": number, "contributions": pyarrow.map_(text, number),
-        "alarm": text, "unusual": pyarrow.list_(whole), "findings": pyarrow.list_(text),
-        "components": pyarrow.list_(pyarrow.struct(component)), "problem": text, "bytes": whole, "changed_ns": whole})
+    component = {
+        "component": whole,
+        "place": text,
+        "area": number,
+        "normal_area": number,
+        "deviation": number,
+        "above_all": text,
+        "name": text,
+        "words": text,
+    }
+    schema = pyarrow.schema(
+        {
+            "image": text,
+            "verdict": text,
+            "score": number,
+            "threshold": number,
+            "contributions": pyarrow.map_(text, number),
+            "alarm": text,
+            "unusual": pyarrow.list_(whole),
+            "findings": pyarrow.list_(text),
+            "components": pyarrow.list_(pyarrow.struct(component)),
+            "problem": text,
+            "bytes": whole,
+            "changed_ns": whole,
+        }
+    )
     rows = [json.loads(line) for line in lines.splitlines()]
     for row in rows:
         row["image"], row["problem"] = as_text(row["image"]), row["problem"] and as_text(row["problem"])

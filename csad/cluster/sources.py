@@ -88,6 +88,7 @@ class Sources:
     def _add_url(self, url: str) -> None:
         with problems_of(url):
             from pyarrow import fs
+
             files, path = file_system(url)
             info = files.get_file_info(path)
             if info.type == fs.FileType.NotFound:
@@ -98,7 +99,7 @@ class Sources:
             below = files.get_file_info(fs.FileSelector(path, recursive=True))
         base, mark, query = url.partition("?")
         for info in sorted((one for one in below if one.type == fs.FileType.File), key=lambda one: one.path):
-            relative = info.path[len(path.rstrip("/")) + 1:]
+            relative = info.path[len(path.rstrip("/")) + 1 :]
             name = f"{base.rstrip('/')}/{quote(relative)}{mark}{query}"
             if relative.lower().endswith(SUFFIXES):
                 self._add(name, info.size, info.mtime_ns)
@@ -135,7 +136,8 @@ def source_of(name: str) -> Path | InMemory:
 def is_passing(problem: BaseException | None) -> bool:
     """Whether it is the object store's or the network's, rather than the object's: then no image is called unreadable."""
     of_object = isinstance(problem, (FileNotFoundError, PermissionError)) or any(
-        words in str(problem).lower() for words in ("denied", "a directory", "non-file"))
+        words in str(problem).lower() for words in ("denied", "a directory", "non-file")
+    )
     return isinstance(problem, OSError) and not of_object
 
 
@@ -148,8 +150,10 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     parts = urlsplit(url)
     if parts.password:
-        raise UserError(f"a URL of {parts.hostname} holds a password; give it in the environment, as AWS_ACCESS_KEY_ID and "
-                        "AWS_SECRET_ACCESS_KEY, on every node")
+        raise UserError(
+            f"a URL of {parts.hostname} holds a password; give it in the environment, as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, on every node"
+        )
     files, top = _file_system(parts.scheme, parts.netloc, parts.query)
     return files, f"{top.rstrip('/')}/{unquote(parts.path).lstrip('/')}"
 
@@ -157,6 +161,7 @@ def file_system(url: str) -> tuple[Any, str]:
 @functools.lru_cache(32)
 def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
     from pyarrow import fs
+
     return fs.FileSystem.from_uri(f"{scheme}://{host}/" + (f"?{query}" if query else ""))
 
 
@@ -173,7 +178,9 @@ class problems_of:
         if isinstance(problem, FileNotFoundError):
             raise UserError(f"{self.place} is missing") from problem
         if isinstance(problem, (OSError, ValueError, NotImplementedError, csv.Error)):
-            raise UserError(f"{self.place} cannot be read ({str(problem).splitlines()[0][:200]})") from problem
+            raise UserError(
+                f"{self.place} cannot be read ({str(problem).splitlines()[0][:200]})"
+            ) from problem
 
 
 def _opened(place: Path | str) -> Any:
@@ -184,7 +191,10 @@ def _opened(place: Path | str) -> Any:
 
 
 def _csv(place: Path | str, column: str) -> Iterator[str]:
-    with problems_of(place), io.TextIOWrapper(_opened(place), "utf-8-sig", "surrogateescape", newline="") as handle:
+    with (
+        problems_of(place),
+        io.TextIOWrapper(_opened(place), "utf-8-sig", "surrogateescape", newline="") as handle,
+    ):
         rows = csv.DictReader(handle)
         _require_column(column, rows.fieldnames or [], place)
         for row in rows:
@@ -194,6 +204,7 @@ def _csv(place: Path | str, column: str) -> Iterator[str]:
 def _parquet(place: Path | str, column: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
+
     with problems_of(place), _opened(place) as handle:
         table = parquet.ParquetFile(handle)
         _require_column(column, table.schema_arrow.names, place)
@@ -204,5 +215,7 @@ def _parquet(place: Path | str, column: str) -> Iterator[str]:
 
 def _require_column(column: str, names: Sequence[str], place: Path | str) -> None:
     if column not in names:
-        raise UserError(f"{place} has no column '{column}', but {', '.join(names) or 'none at all'}; name the one with the "
-                        "images' paths or URLs with --column")
+        raise UserError(
+            f"{place} has no column '{column}', but {', '.join(names) or 'none at all'}; name the one with the "
+            "images' paths or URLs with --column"
+        )

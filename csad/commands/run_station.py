@@ -40,38 +40,92 @@ def main() -> None:
         from csad.station.server import create_app
         from csad.station.station import Options
     except ImportError as problem:
-        raise UserError(f"{problem.name} is not installed; install what serving needs with: {INSTALL}") from problem
+        raise UserError(
+            f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
+        ) from problem
     default = Options()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
-    parser.add_argument("--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect")
+    parser.add_argument(
+        "--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines connect"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME",
-                        help="other host names to answer under, such as a proxy's; loopback names always work, and with "
-                             "a --host that others reach, any IP address and this machine's name")
-    parser.add_argument("--token", help=f"that requests must bear (or the variable {TOKEN_VARIABLE}, which others cannot see)")
-    parser.add_argument("--log", type=Path, metavar="NAME.jsonl", help="keep every verdict in NAME-YYYY-MM-DD.jsonl")
-    parser.add_argument("--false_positive_rate", type=float,
-                        help="share of good images that may be called anomalous (default: what each model suggests)")
+    parser.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other host names to answer under, such as a proxy's; loopback names always work, and with "
+        "a --host that others reach, any IP address and this machine's name",
+    )
+    parser.add_argument(
+        "--token", help=f"that requests must bear (or the variable {TOKEN_VARIABLE}, which others cannot see)"
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="NAME.jsonl", help="keep every verdict in NAME-YYYY-MM-DD.jsonl"
+    )
+    parser.add_argument(
+        "--false_positive_rate",
+        type=float,
+        help="share of good images that may be called anomalous (default: what each model suggests)",
+    )
     parser.add_argument("--threshold", type=float, help="call higher scores anomalous; for one model alone")
-    parser.add_argument("--batch_size", type=int, default=default.batch_size, help="pictures scored together at most")
-    parser.add_argument("--batch_wait_ms", type=float, default=default.batch_wait_ms,
-                        help="for which an incomplete batch waits for pictures on their way")
-    parser.add_argument("--queue_length", type=int, default=default.queue_length, help="pictures that may wait for each model")
+    parser.add_argument(
+        "--batch_size", type=int, default=default.batch_size, help="pictures scored together at most"
+    )
+    parser.add_argument(
+        "--batch_wait_ms",
+        type=float,
+        default=default.batch_wait_ms,
+        help="for which an incomplete batch waits for pictures on their way",
+    )
+    parser.add_argument(
+        "--queue_length", type=int, default=default.queue_length, help="pictures that may wait for each model"
+    )
     parser.add_argument("--max_requests", type=int, default=default.max_requests, help="in work at one time")
-    parser.add_argument("--max_connections", type=int, default=default.max_connections,
-                        help="open at one time; fewer where this process may open too few files (ulimit -n)")
-    parser.add_argument("--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request")
+    parser.add_argument(
+        "--max_connections",
+        type=int,
+        default=default.max_connections,
+        help="open at one time; fewer where this process may open too few files (ulimit -n)",
+    )
+    parser.add_argument(
+        "--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request"
+    )
     parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of a picture")
-    parser.add_argument("--header_seconds", type=float, default=default.header_seconds,
-                        help="in which a request's headers have to arrive")
-    parser.add_argument("--body_seconds", type=float, default=default.body_seconds,
-                        help="in which a request's body has to arrive, and its answer has to be read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
+    parser.add_argument(
+        "--header_seconds",
+        type=float,
+        default=default.header_seconds,
+        help="in which a request's headers have to arrive",
+    )
+    parser.add_argument(
+        "--body_seconds",
+        type=float,
+        default=default.body_seconds,
+        help="in which a request's body has to arrive, and its answer has to be read",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too",
+    )
     args = parser.parse_args()
-    for name in ("batch_size", "queue_length", "max_requests", "max_connections", "max_megabytes",
-                 "max_megapixels", "header_seconds", "body_seconds"):
+    for name in (
+        "batch_size",
+        "queue_length",
+        "max_requests",
+        "max_connections",
+        "max_megabytes",
+        "max_megapixels",
+        "header_seconds",
+        "body_seconds",
+    ):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be a number above 0")
     if not 0 <= args.port <= 65535:
@@ -84,27 +138,50 @@ def main() -> None:
     for name, host in zip(args.allowed_hosts, allowed_hosts):
         if host is None or host[1]:
             raise UserError(f"--allowed_hosts names {name}; it must be a host name without http:// and port")
-    options = Options(args.threshold, args.false_positive_rate, args.batch_size, args.batch_wait_ms, args.queue_length,
-                      args.max_requests, int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.body_seconds,
-                      token_of(args.token), args.max_connections, args.header_seconds)
+    options = Options(
+        args.threshold,
+        args.false_positive_rate,
+        args.batch_size,
+        args.batch_wait_ms,
+        args.queue_length,
+        args.max_requests,
+        int(args.max_megabytes * 2**20),
+        int(args.max_megapixels * 1e6),
+        args.body_seconds,
+        token_of(args.token),
+        args.max_connections,
+        args.header_seconds,
+    )
 
-    engines = {name: warmed_up(open_model(path, device_name(args.device, path))) for name, path in named(args.model).items()}
+    engines = {
+        name: warmed_up(open_model(path, device_name(args.device, path)))
+        for name, path in named(args.model).items()
+    }
     with ExitStack() as stack:
         log = stack.enter_context(closing(DailyLog(args.log.expanduser()))) if args.log else None
         listening = stack.enter_context(listen(args.host, args.port))
         local = is_loopback(listening.getsockname()[0])
         own_names = set() if local else {args.host.lower(), socket.gethostname().lower()}
-        options = replace(options, any_address=not local,
-                          allowed_hosts=frozenset(own_names | {host for host, _ in allowed_hosts}))
+        options = replace(
+            options,
+            any_address=not local,
+            allowed_hosts=frozenset(own_names | {host for host, _ in allowed_hosts}),
+        )
         app = create_app(engines, options, log)
         server = make_server(app, options)
         for number in (signal.SIGTERM, signal.SIGINT):
             # uvicorn takes both over, and after it has ended raises again what it got, which then does no harm.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        models = ", ".join(f"{name} ({one.runtime} on {one.device}, {one.precision})" for name, one in engines.items())
+        models = ", ".join(
+            f"{name} ({one.runtime} on {one.device}, {one.precision})" for name, one in engines.items()
+        )
         print(f"{models} at {address(listening)}", flush=True)
         if not local and options.token is None:
-            print("other machines can connect and nothing asks them for a token; set --token", file=sys.stderr, flush=True)
+            print(
+                "other machines can connect and nothing asks them for a token; set --token",
+                file=sys.stderr,
+                flush=True,
+            )
         server.run(sockets=[listening])
 
 
@@ -127,8 +204,10 @@ def token_of(given: str | None) -> str | None:
     """Raises UserError for a token that no header can carry; an empty one would let nobody in, or everybody."""
     token = os.environ.get(TOKEN_VARIABLE) if given is None else given
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(f"the token (--token or {TOKEN_VARIABLE}) must be one or more ASCII letters, digits and signs, "
-                        "without spaces")
+        raise UserError(
+            f"the token (--token or {TOKEN_VARIABLE}) must be one or more ASCII letters, digits and signs, "
+            "without spaces"
+        )
     return token
 
 
@@ -152,7 +231,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listening
     except OSError as problem:
-        raise UserError(f"cannot listen on {host} port {port} ({problem}); choose another --port or --host") from problem
+        raise UserError(
+            f"cannot listen on {host} port {port} ({problem}); choose another --port or --host"
+        ) from problem
 
 
 def address(listening: socket.socket) -> str:

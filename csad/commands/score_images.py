@@ -61,31 +61,63 @@ REMEMBERED = 200_000  # files that --watch remembers beside as many as were ther
 LONGEST_DRAWING = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 NAMED = 5  # files left out that are named
-COLUMNS = ("image", "verdict", "score", "threshold", *(f"{branch}_contribution" for branch in BRANCHES), "unusual_x",
-           "unusual_y", "findings")
+COLUMNS = (
+    "image",
+    "verdict",
+    "score",
+    "threshold",
+    *(f"{branch}_contribution" for branch in BRANCHES),
+    "unusual_x",
+    "unusual_y",
+    "findings",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
-    parser.add_argument("images", nargs="+", type=place_or_url, metavar="IMAGE_OR_FOLDER",
-                        help="folders are searched with all below; with --ray lists (.csv, .parquet) and URLs, too")
-    parser.add_argument("--model", type=place, required=True, help=".pth, .onnx or .xml written by export_model.py")
-    parser.add_argument("--false_positive_rate", type=float,
-                        help="share of good images that may be called anomalous; the threshold follows from the validation "
-                             "images' scores in the model (default: 0.01, or the threshold that was set in the model)")
-    parser.add_argument("--threshold", type=float, help="call higher scores anomalous, whatever the model says")
-    parser.add_argument("--output", type=place, default=Path("predictions"), help="folder to write to (default: predictions)")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=place_or_url,
+        metavar="IMAGE_OR_FOLDER",
+        help="folders are searched with all below; with --ray lists (.csv, .parquet) and URLs, too",
+    )
+    parser.add_argument(
+        "--model", type=place, required=True, help=".pth, .onnx or .xml written by export_model.py"
+    )
+    parser.add_argument(
+        "--false_positive_rate",
+        type=float,
+        help="share of good images that may be called anomalous; the threshold follows from the validation "
+        "images' scores in the model (default: 0.01, or the threshold that was set in the model)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="call higher scores anomalous, whatever the model says"
+    )
+    parser.add_argument(
+        "--output", type=place, default=Path("predictions"), help="folder to write to (default: predictions)"
+    )
     parser.add_argument("--save_maps", action="store_true", help="draw what was found into OUTPUT/maps")
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too",
+    )
     cluster = parser.add_argument_group("several workers or machines")
     cluster.add_argument("--ray", metavar="ADDRESS", help="local, auto or HOST:PORT of a Ray cluster")
     cluster.add_argument("--column", help="of lists, that holds the images' paths or URLs (default: image)")
     cluster.add_argument("--format", choices=["jsonl", "parquet"], help="of the parts (default: jsonl)")
-    cluster.add_argument("--shard_size", type=int, metavar="IMAGES", help="in a part (default: 1000, of few images fewer)")
-    cluster.add_argument("--unordered", action="store_true", help="write parts as they are ready, not in their order")
+    cluster.add_argument(
+        "--shard_size", type=int, metavar="IMAGES", help="in a part (default: 1000, of few images fewer)"
+    )
+    cluster.add_argument(
+        "--unordered", action="store_true", help="write parts as they are ready, not in their order"
+    )
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be 1 or more")
@@ -103,30 +135,43 @@ def main() -> None:
         found.require_images()
     engine = open_model(args.model, device_name(args.device, args.model))
     if not engine.has_maps and args.save_maps:
-        raise UserError(f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps")
-    threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
-    print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}")
-    top = Path(os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images]))
+        raise UserError(
+            f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps"
+        )
+    threshold, words = threshold_of(
+        engine.metadata, args.threshold, args.false_positive_rate, str(args.model)
+    )
+    print(
+        f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}"
+    )
+    top = Path(
+        os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images])
+    )
 
     def read(path: Path) -> Picture:
         return read_picture(path, path, engine, MAP_SIDE if args.save_maps else None)
 
-    with (Output(args.output, top, go_on=args.watch) as output,
-          interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted):
+    with (
+        Output(args.output, top, go_on=args.watch) as output,
+        interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted,
+    ):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
         attempts: Counter[str] = Counter()
         try:
             for verdict in itertools.chain.from_iterable(
-                    verdicts_on(paths, engine, threshold, args.batch_size, read)
-                    for paths in itertools.takewhile(lambda _: not interrupted(), rounds)):
+                verdicts_on(paths, engine, threshold, args.batch_size, read)
+                for paths in itertools.takewhile(lambda _: not interrupted(), rounds)
+            ):
                 if not (args.watch and is_put_off(verdict, output.scored, attempts)):
                     output.write(verdict)
                 if interrupted():
                     break
         except KeyboardInterrupt:
             if not args.watch:
-                raise KeyboardInterrupt(f"interrupted; what is scored so far is in {output.table}, and the same command starts "
-                                        "anew and replaces it") from None
+                raise KeyboardInterrupt(
+                    f"interrupted; what is scored so far is in {output.table}, and the same command starts "
+                    "anew and replaces it"
+                ) from None
     end(output.counts, {"they are no images": found.left_out}, output.table)
 
 
@@ -140,7 +185,9 @@ def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str
     if args.shard_size is not None and args.shard_size < 1:
         raise UserError(f"--shard_size is {args.shard_size}; it must be 1 or more")
     engine = open_model(args.model, "cpu")
-    threshold, words = threshold_of(engine.metadata, args.threshold, args.false_positive_rate, str(args.model))
+    threshold, words = threshold_of(
+        engine.metadata, args.threshold, args.false_positive_rate, str(args.model)
+    )
     print(f"threshold {threshold:.4g}{f': {words}' if words else ''}")
     return scoring.score(args, threshold)
 
@@ -150,8 +197,10 @@ def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]],
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {table}")
     for reason, names in left_out.items():
         if names:
-            print(f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:NAMED]))}"
-                  f"{' and others' if len(names) > NAMED else ''}")
+            print(
+                f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:NAMED]))}"
+                f"{' and others' if len(names) > NAMED else ''}"
+            )
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)
 
 
@@ -173,8 +222,11 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
         for path in now.keys() - before.keys():
             if now[path] == NO_STATE and path not in folders and path.is_dir():
                 print(f"{path} cannot be listed; what lies in it is not judged", file=sys.stderr)
-        ready = [path for path, state in now.items()
-                 if before.get(path) == state != scored.get(str(path)) and _is_finished(state)]
+        ready = [
+            path
+            for path, state in now.items()
+            if before.get(path) == state != scored.get(str(path)) and _is_finished(state)
+        ]
         for path in now:
             if str(path) in scored:
                 scored[str(path)] = scored.pop(str(path))  # to the end
@@ -191,13 +243,18 @@ def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int
     """The folder's `identity`; said on stderr where it is not what it was ``before``."""
     now = identity(folder)
     if now is None and before is not None:
-        print(f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered",
-              file=sys.stderr)
+        print(
+            f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered",
+            file=sys.stderr,
+        )
     elif before is None and now is not None:
         print(f"{folder} is there again", file=sys.stderr)
     elif now != before:
-        print(f"{folder} is another folder than before (was a share mounted or unmounted?); "
-              "what was scored is remembered", file=sys.stderr)
+        print(
+            f"{folder} is another folder than before (was a share mounted or unmounted?); "
+            "what was scored is remembered",
+            file=sys.stderr,
+        )
     return now
 
 
@@ -264,7 +321,7 @@ class Output:
     def _read_log(self, log: Path) -> None:
         """What was scored; a last line that a crash cut off goes, and its image is scored again."""
         content = log.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]
+        whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             files.write_bytes(log, whole)
         for line in whole.splitlines():
@@ -284,20 +341,37 @@ class Output:
             # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
             name = Path(os.path.relpath(verdict.name.parent.resolve() / verdict.name.name, self.top))
             if name.parts[0] == os.pardir:
-                raise UserError(f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
-                                f"{self.folder}/maps; run the same command again")
+                raise UserError(
+                    f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
+                    f"{self.folder}/maps; run the same command again"
+                )
             drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
             try:
                 files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
             except OSError as problem:
                 if problem.errno not in UNUSABLE:
                     raise
-                print(f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}", file=sys.stderr)
+                print(
+                    f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}",
+                    file=sys.stderr,
+                )
         contributions = verdict.contributions or {}
-        self.rows.writerow([files.to_csv_text(str(verdict.name)), verdict.verdict, *(
-            "" if value is None else f"{value:.6g}" for value in (
-                verdict.score, verdict.threshold, *(contributions.get(branch) for branch in BRANCHES))),
-            *(verdict.unusual or ("", "")), files.to_csv_text("; ".join(verdict.findings))])
+        self.rows.writerow(
+            [
+                files.to_csv_text(str(verdict.name)),
+                verdict.verdict,
+                *(
+                    "" if value is None else f"{value:.6g}"
+                    for value in (
+                        verdict.score,
+                        verdict.threshold,
+                        *(contributions.get(branch) for branch in BRANCHES),
+                    )
+                ),
+                *(verdict.unusual or ("", "")),
+                files.to_csv_text("; ".join(verdict.findings)),
+            ]
+        )
         self.lines.write(as_line(verdict, state_of(verdict.name)))
         self.csv.flush()
         self.lines.flush()

@@ -48,8 +48,10 @@ class Findings:
 
 # One category
 
-def check(category: layouts.Category, chosen: settings.Settings,
-          false_positive_rate: float | None = None) -> tuple[Findings, dict[str, list[Picture]]]:
+
+def check(
+    category: layouts.Category, chosen: settings.Settings, false_positive_rate: float | None = None
+) -> tuple[Findings, dict[str, list[Picture]]]:
     """Read every image and mask of a category.
 
     Returns:
@@ -64,10 +66,21 @@ def check(category: layouts.Category, chosen: settings.Settings,
     about_defect_folders(category, findings)
     about_number_of_images(category, findings)
     validation = set(findings.attempt(lambda: category.validation) or [])
-    todo = [(folder, path, split_of(folder, path in validation)) for folder, paths in listed.items() for path in paths]
+    todo = [
+        (folder, path, split_of(folder, path in validation))
+        for folder, paths in listed.items()
+        for path in paths
+    ]
     with ThreadPoolExecutor(cores()) as pool:  # decoding and hashing release Python's lock
-        found = list(ProgressBar(pool.map(lambda one: examine(one[1], one[2], chosen.images.white_level), todo), total=len(todo),
-                          unit="image", desc=f"{category.name}: read images", leave=False))
+        found = list(
+            ProgressBar(
+                pool.map(lambda one: examine(one[1], one[2], chosen.images.white_level), todo),
+                total=len(todo),
+                unit="image",
+                desc=f"{category.name}: read images",
+                leave=False,
+            )
+        )
         pictures = {folder: [] for folder in listed}
         for (folder, _, _), picture in zip(todo, found):
             pictures[folder].append(picture)
@@ -93,7 +106,11 @@ def quick_check(category: layouts.Category) -> list[str]:
     about_unused(category, findings)
     about_number_of_images(category, findings)
     validation = set(category.validation)
-    looked = [look(path, split_of(folder, path in validation)) for folder, paths in category.listed.items() for path in paths]
+    looked = [
+        look(path, split_of(folder, path in validation))
+        for folder, paths in category.listed.items()
+        for path in paths
+    ]
     findings.warnings += [picture.problem for picture in looked if picture.problem]
     readable = [picture for picture in looked if not picture.problem]
     about_storage(category.root, readable, findings)
@@ -107,6 +124,7 @@ def split_of(folder: str, in_validation: bool) -> str:
 
 # What is said
 
+
 def describe(pictures: dict[str, list[Picture]]) -> list[str]:
     """One line per folder: how many images there are, and how they are stored."""
     rows = [("folder", "images", "sizes", "formats", "stored as", "values")]
@@ -114,8 +132,16 @@ def describe(pictures: dict[str, list[Picture]]) -> list[str]:
         readable = [picture for picture in found if not picture.problem]
         if readable:
             values = f"{min(one.values[0] for one in readable)}..{max(one.values[1] for one in readable)}"
-            rows.append((folder, str(len(found)), counted(f"{one.size[0]}x{one.size[1]}" for one in readable),
-                         counted(one.format for one in readable), counted(one.stored for one in readable), values))
+            rows.append(
+                (
+                    folder,
+                    str(len(found)),
+                    counted(f"{one.size[0]}x{one.size[1]}" for one in readable),
+                    counted(one.format for one in readable),
+                    counted(one.stored for one in readable),
+                    values,
+                )
+            )
         else:
             rows.append((folder, str(len(found)), "", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -136,22 +162,34 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
         reasons[why].append(path)
     for why, paths in reasons.items():
         litter = why == listing.CLUTTER or (
-            why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths))
-        (findings.notes if litter else findings.warnings).append(f"not used: {names(category.root, paths)}: {why}")
+            why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths)
+        )
+        (findings.notes if litter else findings.warnings).append(
+            f"not used: {names(category.root, paths)}: {why}"
+        )
 
 
 def about_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
     """Names of images that are shortened in the files made from them, and a category's that is too long."""
     if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
-        findings.errors.append(f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} "
-                               "bytes, too long for the files that bear it; rename it")
+        findings.errors.append(
+            f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} "
+            "bytes, too long for the files that bear it; rename it"
+        )
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.attempt(lambda: {path: category.key(path) for path in paths}) or {}
-    long = [path for path in paths if path in keys and not path.stem.endswith(keys[path][-13:])
-            and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4]  # what is cut off has up to 4 bytes
+    long = [
+        path
+        for path in paths
+        if path in keys
+        and not path.stem.endswith(keys[path][-13:])
+        and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4
+    ]  # what is cut off has up to 4 bytes
     if long:
-        findings.notes.append("long names, of which files made from the images bear the beginning and a hash, "
-                              f"like {keys[long[0]]}: {names(category.root, long)}")
+        findings.notes.append(
+            "long names, of which files made from the images bear the beginning and a hash, "
+            f"like {keys[long[0]]}: {names(category.root, long)}"
+        )
 
 
 def about_defect_folders(category: layouts.Category, findings: Findings) -> None:
@@ -161,36 +199,46 @@ def about_defect_folders(category: layouts.Category, findings: Findings) -> None
     if not logical and not structural:
         return
     example = ", ".join(logical or structural[:1])
-    findings.notes.append(f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; "
-                          f"as structural: {', '.join(structural) or 'none'}; a line like 'logical: [{example}]' "
-                          f"in configs/categories/{category.name}.yaml changes it")
+    findings.notes.append(
+        f"test folders that count as logical anomalies: {', '.join(logical) or 'none'}; "
+        f"as structural: {', '.join(structural) or 'none'}; a line like 'logical: [{example}]' "
+        f"in configs/categories/{category.name}.yaml changes it"
+    )
     good = [name for name in (*logical, *structural) if name.lower() in conventions.GOOD_NAMES]
     if good:
-        findings.warnings.append(f"test/{good[0]} sounds like good images but counts as a defect; "
-                                 f"rename it to test/{layouts.GOOD}")
+        findings.warnings.append(
+            f"test/{good[0]} sounds like good images but counts as a defect; rename it to test/{layouts.GOOD}"
+        )
 
 
 def about_number_of_images(category: layouts.Category, findings: Findings) -> None:
     """Too few images to learn from or to set a threshold by, and what to expect then."""
-    training, validation = (len(findings.attempt(lambda split=split: getattr(category, split)) or [])
-                            for split in ("train", "validation"))
+    training, validation = (
+        len(findings.attempt(lambda split=split: getattr(category, split)) or [])
+        for split in ("train", "validation")
+    )
     if 0 < training < MIN_TRAINING_IMAGES:
         aside = f" (and {validation} set aside for validation)" if category.validation_is_held_out else ""
         findings.warnings.append(
             f"only {count(training, 'training image')}{aside}: expect that many new good images, maybe most of "
             "them, are called anomalous, because what is normal in them was never seen; "
-            f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better")
+            f"{MIN_TRAINING_IMAGES} are few, a hundred or more are better"
+        )
     if 0 < validation < MIN_VALIDATION_IMAGES:
         findings.warnings.append(
             f"only {count(validation, 'validation image')}, which set the threshold: expect that at least 1 in "
             f"{validation + 1} new good images is called anomalous, and by chance far more; "
-            f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %")
+            f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %"
+        )
 
 
 def about_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:
     """Sizes, formats, bit depths, colour, orientation and transparency: what differs from most of the images is named."""
+
     def named(chosen: Sequence[Picture]) -> str:
-        return "all" if len(chosen) == len(pictures) > 1 else names(root, [picture.path for picture in chosen])
+        return (
+            "all" if len(chosen) == len(pictures) > 1 else names(root, [picture.path for picture in chosen])
+        )
 
     if not pictures:
         return
@@ -198,29 +246,42 @@ def about_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -
     aspect = usual[0] / usual[1]
     other = [one for one in pictures if abs(one.size[0] / one.size[1] / aspect - 1) > ASPECT_TOLERANCE]
     if other:
-        findings.warnings.append(f"most images are {usual[0]}x{usual[1]}, but of another shape, and so stretched otherwise: "
-                                 f"{named(other)}")
+        findings.warnings.append(
+            f"most images are {usual[0]}x{usual[1]}, but of another shape, and so stretched otherwise: "
+            f"{named(other)}"
+        )
     resized = [one for one in pictures if one.size != usual and one not in other]
     if resized:
-        findings.notes.append(f"most images are {usual[0]}x{usual[1]}, of the same shape but another size: {named(resized)}")
+        findings.notes.append(
+            f"most images are {usual[0]}x{usual[1]}, of the same shape but another size: {named(resized)}"
+        )
     small = [one for one in pictures if min(one.size) < images.SIZE]
     if small:
         findings.notes.append(f"smaller than the {images.SIZE} pixels that the networks see: {named(small)}")
-    for of, what in ((lambda one: one.bits, "of {} bits"), (lambda one: "in colour" if one.colour else "grey", "{}")):
+    for of, what in (
+        (lambda one: one.bits, "of {} bits"),
+        (lambda one: "in colour" if one.colour else "grey", "{}"),
+    ):
         common = Counter(map(of, pictures)).most_common()
         if len(common) > 1:
             odd = [one for one in pictures if of(one) != common[0][0]]
             kinds = " and ".join(what.format(kind) for kind, _ in common[1:])
-            findings.warnings.append(f"most images are {what.format(common[0][0])}, but {kinds}: {named(odd)}")
+            findings.warnings.append(
+                f"most images are {what.format(common[0][0])}, but {kinds}: {named(odd)}"
+            )
     training = {one.format for one in pictures if one.split == "train"}
     odd = [one for one in pictures if one.split != "train" and one.format not in training]
     if training and odd:
-        findings.warnings.append(f"training images are stored as {', '.join(sorted(training))}, but in another format, whose "
-                                 f"traces alone may tell them apart: {named(odd)}")
+        findings.warnings.append(
+            f"training images are stored as {', '.join(sorted(training))}, but in another format, whose "
+            f"traces alone may tell them apart: {named(odd)}"
+        )
     dark = [one for one in pictures if one.bits == 16 and one.thumbnail is not None and one.values[1] < 64]
     if dark:
-        findings.warnings.append("16-bit images that use less than a quarter of their range (14 bits? then set "
-                                 f"--images.white_level 16383): {named(dark)}")
+        findings.warnings.append(
+            "16-bit images that use less than a quarter of their range (14 bits? then set "
+            f"--images.white_level 16383): {named(dark)}"
+        )
     flat = [one for one in pictures if one.thumbnail is not None and one.values[0] == one.values[1]]
     if flat:
         findings.warnings.append(f"of one colour all over: {named(flat)}")
@@ -240,35 +301,53 @@ def about_copies(root: Path, pictures: Sequence[Picture], findings: Findings) ->
         if picture.digest:
             groups[picture.digest].append(picture)
     pairs = [(first, other, "the same file") for first, *others in groups.values() for other in others]
-    pairs += [(first, other, "nearly the same") for first, other in near_copies([group[0] for group in groups.values()])]
+    pairs += [
+        (first, other, "nearly the same")
+        for first, other in near_copies([group[0] for group in groups.values()])
+    ]
     if pictures and pictures[0].thumbnail is not None and pictures[0].hash is None:
         findings.notes.append("near copies were not looked for; pip install ImageHash does")
     kinds = defaultdict(list)
     for first, other, how in pairs:
-        between = f"within {first.split}" if first.split == other.split else f"in {first.split} and {other.split}"
+        between = (
+            f"within {first.split}" if first.split == other.split else f"in {first.split} and {other.split}"
+        )
         kinds[how, between].append(f"{first.path.relative_to(root)} = {other.path.relative_to(root)}")
     for (how, between), equal in kinds.items():
         more = f" and {len(equal) - NAMED} more" if len(equal) > NAMED else ""
         findings.warnings.append(f"{how} {between}: {', '.join(equal[:NAMED])}{more}")
 
 
-def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], findings: Findings,
-                pool: ThreadPoolExecutor) -> None:
+def about_masks(
+    category: layouts.Category,
+    sizes: dict[Path, tuple[int, int]],
+    findings: Findings,
+    pool: ThreadPoolExecutor,
+) -> None:
     """Ground truth that is missing, unreadable, empty, of another size, or names no defect."""
-    anomalous = [(split, path) for split in (layouts.LOGICAL, layouts.STRUCTURAL)
-                 for path in findings.attempt(lambda split=split: category.test(split)) or []]
-    masks = {path: findings.attempt(lambda split=split, path=path: category.region_masks(split, path))
-             for split, path in anomalous}
+    anomalous = [
+        (split, path)
+        for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+        for path in findings.attempt(lambda split=split: category.test(split)) or []
+    ]
+    masks = {
+        path: findings.attempt(lambda split=split, path=path: category.region_masks(split, path))
+        for split, path in anomalous
+    }
     without = [path for path, found in masks.items() if found == []]
     if without and len(without) < len(masks):
-        findings.warnings.append(f"anomalous, but without a ground-truth mask: {names(category.root, without)}")
+        findings.warnings.append(
+            f"anomalous, but without a ground-truth mask: {names(category.root, without)}"
+        )
     elif without:
         findings.notes.append("no ground-truth masks, so localisation is not measured")
     values = None
     if category.defects_config.exists():
         values = findings.attempt(lambda: pixel_values(category))
     elif category.layout == layouts.Loco.name and len(without) < len(masks):
-        findings.warnings.append(f"there are masks, but no {category.defects_config} that says what their values mean")
+        findings.warnings.append(
+            f"there are masks, but no {category.defects_config} that says what their values mean"
+        )
 
     lossy: list[Path] = []
 
@@ -293,9 +372,10 @@ def about_masks(category: layouts.Category, sizes: dict[Path, tuple[int, int]], 
     pairs = [(image, path) for image, found in masks.items() for path in found or []]
     findings.errors += [said for said in pool.map(complaint, pairs) if said]
     if lossy:
-        findings.warnings.append("masks in a lossy format, in which only what is brighter than half of the "
-                                 "brightest pixel counts as defect; store masks as PNG: "
-                                 + names(category.root, sorted(lossy)))
+        findings.warnings.append(
+            "masks in a lossy format, in which only what is brighter than half of the "
+            "brightest pixel counts as defect; store masks as PNG: " + names(category.root, sorted(lossy))
+        )
 
 
 def pixel_values(category: layouts.Category) -> set[int]:
@@ -305,11 +385,15 @@ def pixel_values(category: layouts.Category) -> set[int]:
             value = int(entry["pixel_value"])
             saturation = entry.get("saturation_threshold"), entry.get("relative_saturation")
             if saturations.setdefault(value, saturation) != saturation:
-                raise UserError(f"{category.defects_config}: pixel_value {value} stands there twice with "
-                                "different saturations; keep one of them")
+                raise UserError(
+                    f"{category.defects_config}: pixel_value {value} stands there twice with "
+                    "different saturations; keep one of them"
+                )
         return set(saturations)
     except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{category.defects_config} should be a list of entries with pixel_value and defect_name") from problem
+        raise UserError(
+            f"{category.defects_config} should be a list of entries with pixel_value and defect_name"
+        ) from problem
 
 
 def about_rate(validation: int, rate: float | None, findings: Findings) -> None:
@@ -317,14 +401,18 @@ def about_rate(validation: int, rate: float | None, findings: Findings) -> None:
     if not validation:
         return
     mean, sure = 1 / (validation + 1), 1 - (1 - CONFIDENCE) ** (1 / validation)
-    findings.notes.append(f"a threshold from {validation} validation image{'s' * (validation > 1)} can promise "
-                          f"{100 * mean:.1f} % false positives on average, {100 * sure:.1f} % with 95 % confidence")
+    findings.notes.append(
+        f"a threshold from {validation} validation image{'s' * (validation > 1)} can promise "
+        f"{100 * mean:.1f} % false positives on average, {100 * sure:.1f} % with 95 % confidence"
+    )
     if rate is not None:
         on_average = math.ceil(round(1 / rate - 1, 6))
         for_sure = math.ceil(round(math.log(1 - CONFIDENCE) / math.log(1 - rate), 6))
         if validation < on_average:
-            findings.warnings.append(f"a false-positive rate of {rate:g} needs {on_average} validation images on average and "
-                                     f"{for_sure} for 95 % confidence; there {'is' if validation == 1 else 'are'} {validation}")
+            findings.warnings.append(
+                f"a false-positive rate of {rate:g} needs {on_average} validation images on average and "
+                f"{for_sure} for 95 % confidence; there {'is' if validation == 1 else 'are'} {validation}"
+            )
 
 
 def names(root: Path, paths: Sequence[Path]) -> str:

@@ -25,8 +25,26 @@ SPLITS = (GOOD, LOGICAL, STRUCTURAL)
 
 # What people call folders of good and of other images, in lower case.
 GOOD_NAMES = frozenset({"good", "ok", "normal", "pass", "io"})
-BAD_NAMES = frozenset({"bad", "defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal",
-                       "fail", "ng", "nok", "ko", "nio", "not_good", LOGICAL, STRUCTURAL})
+BAD_NAMES = frozenset(
+    {
+        "bad",
+        "defect",
+        "defects",
+        "defective",
+        "anomaly",
+        "anomalies",
+        "anomalous",
+        "abnormal",
+        "fail",
+        "ng",
+        "nok",
+        "ko",
+        "nio",
+        "not_good",
+        LOGICAL,
+        STRUCTURAL,
+    }
+)
 
 
 class Layout(Protocol):
@@ -53,14 +71,24 @@ class Loco:
 
     def recognises(self, root: Path) -> bool:
         folders = set(subfolders(root / "test"))
-        return bool(folders & {LOGICAL, STRUCTURAL} or (root / "defects_config.json").exists()
-                    or folders == {GOOD} and (root / "validation").is_dir())
+        return bool(
+            folders & {LOGICAL, STRUCTURAL}
+            or (root / "defects_config.json").exists()
+            or folders == {GOOD}
+            and (root / "validation").is_dir()
+        )
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
-        foreign = [name for name in subfolders(root / "test") if name not in SPLITS and _marked(root / "ground_truth" / name)]
+        foreign = [
+            name
+            for name in subfolders(root / "test")
+            if name not in SPLITS and _marked(root / "ground_truth" / name)
+        ]
         if foreign:
-            raise UserError(f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
-                            f"MVTec LOCO AD's layout; keep either {LOGICAL} and {STRUCTURAL}, or one folder for each defect")
+            raise UserError(
+                f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
+                f"MVTec LOCO AD's layout; keep either {LOGICAL} and {STRUCTURAL}, or one folder for each defect"
+            )
         return {kind: [root / "test" / kind] for kind in SPLITS if (root / "test" / kind).is_dir()}
 
     def masks(self, root: Path, image: Path) -> list[Path]:
@@ -79,17 +107,23 @@ class FolderPerDefect:
     good: str = "good"
 
     def recognises(self, root: Path) -> bool:
-        return bool(subfolders(root / "test")) and (self.good == GOOD or (root / "train" / self.good).is_dir())
+        return bool(subfolders(root / "test")) and (
+            self.good == GOOD or (root / "train" / self.good).is_dir()
+        )
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
         folders = {name: root / "test" / name for name in subfolders(root / "test")}
         found = {GOOD: [folders.pop(self.good)] if self.good in folders else []}
         for name in logical:
             if name not in folders:
-                raise UserError(f"there is no defect '{name}' in {root / 'test'} to count as logical; it has "
-                                f"{', '.join(folders) or 'none'}")
-        return found | {LOGICAL: [path for name, path in folders.items() if name in logical],
-                        STRUCTURAL: [path for name, path in folders.items() if name not in logical]}
+                raise UserError(
+                    f"there is no defect '{name}' in {root / 'test'} to count as logical; it has "
+                    f"{', '.join(folders) or 'none'}"
+                )
+        return found | {
+            LOGICAL: [path for name, path in folders.items() if name in logical],
+            STRUCTURAL: [path for name, path in folders.items() if name not in logical],
+        }
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         folder = root / "ground_truth" / image.relative_to(root / "test").parent
@@ -123,12 +157,16 @@ def advice_on_other_layout(root: Path) -> str | None:
     """What to move where in a folder without train/ that has a known other layout, or good and bad images."""
     folders = subfolders(root)
     if (root / "Data" / "Images" / "Normal").is_dir():
-        return (f"{root} has VisA's layout; move the training images of Data/Images/Normal to train/good and the "
-                "others to test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and "
-                "Data/Masks/Anomaly to ground_truth/anomaly")
+        return (
+            f"{root} has VisA's layout; move the training images of Data/Images/Normal to train/good and the "
+            "others to test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and "
+            "Data/Masks/Anomaly to ground_truth/anomaly"
+        )
     odd = next((name for name in folders if name.lower() == "train"), None)
     if odd:
-        return f"{root} has a folder {odd}; layouts have it as train, in small letters, like validation and test"
+        return (
+            f"{root} has a folder {odd}; layouts have it as train, in small letters, like validation and test"
+        )
     good = [name for name in folders if name.lower() in GOOD_NAMES]
     bad = [name for name in folders if name.lower() in BAD_NAMES]
     if not good:
@@ -136,11 +174,15 @@ def advice_on_other_layout(root: Path) -> str | None:
     to_train = f"move the good images for training from {good[0]} to train/good and some others to test/good"
     defects = root / "NG"
     if {"OK", "NG"} <= set(folders) and any(subfolders(defects / name) for name in subfolders(defects)):
-        return (f"{root} has Real-IAD's layout; {to_train} (its JSON files say which), each NG/DEFECT to "
-                "test/DEFECT, and the masks in it (*.png) to ground_truth/DEFECT")
+        return (
+            f"{root} has Real-IAD's layout; {to_train} (its JSON files say which), each NG/DEFECT to "
+            "test/DEFECT, and the masks in it (*.png) to ground_truth/DEFECT"
+        )
     if bad:
-        return (f"{root} has the folders {', '.join([*good, *bad])}, and no train; {to_train}, "
-                + " and ".join(f"{name} to test/{name}" for name in bad))
+        return (
+            f"{root} has the folders {', '.join([*good, *bad])}, and no train; {to_train}, "
+            + " and ".join(f"{name} to test/{name}" for name in bad)
+        )
     return f"{root} has the folder {good[0]}, and no train; {to_train}"
 
 

@@ -45,8 +45,10 @@ def obtain(checkpoint: Checkpoint, folder: Path, download: bool) -> Path:
     if path.exists():
         return path
     if not download:
-        raise UserError(f"{path} is missing; fetch it with --download ({checkpoint.megabytes:g} MB), or get it from "
-                        f"{checkpoint.url} and put it there")
+        raise UserError(
+            f"{path} is missing; fetch it with --download ({checkpoint.megabytes:g} MB), or get it from "
+            f"{checkpoint.url} and put it there"
+        )
     return fetch(checkpoint, folder)
 
 
@@ -67,16 +69,22 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
     try:
         _transfer(checkpoint.url, part)
     except urllib.error.HTTPError as problem:
-        raise UserError(f"{checkpoint.url} answered {problem.code} {problem.reason}; get {path.name} from elsewhere and "
-                        f"put it into {path.parent}") from problem
+        raise UserError(
+            f"{checkpoint.url} answered {problem.code} {problem.reason}; get {path.name} from elsewhere and "
+            f"put it into {path.parent}"
+        ) from problem
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as problem:
-        raise UserError(f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
-                        f"same command continues, or get the file elsewhere and put it into {path.parent}") from problem
+        raise UserError(
+            f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
+            f"same command continues, or get the file elsewhere and put it into {path.parent}"
+        ) from problem
     found = sha256(part)
     if not found.startswith(checkpoint.sha256 or ""):
         part.unlink()
-        raise UserError(f"{checkpoint.url} gave a file with SHA-256 {found} where {checkpoint.sha256} was "
-                        "expected; it was thrown away, try again or get the file elsewhere")
+        raise UserError(
+            f"{checkpoint.url} gave a file with SHA-256 {found} where {checkpoint.sha256} was "
+            "expected; it was thrown away, try again or get the file elsewhere"
+        )
     os.replace(part, path)
     return path
 
@@ -124,8 +132,12 @@ def _transfer(url: str, part: Path) -> None:
             have = 0  # the server does not continue, it starts over
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
-        with (open(part, "ab" if have else "wb") as handle,
-              ProgressBar(total=total, initial=have, desc=f"download {part.stem}", unit="B", unit_scale=True) as bar):
+        with (
+            open(part, "ab" if have else "wb") as handle,
+            ProgressBar(
+                total=total, initial=have, desc=f"download {part.stem}", unit="B", unit_scale=True
+            ) as bar,
+        ):
             while chunk := answer.read(CHUNK):
                 handle.write(chunk)
                 bar.update(len(chunk))

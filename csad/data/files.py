@@ -107,7 +107,9 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
     buffer = io.BytesIO()
     suffix = Path(path).suffix.lower()
-    kind, options = ("JPEG", {"quality": 95}) if suffix in (".jpg", ".jpeg") else ("PNG", {"compress_level": 3})
+    kind, options = (
+        ("JPEG", {"quality": 95}) if suffix in (".jpg", ".jpeg") else ("PNG", {"compress_level": 3})
+    )
     Image.fromarray(image).save(buffer, kind, **options)
     write_bytes(path, buffer.getvalue())
 
@@ -153,7 +155,8 @@ def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] | 
 def holds(content: Any, fields: Fields) -> bool:
     """Whether this is a mapping with such values."""
     return isinstance(content, dict) and all(
-        name in content and isinstance(content[name], kind) for name, kind in fields.items())
+        name in content and isinstance(content[name], kind) for name, kind in fields.items()
+    )
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -201,7 +204,9 @@ def load_checkpoint(module: Any, path: str | Path) -> dict[str, Any]:
     try:
         module.load_state_dict(saved["state"])
     except (KeyError, RuntimeError) as problem:
-        raise UserError(f"{path} does not hold the network that these settings describe; --overwrite trains it anew") from problem
+        raise UserError(
+            f"{path} does not hold the network that these settings describe; --overwrite trains it anew"
+        ) from problem
     if not all(values.isfinite().all() for values in module.state_dict().values()):
         raise UserError(f"{path} holds weights that are not finite; --overwrite trains it anew")
     return saved

@@ -24,25 +24,47 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from models.constants import OUTSIDE, SIZE
 
-TRANSPARENCY_BACKGROUND = (255, 255, 255)  # what shows through transparent pixels: white, like paper or a web page
+TRANSPARENCY_BACKGROUND = (
+    255,
+    255,
+    255,
+)  # what shows through transparent pixels: white, like paper or a web page
 ORIENTATION_TAG = 0x0112
 
 # Still-image formats whose decoders read pixels and nothing else: none that runs a program (EPS, PDF), follows references
 # (WMF, FITS) or packs sizes of one icon.
 _FORMATS = {
-    "PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",), "GIF": (".gif",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "TGA": (".tga",), "QOI": (".qoi",),
-    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"), "AVIF": (".avif",),
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TGA": (".tga",),
+    "QOI": (".qoi",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+    "AVIF": (".avif",),
 }
 _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # Pillow may be built without them
 _READ = [name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
-SUFFIXES = tuple(suffix for name in _READ for suffix in _FORMATS[name])  # lower case; compare with path.suffix.lower()
+SUFFIXES = tuple(
+    suffix for name in _READ for suffix in _FORMATS[name]
+)  # lower case; compare with path.suffix.lower()
 
 # Colour with 16 bits a channel: Pillow keeps the high bytes only. Read once more in the other byte order, it gives the low ones.
-_OTHER_BYTES = {f"{channels};16{order}": f"{channels};16{other}" for channels in ("RGB", "RGBA", "RGBX")
-                for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
+_OTHER_BYTES = {
+    f"{channels};16{order}": f"{channels};16{other}"
+    for channels in ("RGB", "RGBA", "RGBX")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+}
 _LARGEST_OF_12_BITS = 4095
-PACKED = ("BGR;15", "BGR;16", "RGB;15", "RGB;16")  # raw modes with a whole pixel in 16 bits; read as 8 bits a channel
+PACKED = (
+    "BGR;15",
+    "BGR;16",
+    "RGB;15",
+    "RGB;16",
+)  # raw modes with a whole pixel in 16 bits; read as 8 bits a channel
 
 # Formats that need not keep the values they are given, and compressions within TIFF that do not.
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
@@ -98,7 +120,9 @@ class View:
             size: of the means over blocks, for a smaller view; the large ones are then not held together.
         """
         views = np.empty((len(paths), 3, size or self.size, size or self.size), np.uint8)
-        for index, path in enumerate(ProgressBar(paths, desc=description, unit="image", leave=False, disable=not description)):
+        for index, path in enumerate(
+            ProgressBar(paths, desc=description, unit="image", leave=False, disable=not description)
+        ):
             view = np.ascontiguousarray(read_rgb(path, self.size, self.white_level).transpose(2, 0, 1))
             if self.roi is not None:
                 view[:, ~self.roi] = OUTSIDE
@@ -114,7 +138,9 @@ class View:
         picture = read_rgb(path, None, self.white_level)
         if self.roi is not None:
             height, width = picture.shape[:2]
-            picture[~np.array(Image.fromarray(self.roi).resize((width, height), Image.Resampling.NEAREST))] = OUTSIDE
+            picture[
+                ~np.array(Image.fromarray(self.roi).resize((width, height), Image.Resampling.NEAREST))
+            ] = OUTSIDE
         return picture
 
     def read_middle(self, paths: Sequence[Path]) -> np.ndarray:
@@ -128,7 +154,9 @@ class View:
         return {"size": self.size, "white_level": self.white_level, "roi": roi, "tiles": self.tiles}
 
 
-def read_rgb(path: str | Path | BinaryIO, size: int | None = None, white_level: float | None = None) -> np.ndarray:
+def read_rgb(
+    path: str | Path | BinaryIO, size: int | None = None, white_level: float | None = None
+) -> np.ndarray:
     """Read any image as (H, W, 3) uint8 RGB, the right way up, transparent pixels on `TRANSPARENCY_BACKGROUND`.
 
     Args:
@@ -158,7 +186,9 @@ def small_views(batch: np.ndarray, size: int = SIZE) -> np.ndarray:
     """
     side = batch.shape[-1]
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-2] != side or side % size or not side:
-        raise ValueError(f"expected (N, C, S, S) uint8 with S a multiple of {size}, got {batch.shape} {batch.dtype}")
+        raise ValueError(
+            f"expected (N, C, S, S) uint8 with S a multiple of {size}, got {batch.shape} {batch.dtype}"
+        )
     factor = side // size
     if factor == 1:
         return batch
@@ -175,7 +205,9 @@ def small_view(image: np.ndarray) -> np.ndarray:
     return small_views(image.transpose(2, 0, 1)[None])[0].transpose(1, 2, 0)
 
 
-def read_views(paths: Sequence[Path], size: int, description: str, white_level: float | None = None) -> np.ndarray:
+def read_views(
+    paths: Sequence[Path], size: int, description: str, white_level: float | None = None
+) -> np.ndarray:
     """`View.read` of whole pictures: (N, 3, size, size) uint8."""
     return View(size, white_level).read(paths, description)
 
@@ -198,8 +230,9 @@ def read_mask(path: str | Path) -> np.ndarray:
             values, _ = deep
             if _white_is_zero(image):
                 if image.mode == "F":
-                    raise UserError(f"mask {path} says that 0 is white, and not which value is black; "
-                                    "store it as a PNG")
+                    raise UserError(
+                        f"mask {path} says that 0 is white, and not which value is black; store it as a PNG"
+                    )
                 values = 2 ** _bits(image) - 1 - values.astype(np.int64)
         else:
             image = ImageOps.exif_transpose(image)
@@ -257,7 +290,9 @@ def label_colour(label: int) -> str:
 
 
 @contextmanager
-def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out") -> Iterator[Image.Image]:
+def opened(
+    path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out"
+) -> Iterator[Image.Image]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
 
     Raises:
@@ -273,12 +308,18 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
             frames = getattr(image, "n_frames", 1)
             if image.format == "TIFF":
                 frames = _seek_picture(image)
-            if frames > 1 and image.format != "MPO":  # a phone's .jpg: first the picture, then previews or gain maps
-                raise UserError(f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own")
+            if (
+                frames > 1 and image.format != "MPO"
+            ):  # a phone's .jpg: first the picture, then previews or gain maps
+                raise UserError(
+                    f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own"
+                )
             if decoded_bytes(image) > MAX_DECODED_BYTES:
-                raise TooLarge(f"{what} {path} has {image.width} x {image.height} pixels and takes "
-                               f"{decoded_bytes(image) / 1e6:.0f} MB when decoded, more than "
-                               f"{MAX_DECODED_BYTES / 1e6:.0f}; make it smaller")
+                raise TooLarge(
+                    f"{what} {path} has {image.width} x {image.height} pixels and takes "
+                    f"{decoded_bytes(image) / 1e6:.0f} MB when decoded, more than "
+                    f"{MAX_DECODED_BYTES / 1e6:.0f}; make it smaller"
+                )
             yield image
     except UserError:
         raise
@@ -286,10 +327,15 @@ def opened(path: str | Path | BinaryIO, what: str = "image", advice: str = "repl
         link = ": it is a link to a file that is not there" if Path(path).is_symlink() else ""
         raise UserError(f"{what} {path} is missing{link}") from problem
     except Image.DecompressionBombError as problem:
-        raise TooLarge(f"{what} {path} is larger than can be read safely ({problem}); make it smaller") from problem
+        raise TooLarge(
+            f"{what} {path} is larger than can be read safely ({problem}); make it smaller"
+        ) from problem
     except Exception as problem:  # Pillow's decoders have an error of their own for every kind of damage
-        reason = "it is in no format that is read here" if isinstance(problem, UnidentifiedImageError) else (
-            " ".join(str(problem).split()) or type(problem).__name__)
+        reason = (
+            "it is in no format that is read here"
+            if isinstance(problem, UnidentifiedImageError)
+            else (" ".join(str(problem).split()) or type(problem).__name__)
+        )
         raise UserError(f"{what} {path} cannot be read ({reason}); {advice}") from problem
 
 
@@ -324,9 +370,11 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
     white = white_level or declared
     if white is None or (white_level is None and white == 65535 and colours.max() <= _LARGEST_OF_12_BITS):
         held = f"values from {colours.min():g} to {colours.max():g}"
-        raise UnknownWhiteLevel(f"image {path} holds {held} and nothing in it says which value is white",
-                                "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, "
-                                "4095 for 12, 65535 for all 16)")
+        raise UnknownWhiteLevel(
+            f"image {path} holds {held} and nothing in it says which value is white",
+            "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, "
+            "4095 for 12, 65535 for all 16)",
+        )
     key = image.info.get("transparency")  # one value or colour that is transparent
     inverted = _white_is_zero(image)
     result = np.empty((*values.shape[:2], 3), np.uint8)
@@ -406,8 +454,9 @@ def _deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, floa
         values |= low
         return values, 65535.0
     if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
-        raise UserError(f"image {path} stores {bits} bits a channel in a way that is not read here; "
-                        "store it as a PNG")
+        raise UserError(
+            f"image {path} stores {bits} bits a channel in a way that is not read here; store it as a PNG"
+        )
     return None
 
 
@@ -449,25 +498,32 @@ def _holds_lossless_webp(path: Path) -> bool:
 
 def _require_no_negative(values: np.ndarray, path: str | Path | BinaryIO) -> None:
     if values.min() < 0:
-        raise UserError(f"image {path} holds values below 0 (down to {values.min():g}); "
-                        "store it with black at 0")
+        raise UserError(
+            f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0"
+        )
 
 
-def _rescaled_by_pillow(image: Image.Image, path: str | Path, largest: int) -> tuple[np.ndarray, float | None] | None:
+def _rescaled_by_pillow(
+    image: Image.Image, path: str | Path, largest: int
+) -> tuple[np.ndarray, float | None] | None:
     """A PGM or PPM says itself which value is white; Pillow applies that, to 8 bits for colour, to 16 for grey."""
     values = _upright(image)
     if image.mode == "I":
         values = values * (largest / 65535)
         return np.round(values, out=values), float(largest)
     if largest == 65535 and values.max() <= 15:  # the 12 bits are gone already
-        raise UserError(f"image {path} says that 65535 is white, but holds far less; store it as a PNG or TIFF")
+        raise UserError(
+            f"image {path} says that 65535 is white, but holds far less; store it as a PNG or TIFF"
+        )
     return None
 
 
 def _reread(image: Image.Image, raw_mode: str) -> np.ndarray:
     """Decode an opened image with its bytes unpacked in another way."""
-    image.tile = [tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, (tuple, list)) else raw_mode)
-                  for tile in image.tile]
+    image.tile = [
+        tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, (tuple, list)) else raw_mode)
+        for tile in image.tile
+    ]
     return _upright(image)
 
 
@@ -487,22 +543,42 @@ def _brightest(channels: np.ndarray) -> np.ndarray:
 def _say_transparent(path: str | Path) -> None:
     if "transparent" not in _said:
         _said.add("transparent")
-        ProgressBar.write(f"transparent pixels are seen as white ({path} is the first picture that has some)", file=sys.stderr)
+        ProgressBar.write(
+            f"transparent pixels are seen as white ({path} is the first picture that has some)",
+            file=sys.stderr,
+        )
 
 
 # Black, and the colours of Okabe and Ito (2008), which colour-blind people can tell apart, too.
-_DISTINCT = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
-             (204, 121, 167)]
+_DISTINCT = [
+    (0, 0, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+]
 
 
 def _make_palette() -> np.ndarray:
     # Steps of the golden ratio around the hue circle keep neighbouring indices apart.
     indices = np.arange(256)
-    hsv = np.stack([(indices * 0.618034) % 1.0 * 179, np.full(256, 190) - indices % 3 * 40,
-                    np.full(256, 255) - indices % 4 * 30], axis=1).astype(np.uint8)
-    rgb = np.asarray(Image.fromarray(np.stack([hsv[:, 0] / 179 * 255, hsv[:, 1], hsv[:, 2]], 1)
-                                     .astype(np.uint8)[None], mode="HSV").convert("RGB"))[0].copy()
-    rgb[:len(_DISTINCT)] = _DISTINCT
+    hsv = np.stack(
+        [
+            (indices * 0.618034) % 1.0 * 179,
+            np.full(256, 190) - indices % 3 * 40,
+            np.full(256, 255) - indices % 4 * 30,
+        ],
+        axis=1,
+    ).astype(np.uint8)
+    rgb = np.asarray(
+        Image.fromarray(
+            np.stack([hsv[:, 0] / 179 * 255, hsv[:, 1], hsv[:, 2]], 1).astype(np.uint8)[None], mode="HSV"
+        ).convert("RGB")
+    )[0].copy()
+    rgb[: len(_DISTINCT)] = _DISTINCT
     return rgb
 
 

@@ -58,8 +58,10 @@ class Category:
     def __post_init__(self):
         if self.logical_defects:
             if not isinstance(self._layout, FolderPerDefect):
-                raise UserError(f"{self.name} has the layout '{self.layout}', in which folders say what is logical; the setting "
-                                f"logical ({', '.join(self.logical_defects)}) is for layouts with a folder for each defect")
+                raise UserError(
+                    f"{self.name} has the layout '{self.layout}', in which folders say what is logical; the setting "
+                    f"logical ({', '.join(self.logical_defects)}) is for layouts with a folder for each defect"
+                )
             self._layout.tests(self.root, self.logical_defects)
 
     @property
@@ -104,24 +106,40 @@ class Category:
     def _train_and_validation(self) -> tuple[list[Path], list[Path]]:
         folder = self._training_folder
         images = self._some_images(folder)
-        bad = sorted({part for path in images for part in path.relative_to(folder).parts[:-1] if part.lower() in BAD_NAMES})
+        bad = sorted(
+            {
+                part
+                for path in images
+                for part in path.relative_to(folder).parts[:-1]
+                if part.lower() in BAD_NAMES
+            }
+        )
         if bad:
-            raise UserError(f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
-                            f"{self.root / 'train' / self._layout.good}")
+            raise UserError(
+                f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
+                f"{self.root / 'train' / self._layout.good}"
+            )
         own = self._folder("validation")
         if own is not None:
             if len(images) < FEWEST_WITH_VALIDATION:
-                raise UserError(f"{self.name} has {count(len(images), 'training image')}; at least {FEWEST_WITH_VALIDATION} are "
-                                f"needed to learn what is usual, put more into {folder}")
+                raise UserError(
+                    f"{self.name} has {count(len(images), 'training image')}; at least {FEWEST_WITH_VALIDATION} are "
+                    f"needed to learn what is usual, put more into {folder}"
+                )
             return images, self._some_images(own)
         if len(images) < FEWEST_TRAINING_IMAGES:
-            raise UserError(f"{self.name} has {count(len(images), 'training image')} and none for validation; at least "
-                            f"{FEWEST_TRAINING_IMAGES} are needed to set some aside, or put some into "
-                            f"{self.root / 'validation' / GOOD}")
+            raise UserError(
+                f"{self.name} has {count(len(images), 'training image')} and none for validation; at least "
+                f"{FEWEST_TRAINING_IMAGES} are needed to set some aside, or put some into "
+                f"{self.root / 'validation' / GOOD}"
+            )
         keys = unique_names(images, folder)
         # Ranked by hash: it depends on the names alone, on no library's version, and few change sides when images join.
-        ranked = sorted(images, key=lambda path: hashlib.sha256(f"0 {keys[path]}".encode(errors="surrogateescape")).digest())
-        aside = set(ranked[:_set_aside(len(images))])
+        ranked = sorted(
+            images,
+            key=lambda path: hashlib.sha256(f"0 {keys[path]}".encode(errors="surrogateescape")).digest(),
+        )
+        aside = set(ranked[: _set_aside(len(images))])
         return [path for path in images if path not in aside], sorted(aside)
 
     @cached_property
@@ -131,8 +149,10 @@ class Category:
             return folder
         if self._walk(self.root)[0]:
             return self.root
-        raise UserError(f"folder {self.root / 'train' / GOOD} does not exist; every layout has its training images there "
-                        "(or in train/ alone)")
+        raise UserError(
+            f"folder {self.root / 'train' / GOOD} does not exist; every layout has its training images there "
+            "(or in train/ alone)"
+        )
 
     def _folder(self, part: str) -> Path | None:
         """{part}/good if there is such a folder, else {part} itself, else None."""
@@ -168,7 +188,9 @@ class Category:
         """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
         if not isinstance(self._layout, FolderPerDefect):
             return {}
-        return {split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)}
+        return {
+            split: [folder.name for folder in self._tests.get(split, [])] for split in (LOGICAL, STRUCTURAL)
+        }
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
@@ -188,8 +210,10 @@ class Category:
         found = [] if split == GOOD else self._layout.masks(self.root, image)
         if found:
             if sum(image.with_name(image.stem + suffix).exists() for suffix in {*SUFFIXES, image.suffix}) > 1:
-                raise UserError(f"two images in {image.parent} are called '{image.stem}', and {found[0]} may belong to either; "
-                                "give them different names")
+                raise UserError(
+                    f"two images in {image.parent} are called '{image.stem}', and {found[0]} may belong to either; "
+                    "give them different names"
+                )
         return found
 
     def defect_of(self, split: str, image: Path) -> str | None:
@@ -204,8 +228,10 @@ class Category:
         if named is not None:
             return named
         if self._defect_names:
-            values = [pixel_value(path, read_mask(path), self._defect_names)
-                      for path in self.region_masks(split, image)]
+            values = [
+                pixel_value(path, read_mask(path), self._defect_names)
+                for path in self.region_masks(split, image)
+            ]
             if values and all(value in self._defect_names for value in values):
                 return " + ".join(sorted({self._defect_names[value] for value in values}))
         found = self._rendered_defects.get(split, {}).get(image.stem)
@@ -217,8 +243,10 @@ class Category:
         if not self.defects_config.exists():
             return {}
         try:
-            return {int(entry["pixel_value"]): str(entry["defect_name"])
-                    for entry in files.read_json(self.defects_config, files.MEND)}
+            return {
+                int(entry["pixel_value"]): str(entry["defect_name"])
+                for entry in files.read_json(self.defects_config, files.MEND)
+            }
         except (KeyError, TypeError, ValueError):
             return {}  # localisation says what is wrong with it
 
@@ -240,8 +268,13 @@ class Category:
 
     @cached_property
     def _keys(self) -> dict[Path, str]:
-        return {path: key for folders, base in self._lists
-                for path, key in unique_names([path for folder in folders for path in self._walk(folder)[0]], base).items()}
+        return {
+            path: key
+            for folders, base in self._lists
+            for path, key in unique_names(
+                [path for folder in folders for path in self._walk(folder)[0]], base
+            ).items()
+        }
 
     @cached_property
     def _lists(self) -> list[tuple[list[Path], Path]]:
@@ -265,10 +298,18 @@ class Category:
         train, validation = self._train_and_validation
         parts = [count(len(train), "training image"), count(len(validation), "validation image")]
         if self.validation_is_held_out:
-            parts[1] += f" (set aside from {len(train) + len(validation)} training images, there are no others)"
-        tested = [f"{len(images)} {folder.name}" + (" (logical)" if folder.name in self.logical_defects else "")
-                  for split in SPLITS for folder in self._tests.get(split, []) if (images := self._some_images(folder))]
-        parts.append(f"test images: {', '.join(tested)}" if tested else "no test images, so nothing to measure")
+            parts[1] += (
+                f" (set aside from {len(train) + len(validation)} training images, there are no others)"
+            )
+        tested = [
+            f"{len(images)} {folder.name}" + (" (logical)" if folder.name in self.logical_defects else "")
+            for split in SPLITS
+            for folder in self._tests.get(split, [])
+            if (images := self._some_images(folder))
+        ]
+        parts.append(
+            f"test images: {', '.join(tested)}" if tested else "no test images, so nothing to measure"
+        )
         if tested and not self.tested:
             parts.append("no good test images, so nothing to measure")
         if self.roi_file.exists():
@@ -282,8 +323,11 @@ class Category:
     @property
     def listed(self) -> dict[str, list[Path]]:
         """Folder -> its images, of all folders that are used, without a complaint about what is too few or empty."""
-        return {str(folder.relative_to(self.root)): self._walk(folder)[0]
-                for folders, _ in self._lists for folder in folders}
+        return {
+            str(folder.relative_to(self.root)): self._walk(folder)[0]
+            for folders, _ in self._lists
+            for folder in folders
+        }
 
     @property
     def unused(self) -> Unused:
@@ -308,11 +352,18 @@ class Category:
                 elif path not in used:
                     images = f"; it holds {count(len(self._walk(path)[0]), 'image')}" if path.is_dir() else ""
                     found.append((path, f"of {part.name}/ only {only or 'nothing'} is used{images}"))
-        masks = {mask for split in (LOGICAL, STRUCTURAL) for folder in tests.get(split, []) for image in self._walk(folder)[0]
-                 for mask in self._layout.masks(self.root, image)}
+        masks = {
+            mask
+            for split in (LOGICAL, STRUCTURAL)
+            for folder in tests.get(split, [])
+            for image in self._walk(folder)[0]
+            for mask in self._layout.masks(self.root, image)
+        }
         if (self.root / "ground_truth").is_dir():
             there, odd = self._walk(self.root / "ground_truth")
-            found += odd + [(path, "a mask that belongs to no test image") for path in there if path not in masks]
+            found += odd + [
+                (path, "a mask that belongs to no test image") for path in there if path not in masks
+            ]
         return sorted(dict(found).items())
 
 
@@ -322,7 +373,9 @@ class Dataset:
 
     root: Path
 
-    def select(self, names: Sequence[str] | None, logical_defects: Mapping[str, Sequence[str]] | None = None) -> list[Category]:
+    def select(
+        self, names: Sequence[str] | None, logical_defects: Mapping[str, Sequence[str]] | None = None
+    ) -> list[Category]:
         """The named categories in the given order, or all there are, sorted.
 
         Args:
@@ -334,19 +387,28 @@ class Dataset:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; name the folder of the data set with --dataset_root")
         if not self.root.is_dir():
-            raise UserError(f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
-                            "--dataset_root, or render the built-in one with make_synthetic_loco.py")
-        found = {path.name: path for path in entries(self.root)
-                 if not reason_to_skip(path.name) and _folder_is_category(path)}
+            raise UserError(
+                f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
+                "--dataset_root, or render the built-in one with make_synthetic_loco.py"
+            )
+        found = {
+            path.name: path
+            for path in entries(self.root)
+            if not reason_to_skip(path.name) and _folder_is_category(path)
+        }
         if not found and self._is_one_category:
             found = {Category(self.root).name: self.root}
         if not found:
             advice = next(filter(None, map(advice_on_other_layout, [self.root, *entries(self.root)])), None)
-            raise UserError(f"no category in {self.root}: "
-                            + (advice or f"expected folders like {self.root}/screw_bag/train/good"))
+            raise UserError(
+                f"no category in {self.root}: "
+                + (advice or f"expected folders like {self.root}/screw_bag/train/good")
+            )
         for name in names or []:
             if name not in found:
-                raise UserError(f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(found))}")
+                raise UserError(
+                    f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(found))}"
+                )
         chosen = dict.fromkeys(names or sorted(found))
         return [Category(found[name], tuple((logical_defects or {}).get(name, ()))) for name in chosen]
 
@@ -355,9 +417,11 @@ class Dataset:
         """Folders that are no category, and hidden ones."""
         if self._is_one_category:
             return []
-        return [(path, advice_on_other_layout(path) or "a folder without train/, so no category")
-                for path in entries(self.root)
-                if path.is_dir() and not _folder_is_category(path) and reason_to_skip(path.name) != CLUTTER]
+        return [
+            (path, advice_on_other_layout(path) or "a folder without train/, so no category")
+            for path in entries(self.root)
+            if path.is_dir() and not _folder_is_category(path) and reason_to_skip(path.name) != CLUTTER
+        ]
 
     @property
     def _is_one_category(self) -> bool:
@@ -382,8 +446,10 @@ def pixel_value(path: Path, mask: np.ndarray, defined: Collection[int]) -> int:
     if not value or not is_lossy(path):
         return value
     if len(set(defined)) > 1:
-        raise UserError(f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json "
-                        "has several pixel_values; store the mask as a PNG")
+        raise UserError(
+            f"{path} is stored in a lossy format, which keeps no exact values, and defects_config.json "
+            "has several pixel_values; store the mask as a PNG"
+        )
     return next(iter(defined), value)
 
 

@@ -12,8 +12,19 @@ from csad.data.images import SUFFIXES
 
 LONGEST_KEY = 220  # bytes: file systems take 255, of which what is made from an image adds up to 30
 CLUTTER = "made by the operating system"
-_CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin",
-                      "system volume information", "lost+found"})
+_CLUTTER = frozenset(
+    {
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "icon\r",
+        "@eadir",
+        "__macosx",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+    }
+)
 RESERVED_KEYS = frozenset({"info", "test_seg_output"})  # folders beside those that carry images' names
 
 Unused = list[tuple[Path, str]]  # what is left out, and why
@@ -25,7 +36,7 @@ def short_name(name: str, longest: int) -> str:
     if len(encoded) <= longest:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:12]
-    return f"{encoded[:longest - 13].decode(errors='ignore')}-{digest}"
+    return f"{encoded[: longest - 13].decode(errors='ignore')}-{digest}"
 
 
 def reason_to_skip(name: str) -> str | None:
@@ -45,7 +56,11 @@ def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
     taken.update(whole[path] for path in others)
     for path in others:
         digest = hashlib.sha256("/".join(places[path]).encode(errors="surrogateescape")).hexdigest()[:8]
-        keys[path] = whole[path] if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS else f"{whole[path]}-{digest}"
+        keys[path] = (
+            whole[path]
+            if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS
+            else f"{whole[path]}-{digest}"
+        )
     return {path: short_name(key, LONGEST_KEY) for path, key in keys.items()}
 
 
@@ -90,7 +105,9 @@ def entries(folder: Path) -> list[Path]:
     """What lies in a folder, links after the rest; nothing where there is no folder."""
     if not folder.is_dir():
         return []
-    return sorted((Path(folder, name) for name in os.listdir(folder)), key=lambda path: (path.is_symlink(), path.name))
+    return sorted(
+        (Path(folder, name) for name in os.listdir(folder)), key=lambda path: (path.is_symlink(), path.name)
+    )
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -98,8 +115,11 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in entries(folder)
-                  if path.suffix.lower() in SUFFIXES and not reason_to_skip(path.name) and path.is_file())
+    return sorted(
+        path
+        for path in entries(folder)
+        if path.suffix.lower() in SUFFIXES and not reason_to_skip(path.name) and path.is_file()
+    )
 
 
 def count(number: int, thing: str) -> str:

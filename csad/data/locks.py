@@ -83,15 +83,22 @@ class FileLock:
                 self.path.unlink()
 
     def _create(self) -> bool:
-        content = {"token": self._token, "host": socket.gethostname(), "namespace": _process_namespace(),
-                   "process": os.getpid(), "since": datetime.now().strftime("%Y-%m-%d %H:%M")}
+        content = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "namespace": _process_namespace(),
+            "process": os.getpid(),
+            "since": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        }
         # Written under another name first: whoever sees the lock file sees all of it.
         own = self.path.with_name(f"{self.path.name}.{self._token}")
         own.write_text(json.dumps(content), encoding="utf-8")
         try:
             os.link(own, self.path)  # exclusive, like O_EXCL
         except FileExistsError:
-            return own.stat().st_nlink > 1  # NFS: the answer to a link that was made may be lost, and asked for again
+            return (
+                own.stat().st_nlink > 1
+            )  # NFS: the answer to a link that was made may be lost, and asked for again
         except OSError:  # a file system without links
             return self._create_without_link(content)
         finally:
@@ -145,8 +152,11 @@ class FileLock:
             with suppress(OSError):  # the file server does not answer: the next one may
                 owner = self._read()
                 if owner is not None and owner.get("token") != self._token and not self._released.is_set():
-                    print(f"{self.path} was taken over by {_describe(owner)} while this process was stopped; it ends here",
-                          file=sys.stderr, flush=True)
+                    print(
+                        f"{self.path} was taken over by {_describe(owner)} while this process was stopped; it ends here",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 os.utime(self.path)

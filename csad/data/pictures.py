@@ -62,8 +62,16 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
             pixels = images.as_rgb(image, path, white_level)
             transparent = layered and said["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        return Picture(path, split, **said, transparent=transparent, values=(int(pixels.min()), int(pixels.max())),
-                       digest=records.digest(path), thumbnail=np.asarray(thumbnail), hash=perceptual_hash(thumbnail))
+        return Picture(
+            path,
+            split,
+            **said,
+            transparent=transparent,
+            values=(int(pixels.min()), int(pixels.max())),
+            digest=records.digest(path),
+            thumbnail=np.asarray(thumbnail),
+            hash=perceptual_hash(thumbnail),
+        )
     except UserError as problem:
         return Picture(path, split, str(problem))
 
@@ -77,9 +85,13 @@ def header(image: Image.Image) -> dict:
     asked = image.format != "PNG" or "exif" in image.info
     orientation = image.getexif().get(images.ORIENTATION_TAG, 1) if asked else 1
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
-    return {"size": image.size[::-1] if across else image.size, "format": "JPEG" if image.format == "MPO" else image.format,
-            "bits": bits, "colour": image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;"),
-            "turned": orientation in range(2, 9)}
+    return {
+        "size": image.size[::-1] if across else image.size,
+        "format": "JPEG" if image.format == "MPO" else image.format,
+        "bits": bits,
+        "colour": image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;"),
+        "turned": orientation in range(2, 9),
+    }
 
 
 def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
@@ -97,11 +109,15 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
     if len(hashed) < 2:
         return []
     signs = np.stack([picture.hash for picture in hashed]).astype(np.float32) * 2 - 1
-    small = np.stack([np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed])
+    small = np.stack(
+        [np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed]
+    )
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
     found = []
-    for start in range(0, len(hashed), 500):  # rows at a time: memory grows with the number of images, not with its square
-        distances = (signs.shape[1] - signs[start:start + 500] @ signs.T) / 2
+    for start in range(
+        0, len(hashed), 500
+    ):  # rows at a time: memory grows with the number of images, not with its square
+        distances = (signs.shape[1] - signs[start : start + 500] @ signs.T) / 2
         for row, column in zip(*np.nonzero(distances <= HASH_DISTANCE)):
             first = start + row
             if first < column:
@@ -113,6 +129,7 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
 
 def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     """Digests of those files only of which another has the same length, beginning and middle: few files are read whole."""
+
     def fingerprint(path: Path) -> tuple[int, bytes]:
         length = path.stat().st_size
         with open(path, "rb") as handle:
@@ -123,5 +140,9 @@ def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     groups = defaultdict(list)
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
-    return [Picture(one.path, one.split, digest=records.digest(one.path))
-            for group in groups.values() if len(group) > 1 for one in group]
+    return [
+        Picture(one.path, one.split, digest=records.digest(one.path))
+        for group in groups.values()
+        if len(group) > 1
+        for one in group
+    ]

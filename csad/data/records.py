@@ -60,12 +60,19 @@ class Record:
         noted = read_record(self.path) if self.path.exists() else None
         if noted is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
             return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
-        if noted is not None and noted["used"] == as_json(self.used) and noted["scored"] == self.scored and (
-                noted["outputs"] == self._digests()):
+        if (
+            noted is not None
+            and noted["used"] == as_json(self.used)
+            and noted["scored"] == self.scored
+            and (noted["outputs"] == self._digests())
+        ):
             return SKIP  # and no checkpoint was opened for it
         made = self._checkpoint_made_by()
         if made is not None:
-            self._refuse(difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)), self.checkpoint)
+            self._refuse(
+                difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)),
+                self.checkpoint,
+            )
         elif noted is not None and present:
             self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
         return TRAIN if made is None else SCORE
@@ -89,8 +96,10 @@ class Record:
             return None
         meta = self._checkpoint_meta()
         if meta is None:
-            raise UserError(f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
-                            "gone on from; --overwrite starts over, another --workspace keeps both")
+            raise UserError(
+                f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
+                "gone on from; --overwrite starts over, another --workspace keeps both"
+            )
         return meta
 
     def _checkpoint_meta(self) -> dict[str, Any] | None:
@@ -101,8 +110,10 @@ class Record:
     @staticmethod
     def _refuse(changes: list[str], place: Path | None) -> None:
         if changes:
-            raise UserError(f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
-                            "--overwrite starts over, another --workspace keeps both")
+            raise UserError(
+                f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
+                "--overwrite starts over, another --workspace keeps both"
+            )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -116,7 +127,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
+def inputs(
+    train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iterable[str] = ()
+) -> dict[str, Any]:
     """The fields that every training stage's record has: what it was made from.
 
     Args:
@@ -124,9 +137,14 @@ def inputs(train: Sequence[Path], seed: int, backbone: Backbone, stand_ins: Iter
         stand_ins: what other than the backbone stood in for the real thing.
     """
     own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
-    return {"format_version": csad.FORMAT_VERSION, "seed": seed,
-            "backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint,
-            "train_images": digest_images(train), "stand_ins": sorted({*stand_ins, *own})}
+    return {
+        "format_version": csad.FORMAT_VERSION,
+        "seed": seed,
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "train_images": digest_images(train),
+        "stand_ins": sorted({*stand_ins, *own}),
+    }
 
 
 def scored_images(validation: Sequence[Path], test: Mapping[str, Sequence[Path]]) -> dict[str, str]:
@@ -134,7 +152,9 @@ def scored_images(validation: Sequence[Path], test: Mapping[str, Sequence[Path]]
     return {name: digest_images(paths) for name, paths in {"validation": validation, **test}.items()}
 
 
-def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path], stage: str) -> dict[str, Any] | None:
+def require_current(
+    path: Path, expected: Mapping[str, Any], read: Iterable[Path], stage: str
+) -> dict[str, Any] | None:
     """Make sure that derived files belong to the data they are about to be combined with.
 
     Args:
@@ -155,8 +175,10 @@ def require_current(path: Path, expected: Mapping[str, Any], read: Iterable[Path
     known = noted["used"] | (noted["scored"] or {})
     for name, value in expected.items():
         if name in known and known[name] != value:
-            raise UserError(f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
-                            f"{stage} saw; run {stage} again")
+            raise UserError(
+                f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
+                f"{stage} saw; run {stage} again"
+            )
     for one in read:
         if noted["outputs"].get(_name(one), digest(one)) != digest(one):
             raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
@@ -194,7 +216,9 @@ def digest_images(paths: Sequence[Path]) -> str:
 
 def digest_lines(lines: Iterable[str]) -> str:
     """As `digest`, of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]  # names need not be UTF-8
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[
+        :16
+    ]  # names need not be UTF-8
 
 
 def _name(path: Path) -> str:

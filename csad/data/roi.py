@@ -31,21 +31,27 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
     """
     path = category.roi_file
     if polygons and path.exists():
-        raise UserError(f"{category.name} has a region of interest twice, {path} and polygons in its settings; keep one")
+        raise UserError(
+            f"{category.name} has a region of interest twice, {path} and polygons in its settings; keep one"
+        )
     if polygons:
         region = _draw(polygons, size * _FINER)
     elif path.exists() or path.is_symlink():
         region = read_mask(path) > 0
         width, height = category.displayed_size(category.train[0])
         if region.shape != (height, width):
-            raise UserError(f"{path} is {region.shape[1]}x{region.shape[0]}, but the images, like {category.train[0].name}, are "
-                            f"{width}x{height}; draw it over one of the images")
+            raise UserError(
+                f"{path} is {region.shape[1]}x{region.shape[0]}, but the images, like {category.train[0].name}, are "
+                f"{width}x{height}; draw it over one of the images"
+            )
     else:
         return None
     shares = Image.fromarray(region.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)
     inspected = np.asarray(shares) >= 128
     if not inspected.any():
-        raise UserError(f"the region of interest of {category.name} is empty; what is to be inspected has to be white")
+        raise UserError(
+            f"the region of interest of {category.name} is empty; what is to be inspected has to be white"
+        )
     return inspected
 
 
@@ -56,11 +62,16 @@ def _draw(polygons: Sequence[Polygon], side: int) -> np.ndarray:
         try:
             points = [(float(x), float(y)) for x, y in polygon]
         except (TypeError, ValueError) as problem:
-            raise UserError(f"polygon {number} of the region of interest is {polygon!r}, expected "
-                            "[[x, y], [x, y], ...]") from problem
-        if len(points) < 3 or not all(math.isfinite(value) and 0 <= value <= 1 for point in points for value in point):
-            raise UserError(f"polygon {number} of the region of interest needs at least three points with x and y from 0 to 1, "
-                            f"got {polygon!r}")
+            raise UserError(
+                f"polygon {number} of the region of interest is {polygon!r}, expected [[x, y], [x, y], ...]"
+            ) from problem
+        if len(points) < 3 or not all(
+            math.isfinite(value) and 0 <= value <= 1 for point in points for value in point
+        ):
+            raise UserError(
+                f"polygon {number} of the region of interest needs at least three points with x and y from 0 to 1, "
+                f"got {polygon!r}"
+            )
         # Pixel centres lie at half numbers.
         ImageDraw.Draw(canvas).polygon([(x * side - 0.5, y * side - 0.5) for x, y in points], fill=255)
     return np.asarray(canvas) > 0

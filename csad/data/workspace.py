@@ -12,7 +12,11 @@ from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
-EXPORTED = {"torch": ("pytorch_models", ".pth"), "onnx": ("onnx_models", ".onnx"), "openvino": ("openvino_models", ".xml")}
+EXPORTED = {
+    "torch": ("pytorch_models", ".pth"),
+    "onnx": ("onnx_models", ".onnx"),
+    "openvino": ("openvino_models", ".xml"),
+}
 FORMATS = tuple(EXPORTED)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -60,7 +64,11 @@ class Workspace:
 
     def of_seeds(self, seeds: Sequence[int] | None) -> dict[int | None, Workspace]:
         """A workspace in seeds/{seed} for each; without seeds, this one alone, under the key None."""
-        return {seed: Workspace(self.root / "seeds" / str(seed), self) for seed in seeds} if seeds else {None: self}
+        return (
+            {seed: Workspace(self.root / "seeds" / str(seed), self) for seed in seeds}
+            if seeds
+            else {None: self}
+        )
 
     @property
     def default_dataset(self) -> Path:
@@ -127,11 +135,15 @@ class Workspace:
         """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
         return self.root / "anomaly_score" / f"{category}_{branch}_maps.npz"
 
-    def branch_outputs(self, category: str, branches: Sequence[str], tested: bool, with_maps: bool = True) -> list[Path]:
+    def branch_outputs(
+        self, category: str, branches: Sequence[str], tested: bool, with_maps: bool = True
+    ) -> list[Path]:
         """All files with a branch's scores, under each of its names, and its maps; without test images, the validation scores."""
         parts = SCORE_PARTS if tested else ("val",)
-        return [*(self.scores(category, branch, part) for branch in branches for part in parts),
-                *([self.anomaly_maps(category, branches[0])] if with_maps else [])]
+        return [
+            *(self.scores(category, branch, part) for branch in branches for part in parts),
+            *([self.anomaly_maps(category, branches[0])] if with_maps else []),
+        ]
 
     def progress(self, category: str, branch: str) -> Path:
         """An unfinished training of a branch, to resume from."""
@@ -149,14 +161,21 @@ class Workspace:
         Raises:
             UserError: a category, or the workspace, has none.
         """
-        found = [path for folder, suffix in EXPORTED.values()
-                 for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))]
+        found = [
+            path
+            for folder, suffix in EXPORTED.values()
+            for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))
+        ]
         stems = {path.stem for path in found}
         for category in categories or ():
             if not stems & _with_precisions(category):
-                raise UserError(f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first")
+                raise UserError(
+                    f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first"
+                )
         if not found:
-            raise UserError(f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first")
+            raise UserError(
+                f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first"
+            )
         chosen = {stem for category in categories or () for stem in _with_precisions(category)}
         return [path for path in found if not categories or path.stem in chosen]
 
@@ -205,8 +224,10 @@ class Workspace:
         try:
             lock = FileLock(self.root / ".csad.lock").acquire()
         except LockHeld as problem:
-            raise UserError(f"another run is working in {self.root.resolve()} ({problem.owner}); wait for it, or give this one "
-                            "another --workspace") from problem
+            raise UserError(
+                f"another run is working in {self.root.resolve()} ({problem.owner}); wait for it, or give this one "
+                "another --workspace"
+            ) from problem
         with lock:
             yield
 

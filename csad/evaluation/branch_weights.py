@@ -173,8 +173,12 @@ def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[d
         elif decided["scores"] != _digests(category, workspace, fusion):
             reason = "weighed the branches by other validation scores than there are now"
         else:
-            return {branch: decided["weights"][branch] for branch in BRANCHES if branch in decided["weights"]}, ""
-    return equal(fusion.branches), f"export_model.py {reason}, so each counts the same here; run export_model.py again"
+            return {
+                branch: decided["weights"][branch] for branch in BRANCHES if branch in decided["weights"]
+            }, ""
+    return equal(
+        fusion.branches
+    ), f"export_model.py {reason}, so each counts the same here; run export_model.py again"
 
 
 def _digests(category: str, workspace: Workspace, fusion: FusionSettings) -> dict[str, str]:

@@ -13,11 +13,18 @@ import numpy as np
 
 from models.constants import QUARTERS
 
-PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")  # docs/method.md's order
+PLACES = (
+    "top-left quarter",
+    "bottom-left quarter",
+    "top-right quarter",
+    "bottom-right quarter",
+)  # docs/method.md's order
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
 MANY = 10.0  # times the normal area; from there on a number says less than that it hardly ever is there
-SMALL = 0.001  # areas of a thousandth of the image count as nothing (docs/method.md section 1); no std is smaller
+SMALL = (
+    0.001  # areas of a thousandth of the image count as nothing (docs/method.md section 1); no std is smaller
+)
 
 
 class Deviation(NamedTuple):
@@ -28,7 +35,9 @@ class Deviation(NamedTuple):
     area: float  # share of the place's area
     normal_area: float  # the training images' mean
     deviation: float  # in their standard deviations, negative = too little
-    above_all: str = ""  # for the whole image: the quarter that shows it most, where one is unusual in the same direction
+    above_all: str = (
+        ""  # for the whole image: the quarter that shows it most, where one is unusual in the same direction
+    )
     name: str = ""  # what people call the component; empty: by its number
 
     @property
@@ -56,7 +65,11 @@ class Deviation(NamedTuple):
         ratio = self.area / self.normal_area
         if ratio >= MANY:
             return f"{self.title}{there}, where there is normally hardly any{mostly}"
-        times = f"{ratio:.1f} times the normal area" if ratio >= 1.05 else f"{100 * ratio:.0f} % of the normal area"
+        times = (
+            f"{ratio:.1f} times the normal area"
+            if ratio >= 1.05
+            else f"{100 * ratio:.0f} % of the normal area"
+        )
         return f"{self.title}: {times}{there}{mostly}"
 
 
@@ -70,8 +83,12 @@ def area_fractions(label_map: np.ndarray, classes: int) -> np.ndarray:
         (5, C) float64: of the whole map and of its quarters, as in `PLACES`.
     """
     rows, columns = (side // 2 for side in label_map.shape)
-    quarters = [np.bincount(label_map[top:top + rows, left:left + columns].ravel(), minlength=classes)[:classes]
-                / (rows * columns) for left in (0, columns) for top in (0, rows)]
+    quarters = [
+        np.bincount(label_map[top : top + rows, left : left + columns].ravel(), minlength=classes)[:classes]
+        / (rows * columns)
+        for left in (0, columns)
+        for top in (0, rows)
+    ]
     return np.vstack([np.mean(quarters, axis=0), quarters])
 
 
@@ -106,8 +123,12 @@ def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
     if not explaining:
         return Summary("")
     first = explaining[0]
-    if first.place != WHOLE and any(other.component == first.component and other.place != first.place
-                                    and other.deviation * first.deviation < 0 for other in unusual):
+    if first.place != WHOLE and any(
+        other.component == first.component
+        and other.place != first.place
+        and other.deviation * first.deviation < 0
+        for other in unusual
+    ):
         return Summary(f"{first.title} is not where it should be")
     counterpart = _counterpart(first, unusual)
     if counterpart is not None:
@@ -116,9 +137,16 @@ def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
     if first.deviation < 0:
         if spot:
             return Summary(f"something lies where {first.title} should be")
-        return Summary(first.words, [first]) if first.is_missing else Summary(f"there is too little of {first.title}")
-    return Summary(f"{first.title} is where it should not be" if first.normal_area < SMALL else
-                   f"there is too much of {first.title}")
+        return (
+            Summary(first.words, [first])
+            if first.is_missing
+            else Summary(f"there is too little of {first.title}")
+        )
+    return Summary(
+        f"{first.title} is where it should not be"
+        if first.normal_area < SMALL
+        else f"there is too much of {first.title}"
+    )
 
 
 def _counterpart(deviation: Deviation, unusual: Sequence[Deviation]) -> Deviation | None:
@@ -126,15 +154,19 @@ def _counterpart(deviation: Deviation, unusual: Sequence[Deviation]) -> Deviatio
     change = deviation.area - deviation.normal_area
     quarter = deviation.above_all if deviation.place == WHOLE else deviation.place
     for other in unusual:
-        if quarter and other.component != deviation.component and (
-                (other.place, other.above_all) == (deviation.place, deviation.above_all)):
+        if (
+            quarter
+            and other.component != deviation.component
+            and ((other.place, other.above_all) == (deviation.place, deviation.above_all))
+        ):
             if 0.5 <= (other.normal_area - other.area) / change <= 2:
                 return other
     return None
 
 
-def deviations(label_map: np.ndarray, histogram: Mapping[str, Any], names: Mapping[int, str] | None = None
-               ) -> list[Deviation]:
+def deviations(
+    label_map: np.ndarray, histogram: Mapping[str, Any], names: Mapping[int, str] | None = None
+) -> list[Deviation]:
     """Compare an image's components with those of the training images.
 
     Args:
@@ -154,9 +186,17 @@ def deviations(label_map: np.ndarray, histogram: Mapping[str, Any], names: Mappi
     found = []
 
     def note(component: int, place: int, above_all: str = "") -> None:
-        found.append(Deviation(component, (WHOLE, *PLACES)[place], float(areas[place, component]),
-                               float(normal[place, component]), float(off[place, component]), above_all,
-                               (names or {}).get(component, "")))
+        found.append(
+            Deviation(
+                component,
+                (WHOLE, *PLACES)[place],
+                float(areas[place, component]),
+                float(normal[place, component]),
+                float(off[place, component]),
+                above_all,
+                (names or {}).get(component, ""),
+            )
+        )
 
     for component in range(1, classes):
         whole_off, quarters_off = off[0, component], off[1:, component]

@@ -14,8 +14,12 @@ from tabulate import tabulate
 
 AUROCS, TIMES = ("auroc_logical", "auroc_structural", "auroc_mean"), ("ms_per_image", "preprocessing_ms")
 NUMBER = (int, float)
-FIELDS = (dict.fromkeys(("category", "format", "precision", "ran_in"), str) | {"networks": dict, "stand_ins": list}
-          | dict.fromkeys((*AUROCS, "largest_difference"), (*NUMBER, type(None))) | dict.fromkeys(TIMES, NUMBER))
+FIELDS = (
+    dict.fromkeys(("category", "format", "precision", "ran_in"), str)
+    | {"networks": dict, "stand_ins": list}
+    | dict.fromkeys((*AUROCS, "largest_difference"), (*NUMBER, type(None)))
+    | dict.fromkeys(TIMES, NUMBER)
+)
 
 
 def read(workspace: Workspace) -> list[dict]:
@@ -35,8 +39,10 @@ def write(reports: list[dict], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
     target, key, known = workspace.export_report, ("category", "format", "precision"), read(workspace)
     replaced = {tuple(report[name] for name in key) for report in reports}
-    known = sorted([one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
-                   key=lambda one: [one[name] for name in key])
+    known = sorted(
+        [one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
+        key=lambda one: [one[name] for name in key],
+    )
     files.write_json(target, known)
     files.write_text(target.with_suffix(".md"), "# Exported models\n\n" + table_of(known))
     print("\n" + table_of(reports, len(reports) > MANY), end="")
@@ -49,29 +55,57 @@ def table_of(reports: list[dict], short: bool = False) -> str:
         same = [one for one in reports if (one["format"], one["precision"]) == kind]
         if len(same) > 1:
             differences = [one["largest_difference"] for one in same]
-            rows.append({"category": "average", "format": kind[0], "precision": kind[1],
-                         "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
-                         "largest_difference": None if None in differences else max(differences)}
-                        | {name: mean_known(one[name] for one in same) for name in AUROCS + TIMES})
-    columns = {"category": "category", "format": "format", "precision": "precision", "ran_in": "ran in",
-               "auroc_logical": "logical", "auroc_structural": "structural", "auroc_mean": "mean", "ms_per_image": "ms/image",
-               "preprocessing_ms": "preprocessing ms", "largest_difference": "largest difference"}
-    text = [tabulate([[_cell(name, one[name]) for name in columns] for one in rows], columns.values(), tablefmt="github",
-                     disable_numparse=True)]
+            rows.append(
+                {
+                    "category": "average",
+                    "format": kind[0],
+                    "precision": kind[1],
+                    "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
+                    "largest_difference": None if None in differences else max(differences),
+                }
+                | {name: mean_known(one[name] for one in same) for name in AUROCS + TIMES}
+            )
+    columns = {
+        "category": "category",
+        "format": "format",
+        "precision": "precision",
+        "ran_in": "ran in",
+        "auroc_logical": "logical",
+        "auroc_structural": "structural",
+        "auroc_mean": "mean",
+        "ms_per_image": "ms/image",
+        "preprocessing_ms": "preprocessing ms",
+        "largest_difference": "largest difference",
+    }
+    text = [
+        tabulate(
+            [[_cell(name, one[name]) for name in columns] for one in rows],
+            columns.values(),
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    ]
     for kind in sorted({(one["format"], one["precision"]) for one in reports}):
         same = [one for one in reports if (one["format"], one["precision"]) == kind]
-        told = counted({name: [one[f"auroc_{name}"] for one in same] for name in ("logical", "structural", "mean")})
+        told = counted(
+            {name: [one[f"auroc_{name}"] for one in same] for name in ("logical", "structural", "mean")}
+        )
         if told and len(same) > 1:
             text.append(f"\n{' '.join(kind)}: averages of what was measured{told}")
     for one in [] if short else reports:
         if one["precision"] == "int8":
             higher = [f"{name} ({kind})" for name, kind in one["networks"].items() if kind != "int8"]
-            text.append(f"\n{one['category']}, {one['format']} int8: in higher precision besides label map and score: "
-                        f"{', '.join(higher) or 'nothing'}")
+            text.append(
+                f"\n{one['category']}, {one['format']} int8: in higher precision besides label map and score: "
+                f"{', '.join(higher) or 'nothing'}"
+            )
     stand_ins = sorted({name for one in reports for name in one["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    text += [f"\n{line}" for line in said_of_choice(branch for one in reports for branch in one.get("chosen_on_test", []))]
+    text += [
+        f"\n{line}"
+        for line in said_of_choice(branch for one in reports for branch in one.get("chosen_on_test", []))
+    ]
     return "\n".join(text) + "\n"
 
 

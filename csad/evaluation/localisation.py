@@ -25,7 +25,9 @@ from sklearn.metrics import auc
 from models.constants import MAP_SIZE
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
-_DROPPED_BITS = 11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
+_DROPPED_BITS = (
+    11  # of float32's 32: values that agree in sign, exponent and 12 bits of mantissa are one threshold
+)
 _BINS = 1 << (32 - _DROPPED_BITS)
 
 _said_lossy: set[Path] = set()  # categories whose lossy masks were named
@@ -58,7 +60,9 @@ class Sweep:
         self._overlap = np.zeros(_BINS)  # saturated share, summed over regions
         self._regions = 0
 
-    def add(self, anomaly_map: np.ndarray, regions: Iterable[Region] = (), inspected: np.ndarray | None = None) -> None:
+    def add(
+        self, anomaly_map: np.ndarray, regions: Iterable[Region] = (), inspected: np.ndarray | None = None
+    ) -> None:
         """Count one image.
 
         Args:
@@ -83,7 +87,7 @@ class Sweep:
                 saturation = min(saturation, np.count_nonzero(mask))
             inside |= mask
             # The region's j-th highest pixel adds 1/s to its overlap until s pixels are marked.
-            highest = np.sort(bins[mask])[::-1][:int(np.ceil(saturation))]
+            highest = np.sort(bins[mask])[::-1][: int(np.ceil(saturation))]
             shares = np.full(len(highest), 1 / saturation)
             shares[-1] = 1 - (len(highest) - 1) / saturation
             np.add.at(self._overlap, highest, shares)
@@ -101,9 +105,14 @@ class Sweep:
             return Localisation({limit: float("nan") for limit in FPR_LIMITS}, float("nan"), float("nan"))
         false_positives = normal / normal[-1]
         f1 = 2 * anomalous[1:] / (anomalous[1:] + normal[1:] + anomalous[-1])
-        return Localisation({limit: 100 * area_up_to(false_positives, overlap / self._regions, limit) / limit
-                             for limit in FPR_LIMITS},
-                            100 * area_up_to(false_positives, anomalous / anomalous[-1], 1.0), 100 * float(f1.max()))
+        return Localisation(
+            {
+                limit: 100 * area_up_to(false_positives, overlap / self._regions, limit) / limit
+                for limit in FPR_LIMITS
+            },
+            100 * area_up_to(false_positives, anomalous / anomalous[-1], 1.0),
+            100 * float(f1.max()),
+        )
 
 
 def by_definition(measured: Sequence[tuple[np.ndarray, Sequence[Region]]]) -> Localisation:
@@ -133,8 +142,11 @@ def by_definition(measured: Sequence[tuple[np.ndarray, Sequence[Region]]]) -> Lo
         true_positive_rates.append(true_positives / anomalous)
         f1.append(2 * true_positives / (true_positives + false_positives + anomalous))
     rates = np.array(false_positive_rates)
-    return Localisation({limit: 100 * area_up_to(rates, np.array(mean_overlaps), limit) / limit for limit in FPR_LIMITS},
-                        100 * area_up_to(rates, np.array(true_positive_rates), 1.0), 100 * max(f1))
+    return Localisation(
+        {limit: 100 * area_up_to(rates, np.array(mean_overlaps), limit) / limit for limit in FPR_LIMITS},
+        100 * area_up_to(rates, np.array(true_positive_rates), 1.0),
+        100 * max(f1),
+    )
 
 
 def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
@@ -152,8 +164,10 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     maps = files.read_arrays(path)
     for split, values in maps.items():
         if values.ndim != 3 or values.shape[1:] != (MAP_SIZE, MAP_SIZE) or values.dtype.kind != "f":
-            raise UserError(f"{path} should hold maps of {MAP_SIZE}x{MAP_SIZE} numbers, found {split} {values.shape}; "
-                            f"{files.MAKE_AGAIN}")
+            raise UserError(
+                f"{path} should hold maps of {MAP_SIZE}x{MAP_SIZE} numbers, found {split} {values.shape}; "
+                f"{files.MAKE_AGAIN}"
+            )
     return maps
 
 
@@ -164,11 +178,16 @@ def fused_maps(maps: dict[str, dict[str, np.ndarray]], weights: Mapping[str, flo
         maps: by branch, then by split, (N, h, w).
     """
     splits = set.intersection(*(set(by_split) for by_split in maps.values()))
-    return {split: np.max([weights[branch] * by_split[split] for branch, by_split in maps.items()], axis=0)
-            for split in next(iter(maps.values())) if split in splits}
+    return {
+        split: np.max([weights[branch] * by_split[split] for branch, by_split in maps.items()], axis=0)
+        for split in next(iter(maps.values()))
+        if split in splits
+    }
 
 
-def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None) -> Localisation:
+def measure(
+    category: layouts.Category, maps: dict[str, np.ndarray], split: str, roi: np.ndarray | None = None
+) -> Localisation:
     """Localisation of one kind of anomaly, over the good test images and those of its split, but for `without_masks`.
 
     Args:
@@ -184,8 +203,10 @@ def measure(category: layouts.Category, maps: dict[str, np.ndarray], split: str,
     for shown in (layouts.GOOD, split):
         paths = category.test(shown)
         if len(maps.get(shown, ())) != len(paths):
-            raise UserError(f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
-                            f"but {len(paths)} images; run the stages that drew them with --overwrite")
+            raise UserError(
+                f"{category.name}: there are {len(maps.get(shown, ()))} anomaly maps of {shown} test images, "
+                f"but {len(paths)} images; run the stages that drew them with --overwrite"
+            )
         for path, small in zip(paths, maps[shown]):
             if _test_folder(category, path) in left_out:
                 continue
@@ -225,24 +246,38 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     if not path.exists():
         raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
     try:
-        entries = [(int(entry["pixel_value"]),
-                    (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])))
-                   for entry in files.read_json(path, files.MEND)]
+        entries = [
+            (
+                int(entry["pixel_value"]),
+                (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])),
+            )
+            for entry in files.read_json(path, files.MEND)
+        ]
     except (TypeError, KeyError, ValueError) as problem:
-        raise UserError(f"{path} should be a list of entries with pixel_value, saturation_threshold and "
-                        "relative_saturation") from problem
+        raise UserError(
+            f"{path} should be a list of entries with pixel_value, saturation_threshold and "
+            "relative_saturation"
+        ) from problem
     found = dict(entries)
     for value, (threshold, relative) in entries:
         if found[value] != (threshold, relative):
-            raise UserError(f"{path}: pixel_value {value} stands there twice with different saturations; "
-                            "keep one of them")
+            raise UserError(
+                f"{path}: pixel_value {value} stands there twice with different saturations; keep one of them"
+            )
         if not threshold > 0:
-            raise UserError(f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0")
+            raise UserError(
+                f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0"
+            )
     return found
 
 
-def read_regions(category: layouts.Category, kind: str, image: Path, saturations: dict[int, tuple[float, bool]] | None,
-                 size: tuple[int, int]) -> list[Region]:
+def read_regions(
+    category: layouts.Category,
+    kind: str,
+    image: Path,
+    saturations: dict[int, tuple[float, bool]] | None,
+    size: tuple[int, int],
+) -> list[Region]:
     """The annotated regions of one test image; ``size`` is the image's (W, H).
 
     Without saturations, one mask holds all regions: its connected parts, each of which has to be found whole.
@@ -260,7 +295,9 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
         if images.is_lossy(path):
             _say_lossy(category, path)
         if values.shape != size[::-1]:
-            raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}")
+            raise UserError(
+                f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}"
+            )
         if saturations is None:
             if not values.any():
                 raise UserError(f"{path} is empty: it marks no region")
@@ -269,8 +306,14 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
             continue
         value = layouts.pixel_value(path, values, saturations)
         if value not in saturations:
-            raise UserError(f"{path} " + (f"has value {value}, which is not in {category.defects_config}" if value
-                                          else "is empty: it marks no region"))
+            raise UserError(
+                f"{path} "
+                + (
+                    f"has value {value}, which is not in {category.defects_config}"
+                    if value
+                    else "is empty: it marks no region"
+                )
+            )
         mask = values > 0
         threshold, relative = saturations[value]
         area = int(mask.sum())
@@ -281,8 +324,11 @@ def read_regions(category: layouts.Category, kind: str, image: Path, saturations
 def _say_lossy(category: layouts.Category, mask: Path) -> None:
     if category.root not in _said_lossy:
         _said_lossy.add(category.root)
-        ProgressBar.write(f"{category.name}: masks in a lossy format ({mask} is the first): what is brighter than half "
-                   "of the brightest pixel counts as defect; masks stored as PNG are exact", file=sys.stderr)
+        ProgressBar.write(
+            f"{category.name}: masks in a lossy format ({mask} is the first): what is brighter than half "
+            "of the brightest pixel counts as defect; masks stored as PNG are exact",
+            file=sys.stderr,
+        )
 
 
 def _bins(values: np.ndarray) -> np.ndarray:

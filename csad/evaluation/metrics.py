@@ -11,7 +11,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-LOCO = {"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"}  # MVTec LOCO AD's categories
+LOCO = {
+    "breakfast_box",
+    "juice_bottle",
+    "pushpins",
+    "screw_bag",
+    "splicing_connectors",
+}  # MVTec LOCO AD's categories
 
 
 def auroc(good: np.ndarray, anomalous: np.ndarray) -> float:
@@ -26,9 +32,11 @@ def average_precision(good: np.ndarray, anomalous: np.ndarray) -> float:
 
 def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
     """F1 at the best of all thresholds."""
+
     def best(labels: np.ndarray, scores: np.ndarray) -> float:
         precision, recall, _ = precision_recall_curve(labels, scores)
         return np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+
     return _percent(best, good, anomalous)
 
 
@@ -40,8 +48,11 @@ def mean_known(values: Iterable[float | None]) -> float:
 
 def counted(what: Mapping[str, Iterable[float | None]]) -> str:
     """How many values their means are of, where some were not measured: " (structural of 4 of 5)"; else nothing."""
-    told = [f"{name} of {len(_known(values))} of {len(values)}" for name, values in
-            ((name, list(values)) for name, values in what.items()) if len(_known(values)) < len(values)]
+    told = [
+        f"{name} of {len(_known(values))} of {len(values)}"
+        for name, values in ((name, list(values)) for name, values in what.items())
+        if len(_known(values)) < len(values)
+    ]
     return f" ({', '.join(told)})" if told else ""
 
 

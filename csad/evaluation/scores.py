@@ -15,7 +15,10 @@ import numpy as np
 
 from models.fusion import apply_z, fit_normalisation
 
-SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}  # each after the good images, in sorted file order
+SPLIT_OF_PART = {
+    "logi": layouts.LOGICAL,
+    "struc": layouts.STRUCTURAL,
+}  # each after the good images, in sorted file order
 Scores = dict[str, dict[str, np.ndarray]]
 FUSED = "fused"  # the key of the weighted sum among single branches and other sums
 MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line
@@ -30,8 +33,12 @@ def scored_branches(category: layouts.Category, workspace: Workspace, fused: lis
     for branch in fused:
         for part in SCORE_PARTS:
             files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
-    return [branch for branch in BRANCHES if branch in fused
-            or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)]
+    return [
+        branch
+        for branch in BRANCHES
+        if branch in fused
+        or all(workspace.scores(category.name, branch, part).exists() for part in SCORE_PARTS)
+    ]
 
 
 def read_scores(category: layouts.Category, workspace: Workspace, branch: str, part: str) -> np.ndarray:
@@ -42,14 +49,22 @@ def read_scores(category: layouts.Category, workspace: Workspace, branch: str, p
     """
     path = files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
     scores = files.read_array(path)
-    images = category.validation if part == "val" else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
+    images = (
+        category.validation
+        if part == "val"
+        else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
+    )
     if scores.shape != (len(images),) or scores.dtype.kind != "f":
-        raise UserError(f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
-                        f"run {BRANCHES[branch].stage} again")
+        raise UserError(
+            f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
+            f"run {BRANCHES[branch].stage} again"
+        )
     return scores
 
 
-def normalised_scores(category: layouts.Category, workspace: Workspace, branches: list[str], rule: str) -> Scores:
+def normalised_scores(
+    category: layouts.Category, workspace: Workspace, branches: list[str], rule: str
+) -> Scores:
     """Per branch its scores of the parts logi, struc and val, normalised on val by the fusion's rule (docs/method.md section 4).
 
     Raises:
@@ -59,11 +74,18 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
     digests = records.scored_images(category.validation, layouts.test_splits(category))
     normalised = {}
     for branch in branches:
-        stage, paths = BRANCHES[branch].stage, {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS}
+        stage, paths = (
+            BRANCHES[branch].stage,
+            {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS},
+        )
         scores = {part: read_scores(category, workspace, branch, part) for part in SCORE_PARTS}
         maps = workspace.anomaly_maps(category.name, branch)
-        records.require_current(workspace.record(category.name, branch), digests,
-                                [*paths.values(), *([maps] if maps.exists() else [])], stage)
+        records.require_current(
+            workspace.record(category.name, branch),
+            digests,
+            [*paths.values(), *([maps] if maps.exists() else [])],
+            stage,
+        )
         mean, std = fit_normalisation(scores["val"], rule)
         normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised
@@ -72,7 +94,10 @@ def normalised_scores(category: layouts.Category, workspace: Workspace, branches
 def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One branch's scores by split of test images, each in sorted file order."""
     good = len(category.test(layouts.GOOD))
-    return {layouts.GOOD: parts["logi"][:good], **{split: parts[part][good:] for part, split in SPLIT_OF_PART.items()}}
+    return {
+        layouts.GOOD: parts["logi"][:good],
+        **{split: parts[part][good:] for part, split in SPLIT_OF_PART.items()},
+    }
 
 
 def fused_mean(metrics: dict[str, Any]) -> float:
@@ -88,19 +113,31 @@ def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bool:
     """Whether a branch of the exported model says where: the patch histogram does with ``segmentor.evidence`` alone."""
     record = workspace.record(category.name, branch)
-    return branch != "patchhist" or not record.exists() or records.read_record(record)["used"]["segmentor"]["evidence"]
+    return (
+        branch != "patchhist"
+        or not record.exists()
+        or records.read_record(record)["used"]["segmentor"]["evidence"]
+    )
 
 
 def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
     """Those of the branches whose weights were chosen on test images (csad.training.best_on_test), by the records beside them."""
     paths = {branch: workspace.record(category, branch) for branch in branches}
-    return [branch for branch, path in paths.items() if path.exists() and "selection" in records.read_record(path)["used"]]
+    return [
+        branch
+        for branch, path in paths.items()
+        if path.exists() and "selection" in records.read_record(path)["used"]
+    ]
 
 
 def said_of_choice(branches: Iterable[str]) -> list[str]:
     """The line that tables carry where weights were chosen on test images; none where none were."""
     names = ", ".join(dict.fromkeys(branches))
-    return [f"weights of {names}: chosen on test images, as published; not an estimate of performance"] if names else []
+    return (
+        [f"weights of {names}: chosen on test images, as published; not an estimate of performance"]
+        if names
+        else []
+    )
 
 
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:

@@ -31,15 +31,23 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
     """
     flat = [{category: _numbers(content) for category, content in run.items()} for run in runs]
     for run in flat:
-        shared = [name for name in next(iter(run.values())) if all(name in numbers for numbers in run.values())]
+        shared = [
+            name for name in next(iter(run.values())) if all(name in numbers for numbers in run.values())
+        ]
         run["average"] = {name: mean_known(numbers[name] for numbers in run.values()) for name in shared}
     found: dict[str, dict[str, Figure]] = {}
     for category in flat[0]:
-        values = {name: [run[category][name] for run in flat] for name in flat[0][category]
-                  if all(name in run[category] for run in flat)}
+        values = {
+            name: [run[category][name] for run in flat]
+            for name in flat[0][category]
+            if all(name in run[category] for run in flat)
+        }
         found[category] = {name: _figure(one) for name, one in values.items()}
     for name, figure in found["average"].items():
-        counts = [sum(math.isfinite(run[category][name]) for category in run if category != "average") for run in flat]
+        counts = [
+            sum(math.isfinite(run[category][name]) for category in run if category != "average")
+            for run in flat
+        ]
         if min(counts) < len(flat[0]) - 1:
             found["average"][name] = figure._replace(note=f"{min(counts)} of {len(flat[0]) - 1} categories")
     return found
@@ -47,8 +55,11 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
 
 def _figure(values: list[float]) -> Figure:
     measured = [value for value in values if math.isfinite(value)]
-    return Figure(mean_known(measured), float(np.std(measured, ddof=1)) if len(measured) > 1 else float("nan"),
-                  f"{len(measured)} of {len(values)} seeds" if len(measured) < len(values) else "")
+    return Figure(
+        mean_known(measured),
+        float(np.std(measured, ddof=1)) if len(measured) > 1 else float("nan"),
+        f"{len(measured)} of {len(values)} seeds" if len(measured) < len(values) else "",
+    )
 
 
 def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str]:
@@ -56,8 +67,10 @@ def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str
     width = max(len(name) for numbers in found.values() for name in numbers)
     lines = [f"mean and standard deviation over seeds {', '.join(map(str, seeds))}", ""]
     for category, numbers in found.items():
-        lines += [f"{category:24}{name:{width}}{mean:12.3f} ± {std:.3f}" + (f" ({note})" if note else "")
-                  for name, (mean, std, note) in numbers.items()]
+        lines += [
+            f"{category:24}{name:{width}}{mean:12.3f} ± {std:.3f}" + (f" ({note})" if note else "")
+            for name, (mean, std, note) in numbers.items()
+        ]
     return lines
 
 

@@ -72,7 +72,9 @@ def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) 
     return Threshold(float(scores[rank - 1]), rate, 1 - rank / (n + 1), n)
 
 
-def threshold_of(known: dict[str, Any], given: float | None, rate: float | None, model: str) -> tuple[float, str | None]:
+def threshold_of(
+    known: dict[str, Any], given: float | None, rate: float | None, model: str
+) -> tuple[float, str | None]:
     """The threshold to judge by, and what it promises in words; None where it was given as a number.
 
     Args:
@@ -86,16 +88,22 @@ def threshold_of(known: dict[str, Any], given: float | None, rate: float | None,
     if given is not None:
         return finite(given, "--threshold"), None
     if rate is None and known.get("threshold") is not None:
-        return finite(known["threshold"], f"the threshold in {model}"), known.get("threshold_words", "set in the model")
-    chosen = promised(known, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model)
+        return finite(known["threshold"], f"the threshold in {model}"), known.get(
+            "threshold_words", "set in the model"
+        )
+    chosen = promised(
+        known, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model
+    )
     return chosen.value, chosen.words
 
 
 def promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
     """The threshold for a rate, from the validation scores in a model's metadata; errors as of `threshold_of`."""
     if not len(known.get("validation_scores", [])):
-        raise UserError(f"{model} does not know the scores of validation images; name a --threshold, set one with "
-                        "export_model.py --set_threshold, or export it again from the stages' files")
+        raise UserError(
+            f"{model} does not know the scores of validation images; name a --threshold, set one with "
+            "export_model.py --set_threshold, or export it again from the stages' files"
+        )
     try:
         return choose_threshold(np.array(known["validation_scores"]), rate)
     except ValueError as problem:

@@ -20,8 +20,12 @@ COMPARED = 16  # validation images at most, evenly spread over the sorted list
 LEAST_SPREAD = 0.1  # scores are normalised, so that of good images spreads over about 1; fewer images may lie close together
 ROUNDING = 0.05  # of the scores' own size: the same for scores so large that fp32 has few digits left for their spread
 TOLERATED = 1e-3  # in fp32, of the spread
-TOLERATED_ROUGHLY = 0.2  # in other precisions and on accelerators, whose fp32 may be TF32: on average; as int8's guard says
-TOLERATED_PIXELS = 1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
+TOLERATED_ROUGHLY = (
+    0.2  # in other precisions and on accelerators, whose fp32 may be TF32: on average; as int8's guard says
+)
+TOLERATED_PIXELS = (
+    1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
+)
 TIES = 0.25  # of the images may differ by more, up to `TOLERATED_ROUGHLY`, where the model does not give its label maps
 
 
@@ -36,7 +40,9 @@ def spread(scores: np.ndarray) -> float:
     return max(float(high - low) / 1.349, LEAST_SPREAD, ROUNDING * abs(float(median)))
 
 
-def disagreement(reference: TorchEngine, pictures: Sequence[Path], found: Scored, exactly: bool) -> str | None:
+def disagreement(
+    reference: TorchEngine, pictures: Sequence[Path], found: Scored, exactly: bool
+) -> str | None:
     """How an exported model's scores of pictures differ from PyTorch's by more than is tolerated; None: they do not.
 
     Args:
@@ -46,9 +52,15 @@ def disagreement(reference: TorchEngine, pictures: Sequence[Path], found: Scored
     """
     if not all(np.isfinite(given).all() for given in (found.score, found.branch_scores) if given is not None):
         return "it gives numbers that are not finite"
-    expected = [reference.predict(images.read_views([path], reference.size, "", reference.metadata.get("white_level")))
-                for path in pictures]
-    shares, label_maps = (np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map"))
+    expected = [
+        reference.predict(
+            images.read_views([path], reference.size, "", reference.metadata.get("white_level"))
+        )
+        for path in pictures
+    ]
+    shares, label_maps = (
+        np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map")
+    )
     names, wanted, given = ["score"], [shares.sum(1)], [found.score]
     if found.branch_scores is not None:
         if exactly and "patchhist" in reference.branches:
@@ -64,11 +76,15 @@ def disagreement(reference: TorchEngine, pictures: Sequence[Path], found: Scored
     for name, right, other in zip(names, wanted, given):
         apart = np.abs(right - other) / spread(right)
         if exactly and found.branch_scores is None and "patchhist" in reference.branches:
-            beyond = np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY
+            beyond = (
+                np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY
+            )
         else:
             beyond = apart.max() > TOLERATED if exactly else apart.mean() > TOLERATED_ROUGHLY
         if beyond:
             tolerated = f"at most {TOLERATED:g}" if exactly else f"{TOLERATED_ROUGHLY:g} on average"
-            return (f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
-                    f"them ({apart.mean():.2g} on average; tolerated: {tolerated})")
+            return (
+                f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
+                f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
+            )
     return None

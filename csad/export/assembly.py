@@ -53,7 +53,9 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
     return {path.name: records.digest(files.require(path, stage)) for path, stage in paths}
 
 
-def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspace, source: Path, format_: str) -> None:
+def require_up_to_date(
+    known: dict[str, Any], category: str, workspace: Workspace, source: Path, format_: str
+) -> None:
     """Refuse to export an old training: the stages' files have to be those that the source was made of, where they are there.
 
     Raises:
@@ -66,13 +68,22 @@ def require_up_to_date(known: dict[str, Any], category: str, workspace: Workspac
     except UserError:
         return  # only the exported model was brought here
     if now != known["made_of"]:
-        raise UserError(f"{source} was made before the stages ran again; run export_model.py --format torch"
-                        f"{' and --format onnx' if format_ == 'onnx' else ''} first")
+        raise UserError(
+            f"{source} was made before the stages ran again; run export_model.py --format torch"
+            f"{' and --format onnx' if format_ == 'onnx' else ''} first"
+        )
 
 
-def fused_state(category: layouts.Category, workspace: Workspace, chosen: settings.FusionSettings, view: images.View,
-                precision: str = "fp32", weights: Mapping[str, float] | None = None,
-                weighed: list[str] | None = None, names: Mapping[int, str] | None = None) -> dict:
+def fused_state(
+    category: layouts.Category,
+    workspace: Workspace,
+    chosen: settings.FusionSettings,
+    view: images.View,
+    precision: str = "fp32",
+    weights: Mapping[str, float] | None = None,
+    weighed: list[str] | None = None,
+    names: Mapping[int, str] | None = None,
+) -> dict:
     """Read every artefact of a category and return the fused model's state dict, metadata attached.
 
     Args:
@@ -90,17 +101,31 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
     branches = list(chosen.branches if weights is None else weights)
     weighed = branches if weighed is None else weighed
     name, made_of = category.name, sources(category.name, workspace, weighed)
-    saved, digests = {}, {"train_images": records.digest_images(category.train),
-                          "validation": records.digest_images(category.validation)}
+    saved, digests = (
+        {},
+        {
+            "train_images": records.digest_images(category.train),
+            "validation": records.digest_images(category.validation),
+        },
+    )
     for branch in branches:
         path = workspace.checkpoint(name, branch)
         saved[branch] = files.read_state(path)
         # A file of another stage has other keys, and other settings in its provenance.
-        if not (files.holds(saved[branch], {"state": dict, "meta": dict})
-                and BRANCHES[branch].state_key in saved[branch]["state"] and BRANCHES[branch].section in saved[branch]["meta"]):
-            raise UserError(f"{path} was not written by the stage that it is named after; make it again with --overwrite")
-        records.require_current(workspace.record(name, branch), digests,
-                                [path, workspace.scores(name, branch, "val")], BRANCHES[branch].stage)
+        if not (
+            files.holds(saved[branch], {"state": dict, "meta": dict})
+            and BRANCHES[branch].state_key in saved[branch]["state"]
+            and BRANCHES[branch].section in saved[branch]["meta"]
+        ):
+            raise UserError(
+                f"{path} was not written by the stage that it is named after; make it again with --overwrite"
+            )
+        records.require_current(
+            workspace.record(name, branch),
+            digests,
+            [path, workspace.scores(name, branch, "val")],
+            BRANCHES[branch].stage,
+        )
     _require_same(name, saved)
     meta = saved[branches[0]]["meta"]
     encoder = empty_encoder(meta["backbone"])
@@ -116,55 +141,106 @@ def fused_state(category: layouts.Category, workspace: Workspace, chosen: settin
                 evidence = HistogramEvidence(detector.classes)
                 evidence.load_parameters(files.read_arrays(workspace.evidence_parameters(name)))
         except ValueError as problem:
-            raise UserError(f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
-                            "run train_segmentor.py --overwrite") from problem
+            raise UserError(
+                f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
+                "run train_segmentor.py --overwrite"
+            ) from problem
         if unknown := [component for component in names or {} if component >= detector.classes]:
-            raise UserError(f"configs/categories/{name}.yaml names component {unknown[0]}, but {name} has components "
-                            f"1 to {detector.classes - 1}")
+            raise UserError(
+                f"configs/categories/{name}.yaml names component {unknown[0]}, but {name} has components "
+                f"1 to {detector.classes - 1}"
+            )
     if "LGST" in branches:
         lgst = empty_lgst(encoder, saved["LGST"]["state"])
     if "memory" in branches:
         its = saved["memory"]["meta"]["memory"]
-        memory = PatchMemory(*memory_shape(saved["memory"]["state"]), its["score_share"], view.tiles,
-                              its["border"])
+        memory = PatchMemory(
+            *memory_shape(saved["memory"]["state"]), its["score_share"], view.tiles, its["border"]
+        )
     if "DFM" in branches:
         dfm = model_from_state(saved["DFM"]["state"], encoder.channels[2])
     if meta["images"] != view.record:
         changes = "; ".join(records.difference(meta["images"], view.record))
-        raise UserError(f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
-                        "interest, or run the stages again")
+        raise UserError(
+            f"{name}: the stages saw the images otherwise ({changes}); export with the same settings and region of "
+            "interest, or run the stages again"
+        )
     roi = None if view.roi is None else torch.from_numpy(view.roi)
-    model = FusedModel(encoder, segmentor, detector, lgst, memory, view.size, roi, evidence, chosen.rule, view.tiles, dfm,
-                       weights)
+    model = FusedModel(
+        encoder,
+        segmentor,
+        detector,
+        lgst,
+        memory,
+        view.size,
+        roi,
+        evidence,
+        chosen.rule,
+        view.tiles,
+        dfm,
+        weights,
+    )
     try:
         encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
             if module is not None:
                 module.load_state_dict(saved[branch]["state"])
     except RuntimeError as problem:
-        raise UserError(f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
-                        "make them again with --overwrite") from problem
+        raise UserError(
+            f"{name}: the stages' checkpoints do not fit together ({' '.join(str(problem).split())[:200]}); "
+            "make them again with --overwrite"
+        ) from problem
     for branch in branches:
-        mean, std = fit_normalisation(read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR)
+        mean, std = fit_normalisation(
+            read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR
+        )
         getattr(model, f"{BRANCHES[branch].statistics}_mean").fill_(mean)
         getattr(model, f"{BRANCHES[branch].statistics}_std").fill_(std)
     state = published_state(model)
     require_finite(state, name)
-    attach_metadata(state, {
-        "category": name, "dataset": category.root.resolve().parent.name, "branches": model.branches, "fusion_rule": chosen.rule,
-        "branch_weights": model.weights, "weighed": weighed,
-        "input_size": view.size, "tiles": view.tiles,
-        "white_level": view.white_level, "raw_input": False, "with_map": True,
-        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "precision": precision,
-        "backbone": meta["backbone"], "backbone_fingerprint": meta["backbone_fingerprint"],
-        "stand_ins": sorted({stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}),
-        "chosen_on_test": [branch for branch, one in saved.items() if "selection" in one["meta"]],
-        "training": {branch: one["meta"] for branch, one in saved.items()}, "made_of": made_of,
-        "weights": fingerprint(model), "versions": versions()}
-        | ({} if detector is None else
-           {"classes": detector.classes, "histogram": area_statistics(parameters, detector.classes),
-            "names": {str(component): title for component, title in (names or {}).items()}})
-        | ({"memory_score_share": memory.score_share, "memory_border": memory.border} if memory is not None else {}))
+    attach_metadata(
+        state,
+        {
+            "category": name,
+            "dataset": category.root.resolve().parent.name,
+            "branches": model.branches,
+            "fusion_rule": chosen.rule,
+            "branch_weights": model.weights,
+            "weighed": weighed,
+            "input_size": view.size,
+            "tiles": view.tiles,
+            "white_level": view.white_level,
+            "raw_input": False,
+            "with_map": True,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "precision": precision,
+            "backbone": meta["backbone"],
+            "backbone_fingerprint": meta["backbone_fingerprint"],
+            "stand_ins": sorted(
+                {stand_in for one in saved.values() for stand_in in one["meta"]["stand_ins"]}
+            ),
+            "chosen_on_test": [branch for branch, one in saved.items() if "selection" in one["meta"]],
+            "training": {branch: one["meta"] for branch, one in saved.items()},
+            "made_of": made_of,
+            "weights": fingerprint(model),
+            "versions": versions(),
+        }
+        | (
+            {}
+            if detector is None
+            else {
+                "classes": detector.classes,
+                "histogram": area_statistics(parameters, detector.classes),
+                "names": {str(component): title for component, title in (names or {}).items()},
+            }
+        )
+        | (
+            {"memory_score_share": memory.score_share, "memory_border": memory.border}
+            if memory is not None
+            else {}
+        ),
+    )
     from_state(state)  # refuses parts that do not fit together before anything is written
     return state
 
@@ -177,19 +253,30 @@ def require_finite(state: dict[str, torch.Tensor], name: str) -> None:
     """
     for key, values in state.items():
         if values.is_floating_point() and not values.isfinite().all():
-            raise UserError(f"{name}: {key} holds numbers that are not finite, so the model is not exported; train its stage "
-                            "again with --overwrite")
+            raise UserError(
+                f"{name}: {key} holds numbers that are not finite, so the model is not exported; train its stage "
+                "again with --overwrite"
+            )
 
 
 def _require_same(name: str, saved: dict[str, dict]) -> None:
     (first, one), *others = saved.items()
     for branch, other in others:
-        for what, words in (("backbone_fingerprint", "backbones"), ("train_images", "training images"),
-                            ("images", "views of the images")):
+        for what, words in (
+            ("backbone_fingerprint", "backbones"),
+            ("train_images", "training images"),
+            ("images", "views of the images"),
+        ):
             if one["meta"][what] != other["meta"][what]:
-                told = f" ({one['meta']['backbone']}, {other['meta']['backbone']})" if words == "backbones" else ""
-                raise UserError(f"{name}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {words}"
-                                f"{told}; run both with the same options and data")
+                told = (
+                    f" ({one['meta']['backbone']}, {other['meta']['backbone']})"
+                    if words == "backbones"
+                    else ""
+                )
+                raise UserError(
+                    f"{name}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {words}"
+                    f"{told}; run both with the same options and data"
+                )
 
 
 def versions() -> dict[str, str]:

@@ -23,12 +23,18 @@ def with_validation_scores(known: dict[str, Any], scores: np.ndarray, category: 
         UserError: a score is not finite.
     """
     if not np.isfinite(scores).all():
-        raise UserError(f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
-                        "train the stages again, or take another format or precision")
-    return _with_threshold(known | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category)
+        raise UserError(
+            f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
+            "train the stages again, or take another format or precision"
+        )
+    return _with_threshold(
+        known | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category
+    )
 
 
-def change(paths: Sequence[Path], value: float | None, rate: float | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+def change(
+    paths: Sequence[Path], value: float | None, rate: float | None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Change the threshold of exported models, each file as a whole and nothing else in it; yields their new metadata.
 
     Args:
@@ -48,12 +54,21 @@ def change(paths: Sequence[Path], value: float | None, rate: float | None) -> It
 
 def write_beside(path: Path, known: dict[str, Any]) -> None:
     """The threshold as NAME.threshold.json beside the model, for people and other programs; nothing here reads it."""
-    files.write_json(path.with_name(f"{path.stem}.threshold.json"), {
-        "model": path.name, "threshold": known.get("threshold"), "false_positive_rate": known.get("threshold_rate"),
-        "words": known.get("threshold_words"), "validation_images": len(known.get("validation_scores", []))})
+    files.write_json(
+        path.with_name(f"{path.stem}.threshold.json"),
+        {
+            "model": path.name,
+            "threshold": known.get("threshold"),
+            "false_positive_rate": known.get("threshold_rate"),
+            "words": known.get("threshold_words"),
+            "validation_images": len(known.get("validation_scores", [])),
+        },
+    )
 
 
-def _with_threshold(known: dict[str, Any], value: float | None, rate: float | None, model: str) -> dict[str, Any]:
+def _with_threshold(
+    known: dict[str, Any], value: float | None, rate: float | None, model: str
+) -> dict[str, Any]:
     scores = np.array(known.get("validation_scores", []))
     if value is None:
         chosen = promised(known, fraction(rate, "--set_false_positive_rate"), model)
@@ -71,11 +86,13 @@ def write_metadata(path: Path, known: dict[str, Any]) -> None:
     """Change what an exported file says about itself, and nothing else in it."""
     if path.suffix == ".pth":
         from models.fused import attach_metadata
+
         state = files.read_state(path)
         attach_metadata(state, known)
         files.write_state(path, state)
     elif path.suffix == ".onnx":
         from csad.export.exporters import with_metadata
+
         files.write_bytes(path, with_metadata(path.read_bytes(), known))
     else:  # OpenVINO itself would write the weights anew, too, and two files are not replaced at once
         model = ElementTree.fromstring(path.read_bytes())

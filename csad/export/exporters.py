@@ -26,9 +26,22 @@ from models.fused import from_state, metadata
 from models.prediction import Prediction
 
 OPSET = 17
-INT8_OPERATORS = ["Conv", "Relu", "AveragePool", "MaxPool", "Add", "Concat"]  # for which onnxruntime has int8 kernels
+INT8_OPERATORS = [
+    "Conv",
+    "Relu",
+    "AveragePool",
+    "MaxPool",
+    "Add",
+    "Concat",
+]  # for which onnxruntime has int8 kernels
 # How the names of the networks' nodes begin.
-NETWORKS = ("/encoder/network", "/lgst/teacher/", "/lgst/student/", "/lgst/autoencoder/", "/segmentor/network/")
+NETWORKS = (
+    "/encoder/network",
+    "/lgst/teacher/",
+    "/lgst/student/",
+    "/lgst/autoencoder/",
+    "/segmentor/network/",
+)
 
 
 def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_input: bool) -> bytes:
@@ -41,10 +54,17 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         raw_input: takes uint8 RGB.
     """
     fused = from_state(state)
-    known = {"category": category, "input_size": fused.size,
-             "branches": fused.branches, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)} | metadata(state)
+    known = {
+        "category": category,
+        "input_size": fused.size,
+        "branches": fused.branches,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    } | metadata(state)
     known |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
-    content = to_onnx(FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY)
+    content = to_onnx(
+        FoldedModel(fused, with_map, raw_input), known, Prediction._fields if with_map else SCORE_ONLY
+    )
     content = half_networks(content) if precision == "fp16" else content
     return with_metadata(content, known | {"networks": networks_of(content)})
 
@@ -61,7 +81,9 @@ def networks_of(content: bytes) -> dict[str, str]:
         if network is None or node.op_type not in ("Conv", "ConvTranspose"):
             continue
         quantised = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
-        found.setdefault(network, set()).add("int8" if quantised else "fp16" if halves.intersection(node.input) else "fp32")
+        found.setdefault(network, set()).add(
+            "int8" if quantised else "fp16" if halves.intersection(node.input) else "fp32"
+        )
     return {name: "/".join(sorted(found[name])) for name in NODES if name in found}
 
 
@@ -75,8 +97,16 @@ def to_onnx(model: torch.nn.Module, known: dict[str, Any], outputs: tuple[str, .
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant sizes are meant to be constant
         # The tracing exporter needs no further package and names nodes after modules, which quantisation goes by.
-        torch.onnx.export(model, (example,), buffer, dynamo=False, opset_version=OPSET, input_names=["images"],
-                          output_names=list(outputs), dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)})
+        torch.onnx.export(
+            model,
+            (example,),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)},
+        )
     model = onnx.load_from_string(buffer.getvalue())
     _own_weights(model.graph)
     _own_padding(model)
@@ -100,7 +130,11 @@ def _own_weights(graph: Any) -> None:
         copy(weights[node.input[0]], node.output[0])
         graph.node.remove(node)
     weights = {weight.name: weight for weight in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "Conv" and len(node.input) == 3 and node.input[2] in weights]:
+    for node in [
+        node
+        for node in graph.node
+        if node.op_type == "Conv" and len(node.input) == 3 and node.input[2] in weights
+    ]:
         if node.input[2] in used:
             name = f"{node.name}/bias"
             copy(weights[node.input[2]], name)
@@ -130,7 +164,12 @@ def _own_padding(model: Any) -> None:
 def _zeros_around(model: Any, pad: Any) -> list[int] | None:
     """By how much a Pad node adds zeros to the height and width of (B, C, H, W): top, left, bottom, right; None: otherwise."""
     onnx = require_package("onnx")
-    if next((onnx.helper.get_attribute_value(one) for one in pad.attribute if one.name == "mode"), b"constant") != b"constant":
+    if (
+        next(
+            (onnx.helper.get_attribute_value(one) for one in pad.attribute if one.name == "mode"), b"constant"
+        )
+        != b"constant"
+    ):
         return None
     amounts, *value = [_constant(model, name) for name in pad.input[1:3] if name]
     if amounts is None or len(amounts) != 8 or amounts.min() < 0 or any(amounts[[0, 1, 4, 5]]):
@@ -148,8 +187,13 @@ def _constant(model: Any, name: str) -> np.ndarray | None:
             nodes.insert(0, node)
     if needed.intersection(given.name for given in model.graph.input):
         return None
-    graph = onnx.helper.make_graph(nodes, "constant", [], [onnx.helper.make_empty_tensor_value_info(name)],
-                                   [weight for weight in model.graph.initializer if weight.name in needed])
+    graph = onnx.helper.make_graph(
+        nodes,
+        "constant",
+        [],
+        [onnx.helper.make_empty_tensor_value_info(name)],
+        [weight for weight in model.graph.initializer if weight.name in needed],
+    )
     evaluator = reference.ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import))
     return evaluator.run(None, {})[0]
 
@@ -228,14 +272,17 @@ def replacing(path: Path) -> Iterator[Path]:
         yield folder / path.name
         if path.suffix == ".xml":
             path.unlink(missing_ok=True)  # an old .xml would open with the new .bin and give wrong scores
-        for new in sorted(folder.iterdir(), key=lambda one: one.suffix == path.suffix):  # the .xml last: it is what people open
+        for new in sorted(
+            folder.iterdir(), key=lambda one: one.suffix == path.suffix
+        ):  # the .xml last: it is what people open
             new.replace(path.with_name(new.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],
-              networks: tuple[str, ...] = NETWORKS) -> bytes:
+def int8_onnx(
+    content: bytes, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS
+) -> bytes:
     """Quantise the networks of an fp32 ONNX model with onnxruntime, weights per channel.
 
     Args:
@@ -252,16 +299,27 @@ def int8_onnx(content: bytes, calibration: np.ndarray, kept: Sequence[str],
             return None if image is None else {"images": image[None]}
 
     model = onnx.load_from_string(content)
-    excluded = [node.name for node in model.graph.node
-                if not node.name.startswith(networks) or node.name.startswith(tuple(kept))]
+    excluded = [
+        node.name
+        for node in model.graph.node
+        if not node.name.startswith(networks) or node.name.startswith(tuple(kept))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
-        quantization.quantize_static(model, written, Reader(), per_channel=True, op_types_to_quantize=INT8_OPERATORS,
-                                     nodes_to_exclude=excluded)
+        quantization.quantize_static(
+            model,
+            written,
+            Reader(),
+            per_channel=True,
+            op_types_to_quantize=INT8_OPERATORS,
+            nodes_to_exclude=excluded,
+        )
         return written.read_bytes()
 
 
-def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS) -> Any:
+def int8_openvino(
+    model: Any, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS
+) -> Any:
     """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
     nncf = require_package("nncf")
     nncf.set_log_level("ERROR")
@@ -269,8 +327,13 @@ def int8_openvino(model: Any, calibration: np.ndarray, kept: Sequence[str], netw
     ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return in_openvino_thread(
-            nncf.quantize, model, nncf.Dataset([{"images": image[None]} for image in calibration]),
-            preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration), ignored_scope=ignored)
+            nncf.quantize,
+            model,
+            nncf.Dataset([{"images": image[None]} for image in calibration]),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(calibration),
+            ignored_scope=ignored,
+        )
 
 
 def with_metadata(content: bytes, known: dict[str, Any]) -> bytes:

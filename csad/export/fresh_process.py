@@ -30,14 +30,18 @@ class Scored(NamedTuple):
 
     scores: np.ndarray  # (N,), of all; not always finite, as the next two
     score: np.ndarray  # (n,)
-    branch_scores: np.ndarray | None  # (n, K); None: the model was exported without maps and gives the score alone
+    branch_scores: (
+        np.ndarray | None
+    )  # (n, K); None: the model was exported without maps and gives the score alone
     label_map: np.ndarray | None  # (n, 256, 256) uint8, the same way
     metadata: dict[str, Any]
     networks: dict[str, str]  # in which precision they ran, `csad.inference.engines.Engine.networks`
     device: str  # on which
 
 
-def score(model: Path, pictures: Sequence[Path], closely: Sequence[int], device: str, description: str) -> Scored:
+def score(
+    model: Path, pictures: Sequence[Path], closely: Sequence[int], device: str, description: str
+) -> Scored:
     """Open an exported model in a new process, as `open_model` does, and let it score pictures one by one.
 
     Args:
@@ -49,21 +53,40 @@ def score(model: Path, pictures: Sequence[Path], closely: Sequence[int], device:
         UserError: the model cannot be opened, a picture cannot be read, or the process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked = {"model": str(model.resolve()), "pictures": [str(path.resolve()) for path in pictures], "device": device,
-                 "closely": list(closely), "description": description, "answer": str(Path(folder) / "answer.npz")}
+        asked = {
+            "model": str(model.resolve()),
+            "pictures": [str(path.resolve()) for path in pictures],
+            "device": device,
+            "closely": list(closely),
+            "description": description,
+            "answer": str(Path(folder) / "answer.npz"),
+        }
         paths = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(asked), text=True,
-                              env=MEMORY_IS_FILLED | os.environ | {"PYTHONPATH": paths})
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(asked),
+            text=True,
+            env=MEMORY_IS_FILLED | os.environ | {"PYTHONPATH": paths},
+        )
         if done.returncode or not Path(asked["answer"]).exists():
-            raise UserError(f"the exported model {model.name} could not be scored with: its process ended with status "
-                            f"{done.returncode}; export it again, with another --precision where this repeats itself")
+            raise UserError(
+                f"the exported model {model.name} could not be scored with: its process ended with status "
+                f"{done.returncode}; export it again, with another --precision where this repeats itself"
+            )
         with np.load(asked["answer"], allow_pickle=False) as answer:
             found = dict(answer)
     said = json.loads(str(found["said"]))
     if "problem" in said:
         raise UserError(said["problem"])
-    return Scored(found["score"], found["score"][list(closely)], found.get("branch_scores"), found.get("label_map"),
-                  said["metadata"], said["networks"], said["device"])
+    return Scored(
+        found["score"],
+        found["score"][list(closely)],
+        found.get("branch_scores"),
+        found.get("label_map"),
+        said["metadata"],
+        said["networks"],
+        said["device"],
+    )
 
 
 def main() -> None:
@@ -83,14 +106,20 @@ def main() -> None:
 def _answer(asked: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     engine = open_model(Path(asked["model"]), asked["device"])
     closely = set(asked["closely"]) if engine.has_maps else set()
-    found: dict[str, list[np.ndarray]] = {"score": []} | ({"branch_scores": [], "label_map": []} if closely else {})
-    for index, path in enumerate(ProgressBar(asked["pictures"], desc=asked["description"], unit="image", leave=False)):
+    found: dict[str, list[np.ndarray]] = {"score": []} | (
+        {"branch_scores": [], "label_map": []} if closely else {}
+    )
+    for index, path in enumerate(
+        ProgressBar(asked["pictures"], desc=asked["description"], unit="image", leave=False)
+    ):
         picture = images.read_views([Path(path)], engine.size, "", engine.metadata.get("white_level"))
         given = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
         for name in found.keys() & given.keys():
             found[name].append(given[name])
-    return ({name: np.concatenate(values) for name, values in found.items()},
-            {"metadata": engine.metadata, "networks": engine.networks, "device": engine.device})
+    return (
+        {name: np.concatenate(values) for name, values in found.items()},
+        {"metadata": engine.metadata, "networks": engine.networks, "device": engine.device},
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ import numpy as np
 # never are: what they give is subtracted from one another or compared, and eight bits of it moved the scores by ten standard
 # deviations and more, while they are a twentieth of the arithmetic. Nor is the patch memory, which is no network.
 FALLBACK_ORDER = (
-    ("output layers", ("/lgst/student/heads/", "/lgst/teacher/", "/lgst/autoencoder/deconv8/", "/segmentor/network/fc2/conv3/")),
+    (
+        "output layers",
+        (
+            "/lgst/student/heads/",
+            "/lgst/teacher/",
+            "/lgst/autoencoder/deconv8/",
+            "/segmentor/network/fc2/conv3/",
+        ),
+    ),
     ("segmentor", ("/segmentor/",)),
     ("encoder", ("/encoder/",)),
     ("autoencoder", ("/lgst/autoencoder/",)),
@@ -51,7 +59,7 @@ class Check:
             return Agreement(float("inf"), float("inf"))
         points = 0.0 if self.good.all() else abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
         threshold = choose_threshold(self.scores[self.good]).value
-        near = np.argsort(np.abs(self.scores - threshold))[:max(round(NEAR * len(self.scores)), 1)]
+        near = np.argsort(np.abs(self.scores - threshold))[: max(round(NEAR * len(self.scores)), 1)]
         share = float(np.abs(found - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
         return Agreement(points, share)
 
@@ -70,8 +78,9 @@ class Agreement(NamedTuple):
         return f"AUROC moves by {self.points:.2f} points, scores near the threshold by {self.share:.2f} standard deviations"
 
 
-def quantise(build: Callable[[tuple[str, ...]], tuple[Any, Engine]], check: Check,
-             say: Callable[[str], None]) -> tuple[Any, list[str], Agreement]:
+def quantise(
+    build: Callable[[tuple[str, ...]], tuple[Any, Engine]], check: Check, say: Callable[[str], None]
+) -> tuple[Any, list[str], Agreement]:
     """Take parts back into higher precision until the scores agree.
 
     Args:

@@ -31,11 +31,18 @@ from models.prediction import Prediction
 
 Result = TypeVar("Result")
 # How the names of each network's nodes begin in exported graphs.
-NODES = {"encoder": ("/encoder/",), "segmentor": ("/segmentor/",), "LGST teacher": ("/lgst/teacher/",),
-         "LGST student": ("/lgst/student/", "/lgst/local_st/"), "LGST autoencoder": ("/lgst/autoencoder/",),
-         "memory": ("/memory/", "/Conv")}
+NODES = {
+    "encoder": ("/encoder/",),
+    "segmentor": ("/segmentor/",),
+    "LGST teacher": ("/lgst/teacher/",),
+    "LGST student": ("/lgst/student/", "/lgst/local_st/"),
+    "LGST autoencoder": ("/lgst/autoencoder/",),
+    "memory": ("/memory/", "/Conv"),
+}
 METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadata, as JSON
-ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))  # onnxruntime's
+ACCELERATORS = tuple(
+    f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO")
+)  # onnxruntime's
 _OPENVINO_THREAD = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 
 
@@ -93,7 +100,9 @@ class Engine(ABC):
             UserError: the model was exported without maps.
         """
         if not self.has_maps:
-            raise UserError(f"this {self.runtime} model was exported without maps; export it again with --with_map")
+            raise UserError(
+                f"this {self.runtime} model was exported without maps; export it again with --with_map"
+            )
         return Prediction(*self._run(self._prepared(images), maps=True))
 
     @abstractmethod
@@ -102,8 +111,10 @@ class Engine(ABC):
 
     def _prepared(self, images: np.ndarray) -> np.ndarray:
         if images.ndim != 4 or images.shape[1:] != (3, self.size, self.size) or images.dtype != np.uint8:
-            raise UserError(f"this model takes uint8 RGB images of shape (B, 3, {self.size}, {self.size}), got "
-                            f"{images.dtype.name} {images.shape}")
+            raise UserError(
+                f"this model takes uint8 RGB images of shape (B, 3, {self.size}, {self.size}), got "
+                f"{images.dtype.name} {images.shape}"
+            )
         return np.ascontiguousarray(as_input(images, self.metadata))
 
 
@@ -112,7 +123,9 @@ def in_words(networks: dict[str, str]) -> str:
     kinds = dict.fromkeys(networks.values())
     if len(kinds) == 1:
         return next(iter(kinds))
-    return "; ".join(f"{kind}: {', '.join(name for name, ran in networks.items() if ran == kind)}" for kind in kinds)
+    return "; ".join(
+        f"{kind}: {', '.join(name for name, ran in networks.items() if ran == kind)}" for kind in kinds
+    )
 
 
 def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
@@ -149,8 +162,12 @@ class TorchEngine(Engine):
         asked = precision or self.metadata.get("precision", "fp32")
         # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
         ran = "fp32" if asked == "fp16" and device.startswith("cpu") else asked
-        model = FoldedModel(from_state(state), with_map=True, raw_input=self.metadata.get("raw_input", False),
-                            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[ran])
+        model = FoldedModel(
+            from_state(state),
+            with_map=True,
+            raw_input=self.metadata.get("raw_input", False),
+            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[ran],
+        )
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         self.networks = {name: names[dtype] for name, dtype in model.dtypes().items()}
         self.precision = in_words(self.networks)
@@ -162,9 +179,10 @@ class TorchEngine(Engine):
         with self.torch.inference_mode():
             batch = self.torch.from_numpy(images).to(self.device, memory_format=self.torch.channels_last)
             found = self.model(batch)
-            return tuple(values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
-                         for values in (found if maps else found[:1]))
-
+            return tuple(
+                values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
+                for values in (found if maps else found[:1])
+            )
 
     def arrangement_scores(self, label_map: np.ndarray) -> np.ndarray:
         """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
@@ -202,17 +220,23 @@ class OnnxEngine(Engine):
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers)
         except Exception as problem:  # onnxruntime's own exceptions share no public base
-            raise UserError(f"onnxruntime cannot run this model ({_first_line(problem)}); export it again with "
-                            "export_model.py --format onnx") from problem
+            raise UserError(
+                f"onnxruntime cannot run this model ({_first_line(problem)}); export it again with "
+                "export_model.py --format onnx"
+            ) from problem
         self.metadata = _decoded(self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), "ONNX")
         self.device = self.session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         cast = {"fp16": "fp32 (weights in fp16)"} if self.device == "cpu" else {}  # by its CPU kernels
-        self.networks = {name: cast.get(kind, kind) for name, kind in self.metadata.get("networks", {}).items()}
+        self.networks = {
+            name: cast.get(kind, kind) for name, kind in self.metadata.get("networks", {}).items()
+        }
         asked = self.metadata.get("precision", "fp32")
         self.precision = in_words(self.networks) if self.networks else cast.get(asked, asked)
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        return tuple(self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images}))
+        return tuple(
+            self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images})
+        )
 
 
 class OpenVinoEngine(Engine):
@@ -232,17 +256,22 @@ class OpenVinoEngine(Engine):
 
     def __init__(self, model: Any, device: str = "CPU"):
         openvino = require_package("openvino")
-        self.metadata = _decoded(model.get_rt_info(METADATA_KEY).astype(str) if METADATA_KEY in model.rt_info else None,
-                                 "OpenVINO")
+        self.metadata = _decoded(
+            model.get_rt_info(METADATA_KEY).astype(str) if METADATA_KEY in model.rt_info else None, "OpenVINO"
+        )
         wanted = self.metadata.get("precision", "fp32")
         try:
             self.compiled = in_openvino_thread(_compile, openvino, model, wanted, device)
         except RuntimeError as problem:
             has = ", ".join(in_openvino_thread(lambda: openvino.Core().available_devices))
-            raise UserError(f"OpenVINO cannot run this model on {device} ({_first_line(problem)}); it has {has}") from problem
+            raise UserError(
+                f"OpenVINO cannot run this model on {device} ({_first_line(problem)}); it has {has}"
+            ) from problem
         self.device = ", ".join(self.compiled.get_property("EXECUTION_DEVICES")).lower()
         self.networks = _precisions(self.compiled)
-        self.precision = in_words(self.networks) if self.networks else f"its own precision (weights in {wanted})"
+        self.precision = (
+            in_words(self.networks) if self.networks else f"its own precision (weights in {wanted})"
+        )
         if wanted == "fp16" and self.precision == "fp32":
             self.precision = "fp32 (weights in fp16)"
         self.request = self.compiled.create_infer_request()
@@ -287,6 +316,7 @@ def device_name(name: str, model: Path) -> str:
             raise UserError(f"device '{name}' is not to be had here; use --device auto")
         return name
     from models.device import choose_device
+
     return str(choose_device(name))
 
 
@@ -297,8 +327,12 @@ def _compile(openvino: ModuleType, model: Any, wanted: str, device: str) -> Any:
     threads = {"INFERENCE_NUM_THREADS": asked_threads()} if asked_threads() else {}
     hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(wanted, openvino.Type.f32)
     if wanted == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        hint = openvino.Type.bf16  # for what is not int8; `csad.export.quantisation` checks the scores with it
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"} | threads)
+        hint = (
+            openvino.Type.bf16
+        )  # for what is not int8; `csad.export.quantisation` checks the scores with it
+    return core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"} | threads
+    )
 
 
 def _precisions(compiled: Any) -> dict[str, str]:
@@ -310,13 +344,20 @@ def _precisions(compiled: Any) -> dict[str, str]:
     except RuntimeError:
         return {}
     for layer in layers:
-        told = {key: layer.rt_info[key].astype(str) for key in ("layerType", "originalLayersNames", "runtimePrecision")
-                if key in layer.rt_info}
+        told = {
+            key: layer.rt_info[key].astype(str)
+            for key in ("layerType", "originalLayersNames", "runtimePrecision")
+            if key in layer.rt_info
+        }
         if len(told) < 3 or told["layerType"] not in ("Convolution", "Deconvolution"):
             continue
-        network = next((name for name, starts in NODES.items() if told["originalLayersNames"].startswith(starts)), None)
+        network = next(
+            (name for name, starts in NODES.items() if told["originalLayersNames"].startswith(starts)), None
+        )
         if network is not None:
-            found.setdefault(network, set()).add(names.get(told["runtimePrecision"], told["runtimePrecision"]))
+            found.setdefault(network, set()).add(
+                names.get(told["runtimePrecision"], told["runtimePrecision"])
+            )
     return {name: "/".join(sorted(found[name])) for name in NODES if name in found}
 
 
@@ -360,7 +401,9 @@ def _decoded(text: str | None, kind: str) -> dict[str, Any]:
     if text is None:
         raise UserError(f"this {kind} model was not exported by export_model.py")
     metadata = json.loads(text)
-    require_version(metadata, f"this {kind} model", f"export it again with export_model.py --format {kind.lower()}")
+    require_version(
+        metadata, f"this {kind} model", f"export it again with export_model.py --format {kind.lower()}"
+    )
     return metadata
 
 

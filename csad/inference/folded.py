@@ -58,8 +58,12 @@ class FoldedTeacher(nn.Module):
     def __init__(self, projection: nn.Conv2d, mean: Tensor, std: Tensor, channels: tuple[int, int]):
         super().__init__()
         weight = projection.weight / std.view(-1, 1, 1, 1)
-        self.eighth, self.sixteenth = (nn.Conv2d(inputs, weight.shape[0], 1, bias=False) for inputs in channels)
-        self.eighth.weight.data, self.sixteenth.weight.data = (part.contiguous() for part in weight.split(channels, dim=1))
+        self.eighth, self.sixteenth = (
+            nn.Conv2d(inputs, weight.shape[0], 1, bias=False) for inputs in channels
+        )
+        self.eighth.weight.data, self.sixteenth.weight.data = (
+            part.contiguous() for part in weight.split(channels, dim=1)
+        )
         self.bias = nn.Parameter(((projection.bias - mean.flatten()) / std.flatten()).view(1, -1, 1, 1))
 
     def forward(self, eighth: Tensor, sixteenth: Tensor) -> Tensor:
@@ -75,7 +79,9 @@ class FoldedStudent(nn.Module):
         super().__init__()
         self.heads = nn.Conv2d(student.conv_st.in_channels, 2 * student.conv_st.out_channels, 1)
         for name in ("weight", "bias"):
-            getattr(self.heads, name).data = torch.cat([getattr(student.conv_st, name), getattr(student.conv_ae, name)])
+            getattr(self.heads, name).data = torch.cat(
+                [getattr(student.conv_st, name), getattr(student.conv_ae, name)]
+            )
         del student.conv_st, student.conv_ae
         self.trunk = student
 
@@ -92,9 +98,14 @@ class FoldedLgst(nn.Module):
     def __init__(self, lgst: LGST, channels: tuple[int, int], dtype: torch.dtype):
         super().__init__()
         self.normalise, self.dtype = lgst.normalise, dtype
-        self.teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels).to(dtype)
+        self.teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels).to(
+            dtype
+        )
         self.student, self.autoencoder = FoldedStudent(lgst.local_st).to(dtype), lgst.autoencoder.to(dtype)
-        starts, ends = (torch.stack([getattr(lgst, f"q_{branch}_{end}") for branch in ("st", "ae")]) for end in ("start", "end"))
+        starts, ends = (
+            torch.stack([getattr(lgst, f"q_{branch}_{end}") for branch in ("st", "ae")])
+            for end in ("start", "end")
+        )
         self.register_buffer("scale", 0.1 / (ends - starts))
         self.register_buffer("offset", -(self.scale * starts).sum())
 
@@ -130,12 +141,34 @@ class FoldedModel(FusedModel):
         dtype: of the networks; float32, float16 or bfloat16.
     """
 
-    def __init__(self, model: FusedModel, with_map: bool = False, raw_input: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: FusedModel,
+        with_map: bool = False,
+        raw_input: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        lgst = FoldedLgst(model.lgst, model.encoder.channels[1:], dtype) if isinstance(model.lgst, LGST) else model.lgst
+        lgst = (
+            FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
+            if isinstance(model.lgst, LGST)
+            else model.lgst
+        )
         segmentor = None if model.segmentor is None else FoldedSegmentor(model.segmentor, dtype)
-        super().__init__(FoldedEncoder(model.encoder, dtype), segmentor, model.patch_hist_detector, lgst, model.memory,
-                         model.size, model.roi, model.evidence, model.rule, model.tiles, model.dfm, model.weights)
+        super().__init__(
+            FoldedEncoder(model.encoder, dtype),
+            segmentor,
+            model.patch_hist_detector,
+            lgst,
+            model.memory,
+            model.size,
+            model.roi,
+            model.evidence,
+            model.rule,
+            model.tiles,
+            model.dfm,
+            model.weights,
+        )
         if segmentor is not None:
             self.patch_hist_detector.whiten()
         for branch in self.branches:
@@ -151,12 +184,23 @@ class FoldedModel(FusedModel):
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """In which type each network runs, by its name in `csad.inference.engines.NODES`."""
-        parts = {"encoder": self.encoder.network, "segmentor": self.segmentor and self.segmentor.network, "memory": self.memory}
+        parts = {
+            "encoder": self.encoder.network,
+            "segmentor": self.segmentor and self.segmentor.network,
+            "memory": self.memory,
+        }
         if self.lgst is not None:
             student = self.lgst.local_st if self.lgst.on_features else self.lgst.student
-            parts |= {"LGST teacher": self.lgst.teacher, "LGST student": student, "LGST autoencoder": self.lgst.autoencoder}
-        return {name: next(tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point())
-                for name in NODES if (part := parts.get(name)) is not None}
+            parts |= {
+                "LGST teacher": self.lgst.teacher,
+                "LGST student": student,
+                "LGST autoencoder": self.lgst.autoencoder,
+            }
+        return {
+            name: next(tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point())
+            for name in NODES
+            if (part := parts.get(name)) is not None
+        }
 
 
 class _Tracer(fx.Tracer):
@@ -180,7 +224,11 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
         before, norm = node.args[0], modules[node.target]
-        if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d) or len(before.users) > 1:
+        if (
+            before.op != "call_module"
+            or not isinstance(modules[before.target], nn.Conv2d)
+            or len(before.users) > 1
+        ):
             continue
         network.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target].eval(), norm.eval()))
         if isinstance(norm, BatchNormAct2d):
@@ -202,6 +250,8 @@ def _with_fixed_padding(conv: Conv2dSame) -> nn.Sequential:
     for kernel, stride in zip(conv.kernel_size[::-1], conv.stride[::-1]):
         total = max(kernel - stride, 0)
         padding += [total // 2, total - total // 2]
-    plain = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups)
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups
+    )
     plain.weight, plain.bias = conv.weight, conv.bias
     return nn.Sequential(nn.ZeroPad2d(padding), plain)

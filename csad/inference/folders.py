@@ -14,7 +14,10 @@ from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
-NO_STATE: State = (0, 0)  # of what cannot be looked at: links to nothing, pipes, folders that cannot be listed
+NO_STATE: State = (
+    0,
+    0,
+)  # of what cannot be looked at: links to nothing, pipes, folders that cannot be listed
 
 
 def place_or_url(text: str) -> Path | str:
@@ -59,7 +62,9 @@ class Found:
 
 
 def no_images(places: Sequence[Path | str]) -> UserError:
-    return UserError(f"no images in {', '.join(map(str, places))}; expected files ending in {', '.join(SUFFIXES)}")
+    return UserError(
+        f"no images in {', '.join(map(str, places))}; expected files ending in {', '.join(SUFFIXES)}"
+    )
 
 
 def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
@@ -80,8 +85,13 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
             below[:] = []
             continue
         seen.add(real)
-        below[:] = sorted(name for name in below if not reason_to_skip(name) and (Path(here) / name).resolve() != own
-                          and not is_ours(Path(here) / name))
+        below[:] = sorted(
+            name
+            for name in below
+            if not reason_to_skip(name)
+            and (Path(here) / name).resolve() != own
+            and not is_ours(Path(here) / name)
+        )
         for name in sorted(names):
             path = Path(here) / name
             if reason_to_skip(name) or name in ("predictions.csv", "predictions.jsonl"):
@@ -126,5 +136,7 @@ def only_writer(folder: Path) -> FileLock:
     try:
         return FileLock(folder / ".predict.lock").acquire()
     except LockHeld as problem:
-        raise UserError(f"another predict.py is writing to {folder.resolve()} ({problem.owner}); give this one an --output of "
-                        "its own") from problem
+        raise UserError(
+            f"another predict.py is writing to {folder.resolve()} ({problem.owner}); give this one an --output of "
+            "its own"
+        ) from problem

@@ -109,10 +109,16 @@ class Verdict:
         if self.verdict != ANOMALOUS:
             return []
         if self.unusual is None:
-            return findings_of(self.components, "unusual arrangement of components" if self.alarm == ARRANGEMENT else "", "")
+            return findings_of(
+                self.components, "unusual arrangement of components" if self.alarm == ARRANGEMENT else "", ""
+            )
         spot = f"at x {self.unusual[0]}, y {self.unusual[1]}"
         if self.alarm == ARRANGEMENT:
-            return findings_of(self.components, "unusual arrangement of components, most of all " + spot, "most unusual " + spot)
+            return findings_of(
+                self.components,
+                "unusual arrangement of components, most of all " + spot,
+                "most unusual " + spot,
+            )
         right, low = (2 * place >= side for place, side in zip(self.unusual, self.size))
         return findings_of(self.components, "unusual surface " + spot, quarter=PLACES[2 * right + low])
 
@@ -122,21 +128,36 @@ class Verdict:
         if self.drawing is None or self.score is None:
             return self.drawing
         over = "is over" if self.score > self.threshold else "is not over"
-        lines = [f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
-                 *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
-                 "Left: the picture" + (", a ring where it is most unusual" if self.findings and self.unusual else "")
-                 + "; middle: its components; right: how unusual each place is"]
-        return captioned(self.drawing, f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}", lines,
-                         self.legend, red=self.verdict == ANOMALOUS)
+        lines = [
+            f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
+            *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
+            "Left: the picture"
+            + (", a ring where it is most unusual" if self.findings and self.unusual else "")
+            + "; middle: its components; right: how unusual each place is",
+        ]
+        return captioned(
+            self.drawing,
+            f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}",
+            lines,
+            self.legend,
+            red=self.verdict == ANOMALOUS,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without numbers that JSON does not know."""
-        return {"image": str(self.name), "verdict": self.verdict, "score": _finite(self.score), "threshold": self.threshold,
-                "contributions": self.contributions and {
-                    branch: _finite(value) for branch, value in self.contributions.items()},
-                "alarm": self.alarm, "unusual": self.unusual, "findings": self.findings,
-                "components": [one._asdict() | {"words": one.words} for one in self.components],
-                "problem": self.problem or None}
+        return {
+            "image": str(self.name),
+            "verdict": self.verdict,
+            "score": _finite(self.score),
+            "threshold": self.threshold,
+            "contributions": self.contributions
+            and {branch: _finite(value) for branch, value in self.contributions.items()},
+            "alarm": self.alarm,
+            "unusual": self.unusual,
+            "findings": self.findings,
+            "components": [one._asdict() | {"words": one.words} for one in self.components],
+            "problem": self.problem or None,
+        }
 
     def __str__(self) -> str:
         name = printable(str(self.name))
@@ -144,12 +165,16 @@ class Verdict:
             return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
         score = f"{self.score:.2f}"
         if self.contributions:
-            score += " = " + " + ".join(f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items())
+            score += " = " + " + ".join(
+                f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items()
+            )
         text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
         return text + "".join(f"\n           {one}" for one in self.findings)
 
 
-def findings_of(components: Sequence[Deviation], otherwise: str = "", spot: str | None = None, quarter: str = "") -> list[str]:
+def findings_of(
+    components: Sequence[Deviation], otherwise: str = "", spot: str | None = None, quarter: str = ""
+) -> list[str]:
     """One sentence that sums up, then at most `DETAILS` details.
 
     Args:
@@ -162,7 +187,10 @@ def findings_of(components: Sequence[Deviation], otherwise: str = "", spot: str 
     details = [deviation.words for deviation in components if deviation not in summary.said]
     if not summary.sentence:
         return [text for text in (otherwise, *details[:DETAILS]) if text]
-    return [summary.sentence, *[text for text in (otherwise if spot is None else spot, *details) if text][:DETAILS]]
+    return [
+        summary.sentence,
+        *[text for text in (otherwise if spot is None else spot, *details) if text][:DETAILS],
+    ]
 
 
 def names_of(known: dict[str, Any]) -> dict[int, str]:
@@ -173,8 +201,10 @@ def names_of(known: dict[str, Any]) -> dict[int, str]:
 def legend_of(known: dict[str, Any]) -> list[tuple[int, str]]:
     """Index and what people call it, of each component in a model's metadata."""
     names = names_of(known)
-    return [(component, title_of(component, names.get(component, "")))
-            for component in range(1, len(known.get("histogram", {}).get("mean", ())))]
+    return [
+        (component, title_of(component, names.get(component, "")))
+        for component in range(1, len(known.get("histogram", {}).get("mean", ())))
+    ]
 
 
 def printable(text: str) -> str:
@@ -182,8 +212,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def verdicts_on(names: Iterable[Path | str], engine: Engine, threshold: float, batch_size: int,
-            read: Callable[[Path | str], Picture]) -> Iterator[Verdict]:
+def verdicts_on(
+    names: Iterable[Path | str],
+    engine: Engine,
+    threshold: float,
+    batch_size: int,
+    read: Callable[[Path | str], Picture],
+) -> Iterator[Verdict]:
     """Score images in order. A few are decoded ahead by threads, so memory does not depend on how many there are."""
     names = iter(names)
     with ThreadPoolExecutor(READERS) as readers:
@@ -220,8 +255,11 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
     try:
         image = images.read_rgb(source, white_level=engine.metadata.get("white_level"))
     except images.UnknownWhiteLevel as problem:
-        return Picture(name, problem=f"{problem.finding}, nor does the model know it; store the picture with "
-                       "8 bits, or train and export the model with images.white_level")
+        return Picture(
+            name,
+            problem=f"{problem.finding}, nor does the model know it; store the picture with "
+            "8 bits, or train and export the model with images.white_level",
+        )
     except UserError as problem:
         return Picture(name, problem=str(problem))
     view = images.resize(image, engine.size).transpose(2, 0, 1)
@@ -232,18 +270,29 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
     """Verdicts on pictures, in order; unreadable ones get theirs without the model."""
     readable = [picture for picture in pictures if picture.view is not None]
     found = iter(_judge_readable(readable, engine, threshold) if readable else [])
-    return [next(found) if picture.view is not None else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
-            for picture in pictures]
+    return [
+        next(found)
+        if picture.view is not None
+        else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
+        for picture in pictures
+    ]
 
 
 def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
     batch = np.stack([picture.view for picture in pictures])
     if not engine.has_maps:
-        return [_undecided(picture, score, threshold) if not math.isfinite(score) else
-                Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
-                for picture, score in zip(pictures, map(float, engine.score(batch)))]
+        return [
+            _undecided(picture, score, threshold)
+            if not math.isfinite(score)
+            else Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
+            for picture, score in zip(pictures, map(float, engine.score(batch)))
+        ]
     found = engine.predict(batch)
-    histogram, names, legend = engine.metadata.get("histogram"), names_of(engine.metadata), legend_of(engine.metadata)
+    histogram, names, legend = (
+        engine.metadata.get("histogram"),
+        names_of(engine.metadata),
+        legend_of(engine.metadata),
+    )
     verdicts = []
     for index, picture in enumerate(pictures):
         score = float(found.score[index])
@@ -258,20 +307,51 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
             shown_map = found.anomaly_map[index]
         unusual = maximum_of(shown_map, picture.size)
         spot = unusual if verdict == ANOMALOUS else None
-        drawing = None if picture.shown is None else _drawing(
-            picture, found.label_map[index], dict(zip(engine.branches, found.branch_maps[index])), contributions, verdict, spot)
-        verdicts.append(Verdict(
-            picture.name, verdict, threshold, score, contributions, alarm if verdict == ANOMALOUS else None, unusual,
-            deviations(found.label_map[index], histogram, names) if histogram else (), picture.size, legend, drawing))
+        drawing = (
+            None
+            if picture.shown is None
+            else _drawing(
+                picture,
+                found.label_map[index],
+                dict(zip(engine.branches, found.branch_maps[index])),
+                contributions,
+                verdict,
+                spot,
+            )
+        )
+        verdicts.append(
+            Verdict(
+                picture.name,
+                verdict,
+                threshold,
+                score,
+                contributions,
+                alarm if verdict == ANOMALOUS else None,
+                unusual,
+                deviations(found.label_map[index], histogram, names) if histogram else (),
+                picture.size,
+                legend,
+                drawing,
+            )
+        )
     return verdicts
 
 
-def _drawing(picture: Picture, label_map: np.ndarray, maps: dict[str, np.ndarray], contributions: dict[str, float],
-             verdict: str, spot: tuple[int, int] | None) -> np.ndarray:
+def _drawing(
+    picture: Picture,
+    label_map: np.ndarray,
+    maps: dict[str, np.ndarray],
+    contributions: dict[str, float],
+    verdict: str,
+    spot: tuple[int, int] | None,
+) -> np.ndarray:
     """Image, components and map of what explains the score, a ring around the ``spot`` that is pointed at."""
     image = picture.shown
-    parts = [image, label_overlay(image, label_map),
-             heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS)]
+    parts = [
+        image,
+        label_overlay(image, label_map),
+        heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS),
+    ]
     if spot is not None:
         parts[0], parts[2] = (ring(part, spot, picture.size) for part in (parts[0], parts[2]))
     return side_by_side(*parts)
@@ -286,8 +366,13 @@ def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int
 
 
 def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:
-    return Verdict(picture.name, UNDECIDED, threshold, score, problem=f"the model gives a score that is not finite ({score}); "
-                   "export it again")
+    return Verdict(
+        picture.name,
+        UNDECIDED,
+        threshold,
+        score,
+        problem=f"the model gives a score that is not finite ({score}); export it again",
+    )
 
 
 def _finite(value: float | None) -> float | None:

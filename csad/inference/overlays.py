@@ -11,13 +11,26 @@ from csad.data.images import colour_labels
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-FULL_HEAT = 3.0  # scaled anomaly-map value shown at full strength; of the validation maps' values 0.5 % lie over 1
+FULL_HEAT = (
+    3.0  # scaled anomaly-map value shown at full strength; of the validation maps' values 0.5 % lie over 1
+)
 CALM = 0.4  # of full heat, green: what the most unusual place of a picture that counts as normal is drawn with at most
 ARRANGEMENT = "patchhist"  # the branch whose map is of components
 _OPACITY = 0.65
 # From blue over green and yellow to dark red, as maps of this kind usually are.
-_HEAT = np.array([[48, 18, 59], [70, 117, 237], [27, 207, 212], [97, 252, 108], [209, 232, 52], [254, 155, 45], [217, 56, 6],
-                  [122, 4, 2]], np.float32)
+_HEAT = np.array(
+    [
+        [48, 18, 59],
+        [70, 117, 237],
+        [27, 207, 212],
+        [97, 252, 108],
+        [209, 232, 52],
+        [254, 155, 45],
+        [217, 56, 6],
+        [122, 4, 2],
+    ],
+    np.float32,
+)
 _OUTLINE = (255, 0, 200)
 _TEXT, _QUIET, _RED, _GREEN = (27, 36, 48), (91, 102, 117), (184, 28, 46), (24, 110, 52)
 _LEAST_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
@@ -45,8 +58,11 @@ def explaining_map(maps: Mapping[str, np.ndarray], contributions: Mapping[str, f
         contributions: to the score, by branch.
     """
     highest = max(contributions.values())
-    drawn = [_peak_region(values) if branch == ARRANGEMENT else values for branch, values in maps.items()
-             if branch != ARRANGEMENT or contributions[branch] >= highest / 2 or len(maps) == 1]
+    drawn = [
+        _peak_region(values) if branch == ARRANGEMENT else values
+        for branch, values in maps.items()
+        if branch != ARRANGEMENT or contributions[branch] >= highest / 2 or len(maps) == 1
+    ]
     return np.max(drawn, axis=0)
 
 
@@ -58,7 +74,9 @@ def _peak_region(evidence: np.ndarray) -> np.ndarray:
     region &= high
     while True:
         grown = np.pad(region, 1)
-        grown = (grown[1:-1, 1:-1] | grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]) & high
+        grown = (
+            grown[1:-1, 1:-1] | grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]
+        ) & high
         if (grown == region).all():
             return np.where(region, evidence, 0)
         region = grown
@@ -69,7 +87,9 @@ def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray, anomalous: bool = T
 
     Of a picture that is not ``anomalous`` the colours end at green, however high its map is: red means rejected.
     """
-    heat = _enlarge(np.clip(anomaly_map / FULL_HEAT, 0, 1).astype(np.float32), image, Image.Resampling.BILINEAR)
+    heat = _enlarge(
+        np.clip(anomaly_map / FULL_HEAT, 0, 1).astype(np.float32), image, Image.Resampling.BILINEAR
+    )
     if not anomalous:
         heat = heat * min(1.0, CALM / max(float(heat.max()), CALM))
     position = heat * (len(_HEAT) - 1)
@@ -88,10 +108,14 @@ def label_overlay(image: np.ndarray, label_map: np.ndarray) -> np.ndarray:
 
 def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
     """Draw the border of annotated regions, (h, w) bool of any size each, around all of them in an image (H, W, 3) uint8."""
-    mask = np.max([_enlarge(region.astype(np.uint8) * 255, image, Image.Resampling.NEAREST) for region in truth], axis=0)
+    mask = np.max(
+        [_enlarge(region.astype(np.uint8) * 255, image, Image.Resampling.NEAREST) for region in truth], axis=0
+    )
     thickness = 2 * max(1, round(max(image.shape) / 200)) + 1
-    grown, shrunk = (np.asarray(Image.fromarray(mask).filter(kind(thickness)))
-                     for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    grown, shrunk = (
+        np.asarray(Image.fromarray(mask).filter(kind(thickness)))
+        for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
+    )
     drawn = image.copy()
     drawn[grown != shrunk] = _OUTLINE
     return drawn
@@ -105,7 +129,7 @@ def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.
         size: its width and height then.
     """
     x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(spot, image.shape[1::-1], size))
-    rows, columns = np.ogrid[:image.shape[0], :image.shape[1]]
+    rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
     distance = np.hypot(rows - y, columns - x)
     radius, width = max(6.0, max(image.shape) / 22), max(1.0, max(image.shape) / 250)
     drawn = image.copy()
@@ -114,8 +138,13 @@ def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.
     return drawn
 
 
-def captioned(picture: np.ndarray, title: str, lines: Sequence[str], legend: Sequence[tuple[int, str]] = (),
-              red: bool = False) -> np.ndarray:
+def captioned(
+    picture: np.ndarray,
+    title: str,
+    lines: Sequence[str],
+    legend: Sequence[tuple[int, str]] = (),
+    red: bool = False,
+) -> np.ndarray:
     """A picture (H, W, 3) uint8 with text under it, and a legend of components; a narrow one gets a white margin.
 
     Args:

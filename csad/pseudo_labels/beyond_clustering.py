@@ -17,7 +17,10 @@ ALWAYS = 0.8  # of the images: so many have a part, or else one of those that ta
 EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each other's place
 MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
-LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8  # spreads within the lookalikes; of the images, see _side_by_side
+LOOKALIKES_APART, LOOKALIKES_TOGETHER = (
+    4.0,
+    0.8,
+)  # spreads within the lookalikes; of the images, see _side_by_side
 TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
 TRUSTED = 0.5  # of a kind's images
 
@@ -30,8 +33,16 @@ LOG_AREA_UNIT, HU_UNIT, ELONGATION_UNIT, POSITION_UNIT, LOG_COLOR_UNIT = 2.0, 0.
 DEEP_DIMENSIONS, DEEP_SPREAD = 10, 1.25  # principal components of cnn_image; their total standard deviation
 
 
-def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
-                    largest_kind_only: bool, variants: bool, lookalikes: bool) -> SemanticLabels:
+def semantic_labels(
+    features: np.ndarray,
+    areas: np.ndarray,
+    image_of: np.ndarray,
+    images: int,
+    bandwidth: float,
+    largest_kind_only: bool,
+    variants: bool,
+    lookalikes: bool,
+) -> SemanticLabels:
     """Turn components into semantic labels, numbered from the most frequent on; see `clustering.semantic_labels`.
 
     Args:
@@ -44,15 +55,23 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
     """
     least = LEAST_MEMBERS_VARIANTS * images if variants else int(LEAST_MEMBERS * images)
     found = clustering.mean_shift(features, bandwidth, MOST_SEEDS)
-    clusters = number_clusters(split_lookalikes(features, found, image_of, least) if lookalikes else found, least)
+    clusters = number_clusters(
+        split_lookalikes(features, found, image_of, least) if lookalikes else found, least
+    )
     if not variants:
         return clustering.labels_and_trusted(clusters, areas, image_of, images, largest_kind_only)
     clusters = without_sporadic(clusters, image_of, images)
     histogram = clustering.label_histograms(clusters, areas, image_of, images)
     kinds = with_nearest_kind(histogram, clustering.kinds_of_images(histogram))
     kept = labels_of_any_kind(histogram, kinds)
-    return SemanticLabels(clusters, kept[clusters], histogram, histogram[:, kept[1:] > 0], kinds,
-                          trusted_members(histogram, kinds))
+    return SemanticLabels(
+        clusters,
+        kept[clusters],
+        histogram,
+        histogram[:, kept[1:] > 0],
+        kinds,
+        trusted_members(histogram, kinds),
+    )
 
 
 def number_clusters(found: np.ndarray, least: float) -> np.ndarray:
@@ -85,7 +104,9 @@ def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) ->
     return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
 
 
-def split_lookalikes(features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float) -> np.ndarray:
+def split_lookalikes(
+    features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float
+) -> np.ndarray:
     """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
 
     One bandwidth for all features cannot see that. A cluster is split where, along one feature, it falls into two groups
@@ -107,9 +128,13 @@ def split_lookalikes(features: np.ndarray, found: np.ndarray, image_of: np.ndarr
         members = np.flatnonzero(found == cluster)
         if len(members) < 2 * least:
             continue
-        splits = [(apart, upper) for upper, apart in map(_two_groups, features[members].T)
-                  if apart > LOOKALIKES_APART and min(upper.sum(), (~upper).sum()) >= least
-                  and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER]
+        splits = [
+            (apart, upper)
+            for upper, apart in map(_two_groups, features[members].T)
+            if apart > LOOKALIKES_APART
+            and min(upper.sum(), (~upper).sum()) >= least
+            and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER
+        ]
         if splits:
             _, upper = max(splits, key=lambda split: split[0])
             found[members[upper]] = found.max() + 1
@@ -123,7 +148,9 @@ def _side_by_side(ones: np.ndarray, others: np.ndarray) -> float:
     Of the images that show the usual number of both together (proposals failed in the others), the share in which each
     group has its usual number, at least one.
     """
-    counts = np.stack([np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1)
+    counts = np.stack(
+        [np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1
+    )
     totals = counts.sum(1)
     usual = np.bincount(totals[totals > 0]).argmax()
     pairs, often = np.unique(counts[totals == usual], axis=0, return_counts=True)
@@ -137,16 +164,20 @@ def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
     """
     ordered = np.sort(values)
     tail = int(TAIL * len(ordered))
-    ordered = ordered[tail:len(ordered) - tail]
+    ordered = ordered[tail : len(ordered) - tail]
     below = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)[:-1]
-    gain = (sums / below - (ordered.sum() - sums) / (len(ordered) - below)) ** 2 * below * (len(ordered) - below)
+    gain = (
+        (sums / below - (ordered.sum() - sums) / (len(ordered) - below)) ** 2 * below * (len(ordered) - below)
+    )
     cut = gain.argmax()
     upper = values > (ordered[cut] + ordered[cut + 1]) / 2
     if not upper.any() or upper.all():
         return upper, 0.0
     medians = [np.median(values[side]) for side in (upper, ~upper)]
-    spreads = [1.48 * np.median(np.abs(values[side] - median)) for side, median in zip((upper, ~upper), medians)]
+    spreads = [
+        1.48 * np.median(np.abs(values[side] - median)) for side, median in zip((upper, ~upper), medians)
+    ]
     return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
 
 
@@ -163,7 +194,9 @@ def trusted_members(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     for kind in range(kinds.max() + 1):
         members = np.flatnonzero(kinds == kind)
         distances = clustering.apart(histograms[members], histograms[members].mean(0))
-        trusted += members[np.argsort(distances, kind="stable")[:int(np.ceil(TRUSTED * len(members)))]].tolist()
+        trusted += members[
+            np.argsort(distances, kind="stable")[: int(np.ceil(TRUSTED * len(members)))]
+        ].tolist()
     return np.array(sorted(trusted), np.int64)
 
 
@@ -196,7 +229,9 @@ def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
         "area": lambda values: np.log(values) / LOG_AREA_UNIT,
         "color": lambda values: np.log(np.maximum(values, 1e-3)) / LOG_COLOR_UNIT,
         "position": lambda values: values / POSITION_UNIT,
-        "shape_hu": lambda values: np.stack([values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT], 1),
+        "shape_hu": lambda values: np.stack(
+            [values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT], 1
+        ),
         "cnn_image": _principal_components,
     }
     return np.concatenate([columns[name](values) for name, values in features.items()], axis=1)
@@ -214,4 +249,4 @@ def _principal_components(deep: np.ndarray) -> np.ndarray:
     deep -= deep.mean(0)
     _, _, axes = np.linalg.svd(deep.T @ deep)
     reduced = deep @ axes[:DEEP_DIMENSIONS].T
-    return reduced * (DEEP_SPREAD / np.sqrt(max((reduced ** 2).sum(1).mean(), 1e-12)))
+    return reduced * (DEEP_SPREAD / np.sqrt(max((reduced**2).sum(1).mean(), 1e-12)))

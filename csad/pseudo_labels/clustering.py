@@ -46,8 +46,14 @@ class SemanticLabels:
         return int(np.count_nonzero(np.unique(self.clusters)))
 
 
-def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, bandwidth: float,
-                    largest_kind_only: bool) -> SemanticLabels:
+def semantic_labels(
+    features: np.ndarray,
+    areas: np.ndarray,
+    image_of: np.ndarray,
+    images: int,
+    bandwidth: float,
+    largest_kind_only: bool,
+) -> SemanticLabels:
     """Turn components into semantic labels.
 
     Args:
@@ -62,14 +68,21 @@ def semantic_labels(features: np.ndarray, areas: np.ndarray, image_of: np.ndarra
     return labels_and_trusted(clusters, areas, image_of, images, largest_kind_only)
 
 
-def labels_and_trusted(clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int,
-                       largest_kind_only: bool) -> SemanticLabels:
+def labels_and_trusted(
+    clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, largest_kind_only: bool
+) -> SemanticLabels:
     """What follows from the clusters (components,) 1..K, or 0 for no label; see `semantic_labels`."""
     histogram = label_histograms(clusters, areas, image_of, images)
     kinds = kinds_of_images(histogram)
     kept = renumbered(histogram[kinds == 0].mean(0) > LEAST_AREA)
-    return SemanticLabels(clusters, kept[clusters], histogram, histogram[:, kept[1:] > 0], kinds,
-                          trusted_images(histogram, kinds, largest_kind_only))
+    return SemanticLabels(
+        clusters,
+        kept[clusters],
+        histogram,
+        histogram[:, kept[1:] > 0],
+        kinds,
+        trusted_images(histogram, kinds, largest_kind_only),
+    )
 
 
 def mean_shift(features: np.ndarray, bandwidth: float, most_seeds: int | None = None) -> np.ndarray:
@@ -86,7 +99,9 @@ def mean_shift(features: np.ndarray, bandwidth: float, most_seeds: int | None = 
     drawn = np.random.default_rng(0).permutation(len(features))[:most_seeds]
     seeds = features[np.sort(drawn)]
     at_once = most_seeds or SEEDS_AT_ONCE
-    climbs = [_climb(seeds[first:first + at_once], features, bandwidth) for first in range(0, len(seeds), at_once)]
+    climbs = [
+        _climb(seeds[first : first + at_once], features, bandwidth) for first in range(0, len(seeds), at_once)
+    ]
     centres, members = (np.concatenate(parts) for parts in zip(*climbs))
     # Of centres within one bandwidth of each other, the one with most members stays; draws go by coordinates.
     order = np.lexsort((*centres.T[::-1], members))[::-1]
@@ -99,12 +114,12 @@ def mean_shift(features: np.ndarray, bandwidth: float, most_seeds: int | None = 
 
 def _climb(seeds: np.ndarray, features: np.ndarray, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
     """Where seeds (s, D) come to rest among features (n, D), and how many features (s,) lie within a bandwidth of there."""
-    lengths = (features ** 2).sum(1)
+    lengths = (features**2).sum(1)
     centres, climbing, members = seeds.copy(), np.arange(len(seeds)), np.zeros(len(seeds))
     for _ in range(MOST_STEPS):
         # As matrix products, which for wide features take a tenth of the time of cdist and of a product with booleans.
         squares = (centres[climbing] ** 2).sum(1)[:, None] + lengths - 2 * centres[climbing] @ features.T
-        near = (squares <= bandwidth ** 2).astype(features.dtype)
+        near = (squares <= bandwidth**2).astype(features.dtype)
         members[climbing] = near.sum(1)
         means = near @ features / np.maximum(members[climbing], 1)[:, None]
         steps = np.linalg.norm(means - centres[climbing], axis=1)
@@ -155,7 +170,9 @@ def trusted_images(histograms: np.ndarray, kinds: np.ndarray, largest_kind_only:
     for kind in range(1 if largest_kind_only else kinds.max() + 1):
         members = np.flatnonzero(kinds == kind)
         count = max(int(TRUSTED * len(members)), 1)
-        trusted |= set(np.argsort(apart(histograms, histograms[members].mean(0)), kind="stable")[:count].tolist())
+        trusted |= set(
+            np.argsort(apart(histograms, histograms[members].mean(0)), kind="stable")[:count].tolist()
+        )
     return np.array(sorted(trusted), np.int64)
 
 

@@ -14,7 +14,13 @@ import numpy as np
 
 CROP = 65  # side of the aligned crop
 LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
-SHALLOW = {"area": 1, "color": 1, "position": 2, "shape_hu": 7, "lab": 3}  # values of each feature but cnn_image
+SHALLOW = {
+    "area": 1,
+    "color": 1,
+    "position": 2,
+    "shape_hu": 7,
+    "lab": 3,
+}  # values of each feature but cnn_image
 
 
 def area(mask: np.ndarray) -> np.ndarray:
@@ -32,7 +38,9 @@ def color(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper."""
     image, mask = _around(image, mask)
-    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
+    return (
+        cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
+    )
 
 
 def position(mask: np.ndarray) -> np.ndarray:
@@ -61,7 +69,9 @@ def aligned_crop(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nd
 
     def place(source: np.ndarray) -> np.ndarray:
         canvas = np.zeros((CROP, CROP, *source.shape[2:]), np.uint8)
-        canvas[top:top + size[1], left:left + size[0]] = cv2.resize(source, size, interpolation=cv2.INTER_LINEAR)
+        canvas[top : top + size[1], left : left + size[0]] = cv2.resize(
+            source, size, interpolation=cv2.INTER_LINEAR
+        )
         return canvas
 
     box = slice(y, y + height), slice(x, x + width)
@@ -76,7 +86,9 @@ def shape_hu(aligned_mask: np.ndarray) -> np.ndarray:
     return -np.sign(moments) * np.log10(np.abs(moments), where=nonzero, out=np.zeros(7))
 
 
-def shallow_features(image: np.ndarray, masks: Iterable[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def shallow_features(
+    image: np.ndarray, masks: Iterable[np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Every feature but cnn_image for the components of one image.
 
     Args:
@@ -92,10 +104,17 @@ def shallow_features(image: np.ndarray, masks: Iterable[np.ndarray]) -> tuple[di
     for mask in masks:
         aligned, crop = aligned_crop(image, mask)
         crops.append(crop)
-        for name, values in (("area", area(mask)), ("color", color(image, mask)), ("position", position(mask)),
-                             ("shape_hu", shape_hu(aligned)), ("lab", lab(image, mask))):
+        for name, values in (
+            ("area", area(mask)),
+            ("color", color(image, mask)),
+            ("position", position(mask)),
+            ("shape_hu", shape_hu(aligned)),
+            ("lab", lab(image, mask)),
+        ):
             rows[name].append(values)
-    features = {name: np.array(values, np.float64).reshape(-1, SHALLOW[name]) for name, values in rows.items()}
+    features = {
+        name: np.array(values, np.float64).reshape(-1, SHALLOW[name]) for name, values in rows.items()
+    }
     return features, np.array(crops, np.uint8).reshape(-1, CROP, CROP, 3)
 
 

@@ -44,8 +44,13 @@ class CropEmbedding(nn.Module):
         return torch.cat([self._embed(batch, rotations) for batch in crops.split(per_batch)])
 
     def _embed(self, crops: Tensor, rotations: int) -> Tensor:
-        turned = F.grid_sample(crops.repeat_interleave(rotations, 0), self.grids.repeat(len(crops), 1, 1, 1),
-                               mode="bilinear", padding_mode="zeros", align_corners=False)
+        turned = F.grid_sample(
+            crops.repeat_interleave(rotations, 0),
+            self.grids.repeat(len(crops), 1, 1, 1),
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
         features = self.deepest(turned)[0].mean((2, 3))
         return features.view(len(crops), rotations, -1).mean(1)
 
@@ -58,6 +63,11 @@ def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.
 def _rotation_grids(angles: Tensor) -> Tensor:
     """Sampling grids (R, 65, 65, 2) that turn a crop by each of the angles (R,) in radians."""
     zeros = torch.zeros_like(angles)
-    matrices = torch.stack([torch.stack([angles.cos(), -angles.sin(), zeros], 1),
-                            torch.stack([angles.sin(), angles.cos(), zeros], 1)], 1)
+    matrices = torch.stack(
+        [
+            torch.stack([angles.cos(), -angles.sin(), zeros], 1),
+            torch.stack([angles.sin(), angles.cos(), zeros], 1),
+        ],
+        1,
+    )
     return F.affine_grid(matrices, [len(angles), 1, CROP, CROP], align_corners=False)

@@ -29,7 +29,10 @@ from torch import Tensor, nn
 
 PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO = "vit_h", "swint_ogc"
 STABILITY_OFFSET, NMS_IOU, CROP_OVERLAP = 1.0, 0.7, 512 / 1500  # of automatic mask generation
-PROMPTS_PER_BATCH, PIXELS_PER_BATCH = 16, 16 * 1600 * 1280  # at most; larger pictures get fewer prompts at a time
+PROMPTS_PER_BATCH, PIXELS_PER_BATCH = (
+    16,
+    16 * 1600 * 1280,
+)  # at most; larger pictures get fewer prompts at a time
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of what Grounding DINO sees; at least, at most
 INSET = 10  # pixels from the border: where four of the background's eight points lie
 
@@ -45,7 +48,9 @@ class SamProposer:
 
     working_size = None
 
-    def __init__(self, chosen: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False):
+    def __init__(
+        self, chosen: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False
+    ):
         self.chosen, self.sam, self.device = chosen, sam, device
         self.half = in_half_precision(chosen, device)
         self.name = ("sam" if chosen.sam == PUBLISHED_SAM else f"sam {chosen.sam}") + " fp16" * self.half
@@ -75,13 +80,20 @@ class GroundedSamProposer:
 
     working_size = None
 
-    def __init__(self, chosen: PseudoLabelSettings, sam: Path, grounding_dino: Path, text_encoder: Path,
-                 device: torch.device):
+    def __init__(
+        self,
+        chosen: PseudoLabelSettings,
+        sam: Path,
+        grounding_dino: Path,
+        text_encoder: Path,
+        device: torch.device,
+    ):
         self.chosen, self.sam, self.grounding_dino = chosen, sam, grounding_dino
         self.text_encoder, self.device, self.half = text_encoder, device, in_half_precision(chosen, device)
         self.is_stand_in = (chosen.sam, chosen.grounding_dino) != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
-        self.name = (f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
-                     ) + " fp16" * self.half
+        self.name = (
+            f"grounded_sam {chosen.sam} {chosen.grounding_dino}" if self.is_stand_in else "grounded_sam"
+        ) + " fp16" * self.half
         self.checkpoints = {path.name: downloads.digest(path) for path in (sam, grounding_dino)}
 
     def load(self) -> None:
@@ -89,19 +101,29 @@ class GroundedSamProposer:
 
     def propose(self, image: np.ndarray) -> Proposals:
         sam, grounding_dino = self._networks()
-        boxes, phrases = grounding_dino.detect(image, self.chosen.text_prompt, self.chosen.box_threshold,
-                                               self.chosen.text_threshold)
-        is_background = np.array([names_background(phrase, self.chosen.background_prompt) for phrase in phrases], bool)
+        boxes, phrases = grounding_dino.detect(
+            image, self.chosen.text_prompt, self.chosen.box_threshold, self.chosen.text_threshold
+        )
+        is_background = np.array(
+            [names_background(phrase, self.chosen.background_prompt) for phrase in phrases], bool
+        )
         sam.look_at(image)
         instances = sam.inside(boxes)
         wanted = not self.chosen.no_sam or self.chosen.save_all_masks
-        return Proposals(masks=sam.everything(self.chosen) if wanted else None, background=sam.background(),
-                         grounding=instances[~is_background],
-                         grounding_background=instances[is_background].union())
+        return Proposals(
+            masks=sam.everything(self.chosen) if wanted else None,
+            background=sam.background(),
+            grounding=instances[~is_background],
+            grounding_background=instances[is_background].union(),
+        )
 
     def _networks(self) -> tuple[SamHQ, GroundingDino]:
-        return (load_sam(self.chosen.sam, self.sam, self.device, self.half),
-                load_grounding_dino(self.chosen.grounding_dino, self.grounding_dino, self.text_encoder, self.device))
+        return (
+            load_sam(self.chosen.sam, self.sam, self.device, self.half),
+            load_grounding_dino(
+                self.chosen.grounding_dino, self.grounding_dino, self.text_encoder, self.device
+            ),
+        )
 
 
 def in_half_precision(chosen: PseudoLabelSettings, device: torch.device) -> bool:
@@ -144,7 +166,9 @@ class SamHQ:
     def background(self) -> np.ndarray:
         """The mask (H, W) bool at eight points: the four corners and four 10 pixels inside."""
         height, width = self.image.shape[:2]
-        points = [(x, y) for inset in (INSET, 0) for x in (inset, width - inset) for y in (inset, height - inset)]
+        points = [
+            (x, y) for inset in (INSET, 0) for x in (inset, width - inset) for y in (inset, height - inset)
+        ]
         masks, _, _ = self.predictor.predict(np.array(points), np.ones(len(points)), multimask_output=False)
         return masks[0]
 
@@ -153,8 +177,11 @@ class SamHQ:
         size = self.image.shape[:2]
         boxes = torch.from_numpy(boxes).float()
         boxes = self.predictor.transform.apply_boxes_torch(boxes, size).to(self.predictor.device)
-        batches = (self.predictor.predict_torch(None, None, some, multimask_output=False)[0][:, 0].cpu().numpy()
-                   for some in boxes.split(self._prompts_per_batch()) if len(some))
+        batches = (
+            self.predictor.predict_torch(None, None, some, multimask_output=False)[0][:, 0].cpu().numpy()
+            for some in boxes.split(self._prompts_per_batch())
+            if len(some)
+        )
         return PackedMasks.pack((mask for batch in batches for mask in batch), size)
 
     def everything(self, chosen: PseudoLabelSettings) -> PackedMasks:
@@ -162,12 +189,20 @@ class SamHQ:
         with quietly():
             from segment_anything_hq.utils.amg import rle_to_mask
         generator = _mask_generator()(
-            self.predictor.model, points_per_side=chosen.points_per_side, points_per_batch=self._prompts_per_batch(),
+            self.predictor.model,
+            points_per_side=chosen.points_per_side,
+            points_per_batch=self._prompts_per_batch(),
             output_mode="uncompressed_rle",
-            pred_iou_thresh=chosen.pred_iou_thresh, stability_score_thresh=chosen.stability_score_thresh,
-            stability_score_offset=STABILITY_OFFSET, box_nms_thresh=NMS_IOU, crop_n_layers=chosen.crop_n_layers,
-            crop_nms_thresh=NMS_IOU, crop_overlap_ratio=CROP_OVERLAP, crop_n_points_downscale_factor=1,
-            min_mask_region_area=chosen.min_mask_region_area)
+            pred_iou_thresh=chosen.pred_iou_thresh,
+            stability_score_thresh=chosen.stability_score_thresh,
+            stability_score_offset=STABILITY_OFFSET,
+            box_nms_thresh=NMS_IOU,
+            crop_n_layers=chosen.crop_n_layers,
+            crop_nms_thresh=NMS_IOU,
+            crop_overlap_ratio=CROP_OVERLAP,
+            crop_n_points_downscale_factor=1,
+            min_mask_region_area=chosen.min_mask_region_area,
+        )
         with quietly():
             found = generator.generate(self.image)
         return PackedMasks.pack((rle_to_mask(one["segmentation"]) for one in found), self.image.shape[:2])
@@ -207,13 +242,18 @@ class GroundingDino:
         with quietly():
             from groundingdino.datasets import transforms
         self.network, self.device = network, device
-        self.prepare = transforms.Compose([
-            transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE), transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+        self.prepare = transforms.Compose(
+            [
+                transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        )
 
     @torch.inference_mode()
-    def detect(self, image: np.ndarray, prompt: str, box_threshold: float,
-               text_threshold: float) -> tuple[np.ndarray, list[str]]:
+    def detect(
+        self, image: np.ndarray, prompt: str, box_threshold: float, text_threshold: float
+    ) -> tuple[np.ndarray, list[str]]:
         """Find what a text names.
 
         Args:
@@ -236,7 +276,10 @@ class GroundingDino:
             tokens = self.network.tokenizer(caption)
         logits, boxes = found["pred_logits"][0].sigmoid().cpu(), found["pred_boxes"][0].cpu()
         kept = logits.max(1).values > box_threshold
-        phrases = [get_phrases_from_posmap(one > text_threshold, tokens, self.network.tokenizer) for one in logits[kept]]
+        phrases = [
+            get_phrases_from_posmap(one > text_threshold, tokens, self.network.tokenizer)
+            for one in logits[kept]
+        ]
         return to_pixels(boxes[kept], image.shape[:2]), phrases
 
 
@@ -255,8 +298,12 @@ def load_sam(size: str, path: Path, device: torch.device, half: bool = False) ->
         UserError: the file is damaged or holds another network.
     """
     network = build_sam(size)
-    _fill(network, _read(path), f"{path} does not hold the weights of SAM-HQ {size}; put the published {path.name} there, or "
-                                "name another size with --pseudo_labels.sam")
+    _fill(
+        network,
+        _read(path),
+        f"{path} does not hold the weights of SAM-HQ {size}; put the published {path.name} there, or "
+        "name another size with --pseudo_labels.sam",
+    )
     # Eval mode once more, now that the weights are in: TinyViT derives tables from them when it is entered.
     return SamHQ(network.to(device).eval(), half)
 
@@ -269,8 +316,10 @@ def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch
         UserError: a file is damaged or holds another network, or the folder does not hold a BERT.
     """
     network = build_grounding_dino(size, text_encoder)
-    other = (f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
-             f"published {path.name} there, or name another size with --pseudo_labels.grounding_dino")
+    other = (
+        f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
+        f"published {path.name} there, or name another size with --pseudo_labels.grounding_dino"
+    )
     state = _read(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(other)
@@ -283,6 +332,7 @@ def build_sam(size: str) -> nn.Module:
     """The package's SAM-HQ with random weights: vit_h, vit_l, vit_b or vit_tiny."""
     with quietly():
         from segment_anything_hq import sam_model_registry
+
         return sam_model_registry[size]()
 
 
@@ -297,7 +347,9 @@ def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
         from groundingdino.models import build_model
         from groundingdino.util.slconfig import SLConfig
 
-        name = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}[size]
+        name = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}[
+            size
+        ]
         arguments = SLConfig.fromfile(str(Path(config.__file__).parent / name))
         arguments.text_encoder_type = str(text_encoder)
         # Recomputing activations saves memory in training, which is not what happens here.
@@ -305,17 +357,21 @@ def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
         try:
             return build_model(arguments)
         except (OSError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as problem:
-            raise UserError(f"{text_encoder} does not hold the text encoder {checkpoints.TEXT_ENCODER} "
-                            f"({str(problem).splitlines()[0]}); it needs config.json, vocab.txt and model.safetensors, "
-                            "which --download fetches") from problem
+            raise UserError(
+                f"{text_encoder} does not hold the text encoder {checkpoints.TEXT_ENCODER} "
+                f"({str(problem).splitlines()[0]}); it needs config.json, vocab.txt and model.safetensors, "
+                "which --download fetches"
+            ) from problem
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *DAMAGED) as problem:
-        raise UserError(f"checkpoint {path} is damaged ({str(problem).splitlines()[0] if str(problem) else 'empty'}); "
-                        "delete it and fetch it again, --download does so") from problem
+        raise UserError(
+            f"checkpoint {path} is damaged ({str(problem).splitlines()[0] if str(problem) else 'empty'}); "
+            "delete it and fetch it again, --download does so"
+        ) from problem
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], otherwise: str) -> None:
@@ -359,7 +415,9 @@ def _mask_generator() -> type:
             return found
 
         @staticmethod
-        def postprocess_small_regions(mask_data: amg.MaskData, min_area: int, nms_thresh: float) -> amg.MaskData:
+        def postprocess_small_regions(
+            mask_data: amg.MaskData, min_area: int, nms_thresh: float
+        ) -> amg.MaskData:
             """As in the package, which needs gigabytes for native pictures, but with one unpacked mask at a time."""
             scores = torch.ones(len(mask_data["rles"]))
             for index, rle in enumerate(mask_data["rles"]):

@@ -50,7 +50,11 @@ class PackedMasks:
 
     def __getitem__(self, index: int | slice | np.ndarray | Sequence[int]) -> np.ndarray | PackedMasks:
         if isinstance(index, (int, np.integer)):
-            return np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1]).view(bool).reshape(self.shape)
+            return (
+                np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1])
+                .view(bool)
+                .reshape(self.shape)
+            )
         return PackedMasks(self.bits[index], self.shape)
 
     def union(self) -> np.ndarray:

@@ -19,8 +19,13 @@ REFINED = "refined_masks.png"  # written last of the masks: where it lies, they 
 COMPONENTS = "components.npz"  # the features: where it lies, the picture is done
 
 
-def find_components(picture: tuple[Path, Path], proposer: Proposer, view: images.View, chosen: PseudoLabelSettings,
-                    with_features: bool) -> None:
+def find_components(
+    picture: tuple[Path, Path],
+    proposer: Proposer,
+    view: images.View,
+    chosen: PseudoLabelSettings,
+    with_features: bool,
+) -> None:
     """Propose the components of one picture and, ``with_features``, describe them by the shallow ones.
 
     Args:
@@ -81,11 +86,15 @@ def grounding_map(instances: masks.PackedMasks) -> np.ndarray:
     return masks.merge(masks.largest(instances))
 
 
-def save_masks(folder: Path, proposals: Proposals, candidates: masks.PackedMasks | None, refined: np.ndarray) -> None:
+def save_masks(
+    folder: Path, proposals: Proposals, candidates: masks.PackedMasks | None, refined: np.ndarray
+) -> None:
     if proposals.grounding is not None:
         save_label_map(folder / GROUNDING, grounding_map(proposals.grounding))
     if proposals.grounding_background is not None:
-        files.write_image(folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255)
+        files.write_image(
+            folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255
+        )
     if candidates is not None:
         save_label_map(folder / "all_masks.png", masks.merge(candidates))
     files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)

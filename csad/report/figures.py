@@ -21,8 +21,10 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
         good, anomalous: per score (n,) and (m,) values, higher = more anomalous.
         label: what the figure shows, for readers who cannot see it.
     """
-    parts = [_frame("share of good pictures rejected", "share of defects found", (0, 1), (0, 1)),
-             f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>']
+    parts = [
+        _frame("share of good pictures rejected", "share of defects found", (0, 1), (0, 1)),
+        f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>',
+    ]
     for name, normal in good.items():
         labels = np.r_[np.zeros(len(normal)), np.ones(len(anomalous[name]))]
         false_rate, true_rate, _ = roc_curve(labels, np.r_[normal, anomalous[name]])
@@ -55,8 +57,10 @@ def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -
     x = _x(-low / (high - low))
     parts.append(f'<line class="threshold" x1="{x:.1f}" y1="{_y(0)}" x2="{x:.1f}" y2="{_y(1)}"/>')
     anchor, shift = ("start", 4) if -low / (high - low) < 0.7 else ("end", -4)
-    parts.append(f'<text class="threshold-text" x="{x + shift:.1f}" y="{_TOP + 11}" text-anchor="{anchor}">'
-                 f'threshold {_short(threshold)}</text>')
+    parts.append(
+        f'<text class="threshold-text" x="{x + shift:.1f}" y="{_TOP + 11}" text-anchor="{anchor}">'
+        f"threshold {_short(threshold)}</text>"
+    )
     return _figure(parts, label)
 
 
@@ -68,27 +72,44 @@ def _unit(scores: Mapping[str, np.ndarray], threshold: float) -> float:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if 1e-3 <= abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
+    return (
+        f"{value:.2g}" if 1e-3 <= abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
+    )
 
 
-def _frame(across: str, up: str, x_range: tuple[float, float], y_range: tuple[float, float],
-           ticks: Sequence[str] | None = None) -> str:
+def _frame(
+    across: str,
+    up: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    ticks: Sequence[str] | None = None,
+) -> str:
     parts = []
     for index, share in enumerate(_TICKS):
         x, y = _x(share), _y(share)
         below = _number(x_range, share) if ticks is None else ticks[index]
-        parts.append(f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
-                     f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
-                     f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{below}</text>'
-                     f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, share)}</text>')
-    parts.append(f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
-                 f'<text transform="translate(11 {_y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text>')
+        parts.append(
+            f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
+            f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
+            f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{below}</text>'
+            f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, share)}</text>'
+        )
+    parts.append(
+        f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
+        f'<text transform="translate(11 {_y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text>'
+    )
     return "".join(parts)
 
 
 def _number(limits: tuple[float, float], share: float) -> str:
     value = limits[0] + share * (limits[1] - limits[0])
-    return f"{value:.0f}" if abs(limits[1] - limits[0]) >= 20 else f"{value:.1f}" if limits[1] - limits[0] > 2 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(limits[1] - limits[0]) >= 20
+        else f"{value:.1f}"
+        if limits[1] - limits[0] > 2
+        else f"{value:.2f}"
+    )
 
 
 def _x(share: float) -> float:
@@ -100,5 +121,10 @@ def _y(share: float) -> float:
 
 
 def _figure(parts: list[str], label: str) -> Markup:
-    return (Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, label)
-            + Markup("".join(parts)) + Markup("</svg>"))
+    return (
+        Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+            _WIDTH, _HEIGHT, label
+        )
+        + Markup("".join(parts))
+        + Markup("</svg>")
+    )

@@ -15,7 +15,10 @@ from markupsafe import Markup
 HERE = Path(__file__).parent
 # Nothing is fetched: browsers are told to refuse it, too.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}  # mean image AUROC on MVTec LOCO AD (docs/method.md section 4)
+PUBLISHED_AVERAGE = {
+    "paper": 95.3,
+    "repository": 95.6,
+}  # mean image AUROC on MVTec LOCO AD (docs/method.md section 4)
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {
@@ -23,7 +26,8 @@ QUESTIONS = {
     "patchhist": "is the usual amount of every component there, where it usually is?",
     "LGST": "does a network that knows good pictures alone see each place as its teacher does?",
     "memory": "does each patch look like one of a good picture?",
-    "DFM": "does the picture as a whole vary as good pictures do?"}
+    "DFM": "does the picture as a whole vary as good pictures do?",
+}
 
 
 class Outcome(NamedTuple):
@@ -36,32 +40,57 @@ class Outcome(NamedTuple):
 
     @property
     def words(self) -> str:
-        parts = [f"{count} of {of} {what} {'is' if count == 1 else 'are'} {how}"
-                 for count, of, what, how in ((self.rejected, self.good, "good pictures", "rejected"),
-                                              (self.missed, self.defects, "defects", "missed")) if of]
+        parts = [
+            f"{count} of {of} {what} {'is' if count == 1 else 'are'} {how}"
+            for count, of, what, how in (
+                (self.rejected, self.good, "good pictures", "rejected"),
+                (self.missed, self.defects, "defects", "missed"),
+            )
+            if of
+        ]
         return f"at this threshold {', '.join(parts)}" if parts else "no test images"
 
 
 def render(**content: Any) -> str:
     """The page as text; ``content`` is what page.html names."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.filters["percent"] = percent
     environment.filters["mean"] = mean
     detections = [metrics["detection"] for metrics in content["metrics"]]
     of_loco = not content["rendered"] and any(metrics["category"] in LOCO for metrics in content["metrics"])
     components = {component for card in content["cards"] for component, _ in card["legend"]} | {
-        label for category in content["categories"] if category["pseudo_labels"]
-        for label, *_ in category["pseudo_labels"]["labels"]}
+        label
+        for category in content["categories"]
+        if category["pseudo_labels"]
+        for label, *_ in category["pseudo_labels"]["labels"]
+    }
     shared = [key for key in detections[0] if all(key in one for one in detections)]
-    averaged = counted({kind: [one[key][kind]["auroc"] for one in detections for key in ("fused",) if key in one]
-                        for kind in ("logical", "structural")})
+    averaged = counted(
+        {
+            kind: [one[key][kind]["auroc"] for one in detections for key in ("fused",) if key in one]
+            for kind in ("logical", "structural")
+        }
+    )
     return environment.get_template("page.html").render(
-        content | {"averaged": averaged, "shared": shared, "detections": detections,
-                   "policy": POLICY, "published": PUBLISHED_AVERAGE if of_loco else {}, "questions": QUESTIONS,
-                   "colours": {component: label_colour(component) for component in sorted(components)},
-                   "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
-                   "script": Markup((HERE / "page.js").read_text(encoding="utf-8"))})
+        content
+        | {
+            "averaged": averaged,
+            "shared": shared,
+            "detections": detections,
+            "policy": POLICY,
+            "published": PUBLISHED_AVERAGE if of_loco else {},
+            "questions": QUESTIONS,
+            "colours": {component: label_colour(component) for component in sorted(components)},
+            "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        }
+    )
 
 
 def percent(value: float | None) -> str:

@@ -79,8 +79,9 @@ class ClassicalProposer:
                 mask = regions == region
                 _, _, width, height = cv2.boundingRect(mask.astype(np.uint8))
                 spans = max(width / mask.shape[1], height / mask.shape[0]) > SPAN
-                is_background[region] = spans or (hue_apart[region] < HUE_ALIKE
-                                                  and _encloses(mask, is_background[regions]))
+                is_background[region] = spans or (
+                    hue_apart[region] < HUE_ALIKE and _encloses(mask, is_background[regions])
+                )
         return is_background[regions]
 
 
@@ -112,7 +113,7 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
         """(difference, one, other) of those that may be merged."""
         others = np.broadcast_to(others, some.shape)
         harmonic = sizes[some] * sizes[others] / (sizes[some] + sizes[others])
-        apart = ((colours[some] - colours[others])**2).sum(1)
+        apart = ((colours[some] - colours[others]) ** 2).sum(1)
         differences = np.sqrt(apart * np.minimum(1.0, harmonic / FULL_WEIGHT))
         chosen = differences < alike
         return list(zip(*(values[chosen].tolist() for values in (differences, some, others))))
@@ -200,13 +201,17 @@ def _statistics(regions: np.ndarray, lab: np.ndarray) -> tuple[np.ndarray, np.nd
     """Pixels (n,) and mean colour (n, 3) of each region."""
     flat = regions.ravel()
     sizes = np.bincount(flat).astype(np.float64)
-    return sizes, np.stack([np.bincount(flat, lab[..., channel].ravel()) for channel in range(3)], 1) / sizes[:, None]
+    return sizes, np.stack([np.bincount(flat, lab[..., channel].ravel()) for channel in range(3)], 1) / sizes[
+        :, None
+    ]
 
 
 def _boundaries(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of neighbouring regions (p, 2), smaller label first, and the lengths (p,) of their boundaries in pixels."""
-    sides = [np.stack([regions[:, :-1].ravel(), regions[:, 1:].ravel()], 1),
-             np.stack([regions[:-1].ravel(), regions[1:].ravel()], 1)]
+    sides = [
+        np.stack([regions[:, :-1].ravel(), regions[:, 1:].ravel()], 1),
+        np.stack([regions[:-1].ravel(), regions[1:].ravel()], 1),
+    ]
     pairs = np.concatenate(sides).astype(np.int64)
     pairs = np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1)
     count = int(regions.max()) + 1
@@ -218,8 +223,12 @@ def _widths(regions: np.ndarray) -> np.ndarray:
     """Width in pixels of each region where it is widest, (n,); at the image's border a region is taken to end."""
     padded = np.pad(regions, 1, constant_values=-1)
     edge = np.zeros(regions.shape, bool)
-    for rows, columns in ((slice(0, -2), slice(1, -1)), (slice(2, None), slice(1, -1)),
-                          (slice(1, -1), slice(0, -2)), (slice(1, -1), slice(2, None))):
+    for rows, columns in (
+        (slice(0, -2), slice(1, -1)),
+        (slice(2, None), slice(1, -1)),
+        (slice(1, -1), slice(0, -2)),
+        (slice(1, -1), slice(2, None)),
+    ):
         edge |= padded[rows, columns] != regions
     # 0 on a region's outermost pixels: two pixels more than twice the distance to them, or one where rows are odd.
     inwards = cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_C, 3)

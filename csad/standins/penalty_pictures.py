@@ -21,14 +21,31 @@ from PIL import Image
 
 AUTO, BUNDLED, TINY_IMAGENET = "auto", "bundled", "tiny-imagenet"
 # The SHA-256 is what many public repositories note of this file (as its MD5, 90528d7ca1a48142e341f4ef8d21d0de).
-ARCHIVE = Checkpoint("tiny-imagenet-200.zip", "https://cs231n.stanford.edu/tiny-imagenet-200.zip", 248,
-                     "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821")
+ARCHIVE = Checkpoint(
+    "tiny-imagenet-200.zip",
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    248,
+    "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+)
 RESIZED = 512  # side of a picture before its centre is cut out
 GREY_PROBABILITY = 0.3
 LEAST_CROP = 0.4  # of the shorter side of a bundled photograph
-PHOTOGRAPHS = {"skimage.data": ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-                                "gravel.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg"),
-               "sklearn.datasets.images": ("china.jpg", "flower.jpg")}
+PHOTOGRAPHS = {
+    "skimage.data": (
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "motorcycle_left.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ),
+    "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
+}
 
 
 class PenaltyPictures:
@@ -53,8 +70,10 @@ class PenaltyPictures:
         if source == AUTO:
             source = TINY_IMAGENET if (downloads / ARCHIVE.file).exists() else BUNDLED
             if source == BUNDLED:
-                print(f"penalty pictures: crops of bundled photographs instead of tiny-imagenet; to have that, put "
-                      f"{ARCHIVE.file} into {downloads}, or let --download do it ({ARCHIVE.megabytes:g} MB)")
+                print(
+                    f"penalty pictures: crops of bundled photographs instead of tiny-imagenet; to have that, put "
+                    f"{ARCHIVE.file} into {downloads}, or let --download do it ({ARCHIVE.megabytes:g} MB)"
+                )
         if source == TINY_IMAGENET:
             self.archive, self.names = _opened(obtain(ARCHIVE, downloads, download=False))
         elif source == BUNDLED:
@@ -64,8 +83,10 @@ class PenaltyPictures:
             folder = Path(source).expanduser()
             self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
             if not self.paths:
-                raise UserError(f"lgst.penalty_images: no pictures under {source}; name a folder of pictures, '{TINY_IMAGENET}' "
-                                f"or '{BUNDLED}'")
+                raise UserError(
+                    f"lgst.penalty_images: no pictures under {source}; name a folder of pictures, '{TINY_IMAGENET}' "
+                    f"or '{BUNDLED}'"
+                )
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """One picture (1, 3, 256, 256), float32 RGB in 0..255: resized to 512, grey with p 0.3, centre 256."""
@@ -78,7 +99,7 @@ class PenaltyPictures:
             picture = _crop(photographs[rng.integers(len(photographs))], rng)
         picture = images.resize(picture, RESIZED)
         margin = (RESIZED - images.SIZE) // 2
-        picture = picture[margin:margin + images.SIZE, margin:margin + images.SIZE]
+        picture = picture[margin : margin + images.SIZE, margin : margin + images.SIZE]
         if rng.random() < GREY_PROBABILITY:
             picture = np.repeat(np.asarray(Image.fromarray(picture).convert("L"))[..., None], 3, axis=2)
         return picture.transpose(2, 0, 1)[None].astype(np.float32)
@@ -94,10 +115,14 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
         UserError: it is another file.
     """
     if (found := sha256(path)) != ARCHIVE.sha256:
-        raise UserError(f"{path} is not the published archive (SHA-256 {found}, published {ARCHIVE.sha256}); delete it and "
-                        f"fetch it again with CSAD.py --download, or take --lgst.penalty_images {BUNDLED}")
+        raise UserError(
+            f"{path} is not the published archive (SHA-256 {found}, published {ARCHIVE.sha256}); delete it and "
+            f"fetch it again with CSAD.py --download, or take --lgst.penalty_images {BUNDLED}"
+        )
     archive = zipfile.ZipFile(path)
-    return archive, sorted(name for name in archive.namelist() if "/train/" in name and name.endswith(".JPEG"))
+    return archive, sorted(
+        name for name in archive.namelist() if "/train/" in name and name.endswith(".JPEG")
+    )
 
 
 def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -105,7 +130,7 @@ def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     height, width = picture.shape[:2]
     side = int(rng.uniform(LEAST_CROP, 1) * min(height, width))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    picture = picture[top:top + side, left:left + side]
+    picture = picture[top : top + side, left : left + side]
     return picture[:, ::-1] if rng.random() < 0.5 else picture
 
 
@@ -116,6 +141,8 @@ def _photographs() -> tuple[np.ndarray, ...]:
         paths = [package_files(package) / name for name in names]
         found += [images.read_rgb(Path(str(path))) for path in paths if path.is_file()]
     if not found:
-        raise UserError("scikit-image and scikit-learn bring no photographs here; name a folder of pictures with "
-                        "--lgst.penalty_images")
+        raise UserError(
+            "scikit-image and scikit-learn bring no photographs here; name a folder of pictures with "
+            "--lgst.penalty_images"
+        )
     return tuple(found)

@@ -29,9 +29,20 @@ class Batcher(Generic[Item, Result]):
         on_batch: told the size of every batch.
     """
 
-    def __init__(self, run: Callable[[Sequence[Item]], Sequence[Result]], batch_size: int, wait_seconds: float,
-                 queue_length: int, on_batch: Callable[[int], None] = lambda size: None):
-        self._run, self._batch_size, self._wait_seconds, self._on_batch = run, batch_size, wait_seconds, on_batch
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Result]],
+        batch_size: int,
+        wait_seconds: float,
+        queue_length: int,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ):
+        self._run, self._batch_size, self._wait_seconds, self._on_batch = (
+            run,
+            batch_size,
+            wait_seconds,
+            on_batch,
+        )
         self._queue_length = queue_length
         self._queue: queue.Queue[tuple[Item, Future[Result]] | None] = queue.Queue()  # None: no more to come
         self._closing = threading.Lock()

@@ -37,9 +37,18 @@ def make_server(app: ASGIApp, options: Options) -> uvicorn.Server:
     """
     protocol = partial(TimedProtocol, options=options, max_connections=connection_limit(options))
     # A client that is still sending is waited for as long as it may take, and its verdict as long again.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, http=protocol,
-                            ws="none", lifespan="on", proxy_headers=False, backlog=ACCEPTED_TOGETHER,
-                            timeout_graceful_shutdown=int(2 * options.body_seconds) + 1)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        proxy_headers=False,
+        backlog=ACCEPTED_TOGETHER,
+        timeout_graceful_shutdown=int(2 * options.body_seconds) + 1,
+    )
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(_once_per_minute)
     return uvicorn.Server(config)
@@ -60,8 +69,9 @@ def connection_limit(options: Options) -> int:
         return options.max_connections
     room = files - OWN_FILES
     if room < 2:
-        raise UserError(f"this process may open only {files} files, too few for a station; "
-                        "allow more (ulimit -n 1024)")
+        raise UserError(
+            f"this process may open only {files} files, too few for a station; allow more (ulimit -n 1024)"
+        )
     return min(options.max_connections, max(room - options.max_requests, room // 2))
 
 
@@ -137,8 +147,10 @@ class TimedProtocol(H11Protocol):
             return
         self._stop_arrival_timer()
         self._timed_state = state
-        seconds = {h11.IDLE: self._options.header_seconds,
-                   h11.SEND_BODY: self._options.body_seconds + BODY_GRACE_SECONDS}.get(state)
+        seconds = {
+            h11.IDLE: self._options.header_seconds,
+            h11.SEND_BODY: self._options.body_seconds + BODY_GRACE_SECONDS,
+        }.get(state)
         if seconds is not None and not self.transport.is_closing():
             self._arrival_timer = self.loop.call_later(seconds, self._arrival_timeout)
 
@@ -152,8 +164,9 @@ class TimedProtocol(H11Protocol):
         others = [other for other in self.connections if not other.aborted]
         if len(others) <= self._max_connections:
             return
-        logger.warning("more than %d connections: those that have been silent longest are closed",
-                       self._max_connections)
+        logger.warning(
+            "more than %d connections: those that have been silent longest are closed", self._max_connections
+        )
         silent = [other for other in others if other is not self and not other.answers]
         if silent:
             min(silent, key=lambda other: other.silent_since).abort()
@@ -163,8 +176,15 @@ class TimedProtocol(H11Protocol):
     def _refuse(self) -> None:
         """Answer with 503, without the app, and close."""
         body = json.dumps({"error": "too many connections; try again in a second"})
-        lines = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Content-Length: {len(body)}",
-                 "Retry-After: 1", "Connection: close", "", body]
+        lines = [
+            "HTTP/1.1 503 Service Unavailable",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Retry-After: 1",
+            "Connection: close",
+            "",
+            body,
+        ]
         self.transport.write("\r\n".join(lines).encode())
         self.transport.close()
 

@@ -39,15 +39,18 @@ class DailyLog:
         try:
             self._lock = FileLock(path.with_name(f".{path.name}.lock")).acquire()
         except LockHeld as problem:
-            raise UserError(f"another process is writing to {path} ({problem.owner}); give this one a --log of its "
-                            "own") from problem
+            raise UserError(
+                f"another process is writing to {path} ({problem.owner}); give this one a --log of its own"
+            ) from problem
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one line, "time" first. Raises OSError."""
         with self._writing:
             now = datetime.now().astimezone()
             file = self._file_of(now.date())
-            line = json.dumps({"time": now.isoformat(timespec="milliseconds")} | entry, ensure_ascii=False, allow_nan=False)
+            line = json.dumps(
+                {"time": now.isoformat(timespec="milliseconds")} | entry, ensure_ascii=False, allow_nan=False
+            )
             content = line.encode("utf-8", errors="backslashreplace") + b"\n"
             before = os.fstat(file.fileno()).st_size
             try:

@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 OPEN_PATHS = ("/", "/style.css", "/app.js", "/health")  # that need no token: the page asks for it
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "permissions-policy": "camera=(self), microphone=(), geolocation=()", "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff", "cache-control": "no-store",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
 }
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECASE)
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
@@ -38,9 +40,14 @@ def busy(why: str) -> Refusal:
 
 
 def answer_of(problem: HTTPException) -> JSONResponse:
-    sentence = problem.detail if isinstance(problem, Refusal) else {
-        404: "there is nothing at this address; the page is at /, pictures are scored at /score",
-        405: "this address is asked in another way; /openapi.json says how"}.get(problem.status_code, problem.detail)
+    sentence = (
+        problem.detail
+        if isinstance(problem, Refusal)
+        else {
+            404: "there is nothing at this address; the page is at /, pictures are scored at /score",
+            405: "this address is asked in another way; /openapi.json says how",
+        }.get(problem.status_code, problem.detail)
+    )
     return JSONResponse({"error": sentence}, problem.status_code, problem.headers)
 
 
@@ -72,8 +79,14 @@ class Gate:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in HEADERS.items()
-                                                             if name.encode() not in present)]
+                message["headers"] = [
+                    *message["headers"],
+                    *(
+                        (name.encode(), value.encode())
+                        for name, value in HEADERS.items()
+                        if name.encode() not in present
+                    ),
+                ]
                 if message["status"] >= 400:
                     self.metrics.refusals.labels(str(message["status"])).inc()
             await send(message)
@@ -99,10 +112,16 @@ class Gate:
         if refusal is not None:
             return refusal
         token = self.options.token
-        if token is not None and path not in OPEN_PATHS and not hmac.compare_digest(
-                headers.get(b"authorization", b""), b"Bearer " + token.encode()):
-            return Refusal(401, "this station wants a token: send the header Authorization: Bearer TOKEN",
-                           **{"WWW-Authenticate": "Bearer"})
+        if (
+            token is not None
+            and path not in OPEN_PATHS
+            and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + token.encode())
+        ):
+            return Refusal(
+                401,
+                "this station wants a token: send the header Authorization: Bearer TOKEN",
+                **{"WWW-Authenticate": "Bearer"},
+            )
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
             return Refusal(400, "Content-Length is no number")
@@ -119,8 +138,11 @@ class Gate:
             return None
         host = host_and_port(headers[b"host"].decode("latin-1"))
         if host is None or not self._is_allowed(host[0]):
-            return Refusal(403, "this station does not answer under this name; "
-                                "whoever runs it can allow it with --allowed_hosts NAME")
+            return Refusal(
+                403,
+                "this station does not answer under this name; "
+                "whoever runs it can allow it with --allowed_hosts NAME",
+            )
         if b"origin" not in headers:
             return None
         origin = _ORIGIN.fullmatch(headers[b"origin"].decode("latin-1"))
@@ -134,8 +156,12 @@ class Gate:
 
     def _is_allowed(self, host: str) -> bool:
         allowed = self.options.allowed_hosts
-        return (allowed is None or host in allowed or is_loopback(host)
-                or (self.options.any_address and _address(host) is not None))
+        return (
+            allowed is None
+            or host in allowed
+            or is_loopback(host)
+            or (self.options.any_address and _address(host) is not None)
+        )
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -153,7 +179,9 @@ class Gate:
         return counted
 
     def _too_large(self) -> Refusal:
-        return Refusal(413, f"the body is larger than {self.options.max_body_bytes} bytes; send a smaller file")
+        return Refusal(
+            413, f"the body is larger than {self.options.max_body_bytes} bytes; send a smaller file"
+        )
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -165,6 +193,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 async def discard(receive: Receive) -> None:
     """Read what is still being sent, for a while: its sender reads no answer before."""
+
     async def rest() -> None:
         while (await receive()).get("more_body"):
             pass

@@ -37,13 +37,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"/": ("index.html", "text/html"), "/style.css": ("style.css", "text/css"), "/app.js": ("app.js", "text/javascript")}
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/style.css": ("style.css", "text/css"),
+    "/app.js": ("app.js", "text/javascript"),
+}
 OVERLAY_SIDE = 512  # longer side in pixels of each of the three pictures in an overlay
 DECODERS = min(4, os.cpu_count() or 1)
 LARGE_BYTES = 64 * 2**20  # decoded; larger pictures are decoded one at a time
 
 
-def create_app(engines: dict[str, Engine], options: Options | None = None, log: DailyLog | None = None) -> FastAPI:
+def create_app(
+    engines: dict[str, Engine], options: Options | None = None, log: DailyLog | None = None
+) -> FastAPI:
     """The station as an ASGI app.
 
     Args:
@@ -55,7 +61,10 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
     """
     options = options or Options()
     metrics = Metrics()
-    stations = {name: Station(name, engine, options, metrics.batches.labels(name).observe) for name, engine in engines.items()}
+    stations = {
+        name: Station(name, engine, options, metrics.batches.labels(name).observe)
+        for name, engine in engines.items()
+    }
     for station in stations.values():
         metrics.watch(station)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
@@ -70,14 +79,27 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         large_decoder.shutdown()
 
     # The usual pages for OpenAPI load scripts from a CDN; this one must work offline.
-    app = FastAPI(title="CSAD inspection station", docs_url=None, redoc_url=None, lifespan=lifespan,
-                  description="Scores pictures with exported models.")
+    app = FastAPI(
+        title="CSAD inspection station",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        description="Scores pictures with exported models.",
+    )
     app.add_middleware(Gate, options=options, metrics=metrics)
     app.add_exception_handler(HTTPException, lambda _, problem: answer_of(problem))
-    app.add_exception_handler(RequestValidationError, lambda _, problem: answer_of(Refusal(422, _in_words(problem))))
-    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))  # nobody is there to read it
-    app.add_exception_handler(Exception, lambda *_: answer_of(Refusal(
-        500, "something is wrong with this station; what it is stands in its own output")))
+    app.add_exception_handler(
+        RequestValidationError, lambda _, problem: answer_of(Refusal(422, _in_words(problem)))
+    )
+    app.add_exception_handler(
+        ClientDisconnect, lambda *_: Response(status_code=400)
+    )  # nobody is there to read it
+    app.add_exception_handler(
+        Exception,
+        lambda *_: answer_of(
+            Refusal(500, "something is wrong with this station; what it is stands in its own output")
+        ),
+    )
 
     for path, (file, kind) in PAGE_FILES.items():
         app.add_api_route(path, _fixed((PAGE / file).read_bytes(), kind), include_in_schema=False)
@@ -85,7 +107,9 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
     @app.get("/health", summary="Whether the models' threads live")
     async def health() -> JSONResponse:
         dead = [name for name, station in stations.items() if not station.batcher.alive]
-        return JSONResponse({"status": "ok" if not dead else "failed", "models": len(stations)}, 503 if dead else 200)
+        return JSONResponse(
+            {"status": "ok" if not dead else "failed", "models": len(stations)}, 503 if dead else 200
+        )
 
     @app.get("/models", summary="The models, their thresholds and what these promise")
     async def models() -> JSONResponse:
@@ -100,7 +124,9 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
         return RedirectResponse("/openapi.json")
 
     @app.post("/score", summary="Score one picture", openapi_extra=_SCORE_BODY, responses=_SCORE_ANSWERS)
-    async def score(request: Request, model: str | None = None, name: str = "", overlay: bool = False) -> JSONResponse:
+    async def score(
+        request: Request, model: str | None = None, name: str = "", overlay: bool = False
+    ) -> JSONResponse:
         """The picture is the body itself, or the one file of a form. `name` names it in the answer; `overlay=1` adds a PNG."""
         begun = time.perf_counter()
         station = _named(stations, model)
@@ -113,22 +139,32 @@ def create_app(engines: dict[str, Engine], options: Options | None = None, log: 
                 log.write(answer | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
             metrics.verdicts.labels(station.name, verdict.verdict).inc()
             if overlay:
-                answer |= {"overlay": None if verdict.drawing is None else png_uri(verdict.drawing),
-                           "legend": [{"component": component, "title": title, "colour": label_colour(component)}
-                                      for component, title in verdict.legend],
-                           "findings_if_anomalous": findings_if_anomalous(verdict)}
+                answer |= {
+                    "overlay": None if verdict.drawing is None else png_uri(verdict.drawing),
+                    "legend": [
+                        {"component": component, "title": title, "colour": label_colour(component)}
+                        for component, title in verdict.legend
+                    ],
+                    "findings_if_anomalous": findings_if_anomalous(verdict),
+                }
             return answer
 
         with station.batcher.expecting():
             try:
                 content, file_name = await asyncio.wait_for(received_from(request), options.body_seconds)
             except TimeoutError:
-                raise Refusal(408, f"the picture did not arrive within {options.body_seconds:g} seconds") from None
+                raise Refusal(
+                    408, f"the picture did not arrive within {options.body_seconds:g} seconds"
+                ) from None
             called = plain_name(name or file_name)
             try:
-                size = await loop.run_in_executor(decoders, decoded_bytes, content, called, options.max_pixels)
+                size = await loop.run_in_executor(
+                    decoders, decoded_bytes, content, called, options.max_pixels
+                )
                 pool, decode = (large_decoder, decoded_alone) if size > LARGE_BYTES else (decoders, decoded)
-                picture = await loop.run_in_executor(pool, decode, content, called, station.engine, shown_side)
+                picture = await loop.run_in_executor(
+                    pool, decode, content, called, station.engine, shown_side
+                )
             except Refusal as refusal:
                 unreadable = Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail)
                 await loop.run_in_executor(decoders, finish, unreadable)
@@ -156,7 +192,9 @@ def findings_if_anomalous(verdict: Verdict) -> list[str]:
     """What is to be said should a person choose a threshold under this score."""
     if not verdict.contributions or verdict.problem:
         return verdict.findings
-    return replace(verdict, verdict=ANOMALOUS, alarm=max(verdict.contributions, key=verdict.contributions.get)).findings
+    return replace(
+        verdict, verdict=ANOMALOUS, alarm=max(verdict.contributions, key=verdict.contributions.get)
+    ).findings
 
 
 def _named(stations: dict[str, Station], name: str | None) -> Station:
@@ -177,14 +215,28 @@ def _in_words(problem: RequestValidationError) -> str:
 def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
         return Response(content, media_type=kind)
+
     return answer
 
 
 _PICTURE = {"type": "string", "format": "binary"}
-_SCORE_BODY = {"requestBody": {"required": True, "content": {
-    "multipart/form-data": {"schema": {"type": "object", "properties": {"file": _PICTURE}, "required": ["file"]}},
-    "application/octet-stream": {"schema": _PICTURE}, "image/*": {"schema": _PICTURE}}}}
-_ERROR = {"content": {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}}}
+_SCORE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": _PICTURE}, "required": ["file"]}
+            },
+            "application/octet-stream": {"schema": _PICTURE},
+            "image/*": {"schema": _PICTURE},
+        },
+    }
+}
+_ERROR = {
+    "content": {
+        "application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}
+    }
+}
 _SCORE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "predict.py's line about it; undecided where the model failed"},
     400: _ERROR | {"description": "The request cannot be understood"},

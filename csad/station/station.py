@@ -63,20 +63,33 @@ class Station:
 
     def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
         self.name, self.engine = name, engine
-        self.threshold, words = threshold_of(engine.metadata, options.threshold, options.false_positive_rate, name)
+        self.threshold, words = threshold_of(
+            engine.metadata, options.threshold, options.false_positive_rate, name
+        )
         self.threshold_words = words or "set by whoever started the station"
         self.batcher: Batcher[Picture, Verdict] = Batcher(
-            lambda pictures: judge(pictures, engine, self.threshold), options.batch_size, options.batch_wait_ms / 1000,
-            options.queue_length, on_batch)
+            lambda pictures: judge(pictures, engine, self.threshold),
+            options.batch_size,
+            options.batch_wait_ms / 1000,
+            options.queue_length,
+            on_batch,
+        )
 
     def description(self) -> dict[str, Any]:
         """What the page needs to know; validation_scores show what another threshold would promise."""
         engine = self.engine
-        return {"name": self.name, "threshold": self.threshold, "threshold_words": self.threshold_words,
-                "validation_scores": sorted(map(float, engine.metadata.get("validation_scores", []))),
-                "branches": engine.branches, "has_maps": engine.has_maps, "input_size": engine.size,
-                "runtime": engine.runtime, "precision": getattr(engine, "precision", None),
-                "device": getattr(engine, "device", None)}
+        return {
+            "name": self.name,
+            "threshold": self.threshold,
+            "threshold_words": self.threshold_words,
+            "validation_scores": sorted(map(float, engine.metadata.get("validation_scores", []))),
+            "branches": engine.branches,
+            "has_maps": engine.has_maps,
+            "input_size": engine.size,
+            "runtime": engine.runtime,
+            "precision": getattr(engine, "precision", None),
+            "device": getattr(engine, "device", None),
+        }
 
 
 class Metrics:
@@ -84,12 +97,26 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.verdicts = Counter("csad_verdicts", "Pictures by verdict", ("model", "verdict"), registry=self.registry)
-        self.refusals = Counter("csad_refusals", "Requests without a verdict by HTTP status", ("status",), registry=self.registry)
-        self.latency = Histogram("csad_request_seconds", "From a request's first byte to its verdict", ("model",),
-                                 buckets=LATENCIES, registry=self.registry)
-        self.batches = Histogram("csad_batch_size", "Pictures scored together", ("model",), buckets=(1, 2, 4, 8, 16, 32),
-                                 registry=self.registry)
+        self.verdicts = Counter(
+            "csad_verdicts", "Pictures by verdict", ("model", "verdict"), registry=self.registry
+        )
+        self.refusals = Counter(
+            "csad_refusals", "Requests without a verdict by HTTP status", ("status",), registry=self.registry
+        )
+        self.latency = Histogram(
+            "csad_request_seconds",
+            "From a request's first byte to its verdict",
+            ("model",),
+            buckets=LATENCIES,
+            registry=self.registry,
+        )
+        self.batches = Histogram(
+            "csad_batch_size",
+            "Pictures scored together",
+            ("model",),
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=self.registry,
+        )
         self.waiting = Gauge("csad_queue_length", "Pictures that wait", ("model",), registry=self.registry)
         self.requests = Gauge("csad_requests_in_work", "Requests being answered", registry=self.registry)
 

@@ -65,14 +65,22 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         with images.opened(InMemory(content, name), "picture", "send another one") as image:
             (width, height), size = image.size, images.decoded_bytes(image)
     except UserError as problem:
-        status = 413 if isinstance(problem, images.TooLarge) else (
-            415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
+        status = (
+            413
+            if isinstance(problem, images.TooLarge)
+            else (415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
+        )
         raise Refusal(status, str(problem)) from problem
     if width * height > max_pixels:
-        raise Refusal(413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller")
+        raise Refusal(
+            413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller"
+        )
     if size > 4 * max_pixels:
-        raise Refusal(413, f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
-                           f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel")
+        raise Refusal(
+            413,
+            f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
+            f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel",
+        )
     return size
 
 

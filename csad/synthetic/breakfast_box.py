@@ -96,7 +96,9 @@ def draw_box(canvas: Canvas, box: Pose) -> None:
     )
     for side in (FRUIT_SIDE, CEREAL_SIDE):
         canvas.add(box.locate(side.shape()), Material(shade(white, 0.72), 0.03), rounding=0)
-        inner = rounded_box(((side.x0 + side.x1) / 2, 0.004), side.x1 - side.x0 - 0.02, side.y1 - side.y0 - 0.02, 0.03)
+        inner = rounded_box(
+            ((side.x0 + side.x1) / 2, 0.004), side.x1 - side.x0 - 0.02, side.y1 - side.y0 - 0.02, 0.03
+        )
         canvas.add(box.locate(inner), Material(shade(white, 0.86), 0.03), rounding=0.005)
 
 
@@ -128,7 +130,9 @@ def draw_nectarine(canvas: Canvas, center: np.ndarray) -> Patch | None:
     for share in np.linspace(0.52, 0.12, 8):
         blush = Material(BLUSH_COLOR, 0.1, 0.02, opacity=0.08)
         canvas.add(blob(center + 0.42 * radius * unit(turn), share * radius, rng, 0.15), blush, rounding=0)
-    seam = crooked_line(center - 0.8 * radius * unit(turn + 1.2), center + 0.2 * radius * unit(turn + 1.2), rng, 0.06)
+    seam = crooked_line(
+        center - 0.8 * radius * unit(turn + 1.2), center + 0.2 * radius * unit(turn + 1.2), rng, 0.06
+    )
     canvas.add(stroke(seam, 0.005), Material((0.30, 0.05, 0.05), 0, opacity=0.5), rounding=0)
     return patch
 
@@ -161,11 +165,17 @@ def draw_oatmeal(canvas: Canvas, box: Pose, top: float, bottom: float) -> None:
     wavy = top + 0.006 * np.cumsum(rng.normal(0, 0.5, 24)).clip(-1, 1)
     corners = np.array([[side.x1 - 0.006, bottom - 0.006], [side.x0 + 0.006, bottom - 0.006]])
     bed = [np.concatenate([np.stack([edge, wavy], 1), corners])]
-    canvas.add(box.locate(bed), Material(color, 0.20, 0.007, bump=0.8), label=OATMEAL, rounding=0.012, lift=0.010)
+    canvas.add(
+        box.locate(bed), Material(color, 0.20, 0.007, bump=0.8), label=OATMEAL, rounding=0.012, lift=0.010
+    )
     for _ in range(90):
-        flake = box.point(rng.uniform(side.x0 + 0.022, side.x1 - 0.022), rng.uniform(top + 0.018, bottom - 0.022))
+        flake = box.point(
+            rng.uniform(side.x0 + 0.022, side.x1 - 0.022), rng.uniform(top + 0.018, bottom - 0.022)
+        )
         shape = ellipse(flake, rng.uniform(0.011, 0.015), rng.uniform(0.007, 0.010), rng.uniform(0, np.pi))
-        canvas.add(shape, Material(vary(rng, color, 0.16, 0.04), 0.08, 0.004, bump=0.2), rounding=0.005, lift=0.003)
+        canvas.add(
+            shape, Material(vary(rng, color, 0.16, 0.04), 0.08, 0.004, bump=0.2), rounding=0.005, lift=0.003
+        )
 
 
 def scatter(count: int, x0: float, x1: float, y0: float, y1: float, rng: np.random.Generator) -> np.ndarray:
@@ -202,13 +212,20 @@ def draw_almond(canvas: Canvas, center: np.ndarray) -> None:
     """An almond: a brown drop with fine grooves along it."""
     rng = canvas.rng
     turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    drop = np.stack([ALMOND_LENGTH * np.cos(turn), ALMOND_WIDTH * np.sin(turn) * (1 - 0.32 * np.cos(turn))], axis=1)
+    drop = np.stack(
+        [ALMOND_LENGTH * np.cos(turn), ALMOND_WIDTH * np.sin(turn) * (1 - 0.32 * np.cos(turn))], axis=1
+    )
     angle = rng.uniform(0, 2 * np.pi)
     across = unit(angle + np.pi / 2)
     grooves = ridges(center, across, 0.009, 0.0012)
     skin = Material(vary(rng, ALMOND_COLOR, 0.14, 0.05), 0.15, 0.005, gloss=0.08)
     canvas.add(
-        place([drop], center, angle, jitter(rng, 0.05)), skin, label=ALMOND, rounding=0.018, lift=0.010, relief=grooves
+        place([drop], center, angle, jitter(rng, 0.05)),
+        skin,
+        label=ALMOND,
+        rounding=0.018,
+        lift=0.010,
+        relief=grooves,
     )
 
 
@@ -275,7 +292,9 @@ def draw(canvas: Canvas, defect: str | None) -> None:
     draw_structural_defect(canvas, box, defect, laid)
 
 
-def mark_logical(canvas: Canvas, box: Pose, defect: str | None, laid: list, level: float, good_level: float) -> None:
+def mark_logical(
+    canvas: Canvas, box: Pose, defect: str | None, laid: list, level: float, good_level: float
+) -> None:
     """Annotate a logical anomaly; other names are left alone."""
     fruit_area, cereal_area = box.locate(FRUIT_SIDE.shape()), box.locate(CEREAL_SIDE.shape())
     if defect in ("missing_tangerine", "missing_nectarine"):
@@ -327,7 +346,13 @@ def draw_structural_defect(canvas: Canvas, box: Pose, defect: str | None, laid: 
         plastic = Material((0.15, 0.35, 0.70), 0.08, gloss=0.4)
         canvas.mark(
             defect,
-            canvas.add(blob(where, rng.uniform(0.016, 0.024), rng, 0.35), plastic, label=0, rounding=0.010, lift=0.008),
+            canvas.add(
+                blob(where, rng.uniform(0.016, 0.024), rng, 0.35),
+                plastic,
+                label=0,
+                rounding=0.010,
+                lift=0.008,
+            ),
         )
     elif defect == "hair":
         start = box.point(rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3))
@@ -336,7 +361,10 @@ def draw_structural_defect(canvas: Canvas, box: Pose, defect: str | None, laid: 
         canvas.mark(defect, stroke(path, 0.010))
 
 
-MIX_AREA = {BANANA_CHIP: CHIPS * np.pi * CHIP_RADIUS**2, ALMOND: ALMONDS * np.pi * ALMOND_LENGTH * ALMOND_WIDTH}
+MIX_AREA = {
+    BANANA_CHIP: CHIPS * np.pi * CHIP_RADIUS**2,
+    ALMOND: ALMONDS * np.pi * ALMOND_LENGTH * ALMOND_WIDTH,
+}
 
 DEFECTS: tuple[Defect, ...] = (
     logical("missing_tangerine", FRUIT_AREA[TANGERINE]),

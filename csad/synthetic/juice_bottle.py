@@ -81,7 +81,9 @@ class Bottle(Pose):
         half, y = PROFILE[:, 0] - inset, np.minimum(PROFILE[:, 1], PROFILE[-1, 1] - inset)
         level = np.linspace(max(top, y[0]), min(bottom, y[-1]), 80)
         width = np.interp(level, y, half)
-        return self.locate([np.concatenate([np.stack([width, level], 1), np.stack([-width, level], 1)[::-1]])])
+        return self.locate(
+            [np.concatenate([np.stack([width, level], 1), np.stack([-width, level], 1)[::-1]])]
+        )
 
 
 def draw_glass(canvas: Canvas, bottle: Bottle) -> None:
@@ -101,7 +103,10 @@ def draw_liquid(canvas: Canvas, bottle: Bottle, fruit: str, surface: float) -> N
     width = np.interp(surface, PROFILE[:, 1], PROFILE[:, 0]) - GLASS_THICKNESS
     foam = Material(tuple(0.5 + 0.5 * np.array(color)), 0.1, 0.004, opacity=0.8)
     canvas.add(
-        bottle.locate(ellipse((0, surface + 0.004), width, 0.007)), foam, label=LIQUID_LABEL[fruit], rounding=0.004
+        bottle.locate(ellipse((0, surface + 0.004), width, 0.007)),
+        foam,
+        label=LIQUID_LABEL[fruit],
+        rounding=0.004,
     )
 
 
@@ -160,7 +165,11 @@ def draw_banana(canvas: Canvas, where) -> list[Patch | None]:
         inner = bezier([(0.078 + dx, 0.024 + dy), (0.0 + dx, 0.020 + dy), (-0.072 + dx, -0.03 + dy)], 20)
         pieces.append(
             canvas.add(
-                where([np.concatenate([outer, inner])]), yellow, label=FRUIT_LABEL["banana"], rounding=0.018, lift=0.003
+                where([np.concatenate([outer, inner])]),
+                yellow,
+                label=FRUIT_LABEL["banana"],
+                rounding=0.018,
+                lift=0.003,
             )
         )
         tip = where(ellipse((-0.075 + dx, -0.025 + dy), 0.007))
@@ -175,8 +184,12 @@ def draw_orange(canvas: Canvas, where) -> list[Patch | None]:
     outline = bezier([(0.0, -0.048), (0.02, -0.095), (0.07, -0.08)], 16)
     back = bezier([(0.07, -0.08), (0.05, -0.04), (0.0, -0.048)], 16)
     return [
-        canvas.add(where(ellipse((0, 0.012), 0.060)), peel, label=FRUIT_LABEL["orange"], rounding=0.05, lift=0.003),
-        canvas.add(where([np.concatenate([outline, back])]), leaf, label=FRUIT_LABEL["orange"], rounding=0.006),
+        canvas.add(
+            where(ellipse((0, 0.012), 0.060)), peel, label=FRUIT_LABEL["orange"], rounding=0.05, lift=0.003
+        ),
+        canvas.add(
+            where([np.concatenate([outline, back])]), leaf, label=FRUIT_LABEL["orange"], rounding=0.006
+        ),
     ]
 
 
@@ -213,7 +226,12 @@ def draw_text_label(canvas: Canvas, sticker: Sticker) -> Patch | None:
     """A green strip printed "100% Juice"."""
     ink = Material(vary(canvas.rng, TEXT_COLOR, 0.20, 0.10), 0.04, 0.006)
     piece = canvas.add(
-        sticker.locate(rounded_box((0, 0), *TEXT_SIZE, 0.012)), ink, label=TEXT, rounding=0.003, lift=0.004, shadow=0.3
+        sticker.locate(rounded_box((0, 0), *TEXT_SIZE, 0.012)),
+        ink,
+        label=TEXT,
+        rounding=0.003,
+        lift=0.004,
+        shadow=0.3,
     )
     print_text(canvas, sticker, "100% Juice")
     return piece
@@ -230,7 +248,10 @@ def print_text(canvas: Canvas, sticker: Sticker, text: str) -> None:
     corners = sticker.locate(rounded_box((0, 0), strip_width, strip_height))[0][[24, 16, 0]] * canvas.side
     source = np.array([[stencil.shape[1], 0], [0, 0], [stencil.shape[1], stencil.shape[0]]], np.float32)
     warp = cv2.getAffineTransform(source, corners.astype(np.float32))
-    ink = cv2.warpAffine(stencil, warp, (canvas.side, canvas.side), flags=cv2.INTER_AREA).astype(np.float32) / 255
+    ink = (
+        cv2.warpAffine(stencil, warp, (canvas.side, canvas.side), flags=cv2.INTER_AREA).astype(np.float32)
+        / 255
+    )
     canvas.image += 0.9 * ink[..., None] * (0.85 - canvas.image)
 
 
@@ -253,7 +274,12 @@ def draw(canvas: Canvas, defect: str | None) -> None:
     if defect == "particle_in_liquid":
         where = bottle.point(rng.uniform(-0.12, 0.12), rng.uniform(-0.155, -0.115))
         spot(
-            canvas, defect, where, rng.uniform(0.013, 0.020), Material((0.12, 0.10, 0.08), 0.3, opacity=0.85), crumbs=2
+            canvas,
+            defect,
+            where,
+            rng.uniform(0.013, 0.020),
+            Material((0.12, 0.10, 0.08), 0.3, opacity=0.85),
+            crumbs=2,
         )
 
     bare = canvas.snapshot()
@@ -300,7 +326,9 @@ def draw(canvas: Canvas, defect: str | None) -> None:
     draw_reflections(canvas, bottle)
 
 
-def draw_structural_defect(canvas: Canvas, bottle: Bottle, label: Sticker, bare: Snapshot, defect: str | None) -> None:
+def draw_structural_defect(
+    canvas: Canvas, bottle: Bottle, label: Sticker, bare: Snapshot, defect: str | None
+) -> None:
     """Damage done to a finished bottle, which was `bare` before its labels; other names leave it as it is."""
     rng = canvas.rng
     width, height = PAPER_SIZE
@@ -338,7 +366,8 @@ def draw_structural_defect(canvas: Canvas, bottle: Bottle, label: Sticker, bare:
         x = rng.choice([-1, 1]) * rng.uniform(0.02, 0.05)
         dent = bottle.locate(blob((x, -0.394), 0.023, rng, 0.2))
         canvas.mark(
-            defect, canvas.add(dent, Material((0.60, 0.61, 0.62), 0.2, 0.005, bump=0.4, metal=0.6), rounding=0.02)
+            defect,
+            canvas.add(dent, Material((0.60, 0.61, 0.62), 0.2, 0.005, bump=0.4, metal=0.6), rounding=0.02),
         )
 
 

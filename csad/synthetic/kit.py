@@ -86,7 +86,9 @@ class Defect:
 
 def logical(name: str, area: float | None = None) -> Defect:
     """A logical anomaly, found once `area` (fraction of the image; None: the whole region) is."""
-    return Defect(name, "logical_anomalies") if area is None else Defect(name, "logical_anomalies", area, False)
+    return (
+        Defect(name, "logical_anomalies") if area is None else Defect(name, "logical_anomalies", area, False)
+    )
 
 
 def structural(name: str, share: float = 1.0) -> Defect:
@@ -163,7 +165,9 @@ class Pose:
         return self.locate([np.array([[x, y]])])[0][0]
 
 
-def ellipse(center: Sequence[float], radius_x: float, radius_y: float | None = None, angle: float = 0.0) -> Shape:
+def ellipse(
+    center: Sequence[float], radius_x: float, radius_y: float | None = None, angle: float = 0.0
+) -> Shape:
     """An ellipse; a circle when `radius_y` is left out."""
     turn = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
     points = np.stack([radius_x * np.cos(turn), (radius_y or radius_x) * np.sin(turn)], axis=1)
@@ -176,7 +180,9 @@ def regular_polygon(center: Sequence[float], radius: float, corners: int, angle:
     return [np.asarray(center) + radius * np.stack([np.cos(turn), np.sin(turn)], axis=1)]
 
 
-def rounded_box(center: Sequence[float], width: float, height: float, corner: float = 0.0, angle: float = 0.0) -> Shape:
+def rounded_box(
+    center: Sequence[float], width: float, height: float, corner: float = 0.0, angle: float = 0.0
+) -> Shape:
     """A rectangle with rounded corners."""
     corner = min(corner, width / 2, height / 2)
     quarter = np.linspace(0, np.pi / 2, 8)
@@ -294,7 +300,9 @@ class Canvas:
         coarse = tuple(int(np.ceil(length / cell)) + 3 for length in shape)
         field = self.texture_rng.standard_normal(coarse, dtype=np.float32)
         offset = self.texture_rng.uniform(0, 1, 2) * cell
-        warp = np.array([[1 / cell, 0, 1 + offset[0] / cell], [0, 1 / cell, 1 + offset[1] / cell]], np.float32)
+        warp = np.array(
+            [[1 / cell, 0, 1 + offset[0] / cell], [0, 1 / cell, 1 + offset[1] / cell]], np.float32
+        )
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
         return 1.2 * cv2.warpAffine(field, warp, shape[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT)
 
@@ -371,7 +379,9 @@ class Canvas:
         patch = self.cover(shape)
         if patch is None:
             return
-        self.image[patch.window] += patch.coverage[..., None] * (earlier.image[patch.window] - self.image[patch.window])
+        self.image[patch.window] += patch.coverage[..., None] * (
+            earlier.image[patch.window] - self.image[patch.window]
+        )
         inside = patch.coverage >= 0.5
         self.labels[patch.window][inside] = earlier.labels[patch.window][inside]
 
@@ -390,7 +400,9 @@ class Canvas:
         height = np.zeros(shape, np.float32)
         if rounding > 0:
             inside = (patch.coverage >= 0.5).astype(np.uint8)
-            depth = cv2.distanceTransform(cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_REPLICATE), cv2.DIST_L2, 5)
+            depth = cv2.distanceTransform(
+                cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_REPLICATE), cv2.DIST_L2, 5
+            )
             t = np.clip(depth[1:-1, 1:-1] / (rounding * self.side), 0, 1)
             height += rounding * self.side * np.sqrt(t * (2 - t))
             height = cv2.GaussianBlur(height, (0, 0), max(0.12 * rounding * self.side, 0.7))
@@ -433,7 +445,9 @@ def to_linear(color: Color) -> np.ndarray:
 def backdrop(canvas: Canvas, color: Color, texture: float = 0.05, grain: float = 0.008) -> None:
     """Cover the whole canvas with a surface of its own brightness and tint."""
     everything = [np.array([[-0.1, -0.1], [1.1, -0.1], [1.1, 1.1], [-0.1, 1.1]])]
-    canvas.add(everything, Material(vary(canvas.rng, color, 0.10, 0.05), texture, grain, bump=0.05), rounding=0)
+    canvas.add(
+        everything, Material(vary(canvas.rng, color, 0.10, 0.05), texture, grain, bump=0.05), rounding=0
+    )
 
 
 def spot(
@@ -444,11 +458,15 @@ def spot(
     patches = [canvas.add(blob(center, radius, rng), material, rounding=radius / 3)]
     for _ in range(crumbs):
         beside = np.asarray(center) + unit(rng.uniform(0, 2 * np.pi)) * radius * rng.uniform(0.9, 1.3)
-        patches.append(canvas.add(blob(beside, radius * rng.uniform(0.15, 0.3), rng), material, rounding=radius / 8))
+        patches.append(
+            canvas.add(blob(beside, radius * rng.uniform(0.15, 0.3), rng), material, rounding=radius / 8)
+        )
     canvas.mark(defect, *patches)
 
 
-def bite(canvas: Canvas, defect: str, center: Sequence[float], radius: float, earlier: Snapshot, raw: Material) -> None:
+def bite(
+    canvas: Canvas, defect: str, center: Sequence[float], radius: float, earlier: Snapshot, raw: Material
+) -> None:
     """Break a piece out of the thing put on since `earlier`: a rim of raw material, and in it what lay below.
 
     Only what has a component class is broken; the region annotated as `defect` is the missing piece with its rim.
@@ -497,7 +515,9 @@ def photograph(canvas: Canvas, size: int) -> np.ndarray:
     grain = rng.uniform(0.006, 0.018)
 
     image = (
-        canvas.image if canvas.side == size else cv2.resize(canvas.image, (size, size), interpolation=cv2.INTER_AREA)
+        canvas.image
+        if canvas.side == size
+        else cv2.resize(canvas.image, (size, size), interpolation=cv2.INTER_AREA)
     )
     if blur > 0.2:
         image = cv2.GaussianBlur(image, (0, 0), blur)

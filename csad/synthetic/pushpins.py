@@ -77,7 +77,9 @@ class Tray(Pose):
         width, height = self.cell - WALL
         return self.locate(rounded_box(self.cell_center(index), width, height, 0.015))
 
-    def spot_in(self, index: int, rng: np.random.Generator, spread: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    def spot_in(
+        self, index: int, rng: np.random.Generator, spread: float = 1.0, shift: float = 0.0
+    ) -> np.ndarray:
         """A random place in a compartment, on the canvas; `shift` moves it down by that share of the height."""
         offset = rng.uniform(-1, 1, 2) * [0.015, 0.045] * spread + [0, shift * self.cell[1]]
         return self.point(*(self.cell_center(index) + offset))
@@ -107,7 +109,12 @@ def draw_tray(canvas: Canvas, tray: Tray) -> None:
 
 
 def draw_pin(
-    canvas: Canvas, center: np.ndarray, angle: float, color=YELLOW, label: int = PIN_LABEL, needle_bend: float = 0.0
+    canvas: Canvas,
+    center: np.ndarray,
+    angle: float,
+    color=YELLOW,
+    label: int = PIN_LABEL,
+    needle_bend: float = 0.0,
 ) -> tuple[Patch | None, Patch | None]:
     """One pin lying on its side; returns where its head and its needle landed."""
     size = jitter(canvas.rng, 0.06)
@@ -116,7 +123,11 @@ def draw_pin(
     knee = center + size * (NEEDLE_START + NEEDLE_END) / 2 * axis
     tip = knee + size * (NEEDLE_END - NEEDLE_START) / 2 * unit(angle + needle_bend)
     needle = canvas.add(
-        stroke(np.array([start, knee, tip]), size * NEEDLE_WIDTH), STEEL, label=label, rounding=0.004, lift=0.006
+        stroke(np.array([start, knee, tip]), size * NEEDLE_WIDTH),
+        STEEL,
+        label=label,
+        rounding=0.004,
+        lift=0.006,
     )
 
     profile = np.array(HEAD_PROFILE)
@@ -127,7 +138,9 @@ def draw_pin(
     for along, half_width in ((-0.034, 0.026), (0.014, 0.031)):
         middle = center + size * along * axis
         canvas.add(
-            stroke(np.array([middle - size * half_width * across, middle + size * half_width * across]), 0.003),
+            stroke(
+                np.array([middle - size * half_width * across, middle + size * half_width * across]), 0.003
+            ),
             edge,
             rounding=0,
         )
@@ -156,7 +169,9 @@ def draw(canvas: Canvas, defect: str | None) -> None:
     for index in range(ROWS * COLUMNS):
         for number in range(pins_in[index]):
             crowded = pins_in[index] > 1
-            center = tray.spot_in(index, rng, 0.3 if crowded else 1.0, (number - 0.5) * 0.46 if crowded else 0.0)
+            center = tray.spot_in(
+                index, rng, 0.3 if crowded else 1.0, (number - 0.5) * 0.46 if crowded else 0.0
+            )
             angle = rng.uniform(0, 2 * np.pi)
             special = index == first
             if special and defect == "wrong_colour_pin":

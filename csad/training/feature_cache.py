@@ -24,14 +24,27 @@ class FeatureCache:
         description: of the progress bar.
     """
 
-    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor, indices: Tensor, description: str):
-        self.compute, self.images, self.indices, self.description = torch.no_grad()(compute), images, indices, description
+    def __init__(
+        self,
+        compute: Callable[[Tensor], tuple[Tensor, ...]],
+        images: Tensor,
+        indices: Tensor,
+        description: str,
+    ):
+        self.compute, self.images, self.indices, self.description = (
+            torch.no_grad()(compute),
+            images,
+            indices,
+            description,
+        )
         self._kept: tuple[Tensor, ...] | None = None
         sample = self.compute(images[indices[:1]])
         if len(indices) * sum(maps.nbytes for maps in sample) > CACHE_BYTES:
             return
         kept = tuple(maps.new_empty(len(indices), *maps.shape[1:]) for maps in sample)
-        for rows, found in zip(torch.arange(len(indices), device=images.device).split(BATCH), self._computed()):
+        for rows, found in zip(
+            torch.arange(len(indices), device=images.device).split(BATCH), self._computed()
+        ):
             for space, maps in zip(kept, found):
                 space[rows] = maps
         self._kept = kept
@@ -47,7 +60,9 @@ class FeatureCache:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Features of all images, batch by batch, in order."""
-        return zip(*(maps.split(BATCH) for maps in self._kept)) if self._kept is not None else self._computed()
+        return (
+            zip(*(maps.split(BATCH) for maps in self._kept)) if self._kept is not None else self._computed()
+        )
 
     def _computed(self) -> Iterator[tuple[Tensor, ...]]:
         for batch in ProgressBar(self.indices.split(BATCH), desc=self.description, leave=False):

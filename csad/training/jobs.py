@@ -13,7 +13,9 @@ from csad.progress import ProgressBar
 from csad.tasks import Jobs, Task, reason, told_if_ours
 
 
-def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None) -> None:
+def run_jobs(
+    args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str, Any]], None] = lambda results: None
+) -> None:
     """Hold the workspace and do every job, one after another or on a Ray cluster; one that fails does not stop the others.
 
     Args:
@@ -32,8 +34,13 @@ def run_jobs(args: argparse.Namespace, jobs: Jobs, summarise: Callable[[dict[str
         results, failures = on_a_cluster(args, jobs) if args.ray else one_after_another(jobs(args))
         summarise(results)
     if failures:
-        total, told = len(results) + len(failures), "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise UserError(told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}")
+        total, told = (
+            len(results) + len(failures),
+            "; ".join(f"{name}: {reason}" for name, reason in failures.items()),
+        )
+        raise UserError(
+            told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}"
+        )
 
 
 def on_a_cluster(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:

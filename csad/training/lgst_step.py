@@ -42,7 +42,9 @@ class Sample(NamedTuple):
     """The random choices of one step."""
 
     indices: Tensor  # (B,) int64 into the training images
-    adjustments: Tensor  # (B,) int64, what the jitter changes: 0 brightness, 1 contrast, 2 saturation; or (0,)
+    adjustments: (
+        Tensor  # (B,) int64, what the jitter changes: 0 brightness, 1 contrast, 2 saturation; or (0,)
+    )
     factors: Tensor  # (B,) float32, by how much; (0,) on steps without augmented views
     penalty: Tensor  # (1, 3, 256, 256) float RGB in 0..255
     dropout_seed: int
@@ -53,12 +55,16 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, 3, 256, 256)
     teacher: Tensor  # (B, channels, 64, 64) of them
-    augmented: Tensor | None  # the same, colour-jittered; None, like the next, on steps that train the local head alone
+    augmented: (
+        Tensor | None
+    )  # the same, colour-jittered; None, like the next, on steps that train the local head alone
     augmented_teacher: Tensor | None
     penalty: Tensor  # (1, 3, 256, 256)
 
 
-def draw_sample(count: int, penalties: PenaltyPictures, settings: LgstSettings, step: int, category: str, seed: int) -> Sample:
+def draw_sample(
+    count: int, penalties: PenaltyPictures, settings: LgstSettings, step: int, category: str, seed: int
+) -> Sample:
     """Make the random choices of one step.
 
     They depend on seed, category and step alone, so a resumed run sees what an uninterrupted one would have.
@@ -85,11 +91,16 @@ class EncodedImages:
         description: of the progress bar.
     """
 
-    def __init__(self, paths: Sequence[Path], view: View, encoder: Encoder, device: torch.device, description: str):
+    def __init__(
+        self, paths: Sequence[Path], view: View, encoder: Encoder, device: torch.device, description: str
+    ):
         self.paths, self.view, self.encoder, self.device = paths, view, encoder, device
         self.kept: list[tuple[Tensor, ...]] | None = None
         if len(paths) * sum(one.nbytes for one in self._encode([0])) <= CACHE_BYTES:
-            self.kept = [self._encode([index]) for index in ProgressBar(range(len(paths)), desc=description, leave=False)]
+            self.kept = [
+                self._encode([index])
+                for index in ProgressBar(range(len(paths)), desc=description, leave=False)
+            ]
 
     def fit(self, model: FeatureLGST) -> None:
         """Set the teacher's projection and the means and stds of what student and autoencoder see."""
@@ -108,7 +119,9 @@ class EncodedImages:
 
         They are the arguments of `FeatureLGST.training_features`.
         """
-        maps = tuple(torch.cat(level).float() for level in zip(*(self._maps(int(index)) for index in indices)))
+        maps = tuple(
+            torch.cat(level).float() for level in zip(*(self._maps(int(index)) for index in indices))
+        )
         return maps[0], model.teacher(maps), maps[2]
 
     def _all(self) -> Iterator[tuple[Tensor, ...]]:
@@ -119,7 +132,11 @@ class EncodedImages:
 
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        views = torch.from_numpy(self.view.read_middle([self.paths[index] for index in indices])).to(self.device).float()
+        views = (
+            torch.from_numpy(self.view.read_middle([self.paths[index] for index in indices]))
+            .to(self.device)
+            .float()
+        )
         return tuple(one.half() for one in self.encoder(views))
 
 
@@ -132,11 +149,23 @@ class Batches:
         description: of the progress bar.
     """
 
-    def __init__(self, images: Tensor, model: LGST, encoder: Encoder, device: torch.device, precision: str, description: str):
+    def __init__(
+        self,
+        images: Tensor,
+        model: LGST,
+        encoder: Encoder,
+        device: torch.device,
+        precision: str,
+        description: str,
+    ):
         self.images, self.device, self.model, self.encoder = images.to(device), device, model, encoder
         self.precision = precision
-        self.projections = FeatureCache(lambda batch: model.teacher.project_levels(*encoder(batch)[1:]), self.images,
-                                        torch.arange(len(images), device=device), description)
+        self.projections = FeatureCache(
+            lambda batch: model.teacher.project_levels(*encoder(batch)[1:]),
+            self.images,
+            torch.arange(len(images), device=device),
+            description,
+        )
 
     @torch.no_grad()
     def fit_teacher_normalisation(self) -> None:
@@ -158,11 +187,18 @@ class Batches:
             with autocast(self.device, self.precision):
                 levels = self.model.teacher.project_levels(*self.encoder(augmented)[1:])
             augmented_teacher = self._teacher_features(levels)
-        return Batch(self._ordered(images), self._teacher_features(self.projections[indices]),
-                     augmented, augmented_teacher, self._ordered(penalty))
+        return Batch(
+            self._ordered(images),
+            self._teacher_features(self.projections[indices]),
+            augmented,
+            augmented_teacher,
+            self._ordered(penalty),
+        )
 
     def _teacher_features(self, levels: tuple[Tensor, ...]) -> Tensor:
-        return self.model.normalise_teacher(self.model.teacher.merge_levels(*(level.float() for level in levels)))
+        return self.model.normalise_teacher(
+            self.model.teacher.merge_levels(*(level.float() for level in levels))
+        )
 
     def _ordered(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=memory_format(self.precision))

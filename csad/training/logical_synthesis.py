@@ -48,8 +48,15 @@ class Placement(NamedTuple):
     mask: np.ndarray
 
 
-def synthesise(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, background: np.ndarray,
-               rng: np.random.Generator, distance: float, trials: int = TRIALS) -> Synthesis:
+def synthesise(
+    image: np.ndarray,
+    labels: np.ndarray,
+    instances: np.ndarray,
+    background: np.ndarray,
+    rng: np.random.Generator,
+    distance: float,
+    trials: int = TRIALS,
+) -> Synthesis:
     """Paste one or two of an image's own components elsewhere in it.
 
     Components are tried in random order until one has been pasted; then one more is tried. One that finds no
@@ -69,7 +76,9 @@ def synthesise(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, bac
     """
     pasted_image, pasted_labels, pasted = image.copy(), labels.copy(), 0
     for instance in rng.permutation(labelled_instances(instances, labels)):
-        placement = find_placement(instances == instance, background, rng, distance, MOST_BACKGROUND[pasted], trials)
+        placement = find_placement(
+            instances == instance, background, rng, distance, MOST_BACKGROUND[pasted], trials
+        )
         if placement is not None:
             pasted_image[placement.window][placement.mask] = _moved(image, placement, cv2.INTER_LINEAR)
             pasted_labels[placement.window][placement.mask] = _moved(labels, placement, cv2.INTER_NEAREST)
@@ -111,8 +120,14 @@ def label_parts(labels: np.ndarray) -> np.ndarray:
     return instances
 
 
-def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Generator, distance: float,
-                   most_background: float, trials: int = TRIALS) -> Placement | None:
+def find_placement(
+    mask: np.ndarray,
+    background: np.ndarray,
+    rng: np.random.Generator,
+    distance: float,
+    most_background: float,
+    trials: int = TRIALS,
+) -> Placement | None:
     """Draw rotations and positions until not too much of a component lies on background; far ones are likelier.
 
     Args:
@@ -130,7 +145,7 @@ def find_placement(mask: np.ndarray, background: np.ndarray, rng: np.random.Gene
     centre = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
     positions = rng.uniform(BORDER, 1 - BORDER, (CANDIDATES, 2)) * sides
     moves = np.hypot(*((positions - centre) / sides).T)
-    weights = np.where(moves >= distance, moves ** 2, 0)
+    weights = np.where(moves >= distance, moves**2, 0)
     if not weights.any():
         return None
     reach = np.hypot(width, height) / 2 + 1

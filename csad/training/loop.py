@@ -49,8 +49,16 @@ class TrainingLoop:
         UserError: the progress file is damaged, or was made with other settings or data, and nothing says to start over.
     """
 
-    def __init__(self, steps: int, progress_file: Path, used: dict[str, Any], description: str, lower: str,
-                 overwrites: str | None = None, **parts: Any):
+    def __init__(
+        self,
+        steps: int,
+        progress_file: Path,
+        used: dict[str, Any],
+        description: str,
+        lower: str,
+        overwrites: str | None = None,
+        **parts: Any,
+    ):
         self.overwrites = overwrites
         self.steps, self.progress_file, self.used, self.parts = steps, progress_file, used, parts
         self.description, self.lower = description, lower
@@ -64,8 +72,10 @@ class TrainingLoop:
             saved = files.read_state(self.progress_file)
             changes = records.difference(saved.get("used", {}) if isinstance(saved, dict) else {}, self.used)
             if changes:
-                raise UserError(f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
-                                "--overwrite starts over, another --workspace keeps both")
+                raise UserError(
+                    f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
+                    "--overwrite starts over, another --workspace keeps both"
+                )
             other = self.overwrites is not None and saved["overwrites"] != self.overwrites
         except UserError:
             if self.overwrites is None:
@@ -80,7 +90,9 @@ class TrainingLoop:
 
     def _save(self) -> None:
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        files.write_state(self.progress_file, {"used": self.used, "overwrites": self.overwrites, "done": self.done} | states)
+        files.write_state(
+            self.progress_file, {"used": self.used, "overwrites": self.overwrites, "done": self.done} | states
+        )
 
     def samples(self, draw: Callable[[int], Sample]) -> Iterator[tuple[int, Sample]]:
         """Yield (step, ``draw(step)``) for every step that is left.
@@ -93,8 +105,11 @@ class TrainingLoop:
             KeyboardInterrupt: Ctrl-C or SIGTERM; progress is saved.
         """
         last_saved = time.monotonic()
-        with (interrupts_wait() as interrupted, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
-              ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar):
+        with (
+            interrupts_wait() as interrupted,
+            ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
+            ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar,
+        ):
             waiting = prefetch.submit(draw, self.done) if self.done < self.steps else None
             for step in range(self.done, self.steps):
                 sample = waiting.result()
@@ -122,6 +137,8 @@ class TrainingLoop:
         values = {name: loss.item() for name, loss in self._losses.items()}
         if not all(map(math.isfinite, values.values())):
             self.progress_file.unlink(missing_ok=True)  # nothing to go on from
-            raise UserError(f"{self.description}: diverged at step {self.done}, a loss is not finite "
-                            f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower {self.lower}")
+            raise UserError(
+                f"{self.description}: diverged at step {self.done}, a loss is not finite "
+                f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower {self.lower}"
+            )
         return {name: f"{value:.3f}" for name, value in values.items()}

@@ -35,22 +35,32 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
         raise UserError(f"{trusted_file} should hold a list of image numbers; run {MADE_BY} --overwrite")
     if trusted.min() < 0 or trusted.max() >= count:
         stray = trusted[(trusted < 0) | (trusted >= count)][0]
-        raise UserError(f"{trusted_file} names image number {stray}, but {category.root / 'train'} has {count} images; "
-                        f"run {MADE_BY} --overwrite on these images")
+        raise UserError(
+            f"{trusted_file} names image number {stray}, but {category.root / 'train'} has {count} images; "
+            f"run {MADE_BY} --overwrite on these images"
+        )
     if histogram.ndim != 2 or histogram.shape[1] == 0:
-        raise UserError(f"{histogram_file} should have one row per image and one column per component, found shape "
-                        f"{histogram.shape}; run {MADE_BY} --overwrite")
+        raise UserError(
+            f"{histogram_file} should have one row per image and one column per component, found shape "
+            f"{histogram.shape}; run {MADE_BY} --overwrite"
+        )
     return np.unique(trusted), histogram.shape[1] + 1
 
 
-def require_own_pseudo_labels(category: layouts.Category, labels: PseudoLabels, trusted: np.ndarray, train_images: str) -> None:
+def require_own_pseudo_labels(
+    category: layouts.Category, labels: PseudoLabels, trusted: np.ndarray, train_images: str
+) -> None:
     """Make sure that stage 1 saw these training images, and that the trusted label maps are those that it wrote.
 
     Raises:
         UserError: it did not, or they are not.
     """
-    maps = [labels.image(category.key(category.train[index])) / "filtered_cluster_map.png" for index in trusted]
-    records.require_current(labels.record, {"train_images": train_images}, [path for path in maps if path.exists()], MADE_BY)
+    maps = [
+        labels.image(category.key(category.train[index])) / "filtered_cluster_map.png" for index in trusted
+    ]
+    records.require_current(
+        labels.record, {"train_images": train_images}, [path for path in maps if path.exists()], MADE_BY
+    )
 
 
 def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trusted: np.ndarray) -> str:
@@ -62,7 +72,9 @@ def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trust
     """
     listing = []
     for index in trusted:
-        digests = [records.digest(path) if path.exists() else None for path in _maps_of(category, workspace, index)]
+        digests = [
+            records.digest(path) if path.exists() else None for path in _maps_of(category, workspace, index)
+        ]
         listing.append(" ".join(map(str, (category.key(category.train[index]), *digests))))
     return records.digest_lines(listing)
 
@@ -73,8 +85,14 @@ def stand_ins_of_stage_1(category: layouts.Category, workspace: Workspace) -> li
     return records.read_record(record)["used"]["stand_ins"] if record.exists() else []
 
 
-def training_data(category: layouts.Category, workspace: Workspace, train_images: Tensor, trusted: np.ndarray,
-                  classes: int, fill_holes: bool) -> TrainingData:
+def training_data(
+    category: layouts.Category,
+    workspace: Workspace,
+    train_images: Tensor,
+    trusted: np.ndarray,
+    classes: int,
+    fill_holes: bool,
+) -> TrainingData:
     """Read the trusted pseudo-labels, resized to the images by nearest neighbour.
 
     A map has the native size of its image, or 256x256; the maps of one category are all of the one kind or the other.
@@ -97,15 +115,19 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
         path, refined, background = _maps_of(category, workspace, index)
         label_map = images.read_mask(path)
         if label_map.max() >= classes:
-            raise UserError(f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
-                            f"{classes - 1} components; run {MADE_BY} --overwrite")
+            raise UserError(
+                f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
+                f"{classes - 1} components; run {MADE_BY} --overwrite"
+            )
         own_size = images.displayed_size(category.train[index])[::-1]
         require_size(path, label_map, own_size, SQUEEZED)
         if own_size != SQUEEZED:
             native, squeezed = (native, path) if label_map.shape == SQUEEZED else (path, squeezed)
         if native and squeezed:
-            raise UserError(f"pseudo-labels of mixed sizes: {native} has the size of its image, but {squeezed} is "
-                            f"{SQUEEZED[1]}x{SQUEEZED[0]}; run {MADE_BY} --overwrite")
+            raise UserError(
+                f"pseudo-labels of mixed sizes: {native} has the size of its image, but {squeezed} is "
+                f"{SQUEEZED[1]}x{SQUEEZED[0]}; run {MADE_BY} --overwrite"
+            )
         labels[index] = to_side(fill_class_holes(label_map) if fill_holes else label_map, side)
         without_instances += not refined.exists()
         instances[index] = label_parts(labels[index])
@@ -120,20 +142,29 @@ def training_data(category: layouts.Category, workspace: Workspace, train_images
             require_size(background, values, label_map.shape)
             backgrounds[index] = to_side(values, side) > 0  # as published, the JPEG's halo counts, too
     if without_background:
-        print(f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
-              "pseudo-label leaves out is taken as background")
+        print(
+            f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
+            "pseudo-label leaves out is taken as background"
+        )
     if without_instances:
-        print(f"{category.name}: {without_instances} of {len(trusted)} trusted images have no refined_masks.png; "
-              "logical synthesis pastes connected parts of their pseudo-labels")
+        print(
+            f"{category.name}: {without_instances} of {len(trusted)} trusted images have no refined_masks.png; "
+            "logical synthesis pastes connected parts of their pseudo-labels"
+        )
     unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
-    return TrainingData(train_images, labels, instances, backgrounds, trusted,
-                        unlabelled if len(unlabelled) else trusted)
+    return TrainingData(
+        train_images, labels, instances, backgrounds, trusted, unlabelled if len(unlabelled) else trusted
+    )
 
 
 def _maps_of(category: layouts.Category, workspace: Workspace, index: int) -> tuple[Path, Path, Path]:
     """What stage 1 says of a training image: label map, refined masks, background; the last two may be missing."""
     folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
-    return files.require(folder / "filtered_cluster_map.png", MADE_BY), folder / "refined_masks.png", folder / "background.jpg"
+    return (
+        files.require(folder / "filtered_cluster_map.png", MADE_BY),
+        folder / "refined_masks.png",
+        folder / "background.jpg",
+    )
 
 
 def require_size(path: Path, values: np.ndarray, *sizes: tuple[int, int]) -> None:
@@ -144,8 +175,10 @@ def require_size(path: Path, values: np.ndarray, *sizes: tuple[int, int]) -> Non
     """
     if values.shape not in sizes:
         expected = " or ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
-        raise UserError(f"{path} is {values.shape[1]}x{values.shape[0]}, expected {expected}, the size of its image; "
-                        f"run {MADE_BY} --overwrite")
+        raise UserError(
+            f"{path} is {values.shape[1]}x{values.shape[0]}, expected {expected}, the size of its image; "
+            f"run {MADE_BY} --overwrite"
+        )
 
 
 def to_side(picture: np.ndarray, side: int) -> np.ndarray:

@@ -20,7 +20,9 @@ from models.backbone import Encoder
 from models.device import autocast, memory_format, send
 from models.segmentor import Segmentor, losses
 
-AUGMENTATION_PROBABILITY = 0.5  # of each pair: place (shift and scale, rotation), light (brightness and contrast)
+AUGMENTATION_PROBABILITY = (
+    0.5  # of each pair: place (shift and scale, rotation), light (brightness and contrast)
+)
 SHIFT = SCALE = 0.01  # of the side
 ROTATION = 2.0  # degrees
 BRIGHTNESS = CONTRAST = 0.05
@@ -55,7 +57,9 @@ class Sample(NamedTuple):
     affine: Tensor  # (B, 2, 3) float32, see `augment`
     photometric: Tensor  # (B, 2) float32, see `augment`
     unlabelled: Tensor  # (B,) int64 indices; (0,) for a joint pass before the unsupervised losses join
-    reference_labels: Tensor  # (B,) int64 indices of trusted images, for the histogram loss; (0,) before it joins
+    reference_labels: (
+        Tensor  # (B,) int64 indices of trusted images, for the histogram loss; (0,) before it joins
+    )
 
 
 class Batch(NamedTuple):
@@ -64,18 +68,29 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, 256, 256) trusted, with logical synthesis and augmentation
     labels: Tensor  # (B, 256, 256) theirs
     unlabelled: tuple[Tensor, ...]  # the encoder's maps at 1/4 and 1/16 of the unlabelled images
-    reference_labels: Tensor  # (B, 256, 256) label maps of random trusted images; (0, ...) before their loss joins
+    reference_labels: (
+        Tensor  # (B, 256, 256) label maps of random trusted images; (0, ...) before their loss joins
+    )
 
 
-def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str,
-                seed: int) -> Sample:
+def draw_sample(
+    data: TrainingData, settings: SegmentorSettings, step: int, unsupervised: bool, category: str, seed: int
+) -> Sample:
     """Make the random choices of one step, which depend on seed, category and step alone: a resumed run sees the same."""
     rng = step_generator(seed, category, step)
     images, labels, affine, photometric = [], [], [], []
-    for index in data.trusted[shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()]:
-        image, label, _ = synthesise(data.images[index].permute(1, 2, 0).numpy(), data.labels[index],
-                                     data.instances[index], data.backgrounds[index], rng,
-                                     settings.paste_distance, settings.paste_trials)
+    for index in data.trusted[
+        shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()
+    ]:
+        image, label, _ = synthesise(
+            data.images[index].permute(1, 2, 0).numpy(),
+            data.labels[index],
+            data.instances[index],
+            data.backgrounds[index],
+            rng,
+            settings.paste_distance,
+            settings.paste_trials,
+        )
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
         affine.append(_draw_affine(rng))
@@ -83,8 +98,14 @@ def draw_sample(data: TrainingData, settings: SegmentorSettings, step: int, unsu
     count = settings.batch_size if unsupervised or not settings.joint_pass else 0
     unlabelled = rng.choice(data.unlabelled, count, replace=len(data.unlabelled) < count)
     reference_labels = rng.choice(data.trusted, count if unsupervised else 0)
-    return Sample(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(np.stack(affine)),
-                  torch.tensor(photometric), torch.from_numpy(unlabelled).long(), torch.from_numpy(reference_labels).long())
+    return Sample(
+        torch.from_numpy(np.stack(images)),
+        torch.from_numpy(np.stack(labels)),
+        torch.tensor(np.stack(affine)),
+        torch.tensor(photometric),
+        torch.from_numpy(unlabelled).long(),
+        torch.from_numpy(reference_labels).long(),
+    )
 
 
 class Batches:
@@ -94,16 +115,27 @@ class Batches:
         description: of the progress bar.
     """
 
-    def __init__(self, data: TrainingData, encoder: Encoder, device: torch.device, precision: str, description: str):
+    def __init__(
+        self, data: TrainingData, encoder: Encoder, device: torch.device, precision: str, description: str
+    ):
         self.device, self.labels = device, torch.from_numpy(data.labels).to(device)
-        self.features = FeatureCache(lambda batch: encode(encoder, batch, precision), data.images.to(device),
-                                     torch.from_numpy(data.unlabelled).to(device), description)
+        self.features = FeatureCache(
+            lambda batch: encode(encoder, batch, precision),
+            data.images.to(device),
+            torch.from_numpy(data.unlabelled).to(device),
+            description,
+        )
 
     def batch(self, sample: Sample) -> Batch:
         """Augment the drawn trusted images on the device and fetch the unlabelled ones."""
-        images, labels, affine, photometric, unlabelled, reference_labels = (send(part, self.device) for part in sample)
-        return Batch(*augment(images, labels, affine, photometric), self.features[unlabelled],
-                     self.labels[reference_labels].long())
+        images, labels, affine, photometric, unlabelled, reference_labels = (
+            send(part, self.device) for part in sample
+        )
+        return Batch(
+            *augment(images, labels, affine, photometric),
+            self.features[unlabelled],
+            self.labels[reference_labels].long(),
+        )
 
 
 def augment(images: Tensor, labels: Tensor, affine: Tensor, photometric: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +153,9 @@ def augment(images: Tensor, labels: Tensor, affine: Tensor, photometric: Tensor)
     """
     grid = F.affine_grid(affine, list(images.shape), align_corners=True)
     warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros",
-                          align_corners=True)
+    moved = F.grid_sample(
+        labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True
+    )
     gain, offset = photometric.view(-1, 2, 1, 1, 1).unbind(1)
     return (warped * gain + offset).clamp(0, 255), moved[:, 0].round().long()
 
@@ -135,8 +168,9 @@ def encode(encoder: Encoder, images: Tensor, precision: str) -> tuple[Tensor, Te
     return shallow, deep
 
 
-def step_losses(segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: SegmentorSettings,
-                precision: str) -> dict[str, Tensor]:
+def step_losses(
+    segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: SegmentorSettings, precision: str
+) -> dict[str, Tensor]:
     """`models.segmentor.losses` of one batch.
 
     Trusted and unlabelled images pass the segmentor one after the other: batch norm normalises each by itself,
@@ -152,7 +186,9 @@ def step_losses(segmentor: Segmentor, encoder: Encoder, batch: Batch, settings: 
         logits = _logits(segmentor, both, precision)
         return losses(logits[:count], batch.labels, logits[count:], batch.reference_labels, settings)
     logits = _logits(segmentor, trusted, precision)
-    with torch.set_grad_enabled(len(batch.reference_labels) > 0):  # else only batch norm's running statistics change
+    with torch.set_grad_enabled(
+        len(batch.reference_labels) > 0
+    ):  # else only batch norm's running statistics change
         unlabelled = _logits(segmentor, batch.unlabelled, precision)
     return losses(logits, batch.labels, unlabelled, batch.reference_labels, settings)
 

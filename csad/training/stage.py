@@ -63,13 +63,24 @@ def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespac
     """A training stage's jobs by name."""
     workspace, _, categories, chosen = select(args)
     device = choose_training_device(args.device)
-    precision = choose_precision(args.precision or ("fp32" if args.preset == settings.PAPER else "auto"), device)
+    precision = choose_precision(
+        args.precision or ("fp32" if args.preset == settings.PAPER else "auto"), device
+    )
     backbone = agreed_backbone(args, workspace, device)
     tasks = {}
     for seed, place in workspace.of_seeds(args.seeds).items():
         for category in categories:
-            job = Job(category, place, chosen[category.name], view_of(category, chosen[category.name]), backbone, device,
-                      precision, args.seed if seed is None else seed, args.overwrite)
+            job = Job(
+                category,
+                place,
+                chosen[category.name],
+                view_of(category, chosen[category.name]),
+                backbone,
+                device,
+                precision,
+                args.seed if seed is None else seed,
+                args.overwrite,
+            )
             tasks[job_name(category, seed)] = Task(category, seed, partial(train_category, job))
     return tasks
 
@@ -87,13 +98,16 @@ def view_of(category: layouts.Category, chosen: settings.Settings) -> images.Vie
     tiles = int(chosen.memory.tiles[0])
     size = chosen.images.size * tiles
     if size > LARGEST_VIEW:
-        raise UserError(f"{category.name}: {chosen.memory.tiles} tiles of --images.size {chosen.images.size} are {size} pixels "
-                        f"wide; {LARGEST_VIEW} is the most")
+        raise UserError(
+            f"{category.name}: {chosen.memory.tiles} tiles of --images.size {chosen.images.size} are {size} pixels "
+            f"wide; {LARGEST_VIEW} is the most"
+        )
     return images.View(size, chosen.images.white_level, read_roi(category, size, chosen.roi), tiles)
 
 
-def agreed_backbone(args: argparse.Namespace, workspace: Workspace, device: torch.device, with_deepest: bool = False
-                    ) -> Backbone | None:
+def agreed_backbone(
+    args: argparse.Namespace, workspace: Workspace, device: torch.device, with_deepest: bool = False
+) -> Backbone | None:
     """The backbone that the command line names, on the device; for ``auto``, the one that the first stage took, whatever is at
     hand by now. None with ``--dry_run``: jobs are only named, and nothing is downloaded for that.
 
@@ -105,15 +119,23 @@ def agreed_backbone(args: argparse.Namespace, workspace: Workspace, device: torc
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
         name = files.read_json(workspace.backbone, keys={"name": str})["name"]
-    backbone = build_backbone(name, weights, workspace.downloads, with_deepest, getattr(args, "download", False))
+    backbone = build_backbone(
+        name, weights, workspace.downloads, with_deepest, getattr(args, "download", False)
+    )
     agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     if not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed:
         files.write_json(workspace.backbone, agreed)
     return backbone.to(device)
 
 
-def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, outputs: Sequence[Path] = (),
-          with_maps: bool = True) -> tuple[records.Record, str]:
+def begin(
+    job: Job,
+    branches: Sequence[str],
+    used: dict[str, Any],
+    what: str,
+    outputs: Sequence[Path] = (),
+    with_maps: bool = True,
+) -> tuple[records.Record, str]:
     """The record of a branch, and what there is to do; called before any training, which a missing split should not cost.
 
     Args:
@@ -129,9 +151,12 @@ def begin(job: Job, branches: Sequence[str], used: dict[str, Any], what: str, ou
     category, workspace, branch = job.category, job.workspace, branches[0]
     checkpoint, test = workspace.checkpoint(category.name, branch), layouts.test_splits(category)
     record = records.Record(
-        workspace.record(category.name, branch), used,
+        workspace.record(category.name, branch),
+        used,
         [checkpoint, *outputs, *workspace.branch_outputs(category.name, branches, bool(test), with_maps)],
-        records.scored_images(category.validation, test), checkpoint)
+        records.scored_images(category.validation, test),
+        checkpoint,
+    )
     to_do = record.begin(job.overwrite)
     if to_do == records.SKIP:
         print(f"{category.name}: {what} and scored already, skipped (--overwrite starts over)")
@@ -152,17 +177,24 @@ def require_same_inputs(job: Job, branch: str, used: dict[str, Any]) -> None:
             continue
         theirs = records.read_record(record)["used"]
         if theirs.get("backbone_fingerprint") != used["backbone_fingerprint"]:
-            raise UserError(f"{job.name}: {script} worked on the backbone {theirs.get('backbone')}, this is "
-                            f"{used['backbone']}; name the same with --backbone, or run {script} --overwrite with this one first")
+            raise UserError(
+                f"{job.name}: {script} worked on the backbone {theirs.get('backbone')}, this is "
+                f"{used['backbone']}; name the same with --backbone, or run {script} --overwrite with this one first"
+            )
         if theirs.get("train_images") != used["train_images"]:
-            raise UserError(f"{job.name}: {script} saw other training images than there are now; run {script} --overwrite first")
+            raise UserError(
+                f"{job.name}: {script} saw other training images than there are now; run {script} --overwrite first"
+            )
 
 
-def adam(model: torch.nn.Module, chosen: settings.SegmentorSettings | settings.LgstSettings,
-         device: torch.device) -> torch.optim.Adam:
+def adam(
+    model: torch.nn.Module, chosen: settings.SegmentorSettings | settings.LgstSettings, device: torch.device
+) -> torch.optim.Adam:
     """Over what of a model is trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(trained, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps")
+    return torch.optim.Adam(
+        trained, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=device.type != "mps"
+    )
 
 
 def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -170,8 +202,13 @@ def on_cpu(module: torch.nn.Module) -> dict[str, Tensor]:
     return {key: value.cpu() for key, value in module.state_dict().items()}
 
 
-def write_scores(category: layouts.Category, workspace: Workspace, branches: Sequence[str], scores: dict[str, np.ndarray],
-                 maps: dict[str, np.ndarray]) -> None:
+def write_scores(
+    category: layouts.Category,
+    workspace: Workspace,
+    branches: Sequence[str],
+    scores: dict[str, np.ndarray],
+    maps: dict[str, np.ndarray],
+) -> None:
     """Write a branch's score files and, if there are any, its maps.
 
     Args:

@@ -225,7 +225,9 @@ def _filled_in(image: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 def _pasted(onto: np.ndarray, image: np.ndarray, part: np.ndarray, movement: np.ndarray) -> np.ndarray:
     size = image.shape[1::-1]
-    opacity, content = (cv2.warpAffine(picture, movement, size) for picture in (part.astype(np.float32), image))
+    opacity, content = (
+        cv2.warpAffine(picture, movement, size) for picture in (part.astype(np.float32), image)
+    )
     return _blend(onto, opacity, content)
 
 
