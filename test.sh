@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup_environment.sh
 "$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
 # Two threads a test: as many files at a time as there are cores, four at most.
 exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
