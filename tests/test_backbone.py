@@ -10,6 +10,7 @@ from csad.data.downloads import Checkpoint
 from csad.data.images import resize
 from csad.data.workspace import Workspace
 from csad.errors import UserError
+from csad.training import backbone_weights
 from csad.training.backbone_weights import WeightsMissing, build_backbone
 from csad.training.stage import agreed_backbone
 
@@ -20,7 +21,7 @@ import timm
 import torch
 from conftest import REFERENCE
 
-from models import backbone as backbones
+from models import backbone
 from models.backbone import PACKAGED, empty_encoder
 
 NAME = "resnet18"
@@ -38,7 +39,7 @@ def no_network(monkeypatch):
     def refuse(*args, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(backbones.socket, "create_connection", refuse)
+    monkeypatch.setattr(backbone_weights.socket, "create_connection", refuse)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
 
 
@@ -109,8 +110,8 @@ def test_the_packaged_network_knows_a_cat():
     """Weights, order, normalisation and colours together: ImageNet's classes 281 to 285 are cats."""
     from skimage.data import chelsea
 
-    network = timm.create_model(backbones.TIMM_NAMES[PACKAGED]).eval()
-    network.load_state_dict(backbones._packaged(network))
+    network = timm.create_model(backbone.TIMM_NAMES[PACKAGED]).eval()
+    network.load_state_dict(backbone_weights._packaged(network))
     picture = torch.from_numpy(resize(chelsea(), 224)).permute(2, 0, 1)[None]
     with torch.no_grad():
         best = network(empty_encoder(PACKAGED).normalise(picture)).softmax(1).topk(3).indices[0].tolist()
@@ -212,15 +213,16 @@ def published(tmp_path, monkeypatch, no_network):
         files.write_state(tmp_path / file, state)  # the same bytes under any name, unlike torch.save
 
     def digest_of(file):
-        return backbones.sha256(tmp_path / file)[:8]
+        return backbone_weights.sha256(tmp_path / file)[:8]
 
     write("encoder", 0), write("crops", 1), write("old", 2)
-    monkeypatch.setattr(backbones, "PUBLISHED", NAME)
-    monkeypatch.setattr(backbones, "TIMM_NAMES", {NAME: ENCODER})
-    monkeypatch.setattr(backbones, "CROP_WEIGHTS", CROPS)
-    monkeypatch.setattr(backbones, "V1_SHA256", digest_of("old"))
+    for module in (backbone, backbone_weights):
+        monkeypatch.setattr(module, "PUBLISHED", NAME)
+        monkeypatch.setattr(module, "TIMM_NAMES", {NAME: ENCODER})
+        monkeypatch.setattr(module, "CROP_WEIGHTS", CROPS)
+    monkeypatch.setattr(backbone_weights, "V1_SHA256", digest_of("old"))
     monkeypatch.setattr(
-        backbones,
+        backbone_weights,
         "PUBLISHED_WEIGHTS",
         {
             ENCODER: Checkpoint(f"{NAME}.pth", (tmp_path / "encoder").as_uri(), 45, digest_of("encoder")),

@@ -141,7 +141,7 @@ def version_0(path: Path) -> None:
     """Make a record or an exported model look as if another version of the code had written it."""
     content = path.read_bytes()
     assert b"format_version" in content
-    path.write_bytes(re.sub(rb'(format_version("|&quot;): )1', rb"\g<1>0", content))
+    path.write_bytes(re.sub(rb'(format_version("|&quot;): )\d+', rb"\g<1>0", content))
 
 
 @preparation

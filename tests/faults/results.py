@@ -89,7 +89,7 @@ GROUPS = [
      for row in rows("another version's record", command, "another version of this code",
                      do.version_0(f"{name}.json"))],
     [row for name, command in ((LGST, "CSAD"), (SEGMENTOR, "train_segmentor"), (MEMORY, "patch_memory"))
-     for row in rows("another version's checkpoint, no record", command, "format_version: 0 -> 1",
+     for row in rows("another version's checkpoint, no record", command, "format_version: 0 -> ",
                      *at.without_records(name), do.old_checkpoint(f"{name}.pth"))],
     [row for model, old in ((TORCH, do.metadata(TORCH, format_version=0)), (ONNX, do.version_0(ONNX)),
                             (XML, do.version_0(XML)))
