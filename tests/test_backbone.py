@@ -282,7 +282,9 @@ def test_weights_of_unknown_origin_are_named_and_count_as_a_stand_in(published, 
     assert capsys.readouterr().out.count("holds weights of unknown origin") == 2
     write(f"{CROPS}.pth", 5)
     torch.save(
-        torch.load(folder / f"{CROPS}.pth"), folder / f"{CROPS}.pth", _use_new_zipfile_serialization=False
+        torch.load(folder / f"{CROPS}.pth", weights_only=True),
+        folder / f"{CROPS}.pth",
+        _use_new_zipfile_serialization=False,
     )
     with pytest.raises(UserError, match="holds the encoder's weights"):
         build_backbone(NAME, None, folder, with_deepest=True)
