@@ -67,7 +67,7 @@ def main() -> None:
         + (f"; contact sheets in {args.output}" if args.output else "")
     )
     if errors:
-        raise UserError("the stages cannot run on this data set as it is; mend what is marked 'error'")
+        raise UserError("the stages cannot run on this data set as it is; fix the entries marked 'error'")
     if warnings:
         raise SystemExit(WARNED)
 

@@ -180,7 +180,7 @@ class Labelling:
         if changes:
             if not overwrite:
                 raise UserError(
-                    f"{self.labels.root} holds work begun with something else ({'; '.join(changes[:4])}); "
+                    f"{self.labels.root} was made with different settings or images ({'; '.join(changes[:4])}); "
                     "--overwrite starts over, another --workspace keeps both"
                 )
             shutil.rmtree(self.labels.root)

@@ -144,7 +144,7 @@ def run_script(main: Callable[[], None]) -> None:
             os.devnull, "w", encoding="utf-8"
         )  # or the interpreter complains once more when it flushes
         _stop(
-            "error: whoever read the output went away; what is finished is kept, the same command continues from there"
+            "error: the reader of the output closed the pipe; what is finished is kept, the same command continues from there"
         )
     except Exception as problem:
         sentence = in_a_sentence(problem)

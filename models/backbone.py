@@ -157,7 +157,7 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Which of timm's feature maps lie at `REDUCTIONS`, and the deepest map with its reduction."""
     if not timm.is_model(TIMM_NAMES.get(name, name)):
         raise UserError(
-            f"backbone '{name}' is none of auto, {PUBLISHED}, {PACKAGED} and timm's networks (resnet18, "
+            f"unknown backbone '{name}'; choose one of auto, {PUBLISHED}, {PACKAGED} or timm's networks (resnet18, "
             "mobilenetv3_large_100, ...)"
         )
     problem = UserError(

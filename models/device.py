@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise UserError(
-            f"device '{name}' is not to be had here ({str(problem).splitlines()[0]}); use --device auto"
+            f"device '{name}' is not available ({str(problem).splitlines()[0]}); use --device auto"
         ) from problem
     if device.type == "cpu":
         keep_freed_memory()

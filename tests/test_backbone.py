@@ -174,7 +174,10 @@ def test_weights_in_the_folder_are_taken_and_those_of_another_network_refused(tm
 
 @pytest.mark.parametrize(
     "name, said",
-    [("vit_tiny_patch16_224", "no feature maps at 1/4, 1/8 and 1/16"), ("resnet17", "'resnet17' is none of")],
+    [
+        ("vit_tiny_patch16_224", "no feature maps at 1/4, 1/8 and 1/16"),
+        ("resnet17", "unknown backbone 'resnet17'"),
+    ],
 )
 def test_networks_that_will_not_do_get_a_sentence(name, said, tmp_path):
     with pytest.raises(UserError, match=said):

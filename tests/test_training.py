@@ -121,7 +121,8 @@ def test_progress_of_other_settings_is_refused_and_kept(tmp_path, monkeypatch, u
         train(path, stop_at=3, how=kill)
     before = path.read_bytes()
     with pytest.raises(
-        UserError, match=f"progress.pth is a training begun with something else [(]{said}.*--overwrite"
+        UserError,
+        match=f"progress.pth is a training with different settings or images [(]{said}.*--overwrite",
     ):
         train(path, used=used)
     assert path.read_bytes() == before

@@ -129,7 +129,7 @@ def main() -> None:
     if args.watch:
         for folder in args.images:
             if not Path(folder).is_dir():
-                raise UserError(f"--watch needs folders, and {folder} is none")
+                raise UserError(f"--watch needs folders; {folder} is not a folder")
     found = Found(args.images, args.output)
     if not args.watch:
         found.require_images()

@@ -111,7 +111,7 @@ class Record:
     def _refuse(changes: list[str], place: Path | None) -> None:
         if changes:
             raise UserError(
-                f"{place} holds work begun with something else ({'; '.join(changes[:4])}); "
+                f"{place} was made with different settings or images ({'; '.join(changes[:4])}); "
                 "--overwrite starts over, another --workspace keeps both"
             )
 

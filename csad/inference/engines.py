@@ -313,7 +313,7 @@ def device_name(name: str, model: Path) -> str:
     if model.suffix.lower() != ".pth":
         of_openvino = model.suffix.lower() == ".xml" and name.isupper()
         if not (of_openvino or re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name)):
-            raise UserError(f"device '{name}' is not to be had here; use --device auto")
+            raise UserError(f"device '{name}' is not available; use --device auto")
         return name
     from models.device import choose_device
 

@@ -73,7 +73,7 @@ class TrainingLoop:
             changes = records.difference(saved.get("used", {}) if isinstance(saved, dict) else {}, self.used)
             if changes:
                 raise UserError(
-                    f"{self.progress_file} is a training begun with something else ({'; '.join(changes[:4])}); "
+                    f"{self.progress_file} is a training with different settings or images ({'; '.join(changes[:4])}); "
                     "--overwrite starts over, another --workspace keeps both"
                 )
             other = self.overwrites is not None and saved["overwrites"] != self.overwrites

@@ -48,7 +48,7 @@ GROUPS = [
     # Results of other data, another training, or another stage.
     rows("another test image", LATER[1:], "not those", take(f"{at.TEST}/000.png", "001.png")),
     [row for commands, said in (
-        (OVERWRITABLE, "something else"), ("export_model", "not those"), (OVERWRITING[1], "pseudo_label.py"))
+        (OVERWRITABLE, "different settings or images"), ("export_model", "not those"), (OVERWRITING[1], "pseudo_label.py"))
      for row in rows("another training image", commands, said, take(f"{at.TRAIN}/000.png", "001.png"))],
     [*rows("a test image less", "benchmark_performance", "train_segmentor.py", remove(f"{at.TEST}/002.png")),
      *rows("a validation image less", "export_model", "not those", remove(f"{at.VALIDATION}/002.png"))],
@@ -68,7 +68,7 @@ GROUPS = [
          take(f"{at.CKPT}/pytorch_models/cup.pth", "pushpins.pth"), do.copy_tree("data/cup", "pushpins")),
     rows("other settings", ["CSAD --lgst.steps 21", "CSAD --seed 1", "train_segmentor --segmentor.epochs 5",
                             "pseudo_label --pseudo_labels.rotations 3", "patch_memory --memory.rows 51"],
-         "something else"),
+         "different settings or images"),
     rows("another white level", [f"{script} --images.white_level 4095"
                                  for script in ("CSAD", "pseudo_label", "export_model")], "white_level"),
     rows("another backbone", [f"{command} --backbone mobilenetv3_small_050" for command in OVERWRITING],

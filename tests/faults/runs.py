@@ -21,7 +21,7 @@ GROUPS = [
     rows("nothing may be written", [PREDICT, f"{SERVE} --log more/log.jsonl", *STAGES, *ELSEWHERE],
          "permission", inside=processes.nobody),
     rows("nobody reads the output", [PREDICT, SERVE, "pseudo_label", *LATER[1:], "check_dataset",
-                                     ELSEWHERE[0]], "went away", inside=processes.no_reader),
+                                     ELSEWHERE[0]], "closed the pipe", inside=processes.no_reader),
 
     # Other runs.
     rows("another run in this workspace", STAGES, "process",
