@@ -94,7 +94,7 @@ def test_a_checkpoint_without_a_record_is_no_blank_cheque(category, workspace, m
     noted = record.read_bytes()
     record.unlink()
     workspace.scores(CATEGORY, "LGST", "val").unlink()
-    with pytest.raises(UserError, match="best_discs.pth holds work .*steps: 2 -> 5"):
+    with pytest.raises(UserError, match="best_discs.pth was made .*steps: 2 -> 5"):
         train(category, workspace, steps=5)
     assert not record.exists()
     monkeypatch.setattr(CSAD, "train", None)
