@@ -394,7 +394,7 @@ def test_outputs_of_others_are_used_as_they_are(tmp_path):
     [
         (
             {"state": {}, "meta": {"format_version": csad.FORMAT_VERSION, "seed": 1, "names": ("a", "b")}},
-            "made.pth holds .* [(]seed: 1 -> 0[)]; --overwrite",
+            "made.pth was made .* [(]seed: 1 -> 0[)]; --overwrite",
         ),
         (
             {"state": {}, "meta": {"seed": 0, "names": ("a", "b")}},
