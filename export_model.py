@@ -16,7 +16,6 @@ import csv
 import io
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,15 @@ from csad.evaluation import branch_weights, export_tables, seeds
 from csad.evaluation.metrics import auroc, mean_known
 from csad.export import agreement, exported_thresholds, exporters, fresh_process, quantisation
 from csad.export.assembly import fused_state, require_up_to_date
-from csad.inference.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
+from csad.inference.engines import (
+    Engine,
+    OnnxEngine,
+    OpenVinoEngine,
+    TorchEngine,
+    as_input,
+    open_model,
+    read_for,
+)
 from csad.progress import ProgressBar
 from csad.training.jobs import Task, run_jobs
 from csad.training.logical_synthesis import label_parts, synthesise
@@ -253,7 +260,7 @@ def contributions_on_defects(
     for first in ProgressBar(
         range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False
     ):
-        prediction = engine.predict(read(engine, paths[first : first + batch]))
+        prediction = engine.predict(read_for(engine, paths[first : first + batch]))
         good.append(prediction.branch_scores)
         label_maps += list(prediction.label_map)
     rng, defects = np.random.default_rng(seed), {}
@@ -271,7 +278,7 @@ def contributions_on_defects(
             defective = []
             for index in range(first, min(first + batch, SYNTHETIC_DEFECTS)):
                 chosen = int(rng.integers(len(paths)))
-                image = read(engine, [paths[chosen]])[0].transpose(1, 2, 0)
+                image = read_for(engine, [paths[chosen]])[0].transpose(1, 2, 0)
                 changed = synthesise_defect(
                     image, label_maps[chosen], list(kinds)[index % len(kinds)], strengths[index], rng
                 )
@@ -282,11 +289,6 @@ def contributions_on_defects(
                 contributions.append(engine.predict(np.stack(defective)).branch_scores)
         defects[name] = branch_weights.Defects(np.concatenate(contributions), strengths[visible])
     return np.concatenate(good), defects
-
-
-def read(engine: Engine, paths: Sequence[Path]) -> np.ndarray:
-    """Images on disk as the engine takes them, (B, 3, size, size) uint8."""
-    return images.read_views(paths, engine.size, "", engine.metadata.get("white_level"))
 
 
 def export_onnx(
@@ -411,12 +413,7 @@ def make_check(
     category: layouts.Category, fp32: Engine, chosen: settings.Settings, seed: int
 ) -> quantisation.Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
-    good = images.read_views(
-        category.validation,
-        fp32.size,
-        f"{category.name}: read validation images",
-        fp32.metadata.get("white_level"),
-    )
+    good = read_for(fp32, category.validation, f"{category.name}: read validation images")
     rng = np.random.default_rng(seed)
     made, scores = [], []
     for image in good:
@@ -476,7 +473,7 @@ def evaluate(
         category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"
     ):
         start = time.perf_counter()
-        image = images.read_views([path], engine.size, "", engine.metadata.get("white_level"))
+        image = read_for(engine, [path])
         between = time.perf_counter()
         score = float(engine.score(image)[0])
         seconds.append(time.perf_counter() - between)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from csad.data import images
 from csad.export.fresh_process import Scored
-from csad.inference.engines import TorchEngine
+from csad.inference.engines import TorchEngine, read_for
 
 import numpy as np
 
@@ -52,12 +51,7 @@ def disagreement(
     """
     if not all(np.isfinite(given).all() for given in (found.score, found.branch_scores) if given is not None):
         return "it gives numbers that are not finite"
-    expected = [
-        reference.predict(
-            images.read_views([path], reference.size, "", reference.metadata.get("white_level"))
-        )
-        for path in pictures
-    ]
+    expected = [reference.predict(read_for(reference, [path])) for path in pictures]
     shares, label_maps = (
         np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map")
     )

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csad.data import images
 from csad.errors import UserError, in_a_sentence
-from csad.inference.engines import open_model
+from csad.inference.engines import open_model, read_for
 from csad.progress import ProgressBar
 
 import numpy as np
@@ -112,7 +111,7 @@ def _answer(asked: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
     for index, path in enumerate(
         ProgressBar(asked["pictures"], desc=asked["description"], unit="image", leave=False)
     ):
-        picture = images.read_views([Path(path)], engine.size, "", engine.metadata.get("white_level"))
+        picture = read_for(engine, [Path(path)])
         given = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
         for name in found.keys() & given.keys():
             found[name].append(given[name])

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from csad.branches import PAPER_BRANCHES
 from csad.data import files
+from csad.data.images import read_views
 from csad.errors import UserError, require_version
 
 import numpy as np
@@ -126,6 +127,11 @@ def in_words(networks: dict[str, str]) -> str:
     return "; ".join(
         f"{kind}: {', '.join(name for name, ran in networks.items() if ran == kind)}" for kind in kinds
     )
+
+
+def read_for(engine: Engine, paths: Sequence[Path], description: str = "") -> np.ndarray:
+    """Images on disk as an engine takes them, (B, 3, size, size) uint8 RGB; with a progress bar where there is a description."""
+    return read_views(paths, engine.size, description, engine.metadata.get("white_level"))
 
 
 def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:
