@@ -19,7 +19,7 @@ GROUPS = [
     rows("files may not grow", ["patch_memory --overwrite", "report", EXPORTS[1]], "",
          inside=processes.no_large_files),
     rows("nothing may be written", [PREDICT, f"{SERVE} --log more/log.jsonl", *STAGES, *ELSEWHERE],
-         "permission", inside=processes.nobody),
+         "permission", inside=processes.nothing_writable),
     rows("nobody reads the output", [PREDICT, SERVE, "pseudo_label", *LATER[1:], "check_dataset",
                                      ELSEWHERE[0]], "closed the pipe", inside=processes.no_reader),
 
