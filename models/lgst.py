@@ -126,8 +126,25 @@ class Differences(NamedTuple):
     global_: Tensor
 
 
-class MapNormalisation(nn.Module):
+class LgstMap(nn.Module):
+    """LGST in any form: RGB in 0..255 (B, 3, 256, 256), the encoder's maps of it, and those of the larger view in; anomaly map
+    (B, 64, 64) out, whose maximum is the score."""
+
+    on_features = False  # whether the student sees the encoder's maps of the larger view instead of pixels
+
+    @staticmethod
+    def scaled(anomaly_map: Tensor) -> Tensor:
+        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
+        return anomaly_map / 0.1
+
+
+class MapNormalisation(LgstMap):
     """What turns the two differences into an anomaly map, whatever networks they come from."""
+
+    q_st_start: Tensor
+    q_st_end: Tensor
+    q_ae_start: Tensor
+    q_ae_end: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +157,6 @@ class MapNormalisation(nn.Module):
         return 0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start) + 0.1 * (
             differences.global_ - self.q_ae_start
         ) / (self.q_ae_end - self.q_ae_start)
-
-    @staticmethod
-    def scaled(anomaly_map: Tensor) -> Tensor:
-        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
-        return anomaly_map / 0.1
 
     def fit_map_normalisation(self, validation: Differences) -> None:
         """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
@@ -163,8 +175,6 @@ class LGST(MapNormalisation):
         encoder_channels: of the encoder's three maps.
         width, channels: of the student and of the teacher.
     """
-
-    on_features = False
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
