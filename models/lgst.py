@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         """Both parts -> (B, channels, 64, 64)."""
         size = (MAP_SIZE, MAP_SIZE)
         averaged = F.avg_pool2d(resize(stride8, size) + resize(stride16, size), 3, stride=1, padding=1)
-        return averaged + self.proj.bias.view(1, -1, 1, 1)
+        return averaged + self.proj.get_parameter("bias").view(1, -1, 1, 1)
 
 
 class Student(nn.Module):
@@ -176,6 +176,9 @@ class LGST(MapNormalisation):
         width, channels: of the student and of the teacher.
     """
 
+    teacher_mean: Tensor
+    teacher_std: Tensor
+
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
         self.normalise = Normalise(
@@ -228,16 +231,26 @@ class LGST(MapNormalisation):
         """
         local, _ = self.local_st(self.normalise(images))
         local_of_penalty, _ = self.local_st(self.normalise(penalty))
-        if augmented is None:
+        if augmented is None or augmented_teacher is None:
             return TrainingFeatures(teacher, local, local_of_penalty)
         decoded = self.autoencoder(self.normalise(augmented))
         _, global_ = self.local_st(self.normalise(augmented))
-        return TrainingFeatures(teacher, local, local_of_penalty, augmented_teacher, decoded, global_)
+        return TrainingFeatures(
+            teacher, local, local_of_penalty, ViewFeatures(augmented_teacher, decoded, global_)
+        )
 
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
         self.teacher_mean.copy_(mean.view(1, -1, 1, 1))
         self.teacher_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
+
+
+class ViewFeatures(NamedTuple):
+    """What teacher, autoencoder and the student's second head make of augmented views, each (B, channels, 64, 64)."""
+
+    teacher: Tensor
+    decoded: Tensor
+    global_: Tensor
 
 
 class TrainingFeatures(NamedTuple):
@@ -246,11 +259,7 @@ class TrainingFeatures(NamedTuple):
     teacher: Tensor  # of the training images
     local: Tensor  # the student's first head on the same images
     penalty: Tensor | None = None  # the student's first head on an image unlike them, if the step has one
-    augmented_teacher: Tensor | None = (
-        None  # the teacher on augmented views; None, like the next two, on local steps
-    )
-    decoded: Tensor | None = None  # the autoencoder on these views
-    global_: Tensor | None = None  # the student's second head on these views
+    views: ViewFeatures | None = None  # None on local steps
 
 
 def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> dict[str, Tensor]:
@@ -264,16 +273,14 @@ def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> di
         teacher-autoencoder difference; global: autoencoder-student difference. Without the features that they compare,
         the last three are missing.
     """
-    teacher, local, penalty, augmented_teacher, decoded, global_ = (
-        None if maps is None else maps.float() for maps in features
-    )
-    difference = (teacher - local).square()
+    difference = (features.teacher.float() - features.local.float()).square()
     if hard_quantile is not None:
         difference = difference[difference >= quantile(difference.detach(), hard_quantile)]
     parts = {"local": difference.mean()}
-    if penalty is not None:
-        parts["penalty"] = penalty.square().mean()
-    if decoded is not None:
-        parts["autoencoder"] = (augmented_teacher - decoded).square().mean()
+    if features.penalty is not None:
+        parts["penalty"] = features.penalty.float().square().mean()
+    if features.views is not None:
+        teacher, decoded, global_ = (maps.float() for maps in features.views)
+        parts["autoencoder"] = (teacher - decoded).square().mean()
         parts["global"] = (decoded - global_).square().mean()
     return parts

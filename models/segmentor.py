@@ -97,8 +97,8 @@ class Segmentor(nn.Module):
             )
         )
 
-    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """(B, *, H/4, W/4), (B, *, H/8, W/8) (unused), (B, *, H/16, W/16) -> logits (B, classes, *output_size)."""
+    def forward(self, features: tuple[Tensor, Tensor | None, Tensor]) -> Tensor:
+        """(B, *, H/4, W/4), (B, *, H/8, W/8) or None (unused), (B, *, H/16, W/16) -> logits (B, classes, *output_size)."""
         shallow, _, deep = features
         context = resize(self.fc1(self.aspp(deep)), shallow.shape[-2:])
         logits = self.fc2(torch.cat([context, self.reduce(shallow)], dim=1))
