@@ -22,14 +22,20 @@ SMOOTH = 1e-5  # keeps logarithms and divisions finite, everywhere below
 
 
 class LossWeights(Protocol):
-    """What `losses` needs of the segmentor's settings."""
+    """What `losses` needs of the segmentor's settings, which nobody changes."""
 
-    weight_ce: float
-    weight_focal: float
-    weight_dice: float
-    weight_histogram: float
-    weight_entropy: float
-    softmax_twice: bool
+    @property
+    def weight_ce(self) -> float: ...
+    @property
+    def weight_focal(self) -> float: ...
+    @property
+    def weight_dice(self) -> float: ...
+    @property
+    def weight_histogram(self) -> float: ...
+    @property
+    def weight_entropy(self) -> float: ...
+    @property
+    def softmax_twice(self) -> bool: ...
 
 
 class ConvBnRelu(nn.Module):
