@@ -12,7 +12,7 @@ from pathlib import Path
 
 import csad
 from csad import settings
-from csad.data import files, images, layouts
+from csad.data import files, label_colours, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import seeds
 from csad.inference import overlays
@@ -458,7 +458,7 @@ def test_colours_can_be_told_apart_by_colour_blind_people():
     }
     style = (Path(figures.__file__).parent / "page.css").read_text()
     themes = style.split("@media (prefers-color-scheme: dark)")
-    groups = [[images.label_colour(label) for label in range(1, 8)]]
+    groups = [[label_colours.label_colour(label) for label in range(1, 8)]]
     for theme in (themes[0], themes[1]):
         variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
         groups += [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from csad import settings
-from csad.data import conventions, files, images, layouts, listing
+from csad.data import conventions, files, image_files, images, layouts, listing
 from csad.data.listing import count
 from csad.data.pictures import Picture, examine, look, near_copies, with_digests_where_alike
 from csad.data.roi import read_roi
@@ -162,7 +162,7 @@ def about_unused(category: layouts.Category, findings: Findings) -> None:
         reasons[why].append(path)
     for why, paths in reasons.items():
         litter = why == listing.CLUTTER or (
-            why == "hidden" and not any(path.suffix.lower() in images.SUFFIXES for path in paths)
+            why == "hidden" and not any(path.suffix.lower() in image_files.SUFFIXES for path in paths)
         )
         (findings.notes if litter else findings.warnings).append(
             f"not used: {names(category.root, paths)}: {why}"
@@ -355,7 +355,7 @@ def about_masks(
         image, path = one
         try:
             mask = images.read_mask(path)
-            if images.is_lossy(path):
+            if image_files.is_lossy(path):
                 lossy.append(path)
             value = layouts.pixel_value(path, mask, values or ())
         except UserError as problem:

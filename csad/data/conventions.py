@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 from csad.data.listing import image_files, subfolders
 from csad.errors import UserError
 

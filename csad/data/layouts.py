@@ -26,7 +26,8 @@ from csad.data.conventions import (
     Loco,
     advice_on_other_layout,
 )
-from csad.data.images import SUFFIXES, displayed_size, is_lossy, read_mask
+from csad.data.image_files import SUFFIXES, displayed_size, is_lossy
+from csad.data.images import read_mask
 from csad.data.listing import CLUTTER, Unused, count, entries, reason_to_skip, unique_names, walk
 from csad.errors import UserError
 
@@ -194,7 +195,7 @@ class Category:
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
-        """See `csad.data.images.displayed_size`; each image is asked once, because a PNG may say how it lies after its pixels."""
+        """See `csad.data.image_files.displayed_size`; each image is asked once, because a PNG may say how it lies after its pixels."""
         return cache(displayed_size)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csad.data import images, records
+from csad.data import image_files, images, records
 from csad.errors import UserError
 
 import numpy as np
@@ -45,7 +45,7 @@ class Picture:
 def look(path: Path, split: str) -> Picture:
     """What a file's header says."""
     try:
-        with images.opened(path) as image:
+        with image_files.opened(path) as image:
             return Picture(path, split, **header(image))
     except UserError as problem:
         return Picture(path, split, str(problem))
@@ -54,7 +54,7 @@ def look(path: Path, split: str) -> Picture:
 def examine(path: Path, split: str, white_level: float | None) -> Picture:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
-        with images.opened(path) as image:
+        with image_files.opened(path) as image:
             said = header(image)
             if image.format == "JPEG":
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
@@ -78,12 +78,12 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
 
 def header(image: Image.Image) -> dict:
     """What `Picture` notes of an image whose pixels are not read yet."""
-    raw_mode = images.raw_mode_of(image)
-    deep = ";16" in image.mode + raw_mode and raw_mode not in images.PACKED
+    raw_mode = image_files.raw_mode_of(image)
+    deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
     # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
     asked = image.format != "PNG" or "exif" in image.info
-    orientation = image.getexif().get(images.ORIENTATION_TAG, 1) if asked else 1
+    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if asked else 1
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return {
         "size": image.size[::-1] if across else image.size,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from csad.data import files, images, layouts
+from csad.data import files, image_files, images, layouts
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
@@ -292,7 +292,7 @@ def read_regions(
     regions = []
     for path in paths:
         values = images.read_mask(path)
-        if images.is_lossy(path):
+        if image_files.is_lossy(path):
             _say_lossy(category, path)
         if values.shape != size[::-1]:
             raise UserError(
