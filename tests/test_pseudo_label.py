@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 
 from csad import processes, settings
-from csad.data import files, image_files, images, label_colours, layouts
+from csad.data import data_sets, files, image_files, images, label_colours
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.label_matching import match_labels
@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def category(make_dataset):
-    return layouts.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
+    return data_sets.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from csad.data import files, image_files, images, layouts
+from csad.data import defects, files, image_files, images, layouts
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
@@ -304,7 +304,7 @@ def read_regions(
             count, parts = cv2.connectedComponents((values > 0).astype(np.uint8))
             regions += [Region(parts == part, float((parts == part).sum())) for part in range(1, count)]
             continue
-        value = layouts.pixel_value(path, values, saturations)
+        value = defects.pixel_value(path, values, saturations)
         if value not in saturations:
             raise UserError(
                 f"{path} "
