@@ -79,7 +79,7 @@ class BranchRun:
         """
         job = self.job
         (trained,) = network.values()
-        trained.to(job.device, memory_format=memory_format(job.precision)).train()
+        trained.to(job.device).to(memory_format=memory_format(job.precision)).train()
         return NetworkTraining(
             steps,
             self.progress_file,
