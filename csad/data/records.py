@@ -104,7 +104,9 @@ class Record:
 
     def _checkpoint_meta(self) -> dict[str, Any] | None:
         """What the checkpoint says of itself; None for published ones, which say nothing."""
-        saved = files.read_state(self.checkpoint) if self.checkpoint is not None else None
+        if self.checkpoint is None:
+            return None
+        saved = files.read_state(self.checkpoint)
         return saved["meta"] if files.holds(saved, {"state": dict, "meta": dict}) else None
 
 
@@ -205,7 +207,7 @@ def require_current(
     return noted
 
 
-def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
+def difference(used: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
     changes = []
     for key in sorted(used.keys() | wanted.keys()):

@@ -39,7 +39,8 @@ def decide(
     ):
         state, weighed = with_optional_branches(category, workspace, fusion, view)
         engine = TorchEngine(state, device)
-        decision = branch_weights.choose(*contributions_on_defects(engine, category, seed), engine.branches)
+        good, defects = contributions_on_defects(engine, category, seed)
+        decision = branch_weights.choose(good, defects, engine.branches, fusion.branches)
         branch_weights.write(category.name, workspace, fusion, decision)
         weights = decision.weights
         print(f"{category.name}: {decision.description}")

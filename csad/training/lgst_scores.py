@@ -34,7 +34,9 @@ def differences(
         few = pictures[first : first + SCORING_BATCH]
         batch = (few if isinstance(few, Tensor) else torch.from_numpy(read(few))).to(job.device).float()
         maps = job.backbone.encoder(batch)
-        batches.append(model.differences(maps) if model.on_features else model.differences(batch, maps))
+        batches.append(
+            model.differences(maps) if isinstance(model, FeatureLGST) else model.differences(batch, maps)
+        )
     return Differences(*(torch.cat(maps) for maps in zip(*batches)))
 
 

@@ -112,7 +112,9 @@ class TrainingLoop:
             ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
             ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar,
         ):
-            waiting = prefetch.submit(draw, self.done) if self.done < self.steps else None
+            if self.done >= self.steps:
+                return
+            waiting = prefetch.submit(draw, self.done)
             for step in range(self.done, self.steps):
                 sample = waiting.result()
                 if step + 1 < self.steps:

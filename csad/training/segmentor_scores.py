@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from csad.data import files, layouts
@@ -90,6 +90,21 @@ def score(
             drawn.append(evidence(maps))
             scores[-1] = scores[-1] + evidence.score(drawn[-1])
     return torch.cat(scores).numpy(), torch.cat(drawn).numpy()
+
+
+def held_out_scores(
+    detector: PatchHistogramDetector,
+    parameters: Mapping[str, np.ndarray],
+    evidence: HistogramEvidence | None,
+    evidence_parameters: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Scores of training images held out (N,), as `score` would give them, of what the parameters say of these images."""
+    scores = detector.score(
+        *(torch.from_numpy(parameters[f"{name}_held_out_score"]) for name in ("hist", "patch_hist"))
+    )
+    if evidence is not None:
+        scores = scores + evidence.normalised(torch.from_numpy(evidence_parameters["held_out_score"]))
+    return scores.numpy()
 
 
 def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: int) -> BestOnTest[Segmentor]:

@@ -30,7 +30,7 @@ class Job:
 
     Attributes:
         workspace: of this seed.
-        backbone: on the device; None where jobs are only named.
+        backbone: on the device.
         precision: fp32 or bf16, of training.
     """
 
@@ -65,11 +65,16 @@ def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespac
     tasks = {}
     for seed, seed_workspace in workspace.of_seeds(args.seeds).items():
         for category in categories:
+            cfg = settings_of[category.name]
+            view = view_of(category, cfg)
+            if backbone is None:
+                tasks[job_name(category, seed)] = Task(category, seed, only_named)
+                continue
             job = Job(
                 category,
                 seed_workspace,
-                settings_of[category.name],
-                view_of(category, settings_of[category.name]),
+                cfg,
+                view,
                 backbone,
                 device,
                 precision,
@@ -78,6 +83,10 @@ def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespac
             )
             tasks[job_name(category, seed)] = Task(category, seed, partial(train_category, job))
     return tasks
+
+
+def only_named() -> None:
+    """What a job does with ``--dry_run``."""
 
 
 def job_name(category: layouts.Category, seed: int | None) -> str:
