@@ -21,7 +21,7 @@ from csad.data.defects import DefectNames
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
-from csad.evaluation import branch_weights, localisation, seeds
+from csad.evaluation import branch_weights, localisation, seeds, spro
 from csad.evaluation.metrics import LOCO, auroc, average_precision, counted, f1_max, mean_known
 from csad.evaluation.scores import (
     FUSED,
@@ -364,7 +364,7 @@ def details(measured: dict[str, dict]) -> list[str]:
         }
         if told := counted(measured_of):
             notes.append(f"averages of the categories that were measured{told}")
-    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
+    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
 
 

@@ -30,15 +30,9 @@ from csad.evaluation import branch_weights, export_tables, seeds
 from csad.evaluation.metrics import auroc, mean_known
 from csad.export import agreement, exported_thresholds, exporters, fresh_process, quantisation
 from csad.export.assembly import fused_state, require_up_to_date
-from csad.inference.engines import (
-    Engine,
-    OnnxEngine,
-    OpenVinoEngine,
-    TorchEngine,
-    as_input,
-    open_model,
-    read_for,
-)
+from csad.inference.engines import Engine, as_input, read_for
+from csad.inference.openvino_engine import OpenVinoEngine
+from csad.inference.runtimes import OnnxEngine, TorchEngine, open_model
 from csad.progress import ProgressBar
 from csad.training.jobs import Task, run_jobs
 from csad.training.logical_synthesis import label_parts, synthesise

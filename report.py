@@ -37,7 +37,7 @@ from csad.evaluation.scores import (
 )
 from csad.evaluation.thresholds import Threshold, choose_threshold
 from csad.export.assembly import sources, versions
-from csad.inference import inspection, overlays
+from csad.inference import inspection, overlays, verdicts
 from csad.progress import ProgressBar
 from csad.report import figures, page
 from csad.synthetic.writer import components_root
@@ -322,9 +322,9 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
         drawn.append(
             ("how unusual each place is", marked(overlays.heat_overlay(image, explaining, tested.anomalous)))
         )
-    verdict = inspection.Verdict(
+    verdict = verdicts.Verdict(
         tested.path,
-        inspection.ANOMALOUS if tested.anomalous else inspection.NORMAL,
+        verdicts.ANOMALOUS if tested.anomalous else verdicts.NORMAL,
         one.threshold.value,
         tested.score,
         tested.shares,

@@ -23,21 +23,9 @@ from pathlib import Path
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = (
-    "--preset",
-    "quick",
-    "--backbone",
-    "efficientnet_lite0",
-    "--device",
-    "cpu",
-    "--images.size",
-    "256",
-    "--lgst.width",
-    "16",
-    "--lgst.teacher_channels",
-    "16",
-)
+from benchmarks.many_categories import QUICK, ROOT
+
+OPTIONS = (*QUICK, *"--lgst.width 16 --lgst.teacher_channels 16".split())
 SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
@@ -130,18 +118,8 @@ def overhead(folder: Path, args: argparse.Namespace) -> None:
 
 
 def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "CSAD.py",
-        "--workspace",
-        str(folder / name),
-        "--dataset_root",
-        str(folder / "data"),
-        *OPTIONS,
-        "--lgst.steps",
-        str(steps),
-        *options,
-    ]
+    folders = ["--workspace", folder / name, "--dataset_root", folder / "data"]
+    command = [sys.executable, "CSAD.py", *folders, *OPTIONS, "--lgst.steps", str(steps), *options]
     with open(folder / f"{name}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -24,8 +24,9 @@ from urllib.parse import urlsplit
 
 from csad.data.image_files import SUFFIXES
 from csad.errors import UserError, run_script
-from csad.inference.engines import Engine, device_name, open_model
+from csad.inference.engines import Engine
 from csad.inference.inspection import read_picture
+from csad.inference.runtimes import device_name, open_model
 
 import httpx
 import numpy as np

@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from csad.data import files
@@ -26,24 +27,11 @@ from benchmarks.processes import Usage, measured
 
 ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"
-TINY = (
-    "--preset",
-    "quick",
-    "--backbone",
-    "efficientnet_lite0",
-    "--device",
-    "cpu",
-    "--images.size",
-    "256",
-    "--segmentor.epochs",
-    "3",
-    "--segmentor.unsupervised_from_epoch",
-    "1",
-    "--segmentor.width",
-    "16",
-    "--memory.rows",
-    "50",
-)
+QUICK = "--preset quick --backbone efficientnet_lite0 --device cpu --images.size 256".split()
+TINY = [
+    *QUICK,
+    *"--segmentor.epochs 3 --segmentor.unsupervised_from_epoch 1 --segmentor.width 16 --memory.rows 50".split(),
+]
 TRAINING = ("pseudo_label.py", "train_segmentor.py", "patch_memory.py")
 MEASURED = ("export_model.py", "benchmark_performance.py", "report.py")
 WRITTEN = {
@@ -51,6 +39,8 @@ WRITTEN = {
     "benchmark_performance.py": "score_combine_result.txt",
     "report.py": "report.html",
 }
+
+HEADERS = ("categories", "script", "seconds", "processor ms each", "peak MB", "MB of its largest table")
 
 
 def main() -> None:
@@ -83,44 +73,21 @@ def main() -> None:
         multiply(trained, many, number)
         for script in args.scripts:
             seconds, of_processor, peak = run(script, many)
-            rows.append(
-                (
-                    number,
-                    script,
-                    seconds,
-                    1000 * of_processor / number,
-                    peak,
-                    (many / WRITTEN[script]).stat().st_size / 1e6,
-                )
-            )
-            print(
-                tabulate(
-                    rows,
-                    (
-                        "categories",
-                        "script",
-                        "seconds",
-                        "processor ms each",
-                        "peak MB",
-                        "MB of its largest table",
-                    ),
-                    tablefmt="github",
-                    floatfmt=".2f",
-                ),
-                flush=True,
-            )
+            written = (many / WRITTEN[script]).stat().st_size / 1e6
+            rows.append((number, script, seconds, 1000 * of_processor / number, peak, written))
+            print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=".2f"), flush=True)
 
 
 def multiply(trained: Path, many: Path, number: int) -> None:
     """The trained category under ``number`` names; starts over where there is something already."""
     shutil.rmtree(many, ignore_errors=True)
-    found = [
+    of_category = [
         path
         for path in sorted(trained.rglob("*"))
         if path.is_file() and CATEGORY in str(path.relative_to(trained))
     ]
     for index in ProgressBar(range(number), desc="multiply", unit="category", leave=False):
-        for path in found:
+        for path in of_category:
             target = many / str(path.relative_to(trained)).replace(CATEGORY, f"category_{index:04d}")
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
@@ -131,7 +98,7 @@ def multiply(trained: Path, many: Path, number: int) -> None:
 
 
 def run(
-    script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)
+    script: str, workspace: Path, options: Sequence[str] = TINY, accepted: tuple[int, ...] = (0,)
 ) -> Usage:
     """What one script takes over all categories of ``workspace``/dataset.
 

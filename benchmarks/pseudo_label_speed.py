@@ -19,13 +19,8 @@ from pathlib import Path
 from csad import settings
 from csad.errors import run_script
 from csad.pseudo_labels import beyond_clustering, clustering, components, crop_embedding, masks
-from csad.pseudo_labels.grounded_sam import (
-    PROMPTS_PER_BATCH,
-    GroundingDino,
-    SamHQ,
-    build_grounding_dino,
-    build_sam,
-)
+from csad.pseudo_labels.grounding_dino import GroundingDino, build_grounding_dino
+from csad.pseudo_labels.sam_hq import PROMPTS_PER_BATCH, SamHQ, build_sam
 from csad.standins.classical import ClassicalProposer
 
 import cv2
@@ -42,10 +37,8 @@ from models.device import choose_device
 
 PARTS = 8  # components per image
 ROTATIONS = 60
-VALUES, SPREAD = (
-    512,
-    0.02,
-)  # of the vectors to cluster; standard deviation in a part, whose centres lie some 6 apart
+# Of the vectors to cluster; standard deviation in a part, whose centres lie some 6 apart.
+VALUES, SPREAD = 512, 0.02
 
 
 @dataclass(frozen=True)
@@ -130,13 +123,13 @@ def cost_of_sam(
     )
     yield Cost(f"SAM-HQ {size}: eight points of the background", seconds(sam.background, 2), "image")
     yield Cost(f"SAM-HQ {size}: box -> mask", seconds(lambda: sam.inside(boxes), 2) / len(boxes), "box")
-    few = settings.load(
+    grid = settings.load(
         "", "paper", {"pseudo_labels.points_per_side": 8, "pseudo_labels.crop_n_layers": 0}
     ).pseudo_labels
-    sam.everything(few)
+    sam.everything(grid)
     yield Cost(
         f"SAM-HQ {size}: automatic masks (published: 5 crops x 1024)",
-        seconds(lambda: sam.everything(few)) / 64,
+        seconds(lambda: sam.everything(grid)) / 64,
         "point",
     )
 
@@ -161,7 +154,7 @@ def cost_of_features(
     image: np.ndarray, parts: np.ndarray, device: torch.device, seconds: Callable[..., float]
 ) -> Sequence[Cost]:
     network = timm.create_model(TIMM_NAMES[PUBLISHED], features_only=True, out_indices=(4,)).eval()
-    deepest = Encoder(network, IMAGENET_MEAN, IMAGENET_STD, (32,)).to(device)
+    last_stage = Encoder(network, IMAGENET_MEAN, IMAGENET_STD, (32,)).to(device)
     yield Cost(
         "features: all but cnn_image",
         seconds(lambda: components.shallow_features(image, parts), 3) / PARTS,
@@ -169,7 +162,7 @@ def cost_of_features(
     )
     _, crops = components.shallow_features(image, parts)
     tensor = torch.from_numpy(crops).permute(0, 3, 1, 2)
-    embedding = crop_embedding.CropEmbedding(deepest, ROTATIONS).to(device)
+    embedding = crop_embedding.CropEmbedding(last_stage, ROTATIONS).to(device)
 
     @torch.inference_mode()
     def published() -> None:
@@ -179,7 +172,7 @@ def cost_of_features(
                 for angle in np.linspace(0, 360, ROTATIONS)
             ]
             batch = torch.from_numpy(np.stack(turned)).permute(0, 3, 1, 2).to(device)
-            deepest(batch)[0].mean((0, 2, 3)).cpu()
+            last_stage(batch)[0].mean((0, 2, 3)).cpu()
 
     embedding(tensor[:1])  # the first call prepares the network
     yield Cost(

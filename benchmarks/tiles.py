@@ -47,36 +47,23 @@ def main() -> None:
     dataset = args.workspace / "dataset"
     settings = Settings(SIDE, args.train, max(args.train // 3, 2), 2 * args.test, 0, 0, seed=1)
     write_dataset(dataset, [args.category], settings, workers=2, overwrite=False)
-    plant(dataset / args.category / "test", args.test)
+    draw_spots(dataset / args.category / "test", args.test)
     rows = []
     for tiles in args.tiles:
         workspace = Workspace(args.workspace / tiles)
-        command = [
-            sys.executable,
-            ROOT / "patch_memory.py",
-            "--workspace",
-            workspace.root,
-            "--dataset_root",
-            dataset,
-            "--preset",
-            "quick",
-            "--backbone",
-            "efficientnet_lite0",
-            "--tiles",
-            tiles,
-            "--overwrite",
-        ]
-        usage = measured(command)
+        folders = ["--workspace", workspace.root, "--dataset_root", dataset]
+        options = f"--preset quick --backbone efficientnet_lite0 --tiles {tiles} --overwrite".split()
+        usage = measured([sys.executable, ROOT / "patch_memory.py", *folders, *options])
         scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
         rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), usage.seconds, usage.peak_mb))
     print(tabulate(rows, ("tiles", "image AUROC", "seconds", "peak MB"), tablefmt="github", floatfmt=".1f"))
 
 
-def plant(test: Path, count: int) -> None:
+def draw_spots(test: Path, count: int) -> None:
     """Turn the last ``count`` good pictures into structural anomalies."""
     for path in ProgressBar(
-        sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False
+        sorted((test / GOOD).glob("*.png"))[count:], desc="draw spots", unit="image", leave=False
     ):
         target = test / STRUCTURAL / path.name
         target.parent.mkdir(exist_ok=True)

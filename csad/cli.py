@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import csad
-from csad import settings
+from csad import settings, yaml_layers
 from csad.branches import BRANCHES
 from csad.data import data_sets, layouts
 from csad.data.files import place
@@ -34,7 +34,7 @@ def select(args: argparse.Namespace) -> Selection:
     """
     workspace = Workspace(args.workspace)
     dataset = data_sets.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
+    categories = dataset.select(args.categories, logical_defects(args.preset))
     given = overrides(args)
     return Selection(
         workspace,
@@ -42,6 +42,12 @@ def select(args: argparse.Namespace) -> Selection:
         categories,
         {category.name: settings.load(category.name, args.preset, given) for category in categories},
     )
+
+
+def logical_defects(preset: str) -> dict[str, list[str]]:
+    """Category -> the defects that its file in configs/categories/ calls logical."""
+    names = [path.stem for path in sorted((settings.CONFIGS / "categories").glob("*.yaml"))]
+    return {name: settings.load(name, preset).logical for name in names}
 
 
 def common_options(story: str) -> argparse.ArgumentParser:
@@ -188,7 +194,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
                 found[name] = value
                 continue
             try:
-                found[name] = settings.parse(value)
+                found[name] = yaml_layers.parse(value)
             except (yaml.YAMLError, ValueError) as problem:
                 raise UserError(
                     f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "

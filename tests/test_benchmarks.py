@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import label_quality, many_categories, pseudo_label_speed, speed, training_speed
+from models import fused
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
@@ -140,7 +141,7 @@ def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypa
 
     def small():
         state = real()
-        speed.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
+        fused.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
         return state
 
     monkeypatch.setattr(speed, "random_state", small)

@@ -7,7 +7,8 @@ from pathlib import Path
 from csad.data import files
 from csad.errors import UserError
 from csad.export import agreement, exporters, fresh_process
-from csad.inference.engines import OnnxEngine, TorchEngine, in_words
+from csad.inference.engines import in_words
+from csad.inference.runtimes import OnnxEngine, TorchEngine
 
 import numpy as np
 import onnx

@@ -34,8 +34,9 @@ from csad.commands import run_station as serve  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
 from csad.data import image_files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
-from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
+from csad.inference.engines import METADATA_KEY  # noqa: E402
 from csad.inference.inspection import judge, read_picture  # noqa: E402
+from csad.inference.runtimes import open_model  # noqa: E402
 from csad.station import connections, daily_log, server  # noqa: E402
 from csad.station.batching import Batcher, QueueFull  # noqa: E402
 from csad.station.daily_log import DailyLog  # noqa: E402

@@ -24,9 +24,12 @@ from csad.cluster.shards import Shard, Shards, shards_of
 from csad.cluster.sources import Sources, is_passing, source_of
 from csad.data import files, records
 from csad.errors import UserError, in_a_sentence
-from csad.inference.engines import Engine, device_name, open_model
-from csad.inference.folders import only_writer
-from csad.inference.inspection import VERDICTS, Picture, as_line, read_picture, state_of, verdicts_on
+from csad.inference.engines import Engine
+from csad.inference.folders import only_writer, state_of
+from csad.inference.inspection import Picture, read_picture, verdicts_on
+from csad.inference.predictions import as_line
+from csad.inference.runtimes import device_name, open_model
+from csad.inference.verdicts import VERDICTS
 from csad.progress import ProgressBar
 
 WORKER_CPUS = 4  # of each engine, where a node has as many

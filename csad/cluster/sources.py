@@ -13,8 +13,8 @@ from urllib.parse import quote, unquote, urlsplit
 from csad.data.files import from_csv_text
 from csad.data.image_files import SUFFIXES
 from csad.errors import UserError
-from csad.inference.folders import images_in, is_url, no_images
-from csad.inference.inspection import InMemory, state_of
+from csad.inference.folders import images_in, is_url, no_images, state_of
+from csad.inference.inspection import InMemory
 
 LISTS = (".csv", ".parquet")
 ROWS = 10_000  # of a Parquet list, read at once

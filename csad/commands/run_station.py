@@ -24,7 +24,8 @@ from pathlib import Path
 
 import csad
 from csad.errors import UserError, run_script
-from csad.inference.engines import Engine, device_name, open_model
+from csad.inference.engines import Engine
+from csad.inference.runtimes import device_name, open_model
 from csad.station.daily_log import DailyLog
 
 import numpy as np

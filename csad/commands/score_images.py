@@ -19,58 +19,30 @@ sentence says why).
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
 import os
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 import csad
-from csad.branches import BRANCHES
-from csad.data import files
 from csad.data.files import place
-from csad.data.listing import short_name
-from csad.errors import UNUSABLE, UserError, interrupts_wait, run_script
+from csad.errors import UserError, interrupts_wait, run_script
 from csad.evaluation.thresholds import threshold_of
-from csad.inference.engines import device_name, open_model
-from csad.inference.folders import NO_STATE, Found, State, identity, images_in, only_writer, place_or_url
-from csad.inference.inspection import (
-    ANOMALOUS,
-    UNDECIDED,
-    UNREADABLE,
-    VERDICTS,
-    Picture,
-    Verdict,
-    as_line,
-    printable,
-    read_picture,
-    state_of,
-    verdicts_on,
+from csad.inference.folders import (
+    Found,
+    place_or_url,
 )
+from csad.inference.inspection import Picture, read_picture, verdicts_on
+from csad.inference.predictions import Output
+from csad.inference.runtimes import device_name, open_model
+from csad.inference.verdicts import ANOMALOUS, UNDECIDED, UNREADABLE
+from csad.inference.watching import is_put_off, watch
 
-POLL_SECONDS = 1.0
-READ_ATTEMPTS = 3  # of --watch, one a poll, before a file is called unreadable: it may still be copied
-EMPTY_SECONDS = 60  # after which --watch takes an empty file for finished
-REMEMBERED = 200_000  # files that --watch remembers beside as many as were there at a time (some 70 MB)
-LONGEST_DRAWING = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 NAMED = 5  # files left out that are named
-COLUMNS = (
-    "image",
-    "verdict",
-    "score",
-    "threshold",
-    *(f"{branch}_contribution" for branch in BRANCHES),
-    "unusual_x",
-    "unusual_y",
-    "findings",
-)
 
 
 def main() -> None:
@@ -202,181 +174,6 @@ def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]],
                 f"{' and others' if len(names) > NAMED else ''}"
             )
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)
-
-
-def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> Iterator[list[Path]]:
-    """Once per poll the files that are new or changed, and finished: neither empty nor different from one poll ago.
-
-    What goes away is remembered, as it may come back; what is amiss with the folders is said once on stderr.
-
-    Args:
-        scored: what was scored, by name, the latest last; kept up to date. What is taken out is given out again.
-    """
-    before: dict[Path, State] = {}
-    were = {folder: identity(folder) for folder in folders}
-    limit = len(scored) + REMEMBERED
-    while True:
-        for folder in folders:
-            were[folder] = _say_changes(folder, were[folder])
-        now = dict(itertools.chain.from_iterable(images_in(folder, output)[0].items() for folder in folders))
-        for path in now.keys() - before.keys():
-            if now[path] == NO_STATE and path not in folders and path.is_dir():
-                print(f"{path} cannot be listed; what lies in it is not judged", file=sys.stderr)
-        ready = [
-            path
-            for path, state in now.items()
-            if before.get(path) == state != scored.get(str(path)) and _is_finished(state)
-        ]
-        for path in now:
-            if str(path) in scored:
-                scored[str(path)] = scored.pop(str(path))  # to the end
-        scored |= {str(path): now[path] for path in ready}
-        limit = max(limit, len(now) + REMEMBERED)
-        for name in list(itertools.islice(scored, max(0, len(scored) - limit))):
-            del scored[name]  # gone for longest
-        before = now
-        yield ready
-        time.sleep(POLL_SECONDS)
-
-
-def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The folder's `identity`; said on stderr where it is not what it was ``before``."""
-    now = identity(folder)
-    if now is None and before is not None:
-        print(
-            f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered",
-            file=sys.stderr,
-        )
-    elif before is None and now is not None:
-        print(f"{folder} is there again", file=sys.stderr)
-    elif now != before:
-        print(
-            f"{folder} is another folder than before (was a share mounted or unmounted?); "
-            "what was scored is remembered",
-            file=sys.stderr,
-        )
-    return now
-
-
-def _is_finished(state: State) -> bool:
-    """Whether a file that has settled is to be judged; an empty one only after a while, with a sentence."""
-    return state[0] > 0 or state != NO_STATE and time.time_ns() - state[1] > EMPTY_SECONDS * 10**9
-
-
-def is_put_off(verdict: Verdict, scored: dict[str, State], attempts: Counter[str]) -> bool:
-    """Whether a verdict of --watch does not count: the file has changed or gone meanwhile, or may yet become readable.
-
-    Args:
-        scored: see `watch`; the file is taken out, so that it is given out again.
-        attempts: how often unreadable files were read, by name; kept up to date.
-    """
-    name, state = str(verdict.name), state_of(verdict.name)
-    if (state["bytes"], state["changed_ns"]) == scored.get(name):
-        if verdict.verdict != UNREADABLE or attempts[name] == READ_ATTEMPTS - 1:
-            attempts.pop(name, None)
-            return False
-        attempts[name] += 1
-    scored.pop(name, None)
-    return True
-
-
-class Output:
-    """predictions.csv, predictions.jsonl and maps/, written line by line, so that a line once printed is on the disk.
-
-    Args:
-        folder: made if need be; held by one run at a time.
-        top: folder to which the names in maps/ are relative.
-        go_on: append to the tables of an earlier run instead of replacing them.
-
-    Attributes:
-        scored: the states of the files that an earlier run scored, by name.
-        counts: of each verdict, what this run wrote.
-
-    Raises:
-        UserError: another run writes there.
-    """
-
-    def __init__(self, folder: Path, top: Path, go_on: bool = False):
-        self.folder, self.top, self.go_on = folder, top, go_on
-        self.table = folder / "predictions.csv"
-        self.scored: dict[str, State] = {}
-        self.counts = dict.fromkeys(VERDICTS, 0)
-
-    def __enter__(self) -> Output:
-        self.lock = only_writer(self.folder)
-        log = self.table.with_suffix(".jsonl")
-        if self.go_on and log.exists():
-            self._read_log(log)
-        mode = "a" if self.go_on and log.exists() else "w"
-        if mode == "w":
-            self.table.unlink(missing_ok=True)
-        fresh = mode == "w" or not self.table.exists()
-        self.csv = open(self.table, mode, newline="", encoding="utf-8", errors="backslashreplace")
-        self.lines = open(log, mode, encoding="utf-8", errors="backslashreplace")
-        self.rows = csv.writer(self.csv, lineterminator="\n")
-        if fresh:
-            self.rows.writerow(COLUMNS)
-        return self
-
-    def _read_log(self, log: Path) -> None:
-        """What was scored; a last line that a crash cut off goes, and its image is scored again."""
-        content = log.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            files.write_bytes(log, whole)
-        for line in whole.splitlines():
-            try:
-                entry = json.loads(line)
-                self.scored[entry["image"]] = (entry["bytes"], entry["changed_ns"])
-            except (ValueError, KeyError, TypeError):
-                continue
-
-    def __exit__(self, *_) -> None:
-        self.csv.close()
-        self.lines.close()
-        self.lock.release()
-
-    def write(self, verdict: Verdict) -> None:
-        if verdict.drawing is not None:
-            # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
-            name = Path(os.path.relpath(verdict.name.parent.resolve() / verdict.name.name, self.top))
-            if name.parts[0] == os.pardir:
-                raise UserError(
-                    f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
-                    f"{self.folder}/maps; run the same command again"
-                )
-            drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
-            try:
-                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
-            except OSError as problem:
-                if problem.errno not in UNUSABLE:
-                    raise
-                print(
-                    f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}",
-                    file=sys.stderr,
-                )
-        contributions = verdict.contributions or {}
-        self.rows.writerow(
-            [
-                files.to_csv_text(str(verdict.name)),
-                verdict.verdict,
-                *(
-                    "" if value is None else f"{value:.6g}"
-                    for value in (
-                        verdict.score,
-                        verdict.threshold,
-                        *(contributions.get(branch) for branch in BRANCHES),
-                    )
-                ),
-                *(verdict.unusual or ("", "")),
-                files.to_csv_text("; ".join(verdict.findings)),
-            ]
-        )
-        self.lines.write(as_line(verdict, state_of(verdict.name)))
-        self.csv.flush()
-        self.lines.flush()
-        self.counts[verdict.verdict] += 1
-        print(verdict, flush=True)
 
 
 def run() -> None:

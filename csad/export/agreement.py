@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csad.export.fresh_process import Scored
-from csad.inference.engines import TorchEngine, read_for
+from csad.inference.engines import read_for
+from csad.inference.runtimes import TorchEngine
 
 import numpy as np
 

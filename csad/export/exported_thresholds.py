@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 from csad.data import files
 from csad.errors import UserError
 from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, promised
-from csad.inference.engines import METADATA_KEY, open_model
+from csad.inference.engines import METADATA_KEY
+from csad.inference.runtimes import open_model
 
 import numpy as np
 

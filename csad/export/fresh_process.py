@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csad.errors import UserError, in_a_sentence
-from csad.inference.engines import open_model, read_for
+from csad.inference.engines import read_for
+from csad.inference.runtimes import open_model
 from csad.progress import ProgressBar
 
 import numpy as np

@@ -126,6 +126,15 @@ def is_ours(folder: Path) -> bool:
     return folder.name == "maps" and (folder.parent / "predictions.jsonl").exists()
 
 
+def state_of(path: Path) -> dict[str, int | None]:
+    """What tells whether a file is still the one that was scored: its length and time of change, None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {"bytes": None, "changed_ns": None}
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
 def only_writer(folder: Path) -> FileLock:
     """Hold an output folder, which is made if need be, until the end of a ``with`` block or the lock's release.
 

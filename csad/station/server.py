@@ -20,7 +20,7 @@ from typing import Any
 
 from csad.data.label_colours import label_colour
 from csad.inference.engines import Engine
-from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
+from csad.inference.verdicts import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
 from csad.station.daily_log import DailyLog
 from csad.station.gate import Gate, Refusal, answer_of, busy

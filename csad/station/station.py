@@ -8,7 +8,8 @@ from typing import Any
 
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.engines import Engine
-from csad.inference.inspection import VERDICTS, Picture, Verdict, judge
+from csad.inference.inspection import Picture, judge
+from csad.inference.verdicts import VERDICTS, Verdict
 from csad.station.batching import Batcher
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
