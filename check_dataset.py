@@ -32,7 +32,7 @@ def main() -> None:
     parser = common_options(__doc__)
     parser.add_argument(
         "--output",
-        type=files.place,
+        type=files.path_argument,
         metavar="FOLDER",
         help="write a contact sheet (PNG) of every folder there",
     )

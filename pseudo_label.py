@@ -310,7 +310,7 @@ class Labelling:
         shutil.rmtree(labels.root)
         print(
             f"{name}: {found.filtered_histogram.shape[1]} labels, {len(found.trusted)} of {len(paths)} images "
-            f"trusted, {found.kinds.max() + 1} kinds of images{note(used)}"
+            f"trusted, {found.groups.max() + 1} kinds of images{note(used)}"
         )
 
 
@@ -468,10 +468,10 @@ def label_components(
             f"{category}: clustering the {len(vectors)} components left no label (bandwidth {bandwidth:.3g}); "
             "try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features"
         )
-    if found.clusters.max() > masks.MOST_LABELS:
+    if found.clusters.max() > masks.MAX_LABELS:
         raise UserError(
             f"{category}: the components fall into {found.clusters.max()} clusters (bandwidth {bandwidth:.3g}), and "
-            f"a label map holds {masks.MOST_LABELS}; try a larger --pseudo_labels.bandwidth"
+            f"a label map holds {masks.MAX_LABELS}; try a larger --pseudo_labels.bandwidth"
         )
     count = found.number_of_clusters
     advice = (

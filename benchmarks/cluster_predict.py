@@ -23,7 +23,7 @@ from typing import Any
 
 import csad
 from csad.data import files
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import UserError, run_script
 from csad.inference.engines import METADATA_KEY, require_package
 from csad.progress import ProgressBar
@@ -46,7 +46,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--workspace", type=place, required=True, help="pictures, model and output go there; pictures stay"
+        "--workspace",
+        type=path_argument,
+        required=True,
+        help="pictures, model and output go there; pictures stay",
     )
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--nodes", type=int, default=2, help="with one CPU and so one worker each")

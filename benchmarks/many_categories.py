@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csad.data import files
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import run_script
 from csad.progress import ProgressBar
 from csad.synthetic.writer import Settings, write_dataset
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--workspace",
-        type=place,
+        type=path_argument,
         required=True,
         help="an empty folder, or one that this has trained in before",
     )

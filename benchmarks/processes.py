@@ -42,7 +42,7 @@ def measured(command: Sequence[object], log: Path | None = None, accepted: Seque
 
 
 def resident(pid: int | None) -> float | None:
-    """Resident memory of a process in MB, or None where it is not to be had."""
+    """Resident memory of a process in MB; None if it is not available."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -114,9 +114,8 @@ def cost_of_sam(
 ) -> Sequence[Cost]:
     sam = SamHQ(build_sam(size).to(device).eval())
     rng = np.random.default_rng(0)
-    pictures = iter(
-        [rng.permuted(image, axis=0) for _ in range(3)]
-    )  # never the same twice: it remembers the last
+    # Never the same twice: it remembers the last.
+    pictures = iter([rng.permuted(image, axis=0) for _ in range(3)])
     boxes = np.tile([[60.0, 60, 180, 200]], (PROMPTS_PER_BATCH, 1))
     yield Cost(
         f"SAM-HQ {size}: encode an image or a crop", seconds(lambda: sam.look_at(next(pictures)), 2), "image"

@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workspace", type=files.place, default=Path("rehearsal"))
+    parser.add_argument("--workspace", type=files.path_argument, default=Path("rehearsal"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))
     parser.add_argument(
@@ -70,9 +70,8 @@ def main() -> None:
     parser.add_argument(
         "--side_share", type=float, default=1, help="smaller pictures, to try the script itself"
     )
-    parser.add_argument(
-        "--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS
-    )  # one of them, in this process
+    # One of them, in this process.
+    parser.add_argument("--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     if args.stage == WEIGHTS:
         write_sam(args.sam, args.workspace / "ckpt")

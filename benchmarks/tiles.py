@@ -14,7 +14,7 @@ from pathlib import Path
 
 from csad.data import files
 from csad.data.data_sets import Dataset
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.data.layouts import GOOD, STRUCTURAL
 from csad.data.workspace import Workspace
 from csad.errors import run_script
@@ -37,7 +37,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--workspace", type=place, required=True, help="an empty folder; pictures and results go there"
+        "--workspace",
+        type=path_argument,
+        required=True,
+        help="an empty folder; pictures and results go there",
     )
     parser.add_argument("--category", default="pushpins", help="of the rendered products")
     parser.add_argument("--train", type=int, default=30)

@@ -272,7 +272,7 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         overrides: dotted names and values from the command line, e.g. {"lgst.steps": 100}.
 
     Raises:
-        UserError: a file is no YAML mapping, a key is unknown or stands there twice, or a value is out of range.
+        UserError: a file is no YAML mapping, a key is unknown or occurs twice, or a value is out of range.
     """
     paths = (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml")
     layers = [read_layer(path, SECTIONS) for path in paths if path.exists()]

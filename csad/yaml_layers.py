@@ -26,8 +26,7 @@ class _PlainYaml(yaml.SafeLoader):
             name, line = self.construct_object(key), key.start_mark.line + 1
             if name in lines:
                 raise yaml.YAMLError(
-                    f"the key {key.value} stands there twice, in lines {lines[name]} and {line}; "
-                    "keep one of them"
+                    f"the key {key.value} occurs twice, in lines {lines[name]} and {line}; keep one of them"
                 )
             lines[name] = line
         return super().construct_mapping(node, deep)

@@ -244,7 +244,7 @@ def test_the_spread_is_robust_and_has_a_floor():
     scores = np.random.default_rng(0).normal(0, 2, 1000)
     assert agreement.spread(scores) == pytest.approx(2, rel=0.1)
     assert agreement.spread(np.r_[scores, 1e9]) == pytest.approx(2, rel=0.1)
-    assert agreement.spread(np.zeros(5)) == agreement.LEAST_SPREAD
+    assert agreement.spread(np.zeros(5)) == agreement.MIN_SPREAD
     assert agreement.spread(np.full(3, -1e4)) == 500
 
 

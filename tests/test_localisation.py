@@ -238,7 +238,7 @@ def test_image_metrics_by_hand():
 
 def test_pixel_values_that_stand_there_twice(category):
     write_config(category.root, [(255, 50, False), (254, 1, True), (255, 51, False)])
-    with pytest.raises(UserError, match="pixel_value 255 stands there twice"):
+    with pytest.raises(UserError, match="pixel_value 255 occurs twice"):
         read_saturations(category)
     write_config(category.root, [(255, 50, False), (254, 1, True), (255, 50, False)])
     assert read_saturations(category) == {255: (50.0, False), 254: (1.0, True)}

@@ -127,7 +127,7 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "component 1 and component 2 are missing" in said
     assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
-    assert "1 files were left out because they are no images" in said and "notes.txt" in said
+    assert "1 files were left out because they are not images" in said and "notes.txt" in said
 
 
 def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):
@@ -899,7 +899,7 @@ def test_an_empty_file_is_named_after_a_while(engine, run, tmp_path, monkeypatch
 
 
 def test_watch_remembers_a_bounded_number_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "REMEMBERED", 3)
+    monkeypatch.setattr(watching, "MAX_REMEMBERED", 3)
     monkeypatch.setattr(watching.time, "sleep", lambda _: None)
     folder, scored = tmp_path / "in", {}
     rounds = watching.watch([folder], tmp_path / "out", scored)

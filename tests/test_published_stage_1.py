@@ -254,7 +254,7 @@ def test_clustering_of_the_published_vectors(name, kind):
         vectors, components_of["area"][:, 0], image_of, 30, bandwidth, name == "screw_bag"
     )
     assert same_partition(found.clusters, published["component_labels"] + 1)
-    assert same_partition(found.kinds + 1, published["image_groups"] + 1)
+    assert same_partition(found.groups + 1, published["image_groups"] + 1)
     np.testing.assert_array_equal(found.trusted, published["filtered_histogram_indices"])
     assert found.filtered_histogram.shape == published["filtered_component_histogram"].shape
 

@@ -924,7 +924,9 @@ def test_the_memory_of_large_pictures_goes_back(started):
             assert answer.status_code == status, answer.text
             assert megabytes("VmRSS") < before + 60
     assert megabytes("VmHWM") < before + 450
-    assert "--" not in answer.json()["error"] and "nor does the model know it" in answer.json()["error"]
+    assert (
+        "--" not in answer.json()["error"] and "the model does not know it either" in answer.json()["error"]
+    )
 
 
 def test_the_batcher_finishes_what_waits_and_then_takes_no_more():
@@ -967,7 +969,7 @@ def test_a_batch_waits_only_for_what_is_on_its_way():
         lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append
     )
     assert batcher.submit(1).result(5) == 1
-    with batcher.expecting():
+    with batcher.announce():
         first = batcher.submit(2)
         time.sleep(0.2)
         assert not first.done()

@@ -130,7 +130,7 @@ def _require_answer(address: str) -> None:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Of a task or actor: this code, and as many threads as the driver computes with, which decides how sums round."""
+    """The runtime environment of a task: this code, and the driver's number of threads, which decides how sums round."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     waiting = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)} | waiting}

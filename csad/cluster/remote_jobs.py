@@ -7,7 +7,6 @@ itself, and goes on from the progress file on the shared workspace.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Iterable
@@ -19,19 +18,19 @@ from typing import Any, NamedTuple
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
 from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
+from csad.data.records import digest_lines
 from csad.data.workspace import Workspace
-from csad.errors import UserError, disk_is_full, interrupts_wait
+from csad.errors import UserError, defer_interrupts, disk_is_full
 from csad.progress import ProgressBar
-from csad.tasks import Jobs, Task, reason, told_if_ours
+from csad.tasks import Jobs, Task, one_line, traceback_if_bug
 
 RETRIES = 20  # of a job whose node or worker died
-TAKE_OVER_SECONDS = (
-    STALE_SECONDS + 60
-)  # for which a job waits until its predecessor, whose driver or node was lost, has ended
+# For which a job waits until its predecessor, whose driver or node was lost, has ended.
+TAKE_OVER_SECONDS = STALE_SECONDS + 60
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
-SHOWN = 20  # bars at a time
+MAX_BARS = 20  # shown at a time
 
 
 class Outcome(NamedTuple):
@@ -72,17 +71,17 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                 argparse.Namespace(**vars(args) | narrowed),
                 name,
                 driver,
-                *(started[one] for one in task.after),
+                *(started[predecessor] for predecessor in task.after),
             )
         running = {reference: name for name, reference in started.items()}
         try:
-            with interrupts_wait() as interrupted, Bars(driver.folder, len(tasks)) as bars:
+            with defer_interrupts() as interrupted, Bars(driver.folder, len(tasks)) as bars:
                 while running:
                     if interrupted():
                         raise KeyboardInterrupt
                     done, _ = ray.wait(list(running), timeout=1)
-                    for one in done:
-                        name, outcome = running.pop(one), _outcome(ray, one)
+                    for reference in done:
+                        name, outcome = running.pop(reference), _outcome(ray, reference)
                         if outcome.disk_full:
                             raise UserError(outcome.failure)
                         bars.finished(outcome.said)
@@ -92,8 +91,8 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                             )
                     bars.show(running.values())
         except BaseException:
-            for one in running:
-                ray.cancel(one)
+            for reference in running:
+                ray.cancel(reference)
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
             raise
@@ -147,16 +146,17 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
                 return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
         except Exception as problem:
             return Outcome(
-                said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem)
+                said.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
             )
 
 
 def place_of(folder: Path, name: str) -> Path:
-    return folder / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+    """The path, but for its suffix, of a job's files in the driver's folder."""
+    return folder / digest_lines([name])
 
 
 def tell_progress_in(path: Path) -> None:
-    """From now on this process's progress bars are lines in a file, which the driver reads, written once a second."""
+    """Write this process's progress bars as lines into a file that the driver reads, once a second."""
     last = 0.0
 
     def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
@@ -176,7 +176,7 @@ class Bars:
         self.all = ProgressBar(total=total, desc="jobs", unit="job")
         self.lines = [
             ProgressBar(bar_format="{desc}", position=index + 1, leave=False)
-            for index in range(min(SHOWN, total) if sys.stderr.isatty() else 0)
+            for index in range(min(MAX_BARS, total) if sys.stderr.isatty() else 0)
         ]
 
     def __enter__(self) -> Bars:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
 from csad.cluster.shards import Shard, Shards, shards_of
-from csad.cluster.sources import Sources, is_passing, source_of
+from csad.cluster.sources import ClusterInputs, is_passing, source_of
 from csad.data import files, records
-from csad.errors import UserError, in_a_sentence
+from csad.errors import UserError, user_message
 from csad.inference.engines import Engine
 from csad.inference.folders import only_writer, state_of
 from csad.inference.inspection import Picture, read_picture, verdicts_on
@@ -57,10 +57,9 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
         raise UserError("--ray needs Ray with Ray Data; pip install 'csad[cluster]'")
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # it would warn of what Ray Data does, and rightly so
-    sources = Sources(args.images, args.column or "image", args.output)
+    # It would warn of what Ray Data does, and rightly so.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sources = ClusterInputs(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
     counts: Counter = Counter(dict.fromkeys(VERDICTS, 0))
@@ -115,7 +114,7 @@ def _require_success(result: dict[str, Any]) -> None:
 
 
 def model_digest(model: Path) -> str:
-    """Of a model's file, and of the weights beside it where it is OpenVINO's."""
+    """Digest of a model's file, and of the weights beside it if it is OpenVINO's."""
     weights = [model.with_suffix(".bin")] if model.suffix.lower() == ".xml" else []
     return " ".join(records.digest(path) for path in (model, *weights))
 
@@ -220,7 +219,7 @@ class Worker:
                 "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}",
             }
         except Exception as problem:
-            sentence = in_a_sentence(problem)
+            sentence = user_message(problem)
             return result | {
                 "sentence": sentence or "",
                 "traceback": "" if sentence else traceback.format_exc(),

@@ -18,7 +18,7 @@ from csad.inference.inspection import InMemory
 
 LISTS = (".csv", ".parquet")
 ROWS = 10_000  # of a Parquet list, read at once
-LARGEST_OBJECT = 2**29  # bytes; objects are read into memory
+MAX_OBJECT = 2**29  # bytes; objects are read into memory
 
 
 class Image(NamedTuple):
@@ -29,7 +29,7 @@ class Image(NamedTuple):
     changed_ns: int | None
 
 
-class Sources:
+class ClusterInputs:
     """The images of all places, each once, in the order of the places; folders are sorted.
 
     Args:
@@ -79,11 +79,11 @@ class Sources:
                 raise UserError(f"there is no {path}; name an image, a list or a folder of images")
             self._add(str(path), *state_of(path).values())
             return
-        listed, others = images_in(path, output)
+        listed, left_out = images_in(path, output)
         for image, state in listed.items():
             self._add(str(image), *state)
-        for other in others:
-            self._leave_out(str(other), "they are no images")
+        for other in left_out:
+            self._leave_out(str(other), "they are not images")
 
     def _add_url(self, url: str) -> None:
         with problems_of(url):
@@ -98,22 +98,24 @@ class Sources:
                 return
             below = files.get_file_info(fs.FileSelector(path, recursive=True))
         base, mark, query = url.partition("?")
-        for info in sorted((one for one in below if one.type == fs.FileType.File), key=lambda one: one.path):
+        for info in sorted(
+            (entry for entry in below if entry.type == fs.FileType.File), key=lambda entry: entry.path
+        ):
             relative = info.path[len(path.rstrip("/")) + 1 :]
             name = f"{base.rstrip('/')}/{quote(relative)}{mark}{query}"
             if relative.lower().endswith(SUFFIXES):
                 self._add(name, info.size, info.mtime_ns)
             else:
-                self._leave_out(name, "they are no images")
+                self._leave_out(name, "they are not images")
 
-    def _add_list(self, place: Path | str, suffix: str, column: str) -> None:
+    def _add_list(self, path: Path | str, suffix: str, column: str) -> None:
         rows = _csv if suffix == ".csv" else _parquet
-        for number, name in enumerate(rows(place, column), 1):
+        for number, name in enumerate(rows(path, column), 1):
             if name:
                 # Of a URL nothing more is asked: that would be a request for each.
                 self._add(name, *((None, None) if is_url(name) else state_of(Path(name)).values()))
             else:
-                self._leave_out(f"row {number} of {place}", "their row in the list is empty")
+                self._leave_out(f"row {number} of {path}", "their row in the list is empty")
 
 
 def source_of(name: str) -> Path | InMemory:
@@ -127,16 +129,16 @@ def source_of(name: str) -> Path | InMemory:
     with problems_of(f"image {name}"):
         files, path = file_system(name)
         with files.open_input_stream(path) as stream:
-            content = stream.read(LARGEST_OBJECT + 1)
-    if len(content) > LARGEST_OBJECT:
-        raise UserError(f"image {name} is larger than {LARGEST_OBJECT // 2**20} MB; make it smaller")
+            content = stream.read(MAX_OBJECT + 1)
+    if len(content) > MAX_OBJECT:
+        raise UserError(f"image {name} is larger than {MAX_OBJECT // 2**20} MB; make it smaller")
     return InMemory(content, name)
 
 
 def is_passing(problem: BaseException | None) -> bool:
     """Whether it is the object store's or the network's, rather than the object's: then no image is called unreadable."""
     of_object = isinstance(problem, (FileNotFoundError, PermissionError)) or any(
-        words in str(problem).lower() for words in ("denied", "a directory", "non-file")
+        phrase in str(problem).lower() for phrase in ("denied", "a directory", "non-file")
     )
     return isinstance(problem, OSError) and not of_object
 
@@ -183,39 +185,39 @@ class problems_of:
             ) from problem
 
 
-def _opened(place: Path | str) -> Any:
-    if not is_url(place):
-        return open(place, "rb")
-    files, path = file_system(place)
+def _opened(path: Path | str) -> Any:
+    if not is_url(path):
+        return open(path, "rb")
+    files, path = file_system(path)
     return files.open_input_file(path)
 
 
-def _csv(place: Path | str, column: str) -> Iterator[str]:
+def _csv(path: Path | str, column: str) -> Iterator[str]:
     with (
-        problems_of(place),
-        io.TextIOWrapper(_opened(place), "utf-8-sig", "surrogateescape", newline="") as handle,
+        problems_of(path),
+        io.TextIOWrapper(_opened(path), "utf-8-sig", "surrogateescape", newline="") as handle,
     ):
         rows = csv.DictReader(handle)
-        _require_column(column, rows.fieldnames or [], place)
+        _require_column(column, rows.fieldnames or [], path)
         for row in rows:
             yield from_csv_text(row[column] or "")
 
 
-def _parquet(place: Path | str, column: str) -> Iterator[str]:
+def _parquet(path: Path | str, column: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
-    with problems_of(place), _opened(place) as handle:
+    with problems_of(path), _opened(path) as handle:
         table = parquet.ParquetFile(handle)
-        _require_column(column, table.schema_arrow.names, place)
+        _require_column(column, table.schema_arrow.names, path)
         for rows in table.iter_batches(ROWS, columns=[column]):
             for name in rows.column(0).cast(pyarrow.string()).to_pylist():
                 yield name or ""
 
 
-def _require_column(column: str, names: Sequence[str], place: Path | str) -> None:
+def _require_column(column: str, names: Sequence[str], path: Path | str) -> None:
     if column not in names:
         raise UserError(
-            f"{place} has no column '{column}', but {', '.join(names) or 'none at all'}; name the one with the "
+            f"{path} has no column '{column}', but {', '.join(names) or 'none at all'}; name the one with the "
             "images' paths or URLs with --column"
         )

@@ -7,7 +7,7 @@ unusual, and the components of which there is too much or too little. One line p
 OUTPUT/predictions.jsonl as soon as it is scored; --save_maps adds a picture of each to OUTPUT/maps/. With --watch the
 folders are looked at once a second and new or changed files scored, until Ctrl-C; started again, it goes on where it was.
 A folder that goes away for a while, like an unmounted share, is said and waited for, and nothing is scored twice.
-An unreadable file is reported and skipped; files that are no images are counted and named.
+An unreadable file is reported and skipped; files that are not images are counted and named.
 
 With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
 same lines then go to OUTPUT/parts/, and the same command, started again, goes on where it was (docs/cluster.md).
@@ -28,13 +28,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import csad
-from csad.data.files import place
-from csad.errors import UserError, interrupts_wait, run_script
+from csad.data.files import path_argument
+from csad.errors import UserError, defer_interrupts, run_script
 from csad.evaluation.thresholds import threshold_of
-from csad.inference.folders import (
-    Found,
-    place_or_url,
-)
+from csad.inference.folders import input_images, no_images, path_or_url
 from csad.inference.inspection import Picture, read_picture, verdicts_on
 from csad.inference.predictions import Output
 from csad.inference.runtimes import device_name, open_model
@@ -42,7 +39,7 @@ from csad.inference.verdicts import ANOMALOUS, UNDECIDED, UNREADABLE
 from csad.inference.watching import is_put_off, watch
 
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
-NAMED = 5  # files left out that are named
+MAX_LISTED = 5  # files left out that are named
 
 
 def main() -> None:
@@ -53,12 +50,12 @@ def main() -> None:
     parser.add_argument(
         "images",
         nargs="+",
-        type=place_or_url,
+        type=path_or_url,
         metavar="IMAGE_OR_FOLDER",
         help="folders are searched with all below; with --ray lists (.csv, .parquet) and URLs, too",
     )
     parser.add_argument(
-        "--model", type=place, required=True, help=".pth, .onnx or .xml written by export_model.py"
+        "--model", type=path_argument, required=True, help=".pth, .onnx or .xml written by export_model.py"
     )
     parser.add_argument(
         "--false_positive_rate",
@@ -70,7 +67,10 @@ def main() -> None:
         "--threshold", type=float, help="call higher scores anomalous, whatever the model says"
     )
     parser.add_argument(
-        "--output", type=place, default=Path("predictions"), help="folder to write to (default: predictions)"
+        "--output",
+        type=path_argument,
+        default=Path("predictions"),
+        help="folder to write to (default: predictions)",
     )
     parser.add_argument("--save_maps", action="store_true", help="draw what was found into OUTPUT/maps")
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
@@ -102,20 +102,19 @@ def main() -> None:
         for folder in args.images:
             if not Path(folder).is_dir():
                 raise UserError(f"--watch needs folders; {folder} is not a folder")
-    found = Found(args.images, args.output)
-    if not args.watch:
-        found.require_images()
+    images, left_out = input_images(args.images, args.output)
+    if not images and not args.watch:
+        raise no_images(args.images)
     engine = open_model(args.model, device_name(args.device, args.model))
     if not engine.has_maps and args.save_maps:
         raise UserError(
             f"{args.model} gives scores only; export it again with --with_map, or leave --save_maps"
         )
-    threshold, words = threshold_of(
+    threshold, description = threshold_of(
         engine.metadata, args.threshold, args.false_positive_rate, str(args.model)
     )
-    print(
-        f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{f': {words}' if words else ''}"
-    )
+    suffix = f": {description}" if description else ""
+    print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{suffix}")
     top = Path(
         os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images])
     )
@@ -125,9 +124,9 @@ def main() -> None:
 
     with (
         Output(args.output, top, go_on=args.watch) as output,
-        interrupts_wait() if args.watch else nullcontext(lambda: False) as interrupted,
+        defer_interrupts() if args.watch else nullcontext(lambda: False) as interrupted,
     ):
-        rounds = watch(args.images, args.output, output.scored) if args.watch else [found.images]
+        rounds = watch(args.images, args.output, output.scored) if args.watch else [images]
         attempts: Counter[str] = Counter()
         try:
             for verdict in itertools.chain.from_iterable(
@@ -144,11 +143,11 @@ def main() -> None:
                     f"interrupted; what is scored so far is in {output.table}, and the same command starts "
                     "anew and replaces it"
                 ) from None
-    end(output.counts, {"they are no images": found.left_out}, output.table)
+    end(output.counts, {"they are not images": left_out}, output.table)
 
 
 def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """See `csad.cluster.scoring.score`; the model is opened here, too, for the threshold and what is wrong with it."""
+    """Score on a Ray cluster; the model is opened here, too, for its threshold and to refuse it early."""
     from csad.cluster import scoring  # here, as nothing else needs it
 
     for option in ("watch", "save_maps"):
@@ -157,10 +156,10 @@ def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str
     if args.shard_size is not None and args.shard_size < 1:
         raise UserError(f"--shard_size is {args.shard_size}; it must be 1 or more")
     engine = open_model(args.model, "cpu")
-    threshold, words = threshold_of(
+    threshold, description = threshold_of(
         engine.metadata, args.threshold, args.false_positive_rate, str(args.model)
     )
-    print(f"threshold {threshold:.4g}{f': {words}' if words else ''}")
+    print(f"threshold {threshold:.4g}{f': {description}' if description else ''}")
     return scoring.score(args, threshold)
 
 
@@ -170,8 +169,8 @@ def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]],
     for reason, names in left_out.items():
         if names:
             print(
-                f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:NAMED]))}"
-                f"{' and others' if len(names) > NAMED else ''}"
+                f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:MAX_LISTED]))}"
+                f"{' and others' if len(names) > MAX_LISTED else ''}"
             )
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)
 

@@ -126,13 +126,14 @@ def check_names(category: layouts.Category, listed: dict[str, list[Path]], findi
         )
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.collect_errors(lambda: {path: category.key(path) for path in paths}) or {}
+    # What is cut off has up to 4 bytes.
     long = [
         path
         for path in paths
         if path in keys
         and not path.stem.endswith(keys[path][-13:])
         and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4
-    ]  # what is cut off has up to 4 bytes
+    ]
     if long:
         findings.notes.append(
             "long names, of which files made from the images bear the beginning and a hash, "
@@ -141,7 +142,7 @@ def check_names(category: layouts.Category, listed: dict[str, list[Path]], findi
 
 
 def check_defect_folders(category: layouts.Category, findings: Findings) -> None:
-    """Which defects count as logical and which as structural, where the layout does not say it."""
+    """Say which defects count as logical and which as structural, in layouts that do not tell."""
     by_split = findings.collect_errors(lambda: category.defect_folders) or {}
     logical, structural = (by_split.get(split, []) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
     if not logical and not structural:

@@ -113,14 +113,14 @@ class FolderPerDefect:
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
         folders = {name: root / "test" / name for name in subfolders(root / "test")}
-        found = {GOOD: [folders.pop(self.good)] if self.good in folders else []}
+        tests = {GOOD: [folders.pop(self.good)] if self.good in folders else []}
         for name in logical:
             if name not in folders:
                 raise UserError(
                     f"there is no defect '{name}' in {root / 'test'} to count as logical; it has "
                     f"{', '.join(folders) or 'none'}"
                 )
-        return found | {
+        return tests | {
             LOGICAL: [path for name, path in folders.items() if name in logical],
             STRUCTURAL: [path for name, path in folders.items() if name not in logical],
         }
@@ -128,9 +128,9 @@ class FolderPerDefect:
     def masks(self, root: Path, image: Path) -> list[Path]:
         folder = root / "ground_truth" / image.relative_to(root / "test").parent
         for stem in (f"{image.stem}_mask", image.stem):
-            found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
-            if found:
-                return found[:1]
+            masks = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
+            if masks:
+                return masks[:1]
         return []
 
     def defect(self, root: Path, image: Path) -> str | None:

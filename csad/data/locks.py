@@ -96,9 +96,8 @@ class FileLock:
         try:
             os.link(own, self.path)  # exclusive, like O_EXCL
         except FileExistsError:
-            return (
-                own.stat().st_nlink > 1
-            )  # NFS: the answer to a link that was made may be lost, and asked for again
+            # NFS: the answer to a link that was made may be lost, and asked for again.
+            return own.stat().st_nlink > 1
         except OSError:  # a file system without links
             return self._create_without_link(content)
         finally:

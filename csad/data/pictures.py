@@ -55,17 +55,17 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
         with image_files.opened(path) as image:
-            said = header(image)
+            fields = header(image)
             if image.format == "JPEG":
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and said["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
+            transparent = layered and fields["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return Picture(
             path,
             split,
-            **said,
+            **fields,
             transparent=transparent,
             values=(int(pixels.min()), int(pixels.max())),
             digest=records.digest(path),
@@ -82,8 +82,8 @@ def header(image: Image.Image) -> dict:
     deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
     # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
-    asked = image.format != "PNG" or "exif" in image.info
-    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if asked else 1
+    has_orientation = image.format != "PNG" or "exif" in image.info
+    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if has_orientation else 1
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return {
         "size": image.size[::-1] if across else image.size,
@@ -113,18 +113,17 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
         [np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed]
     )
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
-    found = []
-    for start in range(
-        0, len(hashed), 500
-    ):  # rows at a time: memory grows with the number of images, not with its square
+    copies = []
+    # Rows at a time: memory grows with the number of images, not with its square.
+    for start in range(0, len(hashed), 500):
         distances = (signs.shape[1] - signs[start : start + 500] @ signs.T) / 2
         for row, column in zip(*np.nonzero(distances <= HASH_DISTANCE)):
             first = start + row
             if first < column:
                 difference = np.abs(small[first] - small[column])
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
-                    found.append((hashed[first], hashed[column]))
-    return found
+                    copies.append((hashed[first], hashed[column]))
+    return copies
 
 
 def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
@@ -141,8 +140,8 @@ def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
     return [
-        Picture(one.path, one.split, digest=records.digest(one.path))
+        Picture(picture.path, picture.split, digest=records.digest(picture.path))
         for group in groups.values()
         if len(group) > 1
-        for one in group
+        for picture in group
     ]

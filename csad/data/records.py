@@ -57,14 +57,14 @@ class Record:
         if overwrite:
             return TRAIN
         present = [path for path in self.outputs if path.exists()]
-        noted = read_record(self.path) if self.path.exists() else None
-        if noted is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
+        record = read_record(self.path) if self.path.exists() else None
+        if record is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
             return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
         if (
-            noted is not None
-            and noted["used"] == as_json(self.used)
-            and noted["scored"] == self.scored
-            and (noted["outputs"] == self._digests())
+            record is not None
+            and record["used"] == as_json(self.used)
+            and record["scored"] == self.scored
+            and (record["outputs"] == self._digests())
         ):
             return SKIP  # and no checkpoint was opened for it
         made = self._checkpoint_made_by()
@@ -73,8 +73,8 @@ class Record:
                 difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)),
                 self.checkpoint,
             )
-        elif noted is not None and present:
-            self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
+        elif record is not None and present:
+            self._refuse(difference(record["used"], as_json(self.used)), self.path.parent)
         return TRAIN if made is None else SCORE
 
     def superseded(self) -> str:
@@ -97,8 +97,8 @@ class Record:
         meta = self._checkpoint_meta()
         if meta is None:
             raise UserError(
-                f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
-                "gone on from; --overwrite starts over, another --workspace keeps both"
+                f"{self.checkpoint} does not say what it was made from (published files do not), so "
+                "training cannot continue from it; --overwrite starts over, another --workspace keeps both"
             )
         return meta
 
@@ -108,10 +108,10 @@ class Record:
         return saved["meta"] if files.holds(saved, {"state": dict, "meta": dict}) else None
 
     @staticmethod
-    def _refuse(changes: list[str], place: Path | None) -> None:
+    def _refuse(changes: list[str], made: Path | None) -> None:
         if changes:
             raise UserError(
-                f"{place} was made with different settings or images ({'; '.join(changes[:4])}); "
+                f"{made} was made with different settings or images ({'; '.join(changes[:4])}); "
                 "--overwrite starts over, another --workspace keeps both"
             )
 
@@ -171,25 +171,25 @@ def require_current(
     """
     if not path.exists():
         return None
-    noted = read_record(path)
-    known = noted["used"] | (noted["scored"] or {})
+    record = read_record(path)
+    provenance = record["used"] | (record["scored"] or {})
     for name, value in expected.items():
-        if name in known and known[name] != value:
+        if name in provenance and provenance[name] != value:
             raise UserError(
                 f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
                 f"{stage} saw; run {stage} again"
             )
-    for one in read:
-        if noted["outputs"].get(_name(one), digest(one)) != digest(one):
-            raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
-    return noted
+    for output in read:
+        if record["outputs"].get(_name(output), digest(output)) != digest(output):
+            raise UserError(f"{output} is not the file that {stage} wrote; run {stage} again")
+    return record
 
 
-def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
+def difference(recorded: dict, current: dict, prefix: str = "") -> list[str]:
     """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
     changes = []
-    for key in sorted(used.keys() | wanted.keys()):
-        before, now, name = used.get(key), wanted.get(key), f"{prefix}{key}"
+    for key in sorted(recorded.keys() | current.keys()):
+        before, now, name = recorded.get(key), current.get(key), f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(now, dict):
             changes += difference(before, now, f"{name}.")
         elif before != now:
@@ -215,10 +215,9 @@ def digest_images(paths: Sequence[Path]) -> str:
 
 
 def digest_lines(lines: Iterable[str]) -> str:
-    """As `digest`, of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[
-        :16
-    ]  # names need not be UTF-8
+    """First 16 hex digits of the SHA-256 of lines of text."""
+    # Names need not be UTF-8.
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _name(path: Path) -> str:

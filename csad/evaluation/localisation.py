@@ -129,7 +129,7 @@ def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]
     for value, (threshold, relative) in entries:
         if saturations[value] != (threshold, relative):
             raise UserError(
-                f"{path}: pixel_value {value} stands there twice with different saturations; keep one of them"
+                f"{path}: pixel_value {value} occurs twice with different saturations; keep one of them"
             )
         if not threshold > 0:
             raise UserError(

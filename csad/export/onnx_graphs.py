@@ -66,7 +66,7 @@ def own_padding(model: Any) -> None:
 
 
 def _zeros_around(model: Any, pad: Any) -> list[int] | None:
-    """By how much a Pad node adds zeros to the height and width of (B, C, H, W): top, left, bottom, right; None: otherwise."""
+    """The zeros that a Pad node adds around (B, C, H, W): top, left, bottom, right; None if it pads in another way."""
     onnx = require_package("onnx")
     attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in pad.attribute}
     if attributes.get("mode", b"constant") != b"constant":

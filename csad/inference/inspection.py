@@ -96,7 +96,7 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
     except images.UnknownWhiteLevel as problem:
         return Picture(
             name,
-            problem=f"{problem.finding}, nor does the model know it; store the picture with "
+            problem=f"{problem.finding} and the model does not know it either; store the picture with "
             "8 bits, or train and export the model with images.white_level",
         )
     except UserError as problem:
@@ -197,7 +197,7 @@ def _drawing(
 
 
 def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int] | None:
-    """Where a map (64, 64) is highest: x and y in the pixels of an image of that width and height; None of an empty map."""
+    """x and y of a map's maximum, (64, 64), in the pixels of an image of that width and height; None if the map is empty."""
     if not anomaly_map.any():
         return None
     row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)

@@ -88,7 +88,7 @@ def _compile(openvino: ModuleType, model: Any, stored: str, device: str) -> Any:
 
 
 def _precisions(compiled: Any) -> dict[str, str]:
-    """In which precision the networks' layers of a compiled OpenVINO model run; nothing of a device that does not say."""
+    """The precision in which each network of a compiled OpenVINO model runs; empty if the device does not tell."""
     names = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
     precisions: dict[str, set[str]] = {}
     try:

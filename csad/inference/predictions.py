@@ -15,7 +15,7 @@ from csad.errors import UNUSABLE, UserError
 from csad.inference.folders import State, only_writer, state_of
 from csad.inference.verdicts import VERDICTS, Verdict, printable
 
-LONGEST_DRAWING = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
+MAX_NAME = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
 COLUMNS = (
     "image",
     "verdict",
@@ -98,7 +98,7 @@ class Output:
                     f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
                     f"{self.folder}/maps; run the same command again"
                 )
-            drawing = f"{short_name(name.name, LONGEST_DRAWING)}.map.png"
+            drawing = f"{short_name(name.name, MAX_NAME)}.map.png"
             try:
                 files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
             except OSError as problem:

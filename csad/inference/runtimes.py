@@ -25,9 +25,8 @@ import numpy as np
 
 from models.prediction import Prediction
 
-ACCELERATORS = tuple(
-    f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO")
-)  # onnxruntime's
+# onnxruntime's.
+ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))
 
 
 class TorchEngine(Engine):
@@ -150,7 +149,7 @@ def open_model(path: Path, device: str) -> Engine:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".pth", ".onnx", ".xml"):
-        raise UserError(f"{path} is no exported model; expected a .pth, .onnx or .xml file")
+        raise UserError(f"{path} is not an exported model; expected a .pth, .onnx or .xml file")
     if not path.is_file():
         raise UserError(f"{path} is missing; export_model.py makes it")
     try:

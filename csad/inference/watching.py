@@ -15,7 +15,7 @@ from csad.inference.verdicts import UNREADABLE, Verdict
 POLL_SECONDS = 1.0
 READ_ATTEMPTS = 3  # of --watch, one a poll, before a file is called unreadable: it may still be copied
 EMPTY_SECONDS = 60  # after which --watch takes an empty file for finished
-REMEMBERED = 200_000  # files that --watch remembers beside as many as were there at a time (some 70 MB)
+MAX_REMEMBERED = 200_000  # files that --watch remembers beside as many as were there at a time (some 70 MB)
 
 
 def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> Iterator[list[Path]]:
@@ -28,7 +28,7 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
     """
     before: dict[Path, State] = {}
     were = {folder: identity(folder) for folder in folders}
-    limit = len(scored) + REMEMBERED
+    limit = len(scored) + MAX_REMEMBERED
     while True:
         for folder in folders:
             were[folder] = _say_changes(folder, were[folder])
@@ -45,7 +45,7 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
             if str(path) in scored:
                 scored[str(path)] = scored.pop(str(path))  # to the end
         scored |= {str(path): now[path] for path in ready}
-        limit = max(limit, len(now) + REMEMBERED)
+        limit = max(limit, len(now) + MAX_REMEMBERED)
         for name in list(itertools.islice(scored, max(0, len(scored) - limit))):
             del scored[name]  # gone for longest
         before = now

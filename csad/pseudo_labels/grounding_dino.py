@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.constants import IMAGENET_MEAN, IMAGENET_STD
+
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels of what Grounding DINO sees; at least, at most
 
 
@@ -32,7 +34,7 @@ class GroundingDino:
             [
                 transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE),
                 transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
 

@@ -164,7 +164,7 @@ def _mask_generator() -> type:
         def postprocess_small_regions(
             mask_data: amg.MaskData, min_area: int, nms_thresh: float
         ) -> amg.MaskData:
-            """As in the package, which needs gigabytes for native pictures, but with one unpacked mask at a time."""
+            """Does what the package does with gigabytes for native pictures, with one unpacked mask at a time."""
             scores = torch.ones(len(mask_data["rles"]))
             for index, rle in enumerate(mask_data["rles"]):
                 mask, filled = amg.remove_small_regions(amg.rle_to_mask(rle), min_area, mode="holes")

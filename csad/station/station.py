@@ -64,10 +64,10 @@ class Station:
 
     def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
         self.name, self.engine = name, engine
-        self.threshold, words = threshold_of(
+        self.threshold, description = threshold_of(
             engine.metadata, options.threshold, options.false_positive_rate, name
         )
-        self.threshold_words = words or "set by whoever started the station"
+        self.threshold_words = description or "set when the station was started"
         self.batcher: Batcher[Picture, Verdict] = Batcher(
             lambda pictures: judge(pictures, engine, self.threshold),
             options.batch_size,
