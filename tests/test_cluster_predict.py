@@ -299,7 +299,7 @@ def test_a_shard_is_known_by_all_that_its_lines_depend_on():
 
 def test_images_of_all_places_once(photos, tmp_path):
     found = ClusterInputs([photos / "0", photos], "image", tmp_path / "out")
-    assert found.found == 13 + 5 and len(found.images) == 12
+    assert found.count == 13 + 5 and len(found.images) == 12
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
         "they are not images": 1,
         "they are named more than once": 5,

@@ -141,6 +141,6 @@ def node_resources(ray: ModuleType) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def most(nodes: list[dict[str, float]], kind: str, wanted: float) -> float:
+def most(nodes: list[dict[str, float]], resource: str, amount: float) -> float:
     """What to ask for: no more than the largest node has, or the task would wait for ever."""
-    return min([wanted, max(node.get(kind, 0) for node in nodes)]) if nodes else wanted
+    return min([amount, max(node.get(resource, 0) for node in nodes)]) if nodes else amount

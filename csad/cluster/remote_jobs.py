@@ -36,7 +36,7 @@ MAX_BARS = 20  # shown at a time
 class Outcome(NamedTuple):
     """What came of a job: what it printed and returned, or why it failed."""
 
-    said: str = ""
+    printed: str = ""
     result: Any = None
     failure: str | None = None
     disk_full: bool = False
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                         name, outcome = running.pop(reference), _outcome(ray, reference)
                         if outcome.disk_full:
                             raise UserError(outcome.failure)
-                        bars.finished(outcome.said)
+                        bars.finished(outcome.printed)
                         if name not in waited_for:
                             (failures if outcome.failure else results)[name] = (
                                 outcome.failure or outcome.result
@@ -127,26 +127,26 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
 
     Its lock makes sure that its files have one writer, also where the node of an earlier attempt is cut off, but alive.
     """
-    for one in before:
-        if one.failure or one.result is False:
-            return one._replace(said="")
-    with redirect_stdout(StringIO()) as said:
+    for outcome in before:
+        if outcome.failure or outcome.result is False:
+            return outcome._replace(printed="")
+    with redirect_stdout(StringIO()) as printed:
         try:
             driver.enter()
-            place = place_of(driver.folder, name)
+            path = place_of(driver.folder, name)
             try:
-                lock = FileLock(place.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
+                lock = FileLock(path.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
             except LockHeld as problem:
                 raise UserError(
                     f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
                     "the same command again"
                 ) from problem
             with lock:
-                tell_progress_in(place.with_suffix(".bar"))
-                return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
+                tell_progress_in(path.with_suffix(".bar"))
+                return Outcome(result=jobs(args)[name].do(), printed=printed.getvalue())
         except Exception as problem:
             return Outcome(
-                said.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
+                printed.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
             )
 
 
@@ -186,15 +186,15 @@ class Bars:
         for line in (*self.lines, self.all):
             line.close()
 
-    def finished(self, said: str) -> None:
-        if said:
-            ProgressBar.write(said, end="")
+    def finished(self, printed: str) -> None:
+        if printed:
+            ProgressBar.write(printed, end="")
         self.all.update()
 
     def show(self, names: Iterable[str]) -> None:
         if not self.lines:
             return
-        places = [place_of(self.folder, name).with_suffix(".bar") for name in names]
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in places if path.exists()]
+        bar_files = [place_of(self.folder, name).with_suffix(".bar") for name in names]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in bar_files if path.exists()]
         for line, text in zip(self.lines, texts + [""] * len(self.lines)):
             line.set_description_str(text[: line.ncols or 100])

@@ -70,11 +70,11 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         summary.unlink(missing_ok=True)
         pending = {}
         for shard in shards:
-            known = written.verdicts(shard)
-            if known is None:
+            finished = written.verdicts(shard)
+            if finished is None:
                 pending[shard.index] = shard
             else:
-                counts += known
+                counts += finished
                 bar.update(shard.count)
         if pending:
             with connected(args.ray, args.output / ".ray") as (ray, driver):
@@ -97,7 +97,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         files.write_json(
             summary,
             {
-                "found": sources.found,
+                "found": sources.count,
                 "images": len(sources.images),
                 "left_out": sources.left_out,
                 **{name: counts[name] for name in VERDICTS},
@@ -209,13 +209,16 @@ class Worker:
                 verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read)
             )
             lines = [
-                as_line(one, state_of(one.name) if isinstance(one.name, Path) else states[one.name])
-                for one in verdicts
+                as_line(
+                    verdict,
+                    state_of(verdict.name) if isinstance(verdict.name, Path) else states[verdict.name],
+                )
+                for verdict in verdicts
             ]
             tries.unlink()
             return result | {
                 "lines": "".join(lines).encode(errors="backslashreplace"),
-                "verdicts": json.dumps(Counter(one.verdict for one in verdicts)),
+                "verdicts": json.dumps(Counter(verdict.verdict for verdict in verdicts)),
                 "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}",
             }
         except Exception as problem:

@@ -30,38 +30,38 @@ class Image(NamedTuple):
 
 
 class ClusterInputs:
-    """The images of all places, each once, in the order of the places; folders are sorted.
+    """The images of all paths, each once, in the order of the paths; folders are sorted.
 
     Args:
-        places: images, folders, lists and URLs of these.
+        paths: images, folders, lists and URLs of these.
         column: of lists, in which an image's path (relative to the current folder) or URL stands.
         output: what lies there is our own.
 
     Attributes:
         images: to be scored.
         left_out: names of what is not, by the reason.
-        found: number of all these.
+        count: number of all these.
 
     Raises:
-        UserError: a place or column does not exist or cannot be read, or there is no image.
+        UserError: a path or column does not exist or cannot be read, or there is no image.
     """
 
-    def __init__(self, places: Sequence[Path | str], column: str, output: Path):
+    def __init__(self, paths: Sequence[Path | str], column: str, output: Path):
         self.images: list[Image] = []
         self.left_out: dict[str, list[str]] = {}
         self._seen: set[str] = set()
-        for place in places:
-            suffix = PurePosixPath(urlsplit(place).path if is_url(place) else place).suffix.lower()
+        for path in paths:
+            suffix = PurePosixPath(urlsplit(path).path if is_url(path) else path).suffix.lower()
             if suffix in LISTS:
-                self._add_list(place, suffix, column)
-            elif is_url(place):
-                self._add_url(place)
+                self._add_list(path, suffix, column)
+            elif is_url(path):
+                self._add_url(path)
             else:
-                self._add_path(place, output)
+                self._add_path(path, output)
         del self._seen
-        self.found = len(self.images) + sum(map(len, self.left_out.values()))
+        self.count = len(self.images) + sum(map(len, self.left_out.values()))
         if not self.images:
-            raise no_images(places)
+            raise no_images(paths)
 
     def _add(self, name: str, size: int | None, changed_ns: int | None) -> None:
         if name in self._seen:
@@ -170,19 +170,17 @@ def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
 class problems_of:
     """Tell in a sentence why a list or an object store cannot be read; pyarrow's errors are OSError and ValueError."""
 
-    def __init__(self, place: Path | str):
-        self.place = place
+    def __init__(self, path: Path | str):
+        self.path = path
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, problem: Any, traceback: Any) -> None:
         if isinstance(problem, FileNotFoundError):
-            raise UserError(f"{self.place} is missing") from problem
+            raise UserError(f"{self.path} is missing") from problem
         if isinstance(problem, (OSError, ValueError, NotImplementedError, csv.Error)):
-            raise UserError(
-                f"{self.place} cannot be read ({str(problem).splitlines()[0][:200]})"
-            ) from problem
+            raise UserError(f"{self.path} cannot be read ({str(problem).splitlines()[0][:200]})") from problem
 
 
 def _opened(path: Path | str) -> Any:

@@ -89,7 +89,7 @@ class Loco:
                 f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
                 f"MVTec LOCO AD's layout; keep either {LOGICAL} and {STRUCTURAL}, or one folder for each defect"
             )
-        return {kind: [root / "test" / kind] for kind in SPLITS if (root / "test" / kind).is_dir()}
+        return {split: [root / "test" / split] for split in SPLITS if (root / "test" / split).is_dir()}
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         inside = image.relative_to(root / "test")
@@ -162,11 +162,9 @@ def advice_on_other_layout(root: Path) -> str | None:
             "others to test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and "
             "Data/Masks/Anomaly to ground_truth/anomaly"
         )
-    odd = next((name for name in folders if name.lower() == "train"), None)
-    if odd:
-        return (
-            f"{root} has a folder {odd}; layouts have it as train, in small letters, like validation and test"
-        )
+    misspelt = next((name for name in folders if name.lower() == "train"), None)
+    if misspelt:
+        return f"{root} has a folder {misspelt}; layouts have it as train, in small letters, like validation and test"
     good = [name for name in folders if name.lower() in GOOD_NAMES]
     bad = [name for name in folders if name.lower() in BAD_NAMES]
     if not good:

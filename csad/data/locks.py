@@ -126,8 +126,11 @@ class FileLock:
         return content | {"age": age}
 
     def _is_stale(self, owner: dict[str, Any]) -> bool:
-        here = (owner.get("host"), owner.get("namespace")) == (socket.gethostname(), _process_namespace())
-        return owner["age"] > STALE_SECONDS or (here and not _is_alive(owner.get("process")))
+        same_host = (owner.get("host"), owner.get("namespace")) == (
+            socket.gethostname(),
+            _process_namespace(),
+        )
+        return owner["age"] > STALE_SECONDS or (same_host and not _is_alive(owner.get("process")))
 
     def _remove(self, stale: dict[str, Any]) -> None:
         """Move a stale lock away; if another process was faster and the lock is its new one by now, put it back."""

@@ -67,15 +67,15 @@ class Record:
             and (record["outputs"] == self._digests())
         ):
             return SKIP  # and no checkpoint was opened for it
-        made = self._checkpoint_made_by()
-        if made is not None:
+        provenance = self._checkpoint_made_by()
+        if provenance is not None:
             self._refuse(
-                difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)),
+                difference(as_json({key: provenance.get(key) for key in self.used}), as_json(self.used)),
                 self.checkpoint,
             )
         elif record is not None and present:
             self._refuse(difference(record["used"], as_json(self.used)), self.path.parent)
-        return TRAIN if made is None else SCORE
+        return TRAIN if provenance is None else SCORE
 
     def superseded(self) -> str:
         """Digest of the record that a run with ``--overwrite`` is about to replace; "nothing" if there is none.
@@ -108,10 +108,10 @@ class Record:
         return saved["meta"] if files.holds(saved, {"state": dict, "meta": dict}) else None
 
     @staticmethod
-    def _refuse(changes: list[str], made: Path | None) -> None:
+    def _refuse(changes: list[str], path: Path | None) -> None:
         if changes:
             raise UserError(
-                f"{made} was made with different settings or images ({'; '.join(changes[:4])}); "
+                f"{path} was made with different settings or images ({'; '.join(changes[:4])}); "
                 "--overwrite starts over, another --workspace keeps both"
             )
 
@@ -136,14 +136,14 @@ def inputs(
         train: the category's training images.
         stand_ins: what other than the backbone stood in for the real thing.
     """
-    own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
+    stand_in_backbone = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
     return {
         "format_version": csad.FORMAT_VERSION,
         "seed": seed,
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         "train_images": digest_images(train),
-        "stand_ins": sorted({*stand_ins, *own}),
+        "stand_ins": sorted({*stand_ins, *stand_in_backbone}),
     }
 
 

@@ -52,14 +52,15 @@ def disagreement(
         exactly: it ran in fp32 on the CPU.
     """
     if not all(
-        np.isfinite(given).all() for given in (scored.score, scored.branch_scores) if given is not None
+        np.isfinite(actuals).all() for actuals in (scored.score, scored.branch_scores) if actuals is not None
     ):
         return "it gives numbers that are not finite"
     expected = [reference.predict(read_for(reference, [path])) for path in pictures]
-    shares, label_maps = (
-        np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map")
+    contributions, label_maps = (
+        np.concatenate([getattr(prediction, name) for prediction in expected])
+        for name in ("branch_scores", "label_map")
     )
-    names, wanted, given = ["score"], [shares.sum(1)], [scored.score]
+    names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
     if scored.branch_scores is not None:
         if exactly and "patchhist" in reference.branches:
             moved = (scored.label_map != label_maps).mean((1, 2)).max()
@@ -67,12 +68,12 @@ def disagreement(
                 return f"up to {100 * moved:.3g} % of a label map differ"
             # Each of the few pixels that are ties may move the score: the histogram is asked about the model's own label map.
             column = reference.branches.index("patchhist")
-            shares[:, column] = reference.arrangement_scores(scored.label_map)
+            contributions[:, column] = reference.arrangement_scores(scored.label_map)
         names += reference.branches
-        wanted = [shares.sum(1), *shares.T]
-        given += [*scored.branch_scores.T]
-    for name, right, other in zip(names, wanted, given):
-        apart = np.abs(right - other) / spread(right)
+        references = [contributions.sum(1), *contributions.T]
+        actuals += [*scored.branch_scores.T]
+    for name, exact, actual in zip(names, references, actuals):
+        apart = np.abs(exact - actual) / spread(exact)
         if exactly and scored.branch_scores is None and "patchhist" in reference.branches:
             beyond = (
                 np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY

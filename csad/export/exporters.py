@@ -144,13 +144,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def int8_onnx(
-    content: bytes, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS
+    content: bytes,
+    calibration: np.ndarray,
+    fp32_prefixes: Sequence[str],
+    networks: tuple[str, ...] = NETWORKS,
 ) -> bytes:
     """Quantise the networks of an fp32 ONNX model with onnxruntime, weights per channel.
 
     Args:
         calibration: images as the model takes them; the range of every activation is that on these.
-        kept: beginnings of the names of nodes that stay in fp32, besides everything outside the networks.
+        fp32_prefixes: beginnings of the names of nodes that stay in fp32, besides everything outside the networks.
         networks: how the names of the networks' nodes begin.
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
@@ -165,7 +168,7 @@ def int8_onnx(
     excluded = [
         node.name
         for node in model.graph.node
-        if not node.name.startswith(networks) or node.name.startswith(tuple(kept))
+        if not node.name.startswith(networks) or node.name.startswith(tuple(fp32_prefixes))
     ]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8.onnx"
@@ -181,13 +184,15 @@ def int8_onnx(
 
 
 def int8_openvino(
-    model: Any, calibration: np.ndarray, kept: Sequence[str], networks: tuple[str, ...] = NETWORKS
+    model: Any, calibration: np.ndarray, fp32_prefixes: Sequence[str], networks: tuple[str, ...] = NETWORKS
 ) -> Any:
     """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
     nncf = require_package("nncf")
     nncf.set_log_level("ERROR")
     outside = f"^(?!({'|'.join(networks)})).*"
-    ignored = nncf.IgnoredScope(patterns=[outside, *(f"^{prefix}.*" for prefix in kept)], validate=False)
+    ignored = nncf.IgnoredScope(
+        patterns=[outside, *(f"^{prefix}.*" for prefix in fp32_prefixes)], validate=False
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return in_openvino_thread(
             nncf.quantize,

@@ -112,9 +112,9 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, A
         ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
     ):
         picture = read_for(engine, [Path(path)])
-        given = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
-        for name in arrays.keys() & given.keys():
-            arrays[name].append(given[name])
+        output = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
+        for name in arrays.keys() & output.keys():
+            arrays[name].append(output[name])
     return (
         {name: np.concatenate(values) for name, values in arrays.items()},
         {"metadata": engine.metadata, "networks": engine.networks, "device": engine.device},

@@ -91,15 +91,15 @@ def quantise(
         The first model that agrees (else the last one), the names of the parts in higher
         precision, and how well its scores agree.
     """
-    kept, prefixes = [], ()
-    for name, more in FALLBACK_ORDER:
-        kept, prefixes = [*kept, name], prefixes + more
+    in_higher_precision, prefixes = [], ()
+    for name, beginnings in FALLBACK_ORDER:
+        in_higher_precision, prefixes = [*in_higher_precision, name], prefixes + beginnings
         model, engine = build(prefixes)
         agreement = check.agreement(engine)
-        say(f"int8 with {', '.join(kept)} in higher precision: {agreement}")
+        say(f"int8 with {', '.join(in_higher_precision)} in higher precision: {agreement}")
         if agreement.suffices:
             break
-    return model, kept, agreement
+    return model, in_higher_precision, agreement
 
 
 def _auroc(scores: np.ndarray, good: np.ndarray) -> float:

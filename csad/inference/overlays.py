@@ -128,7 +128,10 @@ def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.
         spot: x and y in pixels of the image before it was made smaller.
         size: its width and height then.
     """
-    x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(spot, image.shape[1::-1], size))
+    x, y = (
+        (position + 0.5) * side_shown / side - 0.5
+        for position, side_shown, side in zip(spot, image.shape[1::-1], size)
+    )
     rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
     distance = np.hypot(rows - y, columns - x)
     radius, width = max(6.0, max(image.shape) / 22), max(1.0, max(image.shape) / 250)

@@ -93,9 +93,9 @@ def drop_irregular_clusters(clusters: np.ndarray, image_of: np.ndarray, images: 
     present = np.zeros((images, clusters.max(initial=0) + 1), bool)
     present[image_of, clusters] = True
     present = present[:, 1:]
-    share = present.mean(0)
+    presence = present.mean(0)
     together = (present.T.astype(float) @ present) / images
-    exclusive = together < EXCLUSIVE * np.minimum(share[:, None], share)
+    exclusive = together < EXCLUSIVE * np.minimum(presence[:, None], presence)
     np.fill_diagonal(exclusive, True)  # a part stands in for itself
     regular = np.array([present[:, row].any(1).mean() >= ALWAYS for row in exclusive], bool)
     if not regular.any():
@@ -141,18 +141,18 @@ def split_similar_parts(
     return clusters
 
 
-def _cooccurrence(ones: np.ndarray, others: np.ndarray) -> float:
+def _cooccurrence(first: np.ndarray, second: np.ndarray) -> float:
     """How regularly two groups, lists of image numbers, appear together, 0..1.
 
     Of the images that show the usual number of both together (proposals failed in the others), the share in which each
     group has its usual number, at least one.
     """
     counts = np.stack(
-        [np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1
+        [np.bincount(group, minlength=max(first.max(), second.max()) + 1) for group in (first, second)], 1
     )
     totals = counts.sum(1)
-    usual = np.bincount(totals[totals > 0]).argmax()
-    pairs, often = np.unique(counts[totals == usual], axis=0, return_counts=True)
+    most_common = np.bincount(totals[totals > 0]).argmax()
+    pairs, often = np.unique(counts[totals == most_common], axis=0, return_counts=True)
     return float(often.max() / often.sum()) if pairs[often.argmax()].all() else 0.0
 
 

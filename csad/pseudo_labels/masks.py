@@ -72,9 +72,9 @@ def areas(masks: PackedMasks) -> np.ndarray:
     return np.array([_count(row) for row in masks.bits], np.int64)
 
 
-def intersect_ratios(masks: PackedMasks, other: np.ndarray) -> np.ndarray:
+def intersect_ratios(masks: PackedMasks, mask: np.ndarray) -> np.ndarray:
     """|A and B| / min(|A|, |B|) of each mask A with a mask B (H, W), (N,) float64; 0 where they do not meet."""
-    packed = pack(other)
+    packed = pack(mask)
     meeting = np.array([_count(row & packed) for row in masks.bits], np.float64)
     return meeting / np.maximum(np.minimum(areas(masks), _count(packed)), 1)
 

@@ -24,7 +24,7 @@ def save_info(
 ) -> None:
     """Write what is known about the whole category; what the next stage reads comes last."""
     images_in_all = len(semantic.groups)
-    usual = clustering.most_common_count(np.bincount(image_of, minlength=images_in_all))
+    most_common = clustering.most_common_count(np.bincount(image_of, minlength=images_in_all))
     size = (
         f"{provenance['picture_size']}x{provenance['picture_size']}, whatever that of the pictures"
         if provenance["picture_size"]
@@ -38,7 +38,7 @@ def save_info(
         **features,
     )
     files.write_array(info / "raw_component_histogram.npy", semantic.raw_histogram)
-    files.write_array(info / "component_num_mode.npy", np.array(usual))
+    files.write_array(info / "component_num_mode.npy", np.array(most_common))
     files.write_image(info / "feature.png", draw_clusters(vectors, semantic.labels))
     files.write_text(
         info / "info.txt",
@@ -50,7 +50,7 @@ def save_info(
                 f"backbone: {provenance['backbone']}",
                 f"stand_ins: {provenance['stand_ins']}",
                 f"components: {len(image_of)}",
-                f"components in most images: {usual}",
+                f"components in most images: {most_common}",
                 f"bandwidth: {bandwidth:.6g}",
                 f"clusters: {semantic.number_of_clusters}",
                 f"labels: {semantic.filtered_histogram.shape[1]}",

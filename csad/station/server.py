@@ -100,8 +100,8 @@ def create_app(
         ),
     )
 
-    for path, (file, kind) in PAGE_FILES.items():
-        app.add_api_route(path, _fixed((PAGE / file).read_bytes(), kind), include_in_schema=False)
+    for path, (file, content_type) in PAGE_FILES.items():
+        app.add_api_route(path, _fixed((PAGE / file).read_bytes(), content_type), include_in_schema=False)
 
     @app.get("/health", summary="Whether the models' threads live")
     async def health() -> JSONResponse:
@@ -211,9 +211,9 @@ def _in_words(problem: RequestValidationError) -> str:
     return f"{first['loc'][-1]}: {first['msg']}"
 
 
-def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+def _fixed(content: bytes, content_type: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
-        return Response(content, media_type=kind)
+        return Response(content, media_type=content_type)
 
     return answer
 
