@@ -381,7 +381,7 @@ def test_a_store_that_does_not_answer_is_no_damaged_picture(worker, monkeypatch,
     assert (
         json.loads(result["lines"])["verdict"] == "unreadable"
         if unreadable
-        else "goes on" in result["sentence"]
+        else "continues" in result["sentence"]
     )
 
 

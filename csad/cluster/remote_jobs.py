@@ -1,7 +1,7 @@
 """The jobs of a stage as Ray tasks: each on whatever node has room, and again on another where a node dies.
 
 A task derives its job from the driver's arguments, narrowed to its category and seed. So it does what the stage would do by
-itself, and goes on from the progress file on the shared workspace.
+itself, and continues from the progress file on the shared workspace.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def scored(
             yield from batch.to_pylist()
     except ray.exceptions.RayError as problem:
         raise UserError(
-            f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command goes on from the parts "
+            f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command continues from the parts "
             "that are finished"
         ) from problem
 
@@ -241,7 +241,7 @@ class Worker:
         except UserError as problem:
             if is_passing(problem.__cause__):
                 raise UserError(
-                    f"{problem}; the same command goes on from the parts that are finished"
+                    f"{problem}; the same command continues from the parts that are finished"
                 ) from problem
             return Picture(name, problem=str(problem))
         return read_picture(source, source if isinstance(source, Path) else name, self.engine, None)

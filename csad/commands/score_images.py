@@ -5,12 +5,12 @@
 Every image gets a score, a verdict against the threshold, each branch's contribution to the score, the spot that looks most
 unusual, and the components of which there is too much or too little. One line per image goes to OUTPUT/predictions.csv and
 OUTPUT/predictions.jsonl as soon as it is scored; --save_maps adds a picture of each to OUTPUT/maps/. With --watch the
-folders are looked at once a second and new or changed files scored, until Ctrl-C; started again, it goes on where it was.
-A folder that goes away for a while, like an unmounted share, is said and waited for, and nothing is scored twice.
+folders are checked once a second, and new or changed files scored, until Ctrl-C; started again, it continues where it was.
+A folder that goes away for a while, like an unmounted share, is named and waited for; nothing is scored twice.
 An unreadable file is reported and skipped; files that are not images are counted and named.
 
 With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
-same lines then go to OUTPUT/parts/, and the same command, started again, goes on where it was (docs/cluster.md).
+same lines then go to OUTPUT/parts/, and the same command, started again, continues where it was (docs/cluster.md).
 
 Exit status: 0 every image is normal, 4 some are anomalous, 3 some could not be read or judged, 2 nothing was done (one
 sentence says why).

@@ -16,7 +16,7 @@ from csad.data.listing import count
 from csad.data.mask_checks import check_masks
 from csad.data.overview import layout_line, unused
 from csad.data.picture_checks import check_copies, check_storage, describe
-from csad.data.pictures import Picture, examine, look, with_digests_where_alike
+from csad.data.pictures import ImageInfo, examine, read_info, with_digests_where_alike
 from csad.data.roi import read_roi
 from csad.processes import cores
 from csad.progress import ProgressBar
@@ -32,7 +32,7 @@ VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be prom
 
 def check(
     category: layouts.Category, cfg: settings.Settings, false_positive_rate: float | None = None
-) -> tuple[Findings, dict[str, list[Picture]]]:
+) -> tuple[Findings, dict[str, list[ImageInfo]]]:
     """Read every image and mask of a category.
 
     Returns:
@@ -62,7 +62,7 @@ def check(
                 leave=False,
             )
         )
-        pictures: dict[str, list[Picture]] = {folder: [] for folder in listed}
+        pictures: dict[str, list[ImageInfo]] = {folder: [] for folder in listed}
         for (folder, _, _), picture in zip(entries, examined):
             pictures[folder].append(picture)
         findings.errors += [picture.problem for picture in examined if picture.problem]
@@ -88,7 +88,7 @@ def header_check(category: layouts.Category) -> list[str]:
     check_number_of_images(category, findings)
     validation = set(category.validation)
     pictures = [
-        look(path, split_of(folder, path in validation))
+        read_info(path, split_of(folder, path in validation))
         for folder, paths in category.listed.items()
         for path in paths
     ]

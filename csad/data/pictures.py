@@ -1,4 +1,4 @@
-"""Image files as they were found: what their headers say, how they look in small, and which of them are copies."""
+"""Image files of a data set: what their headers say, thumbnails, and which of them are copies."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HASH_SIDE, HASH_DISTANCE, MEAN_DIFFERENCE, LOCAL_DIFFERENCE = 16, 40, 1.5, 10
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image file as it was found."""
+class ImageInfo:
+    """What is known of one image file."""
 
     path: Path
     split: str  # train, validation or test
@@ -42,27 +42,27 @@ class Picture:
         return f"{self.bits}-bit {'colour' if self.colour else 'grey'}"
 
 
-def look(path: Path, split: str) -> Picture:
+def read_info(path: Path, split: str) -> ImageInfo:
     """What a file's header says."""
     try:
         with image_files.opened(path) as image:
-            return Picture(path, split, **header(image))
+            return ImageInfo(path, split, **header_fields(image))
     except UserError as problem:
-        return Picture(path, split, str(problem))
+        return ImageInfo(path, split, str(problem))
 
 
-def examine(path: Path, split: str, white_level: float | None) -> Picture:
+def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
         with image_files.opened(path) as image:
-            fields = header(image)
+            fields = header_fields(image)
             if image.format == "JPEG":
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
             transparent = layered and fields["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        return Picture(
+        return ImageInfo(
             path,
             split,
             **fields,
@@ -73,11 +73,11 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
             hash=perceptual_hash(thumbnail),
         )
     except UserError as problem:
-        return Picture(path, split, str(problem))
+        return ImageInfo(path, split, str(problem))
 
 
-def header(image: Image.Image) -> dict:
-    """What `Picture` notes of an image whose pixels are not read yet."""
+def header_fields(image: Image.Image) -> dict:
+    """What `ImageInfo` notes of an image whose pixels are not read yet."""
     raw_mode = image_files.raw_mode_of(image)
     deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
@@ -103,7 +103,7 @@ def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
     return imagehash.phash(picture, hash_size=HASH_SIDE).hash.ravel()
 
 
-def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
+def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInfo]]:
     """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
     hashed = [picture for picture in pictures if picture.hash is not None]
     if len(hashed) < 2:
@@ -126,7 +126,7 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
     return copies
 
 
-def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
+def with_digests_where_alike(pictures: Sequence[ImageInfo]) -> list[ImageInfo]:
     """Digests of those files only of which another has the same length, beginning and middle: few files are read whole."""
 
     def fingerprint(path: Path) -> tuple[int, bytes]:
@@ -140,7 +140,7 @@ def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
     return [
-        Picture(picture.path, picture.split, digest=records.digest(picture.path))
+        ImageInfo(picture.path, picture.split, digest=records.digest(picture.path))
         for group in groups.values()
         if len(group) > 1
         for picture in group

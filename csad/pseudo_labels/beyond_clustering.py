@@ -84,9 +84,9 @@ def number_clusters(clusters: np.ndarray, min_members: float) -> np.ndarray:
 
 
 def drop_irregular_clusters(clusters: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
-    """Clusters that good images have by rule, renumbered 1..; the others become 0. Where none is left, all stay.
+    """Clusters that good images regularly have, renumbered 1..; the others become 0. If none is left, all stay.
 
-    By rule means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
+    Regularly means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
     place there (the juices of a bottle). A tray's compartment that is proposed now and then, and anything else that comes
     and goes without a substitute, says more about the proposer than about the product.
     """

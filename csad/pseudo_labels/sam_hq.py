@@ -136,7 +136,7 @@ def build_sam(size: str) -> nn.Module:
 
 @functools.cache
 def _mask_generator() -> type:
-    """The package's automatic mask generator, mended for images, sizes and devices on which it fails."""
+    """The package's automatic mask generator, fixed for images, sizes and devices on which it fails."""
     with quietly():
         from segment_anything_hq import SamAutomaticMaskGenerator
         from segment_anything_hq.utils import amg
@@ -171,7 +171,7 @@ def _mask_generator() -> type:
                 mask, cleared = amg.remove_small_regions(mask, min_area, mode="islands")
                 tensor = torch.from_numpy(np.ascontiguousarray(mask))
                 mask_data["boxes"][index] = amg.batched_mask_to_box(tensor)
-                if filled or cleared:  # a duplicate that needed no mending is preferred
+                if filled or cleared:  # an unchanged duplicate is preferred
                     scores[index] = 0
                     mask_data["rles"][index] = amg.mask_to_rle_pytorch(tensor[None])[0]
             if len(scores):

@@ -1,4 +1,4 @@
-"""What a station is made of: its limits, its models at work, and what /metrics tells of them. Needs no PyTorch."""
+"""What a station is made of: its limits, its models at work, and what /metrics says of them. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Options:
 
 
 class Station:
-    """A model at work: its engine, threshold and thread.
+    """A model that is served: its engine, threshold and thread.
 
     Raises:
         UserError: the model does not know its threshold.
@@ -94,7 +94,7 @@ class Station:
 
 
 class Metrics:
-    """What /metrics tells, one registry an app."""
+    """What /metrics says, one registry per app."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
