@@ -175,7 +175,7 @@ class Labelling:
             refuse_unknown_files(
                 record, [self.finished.image(folder.name) for folder in self.folders], overwrite
             )
-            if record.begin(overwrite) == records.SKIP:
+            if record.plan(overwrite) == records.SKIP:
                 print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
                 return False
         if changes:

@@ -209,10 +209,14 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
 
     fused = 0
     for branch, weight in decided(work).items():
-        logical, validation = (
-            np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val")
-        )
-        z = apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR))
+        scores = {
+            part: np.load(path)
+            for part in ("logi", "val", "held_out")
+            if (path := work / f"anomaly_score/discs_{branch}_{part}_score.npy").exists()
+        }
+        assert ("held_out" in scores) == (branch == "patchhist")
+        good = np.concatenate([scores["val"], scores.get("held_out", [])])
+        z = apply_z(scores["logi"], *fit_normalisation(good, "softplus", EXPORTED_STD_FLOOR))
         fused = fused + weight * share(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)

@@ -6,6 +6,7 @@ import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from csad import settings
@@ -163,7 +164,7 @@ def check_defect_folders(category: layouts.Category, findings: Findings) -> None
 def check_number_of_images(category: layouts.Category, findings: Findings) -> None:
     """Too few images to learn from or to set a threshold by, and what to expect then."""
     training, validation = (
-        len(findings.collect_errors(lambda split=split: getattr(category, split)) or [])
+        len(findings.collect_errors(partial(getattr, category, split)) or [])
         for split in ("train", "validation")
     )
     if 0 < training < MIN_TRAINING_IMAGES:

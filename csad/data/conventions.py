@@ -50,8 +50,12 @@ BAD_NAMES = frozenset(
 class Layout(Protocol):
     """Where one convention puts things. ``root`` is a category's folder."""
 
-    name: str
-    good: str  # what it calls a folder of good images
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def good(self) -> str:
+        """What it calls a folder of good images."""
 
     def recognises(self, root: Path) -> bool:
         """Whether a category is laid out so; the first of `LAYOUTS` that says so is taken."""

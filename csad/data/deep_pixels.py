@@ -14,7 +14,7 @@ from csad.data.image_files import PACKED, bits_of, opened, raw_mode_of
 from csad.errors import UserError
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 # Colour with 16 bits a channel: Pillow keeps the high bytes only. Read once more in the other byte order, it gives the low ones.
@@ -25,7 +25,9 @@ _OTHER_BYTES = {
 }
 
 
-def deep_pixels(image: Image.Image, path: str | Path) -> tuple[np.ndarray, float | None] | None:
+def deep_pixels(
+    image: ImageFile.ImageFile, path: str | Path | BinaryIO
+) -> tuple[np.ndarray, float | None] | None:
     """Pixels of more than 8 bits, right way up, values as stored, and the value that the format declares to be white.
 
     Returns:
@@ -79,7 +81,7 @@ def _require_no_negative(values: np.ndarray, path: str | Path | BinaryIO) -> Non
 
 
 def _rescaled_by_pillow(
-    image: Image.Image, path: str | Path, largest: int
+    image: ImageFile.ImageFile, path: str | Path | BinaryIO, largest: int
 ) -> tuple[np.ndarray, float | None] | None:
     """A PGM or PPM says itself which value is white; Pillow applies that, to 8 bits for colour, to 16 for grey."""
     values = _upright(image)
@@ -93,7 +95,7 @@ def _rescaled_by_pillow(
     return None
 
 
-def _reread(image: Image.Image, raw_mode: str) -> np.ndarray:
+def _reread(image: ImageFile.ImageFile, raw_mode: str) -> np.ndarray:
     """Decode an opened image with its bytes unpacked in another way."""
     image.tile = [
         tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, (tuple, list)) else raw_mode)

@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 from csad.errors import UserError
 
-from PIL import Image, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SUBIFD
+from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SUBIFD, TiffImageFile
 
 ORIENTATION_TAG = 0x0112
 
@@ -57,7 +57,7 @@ class TooLarge(UserError):
 @contextmanager
 def opened(
     path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out"
-) -> Iterator[Image.Image]:
+) -> Iterator[ImageFile.ImageFile]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
 
     Raises:
@@ -71,7 +71,7 @@ def opened(
         formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
         with Image.open(path, formats=[*formats, "DIB"]) as image:
             frames = getattr(image, "n_frames", 1)
-            if image.format == "TIFF":
+            if isinstance(image, TiffImageFile):
                 frames = _seek_picture(image)
             # A phone's .jpg: first the picture, then previews or gain maps.
             if frames > 1 and image.format != "MPO":
@@ -88,7 +88,11 @@ def opened(
     except UserError:
         raise
     except FileNotFoundError as problem:
-        link = ": it is a link to a missing file" if Path(path).is_symlink() else ""
+        link = (
+            ": it is a link to a missing file"
+            if isinstance(path, (str, Path)) and os.path.islink(path)
+            else ""
+        )
         raise UserError(f"{what} {path} is missing{link}") from problem
     except Image.DecompressionBombError as problem:
         raise TooLarge(
@@ -115,7 +119,7 @@ def displayed_size(path: str | Path) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def decoded_bytes(image: Image.Image) -> int:
+def decoded_bytes(image: ImageFile.ImageFile) -> int:
     """Bytes of an `opened` image once decoded: pixels x channels x bytes per channel, at least 3 per pixel."""
     raw_mode, bits = raw_mode_of(image), bits_of(image)
     deep = bits > 8 or ";16" in raw_mode and raw_mode not in PACKED or image.mode.startswith("I;16")
@@ -154,7 +158,7 @@ def _holds_lossless_webp(path: Path) -> bool:
     return False
 
 
-def _seek_picture(image: Image.Image) -> int:
+def _seek_picture(image: TiffImageFile) -> int:
     """Go to a TIFF's only page that is no smaller copy of another one; how many such pages there are.
 
     Raises:
@@ -171,7 +175,7 @@ def _seek_picture(image: Image.Image) -> int:
     return len(pictures) or image.n_frames
 
 
-def raw_mode_of(image: Image.Image) -> str:
+def raw_mode_of(image: ImageFile.ImageFile) -> str:
     """Pillow's name for the layout of an image's stored bytes; empty where it has none or has read the pixels."""
     arguments = image.tile[0].args if image.tile else None  # (raw mode, ...) or the raw mode alone
     return str(arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments or "")

@@ -16,7 +16,7 @@ from csad.errors import UserError
 from csad.progress import ProgressBar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from models.constants import OUTSIDE, SIZE
 
@@ -174,21 +174,23 @@ def read_mask(path: str | Path) -> np.ndarray:
                     )
                 values = 2 ** bits_of(image) - 1 - values.astype(np.int64)
         else:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "P":
-                image = image.convert("RGBA") if any(image.getpalette()[:3]) else image
-            elif image.mode == "1":
-                image = image.convert("L")
-            elif image.mode != "L":
-                image = image.convert("RGBA")
-            values = np.array(image)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "P":
+                upright = upright.convert("RGBA") if any((upright.getpalette() or [])[:3]) else upright
+            elif upright.mode == "1":
+                upright = upright.convert("L")
+            elif upright.mode != "L":
+                upright = upright.convert("RGBA")
+            values = np.array(upright)
         values = values if values.ndim == 2 else _brightest(values)
     if lossy:
         return np.where(values > max(values.max() / 2, _LOSSY_BLACK), 255, 0).astype(np.uint8)
     return np.clip(np.ceil(values), 0, 255).astype(np.uint8)
 
 
-def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float | None = None) -> np.ndarray:
+def as_rgb(
+    image: ImageFile.ImageFile, path: str | Path | BinaryIO, white_level: float | None = None
+) -> np.ndarray:
     """The pixels of an `opened` image as `read_rgb` returns them."""
     if white_level is not None and not 0 < white_level < math.inf:
         raise UserError(f"--images.white_level is {white_level}; it must be a number above 0")
@@ -213,9 +215,9 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
     for rows in _row_blocks(*values.shape[:2]):
         brightness = np.clip(colours[rows] / white, 0, 1)
         eight_bit = np.atleast_3d(np.floor((1 - brightness if inverted else brightness) * 255 + 0.5))
-        opacity = None if clear is None else clear[rows] / 65535
+        opacity: np.ndarray | None = None if clear is None else clear[rows] / 65535
         if key is not None and clear is None:
-            opacity = np.atleast_3d(colours[rows] != np.asarray(key)).any(2, keepdims=True)
+            opacity = np.any(np.atleast_3d(colours[rows] != np.asarray(key)), axis=2, keepdims=True)
         if opacity is not None and opacity.min() < 1:
             _say_transparent(path)
             background = np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity)
@@ -224,7 +226,7 @@ def as_rgb(image: Image.Image, path: str | Path | BinaryIO, white_level: float |
     return result
 
 
-def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
+def _on_background(image: Image.Image, path: str | Path | BinaryIO) -> np.ndarray:
     """An 8-bit image of any mode as (H, W, 3) uint8."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return np.array(image)
@@ -233,12 +235,17 @@ def _on_background(image: Image.Image, path: str | Path) -> np.ndarray:
         block = image.crop((0, rows.start, image.width, rows.stop))
         if block.has_transparency_data:
             layered = block.convert("RGBA")
-            if layered.getextrema()[3][0] < 255:
+            if is_see_through(layered):
                 _say_transparent(path)
                 block = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
                 block.alpha_composite(layered)
         result[rows] = np.asarray(block.convert("RGB"))
     return result
+
+
+def is_see_through(layered: Image.Image) -> bool:
+    """Whether any pixel of an RGBA image is not opaque."""
+    return any(layered.getchannel("A").histogram()[:255])
 
 
 def _row_blocks(height: int, width: int) -> Iterator[slice]:
@@ -255,7 +262,7 @@ def _brightest(channels: np.ndarray) -> np.ndarray:
     return np.where(channels[..., 3] > 0, brightest, 0).astype(brightest.dtype)
 
 
-def _say_transparent(path: str | Path) -> None:
+def _say_transparent(path: str | Path | BinaryIO) -> None:
     if "transparent" not in _said:
         _said.add("transparent")
         ProgressBar.write(

@@ -48,7 +48,7 @@ class Category:
     root: Path
     logical_defects: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.logical_defects:
             if not isinstance(self.convention, FolderPerDefect):
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from csad.data import files, image_files, images, layouts
@@ -21,10 +22,10 @@ def check_masks(
     anomalous = [
         (split, path)
         for split in (layouts.LOGICAL, layouts.STRUCTURAL)
-        for path in findings.collect_errors(lambda split=split: category.test(split)) or []
+        for path in findings.collect_errors(partial(category.test, split)) or []
     ]
     masks = {
-        path: findings.collect_errors(lambda split=split, path=path: category.region_masks(split, path))
+        path: findings.collect_errors(partial(category.region_masks, split, path))
         for split, path in anomalous
     }
     without = [path for path, of_image in masks.items() if of_image == []]

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csad.data import image_files, images, records
 from csad.errors import UserError
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 THUMBNAIL = 96
 # Near copies: recompressed or resized ones differ in up to 36 of 256 bits, but by less than a grey level; different good pictures
@@ -60,7 +61,7 @@ def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and fields["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
+            transparent = layered and fields["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return ImageInfo(
             path,
@@ -76,7 +77,7 @@ def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
         return ImageInfo(path, split, str(problem))
 
 
-def header_fields(image: Image.Image) -> dict:
+def header_fields(image: ImageFile.ImageFile) -> dict[str, Any]:
     """What `ImageInfo` notes of an image whose pixels are not read yet."""
     raw_mode = image_files.raw_mode_of(image)
     deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
@@ -105,12 +106,16 @@ def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
 
 def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInfo]]:
     """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
-    hashed = [picture for picture in pictures if picture.hash is not None]
+    hashed = [
+        (picture, picture.hash, picture.thumbnail)
+        for picture in pictures
+        if picture.hash is not None and picture.thumbnail is not None
+    ]
     if len(hashed) < 2:
         return []
-    signs = np.stack([picture.hash for picture in hashed]).astype(np.float32) * 2 - 1
+    signs = np.stack([bits for _, bits, _ in hashed]).astype(np.float32) * 2 - 1
     small = np.stack(
-        [np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed]
+        [np.asarray(Image.fromarray(thumbnail).convert("L"), np.int16) for *_, thumbnail in hashed]
     )
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
     copies = []
@@ -122,7 +127,7 @@ def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInf
             if first < column:
                 difference = np.abs(small[first] - small[column])
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
-                    copies.append((hashed[first], hashed[column]))
+                    copies.append((hashed[first][0], hashed[column][0]))
     return copies
 
 

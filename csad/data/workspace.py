@@ -11,6 +11,7 @@ from csad.branches import BRANCHES
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
+HELD_OUT = "held_out"  # training images, each by a fit to others
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
 EXPORTED = {
     "torch": ("pytorch_models", ".pth"),
@@ -128,8 +129,13 @@ class Workspace:
 
     # Stages 2, 3 and 3b: branch is a name in csad.branches, or an alias
     def scores(self, category: str, branch: str, part: str) -> Path:
-        """``part`` is one of `SCORE_PARTS`."""
+        """``part`` is one of `SCORE_PARTS`, or `HELD_OUT`, which not every branch has."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
+
+    def good_scores(self, category: str, branch: str) -> list[Path]:
+        """By which a branch's scores are normalised: of validation images and, where there are any, `HELD_OUT` ones."""
+        held_out = self.scores(category, branch, HELD_OUT)
+        return [self.scores(category, branch, "val"), *([held_out] if held_out.exists() else [])]
 
     def anomaly_maps(self, category: str, branch: str) -> Path:
         """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
