@@ -8,6 +8,7 @@ from csad import settings
 from csad.data import files, images
 from csad.errors import UserError
 from csad.pseudo_labels import grounded_sam, grounding_dino, one_picture, package_networks, sam_hq
+from csad.standins.proposer_choice import choose_proposer
 
 import numpy as np
 import pytest
@@ -257,9 +258,7 @@ def test_wrong_checkpoints_get_a_sentence(harm, weights, tmp_path, monkeypatch):
     shutil.copytree(weights, folder)
     sentence, changes = harm(folder)
     with pytest.raises(UserError, match=sentence):
-        pseudo_label.choose_proposer(
-            "discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False
-        ).load()
+        choose_proposer("discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False).load()
 
 
 @pytest.fixture
@@ -385,7 +384,7 @@ def test_auto_takes_what_is_there_and_says_so(there, prompt, found, tmp_path, ca
     for name in there:
         (tmp_path / name).write_bytes(b"weights")
     (tmp_path / "bert-base-uncased").mkdir()
-    taken = pseudo_label.choose_proposer(
+    taken = choose_proposer(
         "discs",
         settings.load("discs", "paper", {"pseudo_labels.text_prompt": prompt}).pseudo_labels,
         tmp_path,
@@ -409,7 +408,7 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path):
             "discs", "paper", {f"pseudo_labels.{key}": value for key, value in changes.items()}
         )
         with pytest.raises(UserError, match=sentence):
-            pseudo_label.choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
+            choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
 
 
 @pytest.mark.parametrize(

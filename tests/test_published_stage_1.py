@@ -141,7 +141,7 @@ def made(native, tmp_path_factory):
             patch.setattr(
                 pseudo_label, "choose_proposer", lambda *_: proposer(root, chosen.pseudo_labels, networks)
             )
-            pseudo_label.Labelling(
+            pseudo_label.PseudoLabelStage(
                 category,
                 workspace,
                 chosen,

@@ -33,7 +33,7 @@ _HEAT = np.array(
 )
 _OUTLINE = (255, 0, 200)
 _TEXT, _QUIET, _RED, _GREEN = (27, 36, 48), (91, 102, 117), (184, 28, 46), (24, 110, 52)
-_LEAST_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
+_MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
@@ -156,7 +156,7 @@ def captioned(
         red: the title's colour, else green.
     """
     size = int(np.clip(picture.shape[0] / 26, 12, 30))
-    margin, width = size // 2, max(picture.shape[1], _LEAST_WIDTH)
+    margin, width = size // 2, max(picture.shape[1], _MIN_WIDTH)
     large, small = (ImageFont.load_default(pixels) for pixels in (round(1.25 * size), size))
     placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, int, int] | None]] = []
     y = float(margin)
