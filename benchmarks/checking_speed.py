@@ -5,7 +5,6 @@ python -m benchmarks.checking_speed --workspace /tmp/checking --images 2000 --si
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from csad.data import images
@@ -18,14 +17,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.many_categories import run
+from benchmarks.processes import options_of
 
 RENDERED = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace", type=path_argument, required=True, help="an empty folder, or one with pictures of this"
     )

@@ -24,6 +24,7 @@ from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
 from benchmarks.many_categories import QUICK, ROOT
+from benchmarks.processes import options_of
 
 OPTIONS = (*QUICK, *"--lgst.width 16 --lgst.teacher_channels 16".split())
 SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
@@ -31,9 +32,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=10, help="of random nodes (default: 10)")
     parser.add_argument(
         "--pause",

@@ -9,7 +9,6 @@ status 1: an image is missing or there twice, or memory grows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ from csad.progress import ProgressBar
 import numpy as np
 from PIL import Image
 
-from benchmarks.processes import resident
+from benchmarks.processes import options_of, resident
 from models.prediction import Prediction
 
 SIDE = 64  # pixels of each picture
@@ -42,9 +41,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace",
         type=path_argument,

@@ -8,7 +8,6 @@ and maps as hard links, records with the names in them changed, so that every st
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -23,7 +22,7 @@ from csad.synthetic.writer import Settings, write_dataset
 
 from tabulate import tabulate
 
-from benchmarks.processes import Usage, measured
+from benchmarks.processes import Usage, measured, options_of
 
 ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"
@@ -44,9 +43,7 @@ HEADERS = ("categories", "script", "seconds", "processor ms each", "peak MB", "M
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace",
         type=path_argument,

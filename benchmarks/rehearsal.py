@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
 from benchmarks.random_weights import write_grounding_dino, write_sam, write_wide_resnets
 from models.device import choose_device
 
@@ -50,9 +50,7 @@ TRAINING, WEIGHTS = STAGES[:3], "weights"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--workspace", type=files.path_argument, default=Path("rehearsal"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))

@@ -11,7 +11,6 @@ knows) to --workspace.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import re
 import tempfile
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from benchmarks.processes import options_of
 from benchmarks.speed_figure import scatter
 from benchmarks.speed_variants import FORMAT_OF, OURS, PUBLISHED_GRAPH, Variant, build_variants
 from models.backbone import PUBLISHED, empty_encoder
@@ -42,9 +42,7 @@ PAPER_SIZE = {"width": 256, "classes": 7, "student": 512, "channels": 512}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace", type=Path, default=Path("."), help="where to write; its export_report.json is read"
     )

@@ -8,7 +8,6 @@ in half of the test pictures. Then patch_memory.py sees them as a whole and in t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,16 +25,14 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace",
         type=path_argument,
