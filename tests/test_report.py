@@ -393,10 +393,16 @@ def test_averages_are_of_what_was_measured_and_say_so():
 class OneDefectOfBothKinds:
     """A category in which logical and structural anomalies have the same name."""
 
+    root = None
+
+    @property
+    def convention(self):
+        return self
+
     def test(self, split):
         return [split] * 2
 
-    def defect_of(self, split, path):
+    def defect(self, root, path):
         return "anomaly"
 
 
