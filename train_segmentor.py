@@ -23,6 +23,7 @@ from csad.errors import run_script
 from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, selection, with_checkpoint
 from csad.training.branch_run import BranchRun, branch_run
 from csad.training.jobs import run_jobs
+from csad.training.loop import drawing_workers
 from csad.training.pseudo_label_files import (
     digest_of_label_maps,
     read_stage_1,
@@ -164,6 +165,7 @@ def train(
         settings.epochs * each,
         partial(cosine, final=settings.final_lr_share),
         best,
+        drawing_workers(job.device),
         segmentor=segmentor,
     )
     batches = Batches(data, encoder, job.device, job.precision, f"{job.name}: encode")
