@@ -24,7 +24,7 @@ from csad.export import exported_thresholds, exporters
 from csad.export.acceptance import accept
 from csad.export.exported_scores import evaluate
 from csad.export.formats import ExportJob, export
-from csad.inference.engines import open_model
+from csad.inference.runtimes import open_model
 from csad.training.jobs import Task, run_jobs
 from csad.training.stage import job_name
 

@@ -188,7 +188,7 @@ class PseudoLabelStage:
         stand_ins = ", ".join(provenance["stand_ins"])
         print(
             f"{name}: {labels.filtered_histogram.shape[1]} labels, {len(labels.trusted)} of {count} images "
-            f"trusted, {labels.kinds.max() + 1} kinds of images"
+            f"trusted, {labels.groups.max() + 1} kinds of images"
             + (f" (stand-ins: {stand_ins})" if stand_ins else "")
         )
 

@@ -460,7 +460,7 @@ def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(
 
 
 def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished):
-    from csad.inference.engines import open_model
+    from csad.inference.runtimes import open_model
 
     from models.fused import metadata
 
@@ -482,7 +482,7 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 
 def test_saved_maps_are_those_of_the_exported_model(finished):
     from csad.data import images
-    from csad.inference.engines import open_model
+    from csad.inference.runtimes import open_model
 
     work, dataset = finished
     engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")

@@ -134,7 +134,7 @@ def test_interrupted_and_resumed_gives_the_same_files(label, tmp_path, monkeypat
 
 @pytest.mark.parametrize("features", [["lab", "position"], ["cnn_image", "lab"]])
 def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monkeypatch, features):
-    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    monkeypatch.setattr(processes, "MIN_PICTURES", 2)
     alone = contents(label(tmp_path / "1", features=features))
     for workers in (2, 4):
         assert contents(label(tmp_path / str(workers), features=features, workers=workers)) == alone
@@ -143,7 +143,7 @@ def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monke
 def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(
     label, category, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    monkeypatch.setattr(processes, "MIN_PICTURES", 2)
     for path in category.train[4:6]:
         path.write_bytes(path.read_bytes()[:-200])  # the header is whole: only who reads it all notices
     told = set()
@@ -226,7 +226,7 @@ def test_one_image_without_parts_is_no_mistake(label, category, tmp_path):
 
 
 def test_no_surviving_label_ends_in_a_sentence(label, tmp_path, monkeypatch):
-    monkeypatch.setattr(beyond_clustering, "LEAST_MEMBERS_VARIANTS", 5)
+    monkeypatch.setattr(beyond_clustering, "MIN_MEMBERS_VARIANTS", 5)
     with pytest.raises(UserError, match="left no label"):
         label(tmp_path)
 

@@ -20,11 +20,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from models.constants import OUTSIDE, SIZE
 
-TRANSPARENCY_BACKGROUND = (
-    255,
-    255,
-    255,
-)  # what shows through transparent pixels: white, like paper or a web page
+# What shows through transparent pixels: white, like paper or a web page.
+TRANSPARENCY_BACKGROUND = (255, 255, 255)
 _LARGEST_OF_12_BITS = 4095
 _LOSSY_BLACK = 16  # of 255: what a lossy format makes of black is darker
 _BLOCK_PIXELS = 1 << 20

@@ -82,7 +82,7 @@ class Workspace:
 
     @property
     def backbone(self) -> Path:
-        """Which backbone the stages agreed on, where nobody named one."""
+        """The record of the backbone that the stages agreed on, if none was named."""
         return self.downloads / "backbone.json"
 
     # Stage 1
@@ -90,7 +90,7 @@ class Workspace:
         return PseudoLabels((self.shared or self).root / "datasets" / "masks" / category)
 
     def unfinished_pseudo_labels(self, category: str) -> PseudoLabels:
-        """Where new ones are made while finished ones are still there."""
+        """The folder in which new pseudo-labels are made while finished ones are still there."""
         return PseudoLabels((self.shared or self).root / "datasets" / "masks" / f"{category}.unfinished")
 
     # Stage 2
@@ -167,23 +167,23 @@ class Workspace:
         Raises:
             UserError: a category, or the workspace, has none.
         """
-        found = [
+        models = [
             path
             for folder, suffix in EXPORTED.values()
             for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))
         ]
-        stems = {path.stem for path in found}
+        stems = {path.stem for path in models}
         for category in categories or ():
             if not stems & _with_precisions(category):
                 raise UserError(
                     f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first"
                 )
-        if not found:
+        if not models:
             raise UserError(
                 f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first"
             )
-        chosen = {stem for category in categories or () for stem in _with_precisions(category)}
-        return [path for path in found if not categories or path.stem in chosen]
+        stems_of_categories = {stem for category in categories or () for stem in _with_precisions(category)}
+        return [path for path in models if not categories or path.stem in stems_of_categories]
 
     def branch_weights(self, category: str) -> Path:
         """How much stage 4 decided that each branch counts, and by what (csad.evaluation.branch_weights)."""
@@ -241,8 +241,8 @@ class Workspace:
     def lock_with(self, others: Iterable[Workspace]) -> Iterator[None]:
         """Hold this workspace and others, those of its seeds for example, each once."""
         with ExitStack() as locks:
-            for one in {place.root: place for place in (self, *others)}.values():
-                locks.enter_context(one.lock())
+            for held in {workspace.root: workspace for workspace in (self, *others)}.values():
+                locks.enter_context(held.lock())
             yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csad.evaluation import branch_weights, localisation
+from csad.evaluation import branch_weights, spro
 from csad.evaluation.measures import ANOMALIES
 from csad.evaluation.metrics import LOCO, counted, mean_known
 from csad.evaluation.scores import FUSED, MANY, fused_mean, lowest_first, said_of_choice
@@ -148,7 +148,7 @@ def details(measured: dict[str, dict]) -> list[str]:
         }
         if told := counted(measured_of):
             notes.append(f"averages of the categories that were measured{told}")
-    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in localisation.FPR_LIMITS))
+    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
 
 

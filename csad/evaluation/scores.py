@@ -15,10 +15,8 @@ import numpy as np
 
 from models.fusion import apply_z, fit_normalisation
 
-SPLIT_OF_PART = {
-    "logi": layouts.LOGICAL,
-    "struc": layouts.STRUCTURAL,
-}  # each after the good images, in sorted file order
+# Each after the good images, in sorted file order.
+SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}
 Scores = dict[str, dict[str, np.ndarray]]
 FUSED = "fused"  # the key of the weighted sum among single branches and other sums
 MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line

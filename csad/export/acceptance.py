@@ -7,7 +7,7 @@ from pathlib import Path
 from csad.data import layouts
 from csad.errors import UserError
 from csad.export import agreement, exported_thresholds, fresh_process
-from csad.inference.engines import TorchEngine
+from csad.inference.runtimes import TorchEngine
 
 
 def accept(path: Path, reference: TorchEngine, category: layouts.Category, device: str) -> None:

@@ -13,7 +13,9 @@ from csad.errors import UserError
 from csad.export import exporters, weighing
 from csad.export.assembly import fused_state, require_up_to_date
 from csad.export.int8 import calibration_images, choose_int8
-from csad.inference.engines import Engine, OnnxEngine, OpenVinoEngine, TorchEngine
+from csad.inference.engines import Engine
+from csad.inference.openvino_engine import OpenVinoEngine
+from csad.inference.runtimes import OnnxEngine, TorchEngine
 from csad.settings import Settings
 from csad.training.stage import view_of
 

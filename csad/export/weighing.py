@@ -10,7 +10,8 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights
 from csad.export.assembly import fused_state
-from csad.inference.engines import Engine, TorchEngine, read_for
+from csad.inference.engines import Engine, read_for
+from csad.inference.runtimes import TorchEngine
 from csad.progress import ProgressBar
 from csad.training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 

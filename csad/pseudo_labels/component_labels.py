@@ -77,10 +77,10 @@ def label_components(
             f"{category}: clustering the {len(vectors)} components left no label (bandwidth {bandwidth:.3g}); "
             "try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features"
         )
-    if labels.clusters.max() > masks.MOST_LABELS:
+    if labels.clusters.max() > masks.MAX_LABELS:
         raise UserError(
             f"{category}: the components fall into {labels.clusters.max()} clusters (bandwidth {bandwidth:.3g}), and "
-            f"a label map holds {masks.MOST_LABELS}; try a larger --pseudo_labels.bandwidth"
+            f"a label map holds {masks.MAX_LABELS}; try a larger --pseudo_labels.bandwidth"
         )
     count = labels.number_of_clusters
     advice = (

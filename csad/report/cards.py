@@ -7,7 +7,7 @@ from typing import Any
 from csad.data import images
 from csad.errors import UserError
 from csad.evaluation.deviations import deviations
-from csad.inference import inspection, overlays
+from csad.inference import inspection, overlays, verdicts
 from csad.report.measured import TestImage
 
 import numpy as np
@@ -81,9 +81,9 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
         drawn.append(
             ("how unusual each place is", marked(overlays.heat_overlay(image, explaining, tested.anomalous)))
         )
-    verdict = inspection.Verdict(
+    verdict = verdicts.Verdict(
         tested.path,
-        inspection.ANOMALOUS if tested.anomalous else inspection.NORMAL,
+        verdicts.ANOMALOUS if tested.anomalous else verdicts.NORMAL,
         measured.threshold.value,
         tested.score,
         tested.contributions,
