@@ -35,7 +35,11 @@ from benchmarks.processes import options_of, resident
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size
-SLOWEST, GROWTH, SHARE = 10, 0.05, 0.9  # p99 in single latencies; of memory; of the bare engine's throughput
+SLOWEST, GROWTH, FRACTION = (
+    10,
+    0.05,
+    0.9,
+)  # p99 in single latencies; of memory; of the bare engine's throughput
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
         f"errors: {dict(errors) or 'none'}"
     )
     if latencies:
-        p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
+        p50, p99 = (1000 * float(np.quantile(latencies, fraction)) for fraction in (0.5, 0.99))
         print(
             f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
             f"p99 is {p99 / 1000 / single:.1f} times that"
@@ -97,7 +101,7 @@ def main() -> None:
     print(
         f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding"
     )
-    missed += [] if rate >= SHARE * best[0] else [f"{SHARE} of the bare engine's best"]
+    missed += [] if rate >= FRACTION * best[0] else [f"{FRACTION} of the bare engine's best"]
     if missed:
         print(f"missed: {', '.join(missed)}")
         raise SystemExit(1)
