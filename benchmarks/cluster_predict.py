@@ -147,19 +147,19 @@ def workers_of(nodes: Any) -> list[int]:
         for node in nodes.list_all_nodes()
         for info in node.all_processes.get("raylet", [])
     }
-    found = []
+    workers = []
     for folder in Path("/proc").iterdir():
         try:
             if (folder / "cmdline").read_text().startswith("ray::Map") and (
                 folder / "stat"
             ).read_text().split()[3] in raylets:
-                found.append(int(folder.name))
+                workers.append(int(folder.name))
         except (OSError, ValueError, IndexError):  # ended since, or no process
             continue
-    return found
+    return workers
 
 
-def tiny_model(**known: object) -> bytes:
+def tiny_model(**metadata: object) -> bytes:
     """An ONNX model with all outputs; it scores an image by its mean brightness, times 100 / 255, all of it contributed by LGST.
 
     That of a black one is not a number.
@@ -209,7 +209,7 @@ def tiny_model(**known: object) -> bytes:
         "with_map": True,
         "raw_input": True,
         "validation_scores": list(range(101)),
-        **known,
+        **metadata,
     }
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     return model.SerializeToString()

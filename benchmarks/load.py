@@ -188,23 +188,23 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
 
 def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]]:
     """Pictures a second by batch size: the engine alone, and with one thread that decodes and scores in turns."""
-    some, found = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
+    sent, rates = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
     for size in BATCH_SIZES:
         decoding = scoring = 0.0
-        for start in range(-size, len(some), size):  # the first batch warms up
+        for start in range(-size, len(sent), size):  # the first batch warms up
             begun = time.perf_counter()
             views = np.stack(
                 [
-                    read_picture(io.BytesIO(one), Path("picture"), engine, None).view
-                    for one in some[max(start, 0) : max(start, 0) + size]
+                    read_picture(io.BytesIO(picture), Path("picture"), engine, None).view
+                    for picture in sent[max(start, 0) : max(start, 0) + size]
                 ]
             )
             decoded = time.perf_counter()
             (engine.predict if engine.has_maps else engine.score)(views)
             if start >= 0:
                 decoding, scoring = decoding + decoded - begun, scoring + time.perf_counter() - decoded
-        found[size] = len(some) / scoring, len(some) / (decoding + scoring)
-    return found
+        rates[size] = len(sent) / scoring, len(sent) / (decoding + scoring)
+    return rates
 
 
 if __name__ == "__main__":

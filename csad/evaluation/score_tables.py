@@ -146,8 +146,8 @@ def details(measured: dict[str, dict]) -> list[str]:
             kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured]
             for kind in ANOMALIES
         }
-        if told := counted(measured_of):
-            notes.append(f"averages of the categories that were measured{told}")
+        if partial := counted(measured_of):
+            notes.append(f"averages of the categories that were measured{partial}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
 
