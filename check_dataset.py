@@ -19,7 +19,7 @@ from csad.data import files
 from csad.data.checks import check
 from csad.data.findings import Findings
 from csad.data.listing import LONGEST_KEY, short_name
-from csad.data.pictures import THUMBNAIL, Picture
+from csad.data.pictures import THUMBNAIL, ImageInfo
 from csad.errors import UserError, run_script
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,7 +32,7 @@ def main() -> None:
     parser = common_options(__doc__)
     parser.add_argument(
         "--output",
-        type=files.place,
+        type=files.path_argument,
         metavar="FOLDER",
         help="write a contact sheet (PNG) of every folder there",
     )
@@ -82,7 +82,7 @@ def print_findings(findings: Findings) -> None:
     print()
 
 
-def write_contact_sheet(path: Path, pictures: Sequence[Picture]) -> None:
+def write_contact_sheet(path: Path, pictures: Sequence[ImageInfo]) -> None:
     """The first `SHOWN` pictures of a folder with their names; red where one cannot be read."""
     shown = pictures[:SHOWN]
     columns = max(1, min(16, len(shown)))

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import run_script
 from csad.processes import workers_option
 from csad.synthetic import CATEGORIES
@@ -29,7 +29,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--dataset_root", type=place, default=Path("datasets/synthetic_loco"), help="folder to write into"
+        "--dataset_root",
+        type=path_argument,
+        default=Path("datasets/synthetic_loco"),
+        help="folder to write into",
     )
     parser.add_argument(
         "--categories", nargs="+", default=list(CATEGORIES), metavar="NAME", help="categories to render"

@@ -18,6 +18,7 @@ from typing import Any
 
 from csad.cli import training_options
 from csad.data import files, layouts, records
+from csad.data.workspace import HELD_OUT
 from csad.errors import run_script
 from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, selection, with_checkpoint
 from csad.training.branch_run import BranchRun, branch_run
@@ -33,6 +34,7 @@ from csad.training.schedules import cosine
 from csad.training.segmentor_scores import (
     SCORING_BATCH,
     best_on_test,
+    held_out_scores,
     label_maps,
     score,
     segment_twice,
@@ -71,7 +73,12 @@ def train_category(job: Job) -> None:
     }
     parameter_file = workspace.patch_histogram_parameters(category.name)
     evidence_file = workspace.evidence_parameters(category.name)
-    outputs = [parameter_file, *([evidence_file] if settings.evidence else [])]
+    held_out_file = workspace.scores(category.name, "patchhist", HELD_OUT)
+    outputs = [
+        parameter_file,
+        *([evidence_file] if settings.evidence else []),
+        *([held_out_file] if settings.reliability else []),
+    ]
     # Without evidence the exported model has no component map either, and what it does not have is not measured.
     with branch_run(
         job, "patchhist", provenance, "segmentor is trained", outputs, with_maps=settings.evidence
@@ -80,7 +87,7 @@ def train_category(job: Job) -> None:
             return
         require_own_pseudo_labels(category, labels, trusted, provenance["train_images"])
         train_images = torch.from_numpy(
-            job.view.read_small(category.train, f"{category.name}: read training images")
+            job.view.read_256(category.train, f"{category.name}: read training images")
         )
         if run.action == records.TRAIN:
             data = training_data(category, workspace, train_images, trusted, classes, settings.fill_holes)
@@ -106,12 +113,10 @@ def train_category(job: Job) -> None:
         parameters = fit_parameters(train_maps, validation_maps, classes, settings.histogram_floor, twice)
         files.write_arrays(parameter_file, **parameters)
         detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
-        evidence = None
+        evidence, evidence_parameters = None, {}
         if settings.evidence:
-            evidence, evidence_parameters = (
-                HistogramEvidence(classes),
-                fit_evidence(train_maps, validation_maps, classes, twice),
-            )
+            evidence_parameters = fit_evidence(train_maps, validation_maps, classes, twice)
+            evidence = HistogramEvidence(classes)
             evidence.load_parameters(evidence_parameters)
             files.write_arrays(evidence_file, **evidence_parameters)
 
@@ -122,6 +127,10 @@ def train_category(job: Job) -> None:
             scores[split], maps[split] = score(
                 detector, evidence, written(segmented, category, workspace, split)
             )
+        if settings.reliability:
+            scores[HELD_OUT] = held_out_scores(detector, parameters, evidence, evidence_parameters)
+        else:  # those of an earlier run would be taken for this one's
+            held_out_file.unlink(missing_ok=True)
         if evidence is None:  # those of an earlier run with evidence would be taken for this one's
             evidence_file.unlink(missing_ok=True)
             workspace.anomaly_maps(category.name, "patchhist").unlink(missing_ok=True)

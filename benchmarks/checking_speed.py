@@ -5,11 +5,10 @@ python -m benchmarks.checking_speed --workspace /tmp/checking --images 2000 --si
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from csad.data import images
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import run_script
 from csad.progress import ProgressBar
 from csad.synthetic.writer import Settings, write_dataset
@@ -18,16 +17,15 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.many_categories import run
+from benchmarks.processes import options_of
 
 RENDERED = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
-        "--workspace", type=place, required=True, help="an empty folder, or one with pictures of this"
+        "--workspace", type=path_argument, required=True, help="an empty folder, or one with pictures of this"
     )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=1024, help="in pixels")
@@ -44,9 +42,8 @@ def main() -> None:
         args.workspace / "dataset",
         args.images,
     )
-    seconds, of_processor, peak = run(
-        "check_dataset.py", args.workspace, (), accepted=(0, 4)
-    )  # 4: small shifts are copies
+    # 4: small shifts are copies.
+    seconds, of_processor, peak = run("check_dataset.py", args.workspace, (), accepted=(0, 4))
     print(
         f"{args.images} images of {args.side} pixels: {seconds:.1f} s, {of_processor:.1f} s of processor time, {peak:.0f} MB"
     )

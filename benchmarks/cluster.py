@@ -23,29 +23,16 @@ from pathlib import Path
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = (
-    "--preset",
-    "quick",
-    "--backbone",
-    "efficientnet_lite0",
-    "--device",
-    "cpu",
-    "--images.size",
-    "256",
-    "--lgst.width",
-    "16",
-    "--lgst.teacher_channels",
-    "16",
-)
+from benchmarks.many_categories import QUICK, ROOT
+from benchmarks.processes import options_of
+
+OPTIONS = (*QUICK, *"--lgst.width 16 --lgst.teacher_channels 16".split())
 SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=10, help="of random nodes (default: 10)")
     parser.add_argument(
         "--pause",
@@ -130,18 +117,8 @@ def overhead(folder: Path, args: argparse.Namespace) -> None:
 
 
 def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "CSAD.py",
-        "--workspace",
-        str(folder / name),
-        "--dataset_root",
-        str(folder / "data"),
-        *OPTIONS,
-        "--lgst.steps",
-        str(steps),
-        *options,
-    ]
+    folders = ["--workspace", folder / name, "--dataset_root", folder / "data"]
+    command = [sys.executable, "CSAD.py", *folders, *OPTIONS, "--lgst.steps", str(steps), *options]
     with open(folder / f"{name}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -9,7 +9,6 @@ status 1: an image is missing or there twice, or memory grows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 import csad
 from csad.data import files
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import UserError, run_script
 from csad.inference.engines import METADATA_KEY, require_package
 from csad.progress import ProgressBar
@@ -31,7 +30,7 @@ from csad.progress import ProgressBar
 import numpy as np
 from PIL import Image
 
-from benchmarks.processes import resident
+from benchmarks.processes import options_of, resident
 from models.prediction import Prediction
 
 SIDE = 64  # pixels of each picture
@@ -42,11 +41,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
-        "--workspace", type=place, required=True, help="pictures, model and output go there; pictures stay"
+        "--workspace",
+        type=path_argument,
+        required=True,
+        help="pictures, model and output go there; pictures stay",
     )
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--nodes", type=int, default=2, help="with one CPU and so one worker each")

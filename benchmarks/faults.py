@@ -12,7 +12,6 @@ bad inputs in the same way.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,6 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from csad.errors import UserError, run_script
+
+from benchmarks.processes import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
@@ -83,9 +84,7 @@ class Ended(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=60, metavar="N", help="runs to kill (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of when they are killed, and by which signal")
     parser.add_argument(

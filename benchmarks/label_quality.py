@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def true_maps(truth: Path, root: Path, paths: Sequence[Path]) -> list[Path]:
-    """Where the true label maps of images lie."""
+    """Paths of the true label maps of images."""
     return [truth / path.relative_to(root).with_suffix(".png") for path in paths]
 
 

@@ -24,13 +24,14 @@ from urllib.parse import urlsplit
 
 from csad.data.image_files import SUFFIXES
 from csad.errors import UserError, run_script
-from csad.inference.engines import Engine, device_name, open_model
+from csad.inference.engines import Engine
 from csad.inference.inspection import read_picture
+from csad.inference.runtimes import device_name, open_model
 
 import httpx
 import numpy as np
 
-from benchmarks.processes import resident
+from benchmarks.processes import options_of, resident
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size
@@ -38,9 +39,7 @@ SLOWEST, GROWTH, SHARE = 10, 0.05, 0.9  # p99 in single latencies; of memory; of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the station, on this machine")
     parser.add_argument(
         "--model", type=Path, required=True, help="the file that the station was started with"

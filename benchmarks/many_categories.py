@@ -8,42 +8,29 @@ and maps as hard links, records with the names in them changed, so that every st
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from csad.data import files
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.errors import run_script
 from csad.progress import ProgressBar
 from csad.synthetic.writer import Settings, write_dataset
 
 from tabulate import tabulate
 
-from benchmarks.processes import Usage, measured
+from benchmarks.processes import Usage, measured, options_of
 
 ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"
-TINY = (
-    "--preset",
-    "quick",
-    "--backbone",
-    "efficientnet_lite0",
-    "--device",
-    "cpu",
-    "--images.size",
-    "256",
-    "--segmentor.epochs",
-    "3",
-    "--segmentor.unsupervised_from_epoch",
-    "1",
-    "--segmentor.width",
-    "16",
-    "--memory.rows",
-    "50",
-)
+QUICK = "--preset quick --backbone efficientnet_lite0 --device cpu --images.size 256".split()
+TINY = [
+    *QUICK,
+    *"--segmentor.epochs 3 --segmentor.unsupervised_from_epoch 1 --segmentor.width 16 --memory.rows 50".split(),
+]
 TRAINING = ("pseudo_label.py", "train_segmentor.py", "patch_memory.py")
 MEASURED = ("export_model.py", "benchmark_performance.py", "report.py")
 WRITTEN = {
@@ -52,14 +39,14 @@ WRITTEN = {
     "report.py": "report.html",
 }
 
+HEADERS = ("categories", "script", "seconds", "processor ms each", "peak MB", "MB of its largest table")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
         "--workspace",
-        type=place,
+        type=path_argument,
         required=True,
         help="an empty folder, or one that this has trained in before",
     )
@@ -83,44 +70,21 @@ def main() -> None:
         multiply(trained, many, number)
         for script in args.scripts:
             seconds, of_processor, peak = run(script, many)
-            rows.append(
-                (
-                    number,
-                    script,
-                    seconds,
-                    1000 * of_processor / number,
-                    peak,
-                    (many / WRITTEN[script]).stat().st_size / 1e6,
-                )
-            )
-            print(
-                tabulate(
-                    rows,
-                    (
-                        "categories",
-                        "script",
-                        "seconds",
-                        "processor ms each",
-                        "peak MB",
-                        "MB of its largest table",
-                    ),
-                    tablefmt="github",
-                    floatfmt=".2f",
-                ),
-                flush=True,
-            )
+            written = (many / WRITTEN[script]).stat().st_size / 1e6
+            rows.append((number, script, seconds, 1000 * of_processor / number, peak, written))
+            print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=".2f"), flush=True)
 
 
 def multiply(trained: Path, many: Path, number: int) -> None:
     """The trained category under ``number`` names; starts over where there is something already."""
     shutil.rmtree(many, ignore_errors=True)
-    found = [
+    of_category = [
         path
         for path in sorted(trained.rglob("*"))
         if path.is_file() and CATEGORY in str(path.relative_to(trained))
     ]
     for index in ProgressBar(range(number), desc="multiply", unit="category", leave=False):
-        for path in found:
+        for path in of_category:
             target = many / str(path.relative_to(trained)).replace(CATEGORY, f"category_{index:04d}")
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
@@ -131,7 +95,7 @@ def multiply(trained: Path, many: Path, number: int) -> None:
 
 
 def run(
-    script: str, workspace: Path, options: tuple[str, ...] = TINY, accepted: tuple[int, ...] = (0,)
+    script: str, workspace: Path, options: Sequence[str] = TINY, accepted: tuple[int, ...] = (0,)
 ) -> Usage:
     """What one script takes over all categories of ``workspace``/dataset.
 

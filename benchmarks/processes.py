@@ -1,7 +1,8 @@
-"""What a process of a benchmark takes: seconds, processor time, memory."""
+"""What benchmarks share: their options' parser, and what a process takes: seconds, processor time, memory."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import time
@@ -18,6 +19,13 @@ class Usage(NamedTuple):
     seconds: float
     processor_seconds: float
     peak_mb: float
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser that describes a benchmark by its module's docstring."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def measured(command: Sequence[object], log: Path | None = None, accepted: Sequence[int] = (0,)) -> Usage:
@@ -42,7 +50,7 @@ def measured(command: Sequence[object], log: Path | None = None, accepted: Seque
 
 
 def resident(pid: int | None) -> float | None:
-    """Resident memory of a process in MB, or None where it is not to be had."""
+    """Resident memory of a process in MB; None if it is not available."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -30,14 +30,14 @@ from typing import Any
 
 from csad.data import files, layouts
 from csad.errors import run_script
-from csad.pseudo_labels import checkpoints, crop_embedding, grounded_sam, one_picture
+from csad.pseudo_labels import checkpoints, crop_embedding, grounded_sam, grounding_dino, one_picture, sam_hq
 
 import numpy as np
-import timm
 import torch
 from tabulate import tabulate
 
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
+from benchmarks.random_weights import write_grounding_dino, write_sam, write_wide_resnets
 from models.device import choose_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,25 +47,11 @@ PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
 TRAINING, WEIGHTS = STAGES[:3], "weights"
-SPECIAL_TOKENS = {
-    0: "[PAD]",
-    100: "[UNK]",
-    101: "[CLS]",
-    102: "[SEP]",
-    103: "[MASK]",
-    1012: ".",
-    1029: "?",
-    1011: "-",
-    1010: ",",
-}
-VOCABULARY = 30522
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workspace", type=files.place, default=Path("rehearsal"))
+    parser = options_of(__doc__)
+    parser.add_argument("--workspace", type=files.path_argument, default=Path("rehearsal"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))
     parser.add_argument(
@@ -82,9 +68,8 @@ def main() -> None:
     parser.add_argument(
         "--side_share", type=float, default=1, help="smaller pictures, to try the script itself"
     )
-    parser.add_argument(
-        "--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS
-    )  # one of them, in this process
+    # One of them, in this process.
+    parser.add_argument("--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     if args.stage == WEIGHTS:
         write_sam(args.sam, args.workspace / "ckpt")
@@ -105,56 +90,23 @@ def rehearse(args: argparse.Namespace) -> None:
     usage = measured([*itself, "--sam", args.sam, "--stage", WEIGHTS], workspace / f"{WEIGHTS}.log")
     rows.append(("make and save all weights", "", 1, usage.seconds, usage.peak_mb, None))
     own = {
-        "pseudo_label": [
-            "--pseudo_labels.proposer",
-            "grounded_sam",
-            "--pseudo_labels.sam",
-            args.sam,
-            "--pseudo_labels.points_per_side",
-            args.points_per_side,
-            "--pseudo_labels.crop_n_layers",
-            args.crop_n_layers,
-            "--pseudo_labels.rotations",
-            args.rotations,
-            "--pseudo_labels.pred_iou_thresh",
-            0,
-            "--pseudo_labels.stability_score_thresh",
-            0,
-            "--pseudo_labels.box_threshold",
-            0,
-            "--pseudo_labels.text_threshold",
-            0,
-            "--pseudo_labels.background_prompt",
-            "null",
-            "--pseudo_labels.no_sam",
-            "true",
-            "--pseudo_labels.save_all_masks",
-            "true",
-            "--pseudo_labels.inside_grounding",
-            "false",
-            "--pseudo_labels.bandwidth",
-            "auto",
-        ],
-        "train_segmentor": [
-            "--segmentor.epochs",
-            args.epochs,
-            "--segmentor.unsupervised_from_epoch",
-            min(1, args.epochs - 1),
-        ],
-        "CSAD": ["--lgst.steps", args.lgst_steps],
+        "pseudo_label": f"--pseudo_labels.proposer grounded_sam --pseudo_labels.sam {args.sam} "
+        f"--pseudo_labels.points_per_side {args.points_per_side} "
+        f"--pseudo_labels.crop_n_layers {args.crop_n_layers} --pseudo_labels.rotations {args.rotations} "
+        "--pseudo_labels.pred_iou_thresh 0 --pseudo_labels.stability_score_thresh 0 "
+        "--pseudo_labels.box_threshold 0 --pseudo_labels.text_threshold 0 "
+        "--pseudo_labels.background_prompt null --pseudo_labels.no_sam true "
+        "--pseudo_labels.save_all_masks true --pseudo_labels.inside_grounding false "
+        "--pseudo_labels.bandwidth auto",
+        "train_segmentor": f"--segmentor.epochs {args.epochs} "
+        f"--segmentor.unsupervised_from_epoch {min(1, args.epochs - 1)}",
+        "CSAD": f"--lgst.steps {args.lgst_steps}",
     }
+    common = ["--dataset_root", workspace / "data"]
+    common += f"--categories {CATEGORY} --backbone wide_resnet50_2 --overwrite".split()
     for stage in STAGES:
-        common = [
-            "--dataset_root",
-            workspace / "data",
-            "--categories",
-            CATEGORY,
-            "--backbone",
-            "wide_resnet50_2",
-            "--overwrite",
-        ]
         usage = measured(
-            [*itself, "--stage", stage, *common, *own.get(stage, ())], workspace / f"{stage}.log"
+            [*itself, "--stage", stage, *common, *own.get(stage, "").split()], workspace / f"{stage}.log"
         )
         noted = files.read_json(workspace / f"{stage}.rehearsal.json", keys=("steps", "gpu_peak_mb"))
         rows.append((f"{stage}.py", "whole", 1, usage.seconds, usage.peak_mb, noted["gpu_peak_mb"]))
@@ -199,38 +151,6 @@ def write_pictures(root: Path, size: tuple[int, int]) -> None:
             files.write_image(
                 root / CATEGORY / folder / f"{index:03d}.png", picture.clip(0, 255).astype(np.uint8)
             )
-
-
-def write_sam(size: str, folder: Path) -> None:
-    torch.manual_seed(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(grounded_sam.build_sam(size).state_dict(), folder / checkpoints.SAM[size].file)
-
-
-def write_grounding_dino(folder: Path) -> None:
-    """Both together: Grounding DINO's file holds BERT's weights, too, and is built from BERT's folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    torch.manual_seed(1)
-    encoder = folder / checkpoints.TEXT_ENCODER
-    encoder.mkdir(parents=True, exist_ok=True)
-    BertModel(BertConfig()).save_pretrained(encoder)
-    words = [SPECIAL_TOKENS.get(index, f"[unused{index}]") for index in range(VOCABULARY)]
-    words[2000:2026] = [f"##{chr(letter)}" for letter in range(ord("a"), ord("z") + 1)]
-    words[2100:2126] = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
-    (encoder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    BertTokenizerFast(str(encoder / "vocab.txt")).save_pretrained(encoder)
-    state = grounded_sam.build_grounding_dino("swint_ogc", encoder).state_dict()
-    torch.save(
-        {"model": {f"module.{key}": values for key, values in state.items()}},
-        folder / checkpoints.GROUNDING_DINO["swint_ogc"].file,
-    )
-
-
-def write_wide_resnets(folder: Path) -> None:
-    for seed, name in enumerate(("wide_resnet50_2", "wide_resnet50_2.racm_in1k")):
-        torch.manual_seed(seed)
-        torch.save(timm.create_model("wide_resnet50_2").state_dict(), folder / f"{name}.pth")
 
 
 def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
@@ -285,15 +205,15 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         timed(grounded_sam, "load_sam", "load SAM-HQ")
         timed(grounded_sam, "load_grounding_dino", "load Grounding DINO")
         timed(
-            grounded_sam.GroundingDino,
+            grounding_dino.GroundingDino,
             "detect",
             "Grounding DINO, a picture",
-            lambda found: (found[0][:BOXES], found[1][:BOXES]),
+            lambda detected: (detected[0][:BOXES], detected[1][:BOXES]),
         )
-        timed(grounded_sam.SamHQ, "look_at", "SAM-HQ's image encoder, a picture")
-        timed(grounded_sam.SamHQ, "inside", f"SAM-HQ, {BOXES} boxes")
-        timed(grounded_sam.SamHQ, "background", "SAM-HQ, the background's eight points", only_border)
-        timed(grounded_sam.SamHQ, "everything", "SAM-HQ, automatic masks of a picture")
+        timed(sam_hq.SamHQ, "look_at", "SAM-HQ's image encoder, a picture")
+        timed(sam_hq.SamHQ, "inside", f"SAM-HQ, {BOXES} boxes")
+        timed(sam_hq.SamHQ, "background", "SAM-HQ, the background's eight points", only_border)
+        timed(sam_hq.SamHQ, "everything", "SAM-HQ, automatic masks of a picture")
         timed(one_picture, "refine", "mask algebra, a picture")
         timed(crop_embedding.CropEmbedding, "forward", "cnn_image, all components of a call")
         return
@@ -316,9 +236,9 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
 
 def only_border(mask: np.ndarray) -> np.ndarray:
     """A mask (H, W) bool without its inside."""
-    kept = mask.copy()
-    kept[BORDER:-BORDER, BORDER:-BORDER] = False
-    return kept
+    border = mask.copy()
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return border
 
 
 if __name__ == "__main__":

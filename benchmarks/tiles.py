@@ -8,13 +8,12 @@ in half of the test pictures. Then patch_memory.py sees them as a whole and in t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from csad.data import files
 from csad.data.data_sets import Dataset
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.data.layouts import GOOD, STRUCTURAL
 from csad.data.workspace import Workspace
 from csad.errors import run_script
@@ -26,18 +25,19 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument(
-        "--workspace", type=place, required=True, help="an empty folder; pictures and results go there"
+        "--workspace",
+        type=path_argument,
+        required=True,
+        help="an empty folder; pictures and results go there",
     )
     parser.add_argument("--category", default="pushpins", help="of the rendered products")
     parser.add_argument("--train", type=int, default=30)
@@ -47,36 +47,23 @@ def main() -> None:
     dataset = args.workspace / "dataset"
     settings = Settings(SIDE, args.train, max(args.train // 3, 2), 2 * args.test, 0, 0, seed=1)
     write_dataset(dataset, [args.category], settings, workers=2, overwrite=False)
-    plant(dataset / args.category / "test", args.test)
+    draw_spots(dataset / args.category / "test", args.test)
     rows = []
     for tiles in args.tiles:
         workspace = Workspace(args.workspace / tiles)
-        command = [
-            sys.executable,
-            ROOT / "patch_memory.py",
-            "--workspace",
-            workspace.root,
-            "--dataset_root",
-            dataset,
-            "--preset",
-            "quick",
-            "--backbone",
-            "efficientnet_lite0",
-            "--tiles",
-            tiles,
-            "--overwrite",
-        ]
-        usage = measured(command)
+        folders = ["--workspace", workspace.root, "--dataset_root", dataset]
+        options = f"--preset quick --backbone efficientnet_lite0 --tiles {tiles} --overwrite".split()
+        usage = measured([sys.executable, ROOT / "patch_memory.py", *folders, *options])
         scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
         rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), usage.seconds, usage.peak_mb))
     print(tabulate(rows, ("tiles", "image AUROC", "seconds", "peak MB"), tablefmt="github", floatfmt=".1f"))
 
 
-def plant(test: Path, count: int) -> None:
+def draw_spots(test: Path, count: int) -> None:
     """Turn the last ``count`` good pictures into structural anomalies."""
     for path in ProgressBar(
-        sorted((test / GOOD).glob("*.png"))[count:], desc="plant spots", unit="image", leave=False
+        sorted((test / GOOD).glob("*.png"))[count:], desc="draw spots", unit="image", leave=False
     ):
         target = test / STRUCTURAL / path.name
         target.parent.mkdir(exist_ok=True)

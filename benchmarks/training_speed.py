@@ -158,7 +158,7 @@ def lgst_variants(
 def segmentor_variants(
     chosen: settings.SegmentorSettings, encoder: Encoder, precisions: list[str], device: torch.device
 ) -> dict[str, Step]:
-    """As `lgst_variants`, with all losses, as after the epoch in which the unsupervised ones join; plain is without a cache."""
+    """Variants of stage 2's step with all losses, as after the epoch in which the unsupervised ones join; plain has no cache."""
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
     labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import csad
-from csad import settings
+from csad import settings, yaml_layers
 from csad.branches import BRANCHES
 from csad.data import data_sets, layouts
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 
@@ -34,7 +34,7 @@ def select(args: argparse.Namespace) -> Selection:
     """
     workspace = Workspace(args.workspace)
     dataset = data_sets.Dataset(args.dataset_root or workspace.default_dataset)
-    categories = dataset.select(args.categories, settings.logical_defects(args.preset))
+    categories = dataset.select(args.categories, logical_defects(args.preset))
     given = overrides(args)
     return Selection(
         workspace,
@@ -44,22 +44,30 @@ def select(args: argparse.Namespace) -> Selection:
     )
 
 
-def common_options(story: str) -> argparse.ArgumentParser:
+def logical_defects(preset: str) -> dict[str, list[str]]:
+    """Category -> the defects that its file in configs/categories/ calls logical."""
+    names = [path.stem for path in sorted((settings.CONFIGS / "categories").glob("*.yaml"))]
+    return {name: settings.load(name, preset).logical for name in names}
+
+
+def common_options(description: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
     parser = argparse.ArgumentParser(
-        description=story, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        usage="%(prog)s [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     common = parser.add_argument_group("common options")
     common.add_argument(
         "--workspace",
-        type=place,
+        type=path_argument,
         default=Path("."),
         help="folder under which everything is written (default: the current one)",
     )
     common.add_argument(
         "--dataset_root",
-        type=place,
+        type=path_argument,
         help="data set (default: WORKSPACE/datasets/mvtec_loco_anomaly_detection)",
     )
     common.add_argument(
@@ -85,7 +93,7 @@ def common_options(story: str) -> argparse.ArgumentParser:
         help="auto, wide_resnet50_2 (published), efficientnet_lite0 (in a package), or a convolutional "
         "network of timm's",
     )
-    common.add_argument("--backbone_weights", type=place, help="state dict of that backbone")
+    common.add_argument("--backbone_weights", type=path_argument, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     common.add_argument("--seed", type=seed, default=0)
     common.add_argument(
@@ -115,9 +123,9 @@ def in_words(default: Any) -> str:
     return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def training_options(story: str) -> argparse.ArgumentParser:
+def training_options(description: str) -> argparse.ArgumentParser:
     """The options of the stages that train networks."""
-    parser = common_options(story)
+    parser = common_options(description)
     parser.add_argument(
         "--precision",
         choices=["auto", "bf16", "tf32", "fp32"],
@@ -170,7 +178,7 @@ def seed(text: str) -> int:
     """A seed from the command line; NumPy takes no negative ones, PyTorch none of more than 64 bits."""
     if not (text.isdecimal() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(
-            f"'{text}' is no seed; it must be a whole number from 0 to {2**63 - 1}"
+            f"'{text}' is not a valid seed; it must be a whole number from 0 to {2**63 - 1}"
         )
     return int(text)
 
@@ -181,17 +189,17 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a value is no YAML.
     """
-    found = {}
+    values = {}
     for name, value in vars(arguments).items():
         if "." in name:
             if isinstance(value, list):
-                found[name] = value
+                values[name] = value
                 continue
             try:
-                found[name] = settings.parse(value)
+                values[name] = yaml_layers.parse(value)
             except (yaml.YAMLError, ValueError) as problem:
                 raise UserError(
                     f"--{name} {value} is not valid YAML ({' '.join(str(problem).split())}); "
                     f"plain text may need quotes of its own: --{name} '\"{value}\"'"
                 ) from problem
-    return found
+    return values

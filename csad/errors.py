@@ -36,7 +36,7 @@ _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt 
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message says what was expected, where, and what to do."""
+    """A mistake that the user can fix; the message says what was expected, where, and what to do."""
 
 
 def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
@@ -54,11 +54,12 @@ def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> No
 
 
 def disk_is_full(problem: Exception) -> bool:
+    """Whether a file could not be written for want of space, or of quota."""
     return isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def in_a_sentence(problem: Exception) -> str | None:
-    """What to tell the user about a problem that is theirs to mend; None for all others."""
+def user_message(problem: Exception) -> str | None:
+    """What to tell the user about a problem that is theirs to fix; None for all others."""
     if isinstance(problem, UserError):
         return str(problem)
     if disk_is_full(problem):
@@ -66,11 +67,10 @@ def in_a_sentence(problem: Exception) -> str | None:
             f"the disk is full while writing {problem.filename or 'a file'}; "
             "free some space and run the same command again, finished files are kept"
         )
-    if (
-        isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
-    ):  # the second is PyTorch's, on a GPU
+    # The second is PyTorch's, on a GPU.
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         return (
-            f"memory ran out ({(str(problem).splitlines() or ['no more to be had'])[0]}); "
+            f"memory ran out ({(str(problem).splitlines() or ['none is left'])[0]}); "
             "take a smaller batch or smaller pictures"
         )
     if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -84,8 +84,8 @@ def in_a_sentence(problem: Exception) -> str | None:
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C or SIGTERM, so that what is begun is done first: a training step, a picture.
+def defer_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C or SIGTERM, so that a training step or a picture that was begun is finished first.
 
     Yields a function that says whether one came; loops ask it after every step. A second one ends the run at once.
     A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
@@ -121,13 +121,12 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
 def run_script(main: Callable[[], None]) -> None:
     """Run a stage script; a mistake ends it with one sentence on stderr and exit status 2.
 
-    Ctrl-C ends it with status 130 and SIGTERM with 143, as shells number them; what a KeyboardInterrupt says is told. Programming
-    errors keep their traceback: they are ours to mend, not the user's.
+    Ctrl-C ends it with status 130 and SIGTERM with 143, as shells number them; the message of a KeyboardInterrupt is
+    printed. Programming errors keep their traceback: they are ours to fix, not the user's.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # names of files need not be text, nor text that a terminal knows
+        # Names of files need not be text, nor text that a terminal knows.
+        sys.stdout.reconfigure(errors="backslashreplace")
     _note_signal(signal.SIGINT)
     try:
         with _sigterm_as_interrupt():
@@ -139,15 +138,14 @@ def run_script(main: Callable[[], None]) -> None:
             128 + _last_signal,
         )
     except BrokenPipeError:
-        # The reader of our output (head, less) went away. What came after is not done, so this is no success.
-        sys.stdout = open(
-            os.devnull, "w", encoding="utf-8"
-        )  # or the interpreter complains once more when it flushes
+        # The reader of our output (head, less) closed the pipe. The rest is not done, so this is no success. Without another
+        # stdout the interpreter would complain once more when it flushes.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
         _stop(
             "error: the reader of the output closed the pipe; what is finished is kept, the same command continues from there"
         )
     except Exception as problem:
-        sentence = in_a_sentence(problem)
+        sentence = user_message(problem)
         if sentence is None:
             raise
         _stop(f"error: {sentence}")
@@ -180,9 +178,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _stop(sentence: str, status: int = 2) -> None:
-    for bar in list(
-        getattr(ProgressBar, "_instances", ())
-    ):  # an unfinished progress bar would have the sentence on its line
+    # An unfinished progress bar would have the sentence on its line.
+    for bar in list(getattr(ProgressBar, "_instances", ())):
         bar.close()
     print(sentence, file=sys.stderr)
     raise SystemExit(status)

@@ -28,7 +28,7 @@ from csad.progress import ProgressBar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-LEAST_EACH = 8  # pictures for each process, or starting it takes longer than it saves
+MIN_PICTURES = 8  # pictures for each process, or starting it takes longer than it saves
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _work: Callable[[Any], Any]  # of a worker process
 
@@ -51,7 +51,7 @@ def workers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, me
 
 def _number(text: str) -> int:
     if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of processes; it must be 1 or more")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of processes; it must be 1 or more")
     return int(text)
 
 
@@ -64,7 +64,7 @@ def map_pictures(
 
     Args:
         work: a function of a module, or a `functools.partial` of one; it is pickled once for each process.
-        workers: processes at most; of fewer than `LEAST_EACH` pictures each there are fewer, and with one all is done here.
+        workers: processes at most; of fewer than `MIN_PICTURES` pictures each there are fewer, and with one all is done here.
         bar: is moved on by one for each picture.
 
     Raises:
@@ -75,7 +75,7 @@ def map_pictures(
         bar.update()
         return result
 
-    workers = min(workers, len(pictures) // LEAST_EACH)
+    workers = min(workers, len(pictures) // MIN_PICTURES)
     if workers < 2:
         return [counted(work(picture)) for picture in pictures]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))

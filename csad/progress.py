@@ -19,11 +19,8 @@ class ProgressBar(tqdm):
         self.in_terminal = sys.stderr.isatty()
         self._last_line = time.monotonic()
         if not self.in_terminal:
-            options |= {
-                "file": io.StringIO(),
-                "mininterval": 1.0,
-                "ncols": 0,
-            }  # tqdm's own bars and line feeds go nowhere
+            # tqdm's own bars and line feeds go nowhere.
+            options |= {"file": io.StringIO(), "mininterval": 1.0, "ncols": 0}
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:

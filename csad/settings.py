@@ -12,14 +12,13 @@ An unknown key or a value out of range is an error that names it. What a run use
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from csad.branches import PAPER_BRANCHES, BranchName
 from csad.errors import UserError
+from csad.yaml_layers import merge, nested, read_layer
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -30,8 +29,20 @@ ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[
 
 
 class Section(BaseModel):
-    # Strict: true is no number and "3" is none either.
+    # Strict: neither true nor "3" is a number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Checkpoint = Literal["last", "best_on_test"]
+
+
+def kept_checkpoint(interval: str) -> Any:
+    """The setting of which weights a stage keeps, its test scores measured every ``interval``."""
+    return Field(
+        "last",
+        description="which weights are kept: the last step's, or those with the best AUROC on the test images, looked at "
+        f"every {interval}, as published; what these score is no estimate of performance",
+    )
 
 
 class ImageSettings(Section):
@@ -57,13 +68,12 @@ class PseudoLabelSettings(Section):
     """Stage 1 (docs/method.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
-        "auto",
-        description="where masks come from; auto takes the first of the three for which everything is there",
+        "auto", description="where masks come from; auto takes the first of the three that has all it needs"
     )
     inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
     no_sam: bool = Field(False, description="cluster the grounding mask's instances instead of SAM's masks")
     container: bool = Field(
-        False, description="classical proposer: the parts lie in something (tray, bag) that is no part"
+        False, description="classical proposer: parts lie in a tray or bag, itself no part"
     )
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
         ["cnn_image"], min_length=1, description="component features to cluster on"
@@ -71,8 +81,7 @@ class PseudoLabelSettings(Section):
     rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="MeanShift bandwidth; a number is only used with the weights it was tuned for, wide_resnet50_2's "
-        "racm_in1k",
+        description="MeanShift bandwidth; a number is for the weights it was tuned for (racm_in1k) alone",
     )
     variants: bool = Field(
         False,
@@ -84,27 +93,21 @@ class PseudoLabelSettings(Section):
         description="parts that differ in one feature only, like a long and a short bolt, side by "
         "side in most images, get labels of their own (published: no)",
     )
-    one_histogram_cluster: bool = Field(
-        False, description="trust images of the largest histogram cluster only"
-    )
+    one_histogram_cluster: bool = Field(False, description="trust the largest histogram cluster only")
     sam: Literal["vit_h", "vit_l", "vit_b", "vit_tiny"] = Field("vit_h", description="size of SAM-HQ")
     sam_precision: Literal["fp32", "fp16"] = Field(
         "fp32",
-        description="of SAM-HQ's image encoder; fp16 on CUDA alone, where it is faster (published: fp32)",
+        description="of SAM-HQ's image encoder; fp16 is for CUDA, where it is faster (published: fp32)",
     )
     grounding_dino: Literal["swint_ogc", "swinb_cogcoor"] = Field(
         "swint_ogc", description="size of Grounding DINO"
     )
     text_prompt: str | None = Field(
-        None, description="names of the parts, each with a dot after it; none: SAM-HQ alone"
+        None, description="the parts' names, a dot after each; none: SAM-HQ alone"
     )
-    background_prompt: str | None = Field(
-        None, description="of these names, those that are no part; spaces in it count"
-    )
+    background_prompt: str | None = Field(None, description="of these names, those of no part; spaces count")
     box_threshold: Share = Field(0.3, description="Grounding DINO: least score of a box's best word")
-    text_threshold: Share = Field(
-        0.3, description="Grounding DINO: least score of the words of a box's phrase"
-    )
+    text_threshold: Share = Field(0.3, description="Grounding DINO: least score of a phrase's words")
     points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")
     crop_n_layers: int = Field(
         1, ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ..."
@@ -114,9 +117,7 @@ class PseudoLabelSettings(Section):
     min_mask_region_area: int = Field(
         500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels"
     )
-    save_all_masks: bool = Field(
-        False, description="run automatic mask generation even where no_sam does not need it"
-    )
+    save_all_masks: bool = Field(False, description="make automatic masks even where no_sam needs none")
 
 
 class SegmentorSettings(Section):
@@ -131,21 +132,15 @@ class SegmentorSettings(Section):
     weight_decay: float = Field(1e-5, ge=0, description="Adam's weight decay")
     joint_pass: bool = Field(
         False,
-        description="trusted and unlabelled images pass the segmentor in one "
-        "batch, once the unsupervised losses join (published: one after the other, from the "
-        "first epoch)",
+        description="trusted and unlabelled images pass the segmentor in one batch, once the unsupervised "
+        "losses join (published: one after the other, from the first epoch)",
     )
     weight_ce: float = Field(0.5, ge=0, description="of the cross-entropy in the loss")
     weight_focal: float = Field(10.0, ge=0, description="of the focal loss")
     weight_dice: float = Field(1.0, ge=0, description="of the class-balanced dice loss")
     weight_histogram: float = Field(10.0, ge=0, description="of the histogram loss on unlabelled images")
     weight_entropy: float = Field(1.0, ge=0, description="of the entropy loss")
-    checkpoint: Literal["last", "best_on_test"] = Field(
-        "last",
-        description="which weights are kept: the last step's, or those "
-        "with the best AUROC on the test images, looked at every two epochs, as "
-        "published; what these score is no estimate of performance",
-    )
+    checkpoint: Checkpoint = kept_checkpoint("two epochs")
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
     paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
     paste_trials: int = Field(
@@ -175,26 +170,18 @@ class LgstSettings(Section):
 
     student: Literal["pixels", "features"] = Field(
         "pixels",
-        description="what the student sees: the image (the paper), or the "
-        "encoder's first map of the larger view, for short runs; then only width, "
-        "teacher_channels, steps, batch_size, lr, weight_decay, global_every and "
-        "checkpoint count",
+        description="what the student sees: the image (the paper), or the encoder's first map of the larger "
+        "view, for short runs; then only width, teacher_channels, steps, batch_size, lr, weight_decay, "
+        "global_every and checkpoint count",
     )
-    checkpoint: Literal["last", "best_on_test"] = Field(
-        "last",
-        description="which weights are kept: the last step's, or those "
-        "with the best AUROC on the test images, looked at every 1,000 steps, as "
-        "published; what these score is no estimate of performance",
-    )
+    checkpoint: Checkpoint = kept_checkpoint("1,000 steps")
     width: int = Field(512, ge=8, description="channels of the student")
     teacher_channels: int = Field(512, ge=8, description="channels of teacher, heads and autoencoder")
     steps: int = Field(60000, ge=1, description="training steps")
     batch_size: int = Field(2, ge=1, description="training images per step")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
-    hard_quantile: float = Field(
-        0.999, ge=0, lt=1, description="the local loss averages differences at or over it"
-    )
+    hard_quantile: float = Field(0.999, ge=0, lt=1, description="over which the local loss averages")
     penalty_images: str = Field(
         "auto",
         description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
@@ -285,100 +272,27 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
         overrides: dotted names and values from the command line, e.g. {"lgst.steps": 100}.
 
     Raises:
-        UserError: a file is no YAML mapping, a key is unknown or stands there twice, or a value is out of range.
+        UserError: a file is no YAML mapping, a key is unknown or occurs twice, or a value is out of range.
     """
-    merged: dict[str, Any] = {}
     paths = (CONFIGS / "presets" / f"{preset}.yaml", CONFIGS / "categories" / f"{category}.yaml")
-    given: dict[str, Any] = {}
-    for dotted, value in (overrides or {}).items():
-        section, key = dotted.split(".")
-        given = _merge(given, {section: {key: value}})
-    for layer in (*(_read_yaml(path) for path in paths if path.exists()), given):
+    layers = [read_layer(path, SECTIONS) for path in paths if path.exists()]
+    merged: dict[str, Any] = {}
+    for layer in (*layers, nested(overrides or {})):
         if "branches" in layer.get("fusion", {}):
             layer["fusion"].setdefault("optional", [])
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
     try:
         settings = Settings(**merged)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:2])  # what follows names a branch of a union
-        if first["type"] == "extra_forbidden":
+        error = problem.errors()[0]
+        name = ".".join(str(part) for part in error["loc"][:2])  # what follows names a branch of a union
+        if error["type"] == "extra_forbidden":
             raise UserError(f"there is no setting {name}; csad/settings.py lists them all") from problem
-        raise UserError(f"setting {name}: {first['msg']} (got {first['input']!r})") from problem
-    segmentor = settings.segmentor
-    if segmentor.unsupervised_from_epoch >= segmentor.epochs:
+        raise UserError(f"setting {name}: {error['msg']} (got {error['input']!r})") from problem
+    first, epochs = settings.segmentor.unsupervised_from_epoch, settings.segmentor.epochs
+    if first >= epochs:
         raise UserError(
-            f"setting segmentor.unsupervised_from_epoch: {segmentor.unsupervised_from_epoch} is after the last epoch "
-            f"(segmentor.epochs: {segmentor.epochs}, numbered from 0)"
+            f"setting segmentor.unsupervised_from_epoch: {first} is after the last epoch (segmentor.epochs: {epochs}, "
+            "numbered from 0)"
         )
     return settings
-
-
-def logical_defects(preset: str = PAPER) -> dict[str, list[str]]:
-    """Category -> the defects that its file in configs/categories/ calls logical."""
-    return {
-        path.stem: load(path.stem, preset).logical for path in sorted((CONFIGS / "categories").glob("*.yaml"))
-    }
-
-
-class _PlainYaml(yaml.SafeLoader):
-    """YAML whose numbers mean what they look like: version 1.1 takes 010 for 8, 1:30 for 90, and yes for true.
-
-    A key that stands twice in a mapping is an error; PyYAML drops the first one.
-    """
-
-    yaml_implicit_resolvers: dict = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            name, line = self.construct_object(key), key.start_mark.line + 1
-            if name in lines:
-                raise yaml.YAMLError(
-                    f"the key {key.value} stands there twice, in lines {lines[name]} and {line}; "
-                    "keep one of them"
-                )
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"null|~|", ["n", "~", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-):
-    _PlainYaml.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
-
-
-def parse(text: str) -> Any:
-    loader = _PlainYaml(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as problem:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(
-        isinstance(values, dict) for name, values in content.items() if name in SECTIONS
-    ):
-        raise UserError(
-            f"{path} should hold sections of settings as in csad/settings.py, like configs/presets/quick.yaml"
-        )
-    return content
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    return below | {
-        name: below.get(name, {}) | value if isinstance(value, dict) else value
-        for name, value in above.items()
-    }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from csad.data import layouts
-from csad.errors import in_a_sentence
+from csad.errors import user_message
 
 
 class Task(NamedTuple):
@@ -28,16 +28,15 @@ class Task(NamedTuple):
     after: tuple[str, ...] = ()
 
 
-Jobs = Callable[
-    [argparse.Namespace], dict[str, Task]
-]  # a stage's jobs by name, in an order that keeps to ``after``
+# A stage's jobs by name, in an order that keeps to ``after``.
+Jobs = Callable[[argparse.Namespace], dict[str, Task]]
 
 
-def reason(problem: Exception) -> str:
+def one_line(problem: Exception) -> str:
     """Why a job failed, on one line."""
-    return in_a_sentence(problem) or f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return user_message(problem) or f"{type(problem).__name__}: {problem}".splitlines()[0]
 
 
-def told_if_ours(problem: Exception) -> str:
+def traceback_if_bug(problem: Exception) -> str:
     """The traceback of a programming error; nothing where a sentence tells all."""
-    return "" if in_a_sentence(problem) else "".join(traceback.format_exception(problem))
+    return "" if user_message(problem) else "".join(traceback.format_exception(problem))

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from models.backbone import resize
 from models.constants import MAP_SIZE
-from models.statistics import map_range
+from models.statistics import folds, map_range
 
 POOLING = 2  # positions of the map at 1/16 of the 256 view that are averaged, in each direction
 SIDE = 8  # of the pooled map
 VARIANCE = 0.97  # of the training images, which the components explain
 MAX_IMAGES = 1000  # training images to fit to: the fit is quadratic in them
-FOLDS = 5
 
 
 class DeepFeatureModel(nn.Module):
@@ -129,11 +128,9 @@ def held_out_errors(pooled: Tensor) -> Tensor:
     The errors of the images that a PCA was fitted to are far smaller than those of any other good image.
     Zeros for a single image.
     """
-    fold = torch.arange(len(pooled), device=pooled.device) % FOLDS
     held_out = torch.zeros(len(pooled), SIDE, SIDE, device=pooled.device)
-    for number in range(FOLDS if len(pooled) > 1 else 0):
-        if (fold == number).any():
-            held_out[fold == number] = _errors(pooled[fold == number], *fit_pca(pooled[fold != number]))
+    for others, left_out in folds(len(pooled)):
+        held_out[left_out] = _errors(pooled[left_out], *fit_pca(pooled[others]))
     return held_out
 
 

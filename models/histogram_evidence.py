@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.constants import MAP_SIZE, SIZE
 from models.fusion import EXPORTED_STD_FLOOR, fit_z
 from models.patch_histogram import sample_covariance
+from models.statistics import folds
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
 FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side
@@ -36,7 +37,7 @@ class HistogramEvidence(nn.Module):
         expected (C - 1, 64, 64): the same relative to the component's most usual place, squared.
         mean_n (D,), deviation_n (D, D): of the shares of the n x n cells, D = (C - 1) n^2; shares less mean, times deviation, are
             conditional deviations, in units of the usual largest one in a good image.
-        val_mean, val_std: z of the validation images' scores.
+        val_mean, val_std: z of the scores of validation images and of training images held out, if any were.
     """
 
     frequency: Tensor
@@ -78,7 +79,11 @@ class HistogramEvidence(nn.Module):
 
     def score(self, evidence: Tensor) -> Tensor:
         """Evidence (B, 64, 64) -> its mean, normalised on validation images, (B,)."""
-        return (evidence.mean((1, 2)) - self.val_mean) / self.val_std
+        return self.normalised(evidence.mean((1, 2)))
+
+    def normalised(self, means: Tensor) -> Tensor:
+        """Means of the evidence of images (B,) -> scores (B,)."""
+        return (means - self.val_mean) / self.val_std
 
     def load_parameters(self, parameters: Mapping[str, np.ndarray]) -> None:
         """Take over what `fit_evidence` found.
@@ -105,39 +110,61 @@ def fit_evidence(
         segmented_twice: see `models.patch_histogram.fit_parameters`.
 
     Returns:
-        Its parameters, float32, by name.
+        Its parameters, float32, by name; with `segmented_twice` also held_out_score (N,), means of the evidence in
+        training images of which none was fitted to.
     """
 
-    def shares(labels: Tensor, grid: int) -> Tensor:
+    def fractions(labels: Tensor, grid: int) -> Tensor:
         return torch.cat(
             [_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in labels.split(BATCH)]
         )
 
+    fitted = {grid: fractions(train, grid) for grid in (*GRIDS, MAP_SIZE)}
+    judged = {grid: fractions(validation, grid).flatten(1).numpy() for grid in GRIDS}
+    floors = {grid: np.full(judged[grid].shape[1], (FLOOR * grid) ** 2) for grid in GRIDS}
+    if segmented_twice is not None:
+        for grid in GRIDS:
+            plain, changed = (fractions(labels, grid).flatten(1).numpy() for labels in segmented_twice)
+            floors[grid] += np.square(changed - plain).mean(0)
     blur = torch.arange(MAP_SIZE, dtype=torch.float64)
     blur = torch.exp(-0.5 * ((blur[:, None] - blur) / BLUR) ** 2)
     blur = blur / blur.sum(1, keepdim=True)
-    frequency = blur @ shares(train, MAP_SIZE).mean(0) @ blur.T
-    parameters = {
-        "frequency": frequency.numpy(),
-        "expected": (frequency / frequency.amax((1, 2), keepdim=True).clamp(min=1e-6)).square().numpy(),
-    }
-    for grid in GRIDS:
-        fitted, judged = (shares(labels, grid).flatten(1).numpy() for labels in (train, validation))
-        mean = fitted.mean(0)
-        floor = np.full(len(mean), (FLOOR * grid) ** 2)
-        if segmented_twice is not None:
-            plain, changed = (shares(labels, grid).flatten(1).numpy() for labels in segmented_twice)
-            floor += np.square(changed - plain).mean(0)
-        precision = np.linalg.inv(sample_covariance(fitted) + np.diag(floor))
-        # What is left of a share's deviation once all other shares are known, in standard deviations.
-        deviation = precision / np.sqrt(np.diagonal(precision))
-        usual = np.abs((judged - mean) @ deviation).max(1).mean() if len(judged) else 1.0
-        parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
-    model = HistogramEvidence(classes)
-    model.load_parameters({"val_mean": np.zeros(()), "val_std": np.ones(()), **parameters})
-    scores = [model.score(model(few)).numpy() for few in validation.split(BATCH)]
-    z = fit_z(np.concatenate(scores), EXPORTED_STD_FLOOR) if len(validation) else (0.0, 1.0)
-    parameters |= dict(zip(("val_mean", "val_std"), map(np.asarray, z)))
+
+    def fit(images: np.ndarray) -> dict[str, np.ndarray]:
+        frequency = blur @ fitted[MAP_SIZE][images].mean(0) @ blur.T
+        parameters = {
+            "frequency": frequency.numpy(),
+            "expected": (frequency / frequency.amax((1, 2), keepdim=True).clamp(min=1e-6)).square().numpy(),
+            "val_mean": np.zeros(()),
+            "val_std": np.ones(()),
+        }
+        for grid in GRIDS:
+            samples = fitted[grid][images].flatten(1).numpy()
+            mean = samples.mean(0)
+            precision = np.linalg.inv(sample_covariance(samples) + np.diag(floors[grid]))
+            # What is left of a share's deviation once all other shares are known, in standard deviations.
+            deviation = precision / np.sqrt(np.diagonal(precision))
+            usual = np.abs((judged[grid] - mean) @ deviation).max(1).mean() if len(validation) else 1.0
+            parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
+        return parameters
+
+    def scores(parameters: Mapping[str, np.ndarray], labels: Tensor) -> np.ndarray:
+        model = HistogramEvidence(classes)
+        model.load_parameters(parameters)
+        return np.concatenate(
+            [np.zeros(0), *(model.score(model(few)).numpy() for few in labels.split(BATCH))]
+        )
+
+    parameters = fit(np.arange(len(train)))
+    good = scores(parameters, validation)
+    if segmented_twice is not None:
+        held_out = np.zeros(len(train) if len(train) > 1 else 0)
+        for others, left_out in folds(len(train)):
+            held_out[left_out] = scores(fit(others), train[left_out])
+        parameters["held_out_score"] = held_out
+        good = np.concatenate([good, held_out])
+    if len(good):
+        parameters |= dict(zip(("val_mean", "val_std"), map(np.asarray, fit_z(good, EXPORTED_STD_FLOOR))))
     return {name: values.astype(np.float32) for name, values in parameters.items()}
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from models.constants import QUARTERS
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
+from models.statistics import FOLDS, folds
 
-FEW_IMAGES, FOLDS = 50, 5  # covariances of fewer images are shrunk, by cross-validation with so many folds
+FEW_IMAGES = 50  # covariances of fewer images are shrunk, by cross-validation
 SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 PARAMETER_NAMES = (
     "hist_mean",
@@ -142,7 +143,10 @@ class PatchHistogramDetector(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""
-        whole, quarters = self.distances(labels)
+        return self.score(*self.distances(labels))
+
+    def score(self, whole: Tensor, quarters: Tensor) -> Tensor:
+        """Distances (B,) -> sum of both, each normalised, (B,)."""
         return (whole - self.hist_val_mean) / self.hist_val_std + (
             quarters - self.patch_hist_val_mean
         ) / self.patch_hist_val_std
@@ -158,7 +162,8 @@ class PatchHistogramDetector(nn.Module):
         Args:
             parameters: the six arrays named in docs/method.md section 2; means may be (n,) or (n, 1).
             std_floor: see `fit_trimmed_z`.
-            trimmed: normalise the distances by `fit_trimmed_z` (the paper), otherwise by `fit_z`.
+            trimmed: normalise the distances by `fit_trimmed_z` (the paper), otherwise by `fit_z`; those of held-out
+                training images, where the file has them, count as validation images' do.
 
         Raises:
             ValueError: an array is missing, or was fitted for another number of classes.
@@ -176,7 +181,10 @@ class PatchHistogramDetector(nn.Module):
                         f"{buffer.numel()} for {self.classes} classes"
                     )
                 buffer.copy_(torch.as_tensor(given, dtype=buffer.dtype).view(buffer.shape))
-            mean, std = (fit_trimmed_z if trimmed else fit_z)(parameters[f"{name}_val_score"], std_floor)
+            good = np.concatenate(
+                [parameters[f"{name}_val_score"], parameters.get(f"{name}_held_out_score", np.zeros(0))]
+            )
+            mean, std = (fit_trimmed_z if trimmed else fit_z)(good, std_floor)
             getattr(self, f"{name}_val_mean").fill_(mean)
             getattr(self, f"{name}_val_std").fill_(std)
 
@@ -193,15 +201,18 @@ def fit_parameters(
     Args:
         train, validation: label maps (N, 256, 256) of good images, uint8.
         classes: components and background.
-        floor: standard deviation added to every area fraction's own; 0 as published, where the pseudo-inverse does not look at
-            fractions that never vary in training.
-        segmented_twice: label maps (M, 256, 256) of the same good images, as they are and slightly changed. What the fractions
-            differ by is what segmentation itself wavers by, and joins the covariance; that of few images is shrunk, too. None,
-            as published: neither.
+        floor: standard deviation added to every area fraction's own; 0 as published, where the pseudo-inverse does not
+            look at fractions that never vary in training.
+        segmented_twice: label maps (M, 256, 256) of the same good images, as they are and slightly changed. What the
+            fractions differ by is what segmentation itself wavers by, and joins the covariance; that of few images is
+            shrunk, too, and distances are normalised by training images held out as well. None, as published: nothing
+            of this.
 
     Returns:
         hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
-        validation images, hist_val_score and patch_hist_val_score (n,): the content of the parameter file.
+        validation images, hist_val_score and patch_hist_val_score (n,): the content of the parameter file. With
+        `segmented_twice` also those of training images (N,) of which none was fitted to, hist_held_out_score and
+        patch_hist_held_out_score.
     """
     parameters: dict[str, np.ndarray] = {}
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
@@ -216,17 +227,30 @@ def fit_parameters(
         components = np.arange(fitted.shape[1]) % classes > 0
         added = differences.T @ differences / len(differences)
         added[components, components] += floor**2
-        covariance = sample_covariance(fitted) + added
-        if segmented_twice is not None:
-            covariance[np.ix_(components, components)] = regularised_covariance(
-                fitted[:, components], added[np.ix_(components, components)]
-            )
-        mean, inverse = fitted.mean(0), np.linalg.pinv(covariance)
-        inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
+
+        def fit(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            covariance = sample_covariance(samples) + added
+            if segmented_twice is not None:
+                covariance[np.ix_(components, components)] = regularised_covariance(
+                    samples[:, components], added[np.ix_(components, components)]
+                )
+            inverse = np.linalg.pinv(covariance)
+            inverse[::classes] = inverse[:, ::classes] = 0  # the background's, but for rounding 0 already
+            return samples.mean(0), inverse
+
+        mean, inverse = fit(fitted)
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
-        distances = mahalanobis(*(torch.from_numpy(values) for values in (judged, mean, inverse)))
-        parameters[f"{name}_val_score"] = distances.numpy()
+        parameters[f"{name}_val_score"] = _distances(judged, mean, inverse)
+        if segmented_twice is not None:
+            held_out = np.zeros(len(fitted) if len(fitted) > 1 else 0)
+            for others, left_out in folds(len(fitted)):
+                held_out[left_out] = _distances(fitted[left_out], *fit(fitted[others]))
+            parameters[f"{name}_held_out_score"] = held_out
     return parameters
+
+
+def _distances(histograms: np.ndarray, mean: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    return mahalanobis(*(torch.from_numpy(values) for values in (histograms, mean, inverse))).numpy()
 
 
 def sample_covariance(samples: np.ndarray) -> np.ndarray:
@@ -254,17 +278,15 @@ def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray
 
     def log_likelihood(shrinkage: float) -> float:
         total = 0.0
-        for number in range(FOLDS):
-            others, held_out = samples[fold != number], samples[fold == number]
-            covariance = shrunk(others, shrinkage)
-            difference = held_out - others.mean(0)
-            total -= len(held_out) * np.linalg.slogdet(covariance)[1]
+        for others, left_out in folds(len(samples)):
+            covariance = shrunk(samples[others], shrinkage)
+            difference = samples[left_out] - samples[others].mean(0)
+            total -= len(left_out) * np.linalg.slogdet(covariance)[1]
             total -= (difference * np.linalg.solve(covariance, difference.T).T).sum()
         return total
 
     if not 2 * FOLDS <= len(samples) < FEW_IMAGES:
         return shrunk(samples, 0.0 if len(samples) >= FEW_IMAGES else 1.0)
-    fold = np.arange(len(samples)) % FOLDS
     return shrunk(samples, max(SHRINKAGES, key=log_likelihood))
 
 

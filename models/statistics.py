@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.constants import MAP_QUANTILES
+
+FOLDS = 5
 
 
 def quantile(values: Tensor, fraction: float) -> Tensor:
@@ -23,6 +26,17 @@ def map_range(maps: Tensor) -> tuple[Tensor, Tensor]:
     """The `MAP_QUANTILES` of all values of validation maps, by which maps are scaled; they differ, also for constant maps."""
     start, end = (quantile(maps, fraction) for fraction in MAP_QUANTILES)
     return start, end if end > start else start + 1
+
+
+def folds(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices of training images: for each of five folds those of the others, to fit to, and its own, to judge.
+
+    What a model was fitted to lies nearer to it than any other good image; only images held out tell how far those lie.
+    Nothing for fewer than two images.
+    """
+    fold = np.arange(count) % FOLDS
+    for number in range(min(FOLDS, count) if count > 1 else 0):
+        yield np.flatnonzero(fold != number), np.flatnonzero(fold == number)
 
 
 class ChannelMoments:

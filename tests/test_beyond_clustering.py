@@ -10,7 +10,7 @@ from test_clustering import made_up, same_grouping, wide
 
 def test_mean_shift_finds_the_same_groups_from_fewer_seeds():
     features, _, _, part_of = made_up()
-    assert same_grouping(clustering.mean_shift(features, 1.0, most_seeds=40), part_of)
+    assert same_grouping(clustering.mean_shift(features, 1.0, max_seeds=40), part_of)
 
 
 def test_an_estimated_bandwidth_keeps_parts_apart():
@@ -26,7 +26,7 @@ def test_images_of_no_kind_join_the_nearest():
         np.array([[0.1, 0], [0.12, 0], [0.5, 0], [0.17, 0], [0.4, 0]]),
         np.array([0, 0, 1, -1, -1]),
     )
-    np.testing.assert_array_equal(beyond.with_nearest_kind(histograms, kinds), [0, 0, 1, 0, 1])
+    np.testing.assert_array_equal(beyond.with_nearest_group(histograms, kinds), [0, 0, 1, 0, 1])
 
 
 @pytest.mark.parametrize("variants, parts", [(True, (0, 1, 2, 3)), (False, (0, 1))])
@@ -36,7 +36,7 @@ def test_variants_of_a_part_get_labels_only_on_request(variants, parts):
     third = np.isin(part_of, (2, 3)) & (image_of % 3 == 2)
     features[third] = (10, 0)
     found = beyond.semantic_labels(
-        features, areas, image_of, 30, 1.0, largest_kind_only=False, variants=variants, lookalikes=False
+        features, areas, image_of, 30, 1.0, largest_group_only=False, variants=variants, lookalikes=False
     )
     for part in range(4):
         numbers = set(found.labels[(part_of == part) & ~third].tolist())
@@ -52,14 +52,14 @@ def test_parts_that_come_and_go_without_a_substitute_get_no_label():
     image_of = np.repeat(np.arange(10), 3)
     always, juices, now_and_then = np.full(10, 1), 2 + np.arange(10) % 3, np.where(np.arange(10) < 5, 5, 0)
     clusters = np.stack([always, juices, now_and_then], 1).ravel()
-    kept = beyond.without_sporadic(clusters, image_of, 10)
+    kept = beyond.drop_irregular_clusters(clusters, image_of, 10)
     np.testing.assert_array_equal(kept, np.where(clusters == 5, 0, clusters))
     # Without the juices' substitute in every third image, they come and go, too.
-    kept = beyond.without_sporadic(np.where(clusters == 4, 0, clusters), image_of, 10)
+    kept = beyond.drop_irregular_clusters(np.where(clusters == 4, 0, clusters), image_of, 10)
     np.testing.assert_array_equal(kept, clusters == 1)
     # Nothing by rule: better all labels than none.
     some = np.array([1, 2, 0, 0])
-    np.testing.assert_array_equal(beyond.without_sporadic(some, np.array([0, 0, 2, 3]), 4), some)
+    np.testing.assert_array_equal(beyond.drop_irregular_clusters(some, np.array([0, 0, 2, 3]), 4), some)
 
 
 def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
@@ -77,7 +77,7 @@ def bolts(long_in=lambda image: True, images=30, apart=0.4, seed=0):
 def test_lookalikes_side_by_side_are_told_apart():
     features, image_of, is_long = bolts()
     together = np.zeros(len(features), np.int64)
-    found = beyond.split_lookalikes(features, together, image_of, least=10)
+    found = beyond.split_similar_parts(features, together, image_of, min_members=10)
     assert found.max() == 1
     assert max(np.mean(found == is_long), np.mean(found != is_long)) > 0.9
     areas = np.full(len(features), 0.1)
@@ -93,7 +93,9 @@ def test_lookalikes_side_by_side_are_told_apart():
 )
 def test_no_lookalikes_are_seen_where_there_are_none(changes):
     features, image_of, _ = bolts(**changes)
-    assert not beyond.split_lookalikes(features, np.zeros(len(features), np.int64), image_of, least=10).any()
+    assert not beyond.split_similar_parts(
+        features, np.zeros(len(features), np.int64), image_of, min_members=10
+    ).any()
 
 
 def test_comparable_features():
@@ -122,7 +124,9 @@ def test_of_each_kind_the_own_half_nearest_its_mean_is_trusted():
 
 def test_a_label_has_to_be_large_enough_in_any_kind():
     histograms = np.array([[0.0, 0.2, 0.0005, 0.1], [0.0, 0.2, 0.0005, 0.1], [0.3, 0.1, 0.0005, 0.1]])
-    np.testing.assert_array_equal(beyond.labels_of_any_kind(histograms, np.array([0, 0, 1])), [0, 1, 2, 0, 3])
+    np.testing.assert_array_equal(
+        beyond.labels_of_any_group(histograms, np.array([0, 0, 1])), [0, 1, 2, 0, 3]
+    )
 
 
 def test_clusters_are_numbered_from_the_largest_on():

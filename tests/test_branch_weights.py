@@ -36,7 +36,7 @@ def test_a_branch_that_sees_nothing_and_is_loud_is_left_out(seed):
     for loud in (0, 1, 3):
         noise = np.ones(4)
         noise[loud] = 8
-        decision = choose(*drawn([0, 0, 4, 0], [0, 0, 4, 0], seed, noise), BRANCHES)
+        decision = choose(*drawn([0, 0, 4, 0], [0, 0, 4, 0], seed, noise), BRANCHES, WEIGHED.branches)
         assert decision.weights.get(BRANCHES[loud], 0) == 0, BRANCHES[loud]
         assert decision.weights["memory"] == 1
         for by_sum in decision.aurocs.values():
@@ -45,7 +45,7 @@ def test_a_branch_that_sees_nothing_and_is_loud_is_left_out(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_branches_that_see_different_things_are_all_taken(seed):
-    decision = choose(*drawn([0, 0, 5, 0], [0, 0, 0, 5], seed), BRANCHES)
+    decision = choose(*drawn([0, 0, 5, 0], [0, 0, 0, 5], seed), BRANCHES, WEIGHED.branches)
     assert {"memory", "DFM"} <= decision.weights.keys()
     assert max(decision.weights.values()) == 1 and set(decision.weights.values()) <= set(
         branch_weights.WEIGHTS
@@ -57,8 +57,19 @@ def test_branches_that_see_different_things_are_all_taken(seed):
         assert decision.aurocs[kind]["fused"] > 75
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_chance_says_for_an_optional_branch_does_not_count(seed):
+    """It sees what the memory sees, and no more: with few defects one of both is ahead by chance."""
+    good, kinds = drawn([0, 4, 4, 0], [0, 4, 4, 0], seed)
+    few = {
+        kind: Defects(of_kind.contributions[:24], of_kind.strengths[:24]) for kind, of_kind in kinds.items()
+    }
+    weights = choose(good[:12], few, BRANCHES, WEIGHED.branches).weights
+    assert weights["memory"] == 1 and not {"LGST", "DFM"} & weights.keys()
+
+
 def test_the_histogram_need_not_add_anything_as_long_as_it_costs_next_to_nothing():
-    quiet = choose(*drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(0.1, 1, 1, 1)), BRANCHES)
+    quiet = choose(*drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(0.1, 1, 1, 1)), BRANCHES, WEIGHED.branches)
     assert quiet.weights["patchhist"] == 1
     assert "LGST" not in quiet.weights or "DFM" not in quiet.weights
 
@@ -67,7 +78,7 @@ def test_the_best_branch_finds_about_nine_of_ten_of_the_defects_that_count():
     """Too easy ones say nothing about the difference between branches, and too faint ones nothing at all."""
     for lift in (40, 1.5):
         good, kinds = drawn([0, 0, lift, 0], [0, 0, lift, 0])
-        decision = choose(good, kinds, BRANCHES)
+        decision = choose(good, kinds, BRANCHES, WEIGHED.branches)
         for kind, of_kind in kinds.items():
             all_of_them = auroc(good[:, 2], of_kind.contributions[:, 2])
             assert abs(decision.aurocs[kind]["memory"] - 90) < abs(all_of_them - 90)
@@ -82,6 +93,7 @@ def test_few_branches_are_weighed_too(branches):
         good[:, columns],
         {kind: Defects(one.contributions[:, columns], one.strengths) for kind, one in kinds.items()},
         branches,
+        WEIGHED.branches,
     )
     assert decision.weights and decision.weights.keys() <= set(branches)
     assert "fuses " in decision.description and "on synthetic defects: structural" in decision.description

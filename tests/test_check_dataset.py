@@ -145,7 +145,7 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
     "text": (
         lambda r: (r / "validation/good/001.png").write_text("hello"),
         2,
-        ["validation/good/001.png", "no format"],
+        ["validation/good/001.png", "format is not supported"],
     ),
     "12 bits": (lambda r: deep(r / "train/good/008.png"), 2, ["train/good/008.png", "--images.white_level"]),
     "float": (
@@ -163,9 +163,13 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
     "dangling": (
         lambda r: link(r / "train/good/gone.png", r / "gone"),
         4,
-        ["train/good/gone.png", "link to a file that is not there"],
+        ["train/good/gone.png", "link to a missing file"],
     ),
-    "pipe": (lambda r: os.mkfifo(r / "train/good/pipe.png"), 4, ["train/good/pipe.png", "no regular file"]),
+    "pipe": (
+        lambda r: os.mkfifo(r / "train/good/pipe.png"),
+        4,
+        ["train/good/pipe.png", "not a regular file"],
+    ),
     "cycle": (lambda r: link(r / "train/good/up", r / "train"), 4, ["train/good/up", "once more"]),
     "hidden": (
         lambda r: shutil.copy(r / "train/good/003.png", r / "train/good/._003.png"),
@@ -175,7 +179,7 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
     "heic": (
         lambda r: (r / "train/good/a.heic").write_bytes(b"x"),
         4,
-        ["train/good/a.heic", "no image format"],
+        ["train/good/a.heic", "not a supported image format"],
     ),
     "unknown folder": (
         lambda r: shutil.copytree(r / "test/good", r / "test/blurred"),
@@ -289,12 +293,12 @@ FAULTS = {  # what breaks the data set, the status, words that have to be said
             json.dumps([{"pixel_value": 9, "saturation_threshold": share} for share in (1, 2)])
         ),
         2,
-        ["pixel_value 9 stands there twice"],
+        ["pixel_value 9 occurs twice"],
     ),
     "config key twice": (
         lambda r: (r / "defects_config.json").write_text('[{"pixel_value": 9, "pixel_value": 8}]'),
         2,
-        ["the key 'pixel_value' stands there twice"],
+        ["the key 'pixel_value' occurs twice"],
     ),
     "roi": (lambda r: paint(r / "roi.png", 255, (64, 64)), 2, ["roi.png is 64x64"]),
     "twins": (

@@ -22,8 +22,8 @@ pyarrow = pytest.importorskip("pyarrow")
 from csad.cluster import scoring, sources  # noqa: E402
 from csad.cluster.connection import Driver  # noqa: E402
 from csad.cluster.shards import shards_of  # noqa: E402
+from csad.cluster.sources import ClusterInputs  # noqa: E402
 from csad.cluster.sources import Image as Listed  # noqa: E402
-from csad.cluster.sources import Sources  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
 from csad.data import files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
@@ -134,7 +134,7 @@ def test_the_same_lines_as_without(nodes, run, photos, tmp_path, capsys):
     assert content(tmp_path) == plain and len(parts(tmp_path)) == 3
     said = capsys.readouterr().out
     assert counted in said and "1 undecided, 1 unreadable" in said
-    assert "1 files were left out because they are no images" in said and "notes.txt" in said
+    assert "1 files were left out because they are not images" in said and "notes.txt" in said
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["found"] == 13 and summary["images"] == 12 and summary["undecided"] == 1
 
@@ -298,13 +298,13 @@ def test_a_shard_is_known_by_all_that_its_lines_depend_on():
 
 
 def test_images_of_all_places_once(photos, tmp_path):
-    found = Sources([photos / "0", photos], "image", tmp_path / "out")
-    assert found.found == 13 + 5 and len(found.images) == 12
+    found = ClusterInputs([photos / "0", photos], "image", tmp_path / "out")
+    assert found.count == 13 + 5 and len(found.images) == 12
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
-        "they are no images": 1,
+        "they are not images": 1,
         "they are named more than once": 5,
     }
-    by_url = Sources([photos.as_uri()], "image", tmp_path / "out")
+    by_url = ClusterInputs([photos.as_uri()], "image", tmp_path / "out")
     assert {(Path(one.name).name, one.bytes, one.changed_ns) for one in by_url.images} == {
         (Path(one.name).name, one.bytes, one.changed_ns) for one in found.images
     }
@@ -381,7 +381,7 @@ def test_a_store_that_does_not_answer_is_no_damaged_picture(worker, monkeypatch,
     assert (
         json.loads(result["lines"])["verdict"] == "unreadable"
         if unreadable
-        else "goes on" in result["sentence"]
+        else "continues" in result["sentence"]
     )
 
 

@@ -63,11 +63,11 @@ def test_histograms_add_up_areas():
 def test_kinds_are_numbered_by_frequency_and_asked_for_until_one_appears():
     rng = np.random.default_rng(0)
     histograms = np.concatenate([rng.normal(0.1, 0.002, (10, 2)), rng.normal(0.4, 0.002, (20, 2))])
-    kinds = clustering.kinds_of_images(histograms)
+    kinds = clustering.group_images(histograms)
     assert set(kinds[10:]) <= {0, -1} and set(kinds[:10]) <= {1, -1}
     assert (kinds >= 0).mean() > 0.8
-    assert (clustering.kinds_of_images(np.zeros((1, 2))) == 0).all()
-    assert (clustering.kinds_of_images(np.zeros((5, 0))) == 0).all()
+    assert (clustering.group_images(np.zeros((1, 2))) == 0).all()
+    assert (clustering.group_images(np.zeros((5, 0))) == 0).all()
 
 
 def test_thousands_of_components_climb_from_every_one_of_them():
@@ -82,9 +82,11 @@ def test_thousands_of_components_climb_from_every_one_of_them():
 
 def test_rare_clusters_are_no_label_and_the_others_keep_their_numbers():
     found = np.repeat([0, 1, 2, 3], [9, 3, 10, 4])
-    np.testing.assert_array_equal(clustering.without_rare(found, 4), np.repeat([1, 0, 3, 4], [9, 3, 10, 4]))
+    np.testing.assert_array_equal(
+        clustering.drop_rare_clusters(found, 4), np.repeat([1, 0, 3, 4], [9, 3, 10, 4])
+    )
     features, areas, image_of, part_of = made_up(images=21)
-    labels = clustering.semantic_labels(features, areas, image_of, 21, 1.0, largest_kind_only=False)
+    labels = clustering.semantic_labels(features, areas, image_of, 21, 1.0, largest_group_only=False)
     assert {part for part in range(5) if labels.clusters[part_of == part].any()} == {
         0,
         1,
@@ -98,9 +100,9 @@ def test_half_as_many_images_as_a_kind_has_are_trusted_nearest_to_its_mean_among
     histograms = np.array([[0.10], [0.20], [0.36], [0.9], [0.5], [0.7], [0.23]])
     kinds = np.array([0, 0, 0, 1, -1, 1, -1])
     # The mean of kind 0 is 0.22: nearest is image 6, which belongs to no kind.
-    np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_kind_only=True), [6])
+    np.testing.assert_array_equal(clustering.trusted_images(histograms, kinds, largest_group_only=True), [6])
     np.testing.assert_array_equal(
-        clustering.trusted_images(histograms, kinds, largest_kind_only=False), [3, 6]
+        clustering.trusted_images(histograms, kinds, largest_group_only=False), [3, 6]
     )
     np.testing.assert_array_equal(clustering.trusted_images(np.zeros((1, 2)), np.array([0]), True), [0])
 
@@ -108,11 +110,11 @@ def test_half_as_many_images_as_a_kind_has_are_trusted_nearest_to_its_mean_among
 def test_labels_too_small_in_the_largest_kind_are_dropped_and_the_rest_renumbered():
     image_of, clusters = np.repeat(np.arange(12), 3), np.tile([1, 2, 4], 12)
     areas = np.tile([0.2, 0.0009, 0.1], 12)
-    found = clustering.labels_and_trusted(clusters, areas, image_of, 12, largest_kind_only=False)
+    found = clustering.labels_and_trusted(clusters, areas, image_of, 12, largest_group_only=False)
     np.testing.assert_array_equal(found.labels, np.tile([1, 0, 2], 12))
     assert found.raw_histogram.shape == (12, 4) and not found.raw_histogram[:, 2].any()
     np.testing.assert_allclose(found.filtered_histogram, [[0.2, 0.1]] * 12)
 
 
 def test_the_usual_number_of_components():
-    assert clustering.usual_number(np.array([3, 5, 5, 3, 4])) == 3
+    assert clustering.most_common_count(np.array([3, 5, 5, 3, 4])) == 3

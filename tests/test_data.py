@@ -11,7 +11,7 @@ from csad import settings
 from csad.cli import common_options, overrides, training_options, with_branches
 from csad.data import files, records
 from csad.data.workspace import Workspace
-from csad.errors import UserError, interrupts_wait, run_script
+from csad.errors import UserError, defer_interrupts, run_script
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_unknown_key_in_a_category_file_is_named(tmp_path, monkeypatch):
         ("[pin]", "names:"),
         ("{5: ' pin'}", "names.5"),
         ('{5: "a\\e[31mpin"}', "names.5"),
-        ("{5: a, 5: b}", "the key 5 stands there twice"),
+        ("{5: a, 5: b}", "the key 5 occurs twice"),
     ],
 )
 def test_a_categorys_file_names_components(tmp_path, monkeypatch, names, said):
@@ -105,13 +105,13 @@ def test_a_key_that_stands_there_twice_is_refused(tmp_path, monkeypatch, text, k
     (tmp_path / "categories").mkdir()
     (tmp_path / "categories" / "cup.yaml").write_text(text)
     monkeypatch.setattr(settings, "CONFIGS", tmp_path)
-    with pytest.raises(UserError, match=f"cup.yaml .*the key {key} stands there twice, in lines"):
+    with pytest.raises(UserError, match=f"cup.yaml .*the key {key} occurs twice, in lines"):
         settings.load("cup")
 
 
 def test_a_json_key_that_stands_there_twice_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('[{"pixel_value": 1, "pixel_value": 2}]')
-    with pytest.raises(UserError, match="the key 'pixel_value' stands there twice"):
+    with pytest.raises(UserError, match="the key 'pixel_value' occurs twice"):
         files.read_json(tmp_path / "a.json")
 
 
@@ -149,7 +149,7 @@ def test_seeds_are_whole_numbers_that_every_generator_takes(capsys):
         with pytest.raises(SystemExit) as ended:
             parser.parse_args(wrong)
         assert ended.value.code == 2
-        assert f"'{wrong[-1]}' is no seed" in capsys.readouterr().err
+        assert f"'{wrong[-1]}' is not a valid seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["010", "1:30", "true", "inf", ".nan", "1.5", "'3'"])
@@ -244,7 +244,7 @@ def test_a_mistake_is_one_sentence_and_status_2(problem, words, capsys):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_is_interrupted_says_so_and_ends_as_shells_expect(number, status, deferred, capsys):
     def main():
-        with interrupts_wait() if deferred else nullcontext() as interrupted:
+        with defer_interrupts() if deferred else nullcontext() as interrupted:
             signal.raise_signal(number)
             assert deferred and interrupted()
             raise KeyboardInterrupt

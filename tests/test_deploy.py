@@ -12,10 +12,12 @@ from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import export_tables
-from csad.export import exporters, quantisation
+from csad.export import exporters, onnx_graphs, quantisation
 from csad.export.assembly import require_finite
-from csad.inference.engines import OnnxEngine, OpenVinoEngine, TorchEngine, as_input, open_model
+from csad.inference.engines import as_input
 from csad.inference.folded import FoldedModel
+from csad.inference.openvino_engine import OpenVinoEngine
+from csad.inference.runtimes import OnnxEngine, TorchEngine, open_model
 from csad.training.backbone_weights import build_backbone
 
 import numpy as np
@@ -173,7 +175,7 @@ def test_graphs_have_the_form_that_their_runtime_is_fast_at(paths, kind):
 
     has_memory = kind in ("all", "tiles")
     assert bool(minima(nodes)) == has_memory
-    undone = onnx.load_from_string(exporters._with_whole_minima(paths[".onnx"].read_bytes()))
+    undone = onnx.load_from_string(onnx_graphs.with_whole_minima(paths[".onnx"].read_bytes()))
     onnx.checker.check_model(undone, full_check=True)
     assert not minima(undone.graph.node)
 

@@ -209,10 +209,14 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
 
     fused = 0
     for branch, weight in decided(work).items():
-        logical, validation = (
-            np.load(work / f"anomaly_score/discs_{branch}_{part}_score.npy") for part in ("logi", "val")
-        )
-        z = apply_z(logical, *fit_normalisation(validation, "softplus", EXPORTED_STD_FLOOR))
+        scores = {
+            part: np.load(path)
+            for part in ("logi", "val", "held_out")
+            if (path := work / f"anomaly_score/discs_{branch}_{part}_score.npy").exists()
+        }
+        assert ("held_out" in scores) == (branch == "patchhist")
+        good = np.concatenate([scores["val"], scores.get("held_out", [])])
+        z = apply_z(scores["logi"], *fit_normalisation(good, "softplus", EXPORTED_STD_FLOOR))
         fused = fused + weight * share(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
@@ -456,7 +460,7 @@ def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(
 
 
 def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished):
-    from csad.inference.engines import open_model
+    from csad.inference.runtimes import open_model
 
     from models.fused import metadata
 
@@ -468,7 +472,7 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 
     engine = open_model(path, "cpu")
     scores = [
-        float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
+        float(engine.score(images.View(engine.size, known["white_level"]).read([one]))[0])
         for one in sorted((dataset / "discs/validation/good").iterdir())
     ]
     np.testing.assert_allclose(known["validation_scores"], sorted(scores), rtol=1e-4, atol=1e-4)
@@ -478,12 +482,12 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 
 def test_saved_maps_are_those_of_the_exported_model(finished):
     from csad.data import images
-    from csad.inference.engines import open_model
+    from csad.inference.runtimes import open_model
 
     work, dataset = finished
     engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")
     picture = sorted((dataset / "discs/test/structural_anomalies").iterdir())[0]
-    found = engine.predict(images.read_views([picture], engine.size, "", engine.metadata["white_level"]))
+    found = engine.predict(images.View(engine.size, engine.metadata["white_level"]).read([picture]))
     for branch, given in zip(engine.branches, found.branch_maps[0]):
         with np.load(work / f"anomaly_score/discs_{branch}_maps.npz") as saved:
             np.testing.assert_allclose(saved["structural_anomalies"][0], given, atol=2e-2, rtol=1e-2)

@@ -7,7 +7,8 @@ from pathlib import Path
 from csad.data import files
 from csad.errors import UserError
 from csad.export import agreement, exporters, fresh_process
-from csad.inference.engines import OnnxEngine, TorchEngine, in_words
+from csad.inference.engines import in_words
+from csad.inference.runtimes import OnnxEngine, TorchEngine
 
 import numpy as np
 import onnx
@@ -243,7 +244,7 @@ def test_the_spread_is_robust_and_has_a_floor():
     scores = np.random.default_rng(0).normal(0, 2, 1000)
     assert agreement.spread(scores) == pytest.approx(2, rel=0.1)
     assert agreement.spread(np.r_[scores, 1e9]) == pytest.approx(2, rel=0.1)
-    assert agreement.spread(np.zeros(5)) == agreement.LEAST_SPREAD
+    assert agreement.spread(np.zeros(5)) == agreement.MIN_SPREAD
     assert agreement.spread(np.full(3, -1e4)) == 500
 
 

@@ -167,7 +167,7 @@ def test_a_model_of_another_version_is_refused_and_a_published_one_is_not(publis
         with pytest.raises(
             UserError, match=f"this {kind} model was written by another version.*--format {kind.lower()}"
         ):
-            engines._decoded('{"category": "screw_bag"}', kind)
+            engines.decoded_metadata('{"category": "screw_bag"}', kind)
 
 
 def test_foreign_state_dict_is_refused_with_a_sentence():

@@ -7,7 +7,8 @@ import sys
 from csad import settings
 from csad.data import files, images
 from csad.errors import UserError
-from csad.pseudo_labels import grounded_sam, one_picture
+from csad.pseudo_labels import grounded_sam, grounding_dino, one_picture, package_networks, sam_hq
+from csad.standins.proposer_choice import choose_proposer
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ PROMPT = "pin . nut . zip-lock bag ."
 
 def small_grounding_dino(patch):
     """Let the package build a Grounding DINO with its own Swin-T but few layers, six boxes and small pictures."""
-    with grounded_sam.quietly():
+    with package_networks.quietly():
         from groundingdino.util.slconfig import SLConfig
     published = SLConfig.fromfile
 
@@ -47,7 +48,7 @@ def small_grounding_dino(patch):
         return arguments
 
     patch.setattr(SLConfig, "fromfile", staticmethod(fewer))
-    patch.setattr(grounded_sam, "SHORT_SIDE", 96)
+    patch.setattr(grounding_dino, "SHORT_SIDE", 96)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def weights(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("ckpt")
     torch.manual_seed(0)
-    torch.save(grounded_sam.build_sam("vit_tiny").state_dict(), folder / "sam_hq_vit_tiny.pth")
+    torch.save(sam_hq.build_sam("vit_tiny").state_dict(), folder / "sam_hq_vit_tiny.pth")
     bert = folder / "bert-base-uncased"
     BertModel(
         BertConfig(
@@ -72,7 +73,7 @@ def weights(tmp_path_factory):
     BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
     with pytest.MonkeyPatch.context() as patch:
         small_grounding_dino(patch)
-        state = grounded_sam.build_grounding_dino("swint_ogc", bert).state_dict()
+        state = grounding_dino.build_grounding_dino("swint_ogc", bert).state_dict()
     # The published file's keys have this prefix, and it holds parameters that inference does not need.
     state = {f"module.{key}": value for key, value in state.items()} | {
         "module.label_enc.weight": torch.zeros(2, 2)
@@ -83,13 +84,13 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sam(weights):
-    return grounded_sam.load_sam("vit_tiny", weights / "sam_hq_vit_tiny.pth", CPU)
+    return sam_hq.load_sam("vit_tiny", weights / "sam_hq_vit_tiny.pth", CPU)
 
 
 @pytest.fixture
 def detector(weights, monkeypatch):
     small_grounding_dino(monkeypatch)
-    return grounded_sam.load_grounding_dino(
+    return grounding_dino.load_grounding_dino(
         "swint_ogc", weights / "groundingdino_swint_ogc.pth", weights / "bert-base-uncased", CPU
     )
 
@@ -137,7 +138,7 @@ def test_automatic_masks_may_be_none_at_all(sam):
 
 
 def test_small_regions_go_as_in_the_package(sam):
-    with grounded_sam.quietly():
+    with package_networks.quietly():
         from segment_anything_hq import SamAutomaticMaskGenerator
         from segment_anything_hq.utils.amg import MaskData, batched_mask_to_box, mask_to_rle_pytorch
     masks = torch.zeros(6, 60, 80, dtype=torch.bool)
@@ -151,7 +152,7 @@ def test_small_regions_go_as_in_the_package(sam):
             rles=mask_to_rle_pytorch(masks), boxes=batched_mask_to_box(masks).numpy(), number=np.arange(6)
         )
 
-    ours = grounded_sam._mask_generator().postprocess_small_regions(data(), 20, 0.7)
+    ours = sam_hq._mask_generator().postprocess_small_regions(data(), 20, 0.7)
     theirs = SamAutomaticMaskGenerator.postprocess_small_regions(data(), 20, 0.7)
     assert ours["rles"] == theirs["rles"] and len(ours["rles"]) < 6
     np.testing.assert_array_equal(ours["number"], theirs["number"])
@@ -257,9 +258,7 @@ def test_wrong_checkpoints_get_a_sentence(harm, weights, tmp_path, monkeypatch):
     shutil.copytree(weights, folder)
     sentence, changes = harm(folder)
     with pytest.raises(UserError, match=sentence):
-        pseudo_label.choose_proposer(
-            "discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False
-        ).load()
+        choose_proposer("discs", chosen(proposer="grounded_sam", **changes), folder, CPU, False).load()
 
 
 @pytest.fixture
@@ -325,7 +324,7 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(
 ):
     workspace = tmp_path / "work"
     shutil.copytree(weights, workspace / "ckpt")
-    seen, look_at = [], grounded_sam.SamHQ.look_at
+    seen, look_at = [], sam_hq.SamHQ.look_at
 
     def watched(self, image):
         seen.append(image)
@@ -333,7 +332,7 @@ def test_the_stage_runs_resumes_image_by_image_and_notices_another_checkpoint(
             raise Killed
         look_at(self, image)
 
-    monkeypatch.setattr(grounded_sam.SamHQ, "look_at", watched)
+    monkeypatch.setattr(sam_hq.SamHQ, "look_at", watched)
     with pytest.raises(Killed):
         run_stage(monkeypatch, workspace, dataset)
     assert "discs: proposals by grounded_sam\n" in capsys.readouterr().out
@@ -385,7 +384,7 @@ def test_auto_takes_what_is_there_and_says_so(there, prompt, found, tmp_path, ca
     for name in there:
         (tmp_path / name).write_bytes(b"weights")
     (tmp_path / "bert-base-uncased").mkdir()
-    taken = pseudo_label.choose_proposer(
+    taken = choose_proposer(
         "discs",
         settings.load("discs", "paper", {"pseudo_labels.text_prompt": prompt}).pseudo_labels,
         tmp_path,
@@ -409,7 +408,7 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path):
             "discs", "paper", {f"pseudo_labels.{key}": value for key, value in changes.items()}
         )
         with pytest.raises(UserError, match=sentence):
-            pseudo_label.choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
+            choose_proposer("discs", wanted.pseudo_labels, tmp_path, CPU, False)
 
 
 @pytest.mark.parametrize(
@@ -445,5 +444,5 @@ def test_the_image_encoder_multiplies_in_what_was_asked_for():
 
     for half, dtype in ((False, torch.float32), (True, torch.float16)):
         seen = []
-        grounded_sam._ImageEncoder(Encoder(4, 4), half)(torch.ones(1, 4))
+        sam_hq._ImageEncoder(Encoder(4, 4), half)(torch.ones(1, 4))
         assert seen == [dtype]

@@ -34,6 +34,21 @@ def evidence(parameters):
     return model
 
 
+def test_scores_are_normalised_by_training_images_held_out_too():
+    train, validation = label_maps(12), label_maps(4, seed=1)
+    parameters = fit_evidence(train, validation, CLASSES, (train, train))
+    first = torch.arange(12) % 5 == 0
+    others = HistogramEvidence(CLASSES)
+    others.load_parameters(fit_evidence(train[~first], validation, CLASSES, (train, train)))
+    means = others(train[first]).mean((1, 2))
+    np.testing.assert_allclose(parameters["held_out_score"][first], means.numpy(), rtol=1e-5)
+    model = HistogramEvidence(CLASSES)
+    model.load_parameters(parameters)
+    good = torch.cat([model(validation).mean((1, 2)), torch.from_numpy(parameters["held_out_score"])])
+    assert float(model.val_mean) == pytest.approx(float(good.mean()), rel=1e-5)
+    torch.testing.assert_close(model.score(model(validation)), model.normalised(good[:4]))
+
+
 def test_good_images_have_next_to_none_and_a_batch_is_its_images(evidence):
     found = evidence(label_maps(4, seed=2))
     assert found.shape == (4, 64, 64) and (found >= 0).all()

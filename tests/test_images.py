@@ -55,7 +55,7 @@ def test_lossless_formats_give_their_pixels(tmp_path, suffix):
 def test_no_format_that_runs_or_refers_to_anything(tmp_path):
     assert not {".eps", ".ps", ".pdf", ".wmf", ".svg"} & set(image_files.SUFFIXES)
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(UserError, match="no format that is read here"):
+    with pytest.raises(UserError, match="its format is not supported"):
         images.read_rgb(tmp_path / "a.png")
 
 
@@ -369,7 +369,7 @@ def test_small_views_refuse_other_shapes():
 def test_views_are_the_images_in_order(tmp_path):
     for value in (10, 20):
         Image.fromarray(np.full((5, 8, 3), value, np.uint8)).save(tmp_path / f"{value}.png")
-    views = images.read_views([tmp_path / "20.png", tmp_path / "10.png"], 32, "read")
+    views = images.View(32).read([tmp_path / "20.png", tmp_path / "10.png"], "read")
     assert views.shape == (2, 3, 32, 32) and views.dtype == np.uint8
     assert views[0].mean() == 20 and views[1].mean() == 10
 
@@ -495,7 +495,7 @@ def test_a_tiff_whose_picture_lies_in_a_sub_directory(tmp_path):
 @pytest.mark.parametrize("read", [images.read_rgb, images.read_mask, image_files.displayed_size])
 def test_a_pipe_is_no_image(tmp_path, read):
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png cannot be read .*no regular file"):
+    with pytest.raises(UserError, match="a.png cannot be read .*not a regular file"):
         read(tmp_path / "a.png")
 
 

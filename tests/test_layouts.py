@@ -394,7 +394,7 @@ def test_links_are_followed_and_cycles_noticed(tmp_path):
     reasons = {path.relative_to(good).as_posix(): why for path, why in unused(category)}
     assert set(reasons) - {"again", "away/shelf"} == {"up", "itself", "gone.png"}
     assert len(reasons) == 4  # of again and away/shelf one
-    assert "once more" in reasons["up"] and "not there" in reasons["gone.png"]
+    assert "once more" in reasons["up"] and "missing file" in reasons["gone.png"]
     (tmp_path / "linked").symlink_to(root)
     assert Category(tmp_path / "linked").name == "linked"
 

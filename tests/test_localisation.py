@@ -8,18 +8,8 @@ import time
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import metrics
-from csad.evaluation.localisation import (
-    FPR_LIMITS,
-    Region,
-    Sweep,
-    area_up_to,
-    by_definition,
-    enlarge,
-    fused_maps,
-    measure,
-    read_regions,
-    read_saturations,
-)
+from csad.evaluation.localisation import enlarge, fused_maps, measure, read_regions, read_saturations
+from csad.evaluation.spro import FPR_LIMITS, Region, SproCurve, area_up_to, by_definition
 
 import cv2
 import numpy as np
@@ -35,7 +25,7 @@ def region(rows, columns, shape, saturation=None) -> Region:
 
 
 def sweep(*images):
-    filled = Sweep()
+    filled = SproCurve()
     for anomaly_map, regions in images:
         filled.add(np.asarray(anomaly_map, np.float32), regions)
     return filled.result()
@@ -127,9 +117,9 @@ def test_nothing_to_measure_is_not_a_number():
 
 def test_misfits_are_refused():
     with pytest.raises(ValueError, match="finite"):
-        Sweep().add(np.array([[1.0, np.nan]]))
+        SproCurve().add(np.array([[1.0, np.nan]]))
     with pytest.raises(ValueError, match="mask"):
-        Sweep().add(np.zeros((3, 3)), [region(0, 0, (2, 2))])
+        SproCurve().add(np.zeros((3, 3)), [region(0, 0, (2, 2))])
 
 
 def test_area_is_cut_inside_a_piece():
@@ -229,7 +219,7 @@ def test_one_image_of_a_megapixel_takes_a_fraction_of_a_second():
     """300 of them should take less than two minutes."""
     anomaly_map = enlarge(np.random.default_rng(0).normal(size=(64, 64)), (1024, 1024))
     truth = region(slice(100, 400), slice(100, 400), (1024, 1024))
-    filled = Sweep()
+    filled = SproCurve()
     start = time.process_time()  # other programs are none of its business
     for _ in range(3):
         filled.add(anomaly_map, [truth])
@@ -248,7 +238,7 @@ def test_image_metrics_by_hand():
 
 def test_pixel_values_that_stand_there_twice(category):
     write_config(category.root, [(255, 50, False), (254, 1, True), (255, 51, False)])
-    with pytest.raises(UserError, match="pixel_value 255 stands there twice"):
+    with pytest.raises(UserError, match="pixel_value 255 occurs twice"):
         read_saturations(category)
     write_config(category.root, [(255, 50, False), (254, 1, True), (255, 50, False)])
     assert read_saturations(category) == {255: (50.0, False), 254: (1.0, True)}

@@ -89,7 +89,7 @@ def test_intersect_ratio_is_symmetric_and_one_with_itself(masks):
 @settings(deadline=None)
 @given(rectangles())
 def test_components_are_disjoint_and_either_inside_their_mask_or_its_whole_outside(masks):
-    assert (algebra.areas(algebra.split_components(masks)) > algebra.LEAST_COMPONENT).all()
+    assert (algebra.areas(algebra.split_components(masks)) > algebra.MIN_COMPONENT).all()
     for mask in masks:
         parts = unpacked(algebra.split_components(packed(mask[None])))
         assert (parts.sum(axis=0) <= 1).all()

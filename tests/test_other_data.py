@@ -13,8 +13,8 @@ from csad.commands import score_images as predict
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import localisation
-from csad.inference.engines import open_model
-from csad.inference.inspection import legend_of
+from csad.inference.runtimes import open_model
+from csad.inference.verdicts import legend_of
 
 import numpy as np
 import pytest

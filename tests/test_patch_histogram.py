@@ -225,6 +225,25 @@ def test_a_deviation_that_segmentation_itself_wavers_by_is_no_score():
     assert distance(reliable, missing) > 10  # the first component can be trusted as before
 
 
+def test_distances_are_normalised_by_training_images_held_out_too():
+    """Of few images, a covariance lies close to those that it was fitted to; where others lie, they cannot say."""
+    train, validation = wavering_maps(12, 0, 12), wavering_maps(4, 1, 1)
+    twice = wavering_maps(12, 2, 0), wavering_maps(12, 3, 1)
+    parameters = fit_parameters(train, validation, 3, 0.0005, twice)
+    held_out = parameters["hist_held_out_score"]
+    assert held_out.shape == (12,)
+    first = torch.arange(12) % 5 == 0
+    others = fit_parameters(train[~first], train[first], 3, 0.0005, twice)
+    np.testing.assert_allclose(held_out[first], others["hist_val_score"])
+    detector = fitted_detector(parameters, 3, trimmed=False)
+    good = np.concatenate([parameters["hist_val_score"], held_out])
+    assert float(detector.hist_val_mean) == pytest.approx(good.mean())
+    assert float(detector.hist_val_std) == pytest.approx(good.std())
+    assert not any(
+        "held_out" in name for name in fit_parameters(train, validation, 3, 0.0005)
+    )  # as published
+
+
 def test_findings_respect_it_too():
     train = wavering_maps(60, 0, 2)
     twice = wavering_maps(60, 2, 0), wavering_maps(60, 3, 20)

@@ -16,7 +16,7 @@ from csad.commands import score_images as predict
 from csad.data import files, label_colours
 from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, WHOLE, Deviation, deviations, summarise
-from csad.inference import inspection, overlays
+from csad.inference import inspection, overlays, predictions, verdicts, watching
 from csad.inference.engines import Engine
 
 import cv2
@@ -127,7 +127,7 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "component 1 and component 2 are missing" in said
     assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
-    assert "1 files were left out because they are no images" in said and "notes.txt" in said
+    assert "1 files were left out because they are not images" in said and "notes.txt" in said
 
 
 def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):
@@ -238,7 +238,7 @@ def test_verdict_findings_and_the_components_colours_stand_under_saved_pictures(
     engine.metadata["names"] = {"2": "capacitor"}
     said = []
     monkeypatch.setattr(
-        inspection,
+        verdicts,
         "captioned",
         lambda picture, title, lines, legend, red: said.append((title, lines, legend, red)),
     )
@@ -302,12 +302,12 @@ def test_own_pictures_are_not_scored_again(engine, run, tmp_path, monkeypatch):
 
 
 def test_output_into_the_watched_folder_does_not_feed_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     write(tmp_path / "a.png", 10)
     (tmp_path / "predictions.jsonl").touch()
     write(tmp_path / "maps/a.png", 10)
     write(tmp_path / "b/maps/c.png", 10)  # somebody else's
-    rounds = predict.watch([tmp_path], tmp_path / "elsewhere", {})
+    rounds = watching.watch([tmp_path], tmp_path / "elsewhere", {})
     assert [next(rounds) for _ in range(2)] == [[], [tmp_path / "a.png", tmp_path / "b/maps/c.png"]]
 
 
@@ -324,9 +324,9 @@ def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
 
 
 def test_a_picture_outside_of_the_output_is_refused(tmp_path):
-    image = inspection.Verdict(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
+    image = verdicts.Verdict(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
     with (
-        predict.Output(tmp_path / "out", tmp_path / "photos") as output,
+        predictions.Output(tmp_path / "out", tmp_path / "photos") as output,
         pytest.raises(UserError, match="no longer lies in"),
     ):
         output.write(image)
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_number_of_images(engine, tmp_path, monkey
         "judge",
         lambda pictures, *rest: (
             [alive.discard(id(picture)) for picture in pictures],
-            [inspection.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures],
+            [verdicts.Verdict(picture.name, "normal", 1.0, 0.0) for picture in pictures],
         )[1],
     )
     found = list(inspection.verdicts_on((path for _ in range(200)), engine, 1.0, 4, counting))
@@ -405,10 +405,10 @@ def test_order_and_batches(engine, tmp_path):
 
 
 def test_watching_waits_for_files_to_be_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watching.time, "sleep", lambda seconds: None)
     folder = tmp_path / "in"
     write(folder / "old.png", 1)
-    rounds = predict.watch([folder], tmp_path / "in/out", {})
+    rounds = watching.watch([folder], tmp_path / "in/out", {})
     assert next(rounds) == []  # seen once: may still be growing
     assert next(rounds) == [folder / "old.png"]
     (folder / "new.png").write_bytes(b"half")
@@ -431,7 +431,8 @@ def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     script = (
         "import sys; sys.path[:0] = ['.', 'tests']; import test_predict\n"
         "from csad.errors import run_script; from csad.commands import score_images as predict\n"
-        "predict.POLL_SECONDS = 0.05\n"
+        "from csad.inference import watching\n"
+        "watching.POLL_SECONDS = 0.05\n"
         "predict.open_model = lambda path, device: test_predict.BrightEngine()\n"
         "run_script(predict.main)"
     )
@@ -492,18 +493,18 @@ def test_a_threshold_is_a_number(engine, run, photos, capsys, value):
 
 
 def test_one_folder_has_one_writer(engine, run, photos, tmp_path, capsys):
-    with predict.Output(tmp_path / "out", photos):
+    with predictions.Output(tmp_path / "out", photos):
         assert run(photos) == 2
     assert "another predict.py is writing" in capsys.readouterr().err
 
 
 def test_watching_goes_on_where_it_was(tmp_path, engine):
     path = write(tmp_path / "in/a.png", 10)
-    with predict.Output(tmp_path / "out", tmp_path, go_on=True) as output:
-        output.write(inspection.Verdict(path, "normal", 1.0, 0.5))
+    with predictions.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+        output.write(verdicts.Verdict(path, "normal", 1.0, 0.5))
     with open(tmp_path / "out/predictions.jsonl", "a") as handle:
         handle.write('{"image": "cut o')  # the power went
-    with predict.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+    with predictions.Output(tmp_path / "out", tmp_path, go_on=True) as output:
         assert output.scored == {str(path): (path.stat().st_size, path.stat().st_mtime_ns)}
     assert len(lines(tmp_path)) == len(rows(tmp_path)) == 1
 
@@ -518,7 +519,7 @@ def test_watching_started_again_scores_only_what_is_new(engine, run, tmp_path, m
         if len(polls) % 3 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict.time, "sleep", sleep)
+    monkeypatch.setattr(watching.time, "sleep", sleep)
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2
     write(folder / "b.png", 200, size=(61, 80))  # another picture of the same name
@@ -686,7 +687,7 @@ def test_deviations_are_summed_up_in_one_sentence(unusual, spot, sentence):
 
 def test_findings_are_one_sentence_and_few_details():
     unusual = [off(component, 0.4, 0.1) for component in range(1, 9)]
-    verdict = inspection.Verdict(
+    verdict = verdicts.Verdict(
         "a.png", "anomalous", 1.0, 9.0, {"patchhist": 9.0}, "patchhist", (40, 15), unusual, (80, 60)
     )
     assert verdict.findings[:2] == ["there is too much of component 1", "most unusual at x 40, y 15"]
@@ -755,7 +756,7 @@ def test_a_permission_that_lacks_names_no_option_of_others(engine, run, photos, 
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "out")
 
-    monkeypatch.setattr(predict, "only_writer", refuse)
+    monkeypatch.setattr(predictions, "only_writer", refuse)
     assert run(photos) == 2
     said = capsys.readouterr().err
     assert "no permission to write or read out" in said and "--workspace" not in said
@@ -794,7 +795,7 @@ def poll(monkeypatch, *events) -> None:
         if event:
             event()
 
-    monkeypatch.setattr(predict.time, "sleep", sleep)
+    monkeypatch.setattr(watching.time, "sleep", sleep)
 
 
 @pytest.mark.parametrize("empty_mount_point", [False, True])
@@ -880,7 +881,7 @@ def test_an_unreadable_file_is_tried_again_a_few_times(engine, run, tmp_path, mo
         "damaged.png": "unreadable",
         "stalled.png": "normal",
     }
-    assert len(rows(tmp_path)) == 2 and reads.count("damaged.png") == predict.READ_ATTEMPTS
+    assert len(rows(tmp_path)) == 2 and reads.count("damaged.png") == watching.READ_ATTEMPTS
     poll(monkeypatch, *[None] * 8)
     assert run(folder, "--watch") == 0 and len(rows(tmp_path)) == 2  # nor by the next run
 
@@ -898,10 +899,10 @@ def test_an_empty_file_is_named_after_a_while(engine, run, tmp_path, monkeypatch
 
 
 def test_watch_remembers_a_bounded_number_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "REMEMBERED", 3)
-    monkeypatch.setattr(predict.time, "sleep", lambda _: None)
+    monkeypatch.setattr(watching, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
     folder, scored = tmp_path / "in", {}
-    rounds = predict.watch([folder], tmp_path / "out", scored)
+    rounds = watching.watch([folder], tmp_path / "out", scored)
     for index in range(8):
         path = write(folder / f"{index}.png", index)
         assert [next(rounds) for _ in range(3)] == [[], [path], []]

@@ -20,7 +20,7 @@ import cv2
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = 2 * processes.LEAST_EACH
+PICTURES = 2 * processes.MIN_PICTURES
 
 
 def process_of(_):

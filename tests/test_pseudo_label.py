@@ -8,8 +8,9 @@ from csad.data import data_sets, files, image_files, images, label_colours
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.label_matching import match_labels
-from csad.pseudo_labels import beyond_clustering, one_picture
+from csad.pseudo_labels import beyond_clustering, component_labels, component_search, one_picture
 from csad.pseudo_labels.crop_embedding import CropEmbedding
+from csad.pseudo_labels.label_run import crop_weights, stand_ins
 from csad.pseudo_labels.masks import PackedMasks
 from csad.pseudo_labels.proposers import Proposals
 
@@ -48,7 +49,7 @@ def label(category):
         with pytest.MonkeyPatch.context() as patch:
             if proposed_by:
                 patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposed_by)
-            pseudo_label.Labelling(
+            pseudo_label.PseudoLabelStage(
                 category,
                 workspace,
                 settings.load("discs", "quick", named),
@@ -133,7 +134,7 @@ def test_interrupted_and_resumed_gives_the_same_files(label, tmp_path, monkeypat
 
 @pytest.mark.parametrize("features", [["lab", "position"], ["cnn_image", "lab"]])
 def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monkeypatch, features):
-    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    monkeypatch.setattr(processes, "MIN_PICTURES", 2)
     alone = contents(label(tmp_path / "1", features=features))
     for workers in (2, 4):
         assert contents(label(tmp_path / str(workers), features=features, workers=workers)) == alone
@@ -142,7 +143,7 @@ def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monke
 def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(
     label, category, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(processes, "LEAST_EACH", 2)
+    monkeypatch.setattr(processes, "MIN_PICTURES", 2)
     for path in category.train[4:6]:
         path.write_bytes(path.read_bytes()[:-200])  # the header is whole: only who reads it all notices
     told = set()
@@ -225,7 +226,7 @@ def test_one_image_without_parts_is_no_mistake(label, category, tmp_path):
 
 
 def test_no_surviving_label_ends_in_a_sentence(label, tmp_path, monkeypatch):
-    monkeypatch.setattr(beyond_clustering, "LEAST_MEMBERS_VARIANTS", 5)
+    monkeypatch.setattr(beyond_clustering, "MIN_MEMBERS_VARIANTS", 5)
     with pytest.raises(UserError, match="left no label"):
         label(tmp_path)
 
@@ -329,9 +330,9 @@ def test_images_described_together_are_described_as_one_by_one():
         [labels if labels.ndim == 2 else labels[..., 0] for _, labels in drawn],
     )
     embedding = CropEmbedding(Deepest(nn.Conv2d(3, 5, 3)), 4)
-    together = pseudo_label.describe(pictures, label_maps, embedding)
+    together = component_search.describe(pictures, label_maps, embedding)
     for picture, labels, found in zip(pictures, label_maps, together):
-        alone = pseudo_label.describe([picture], [labels], embedding)[0]
+        alone = component_search.describe([picture], [labels], embedding)[0]
         assert len(found["cnn_image"]) == labels.max()
         for name, values in alone.items():
             np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
@@ -470,7 +471,7 @@ def test_more_clusters_than_a_label_map_holds_get_a_sentence():
     vectors = np.repeat(np.arange(300.0)[:, None], 2, 0) + rng.normal(0, 0.01, (600, 1))
     chosen = settings.load("discs", "paper").pseudo_labels
     with pytest.raises(UserError, match="fall into 300 clusters .*a label map holds 255"):
-        pseudo_label.label_components(
+        component_labels.label_components(
             "discs", vectors, np.full(600, 0.01), np.tile([0, 1], 300), 2, 0.5, chosen
         )
 
@@ -478,9 +479,9 @@ def test_more_clusters_than_a_label_map_holds_get_a_sentence():
 def test_slivers_in_sight_are_no_components():
     labels = np.zeros((100, 100), np.uint8)
     labels[0, :10], labels[20:40, 20:40], labels[60:80, :] = 1, 2, 5
-    features = pseudo_label.describe([np.zeros((100, 100, 3), np.uint8)], [labels], None)[0]
+    features = component_search.describe([np.zeros((100, 100, 3), np.uint8)], [labels], None)[0]
     np.testing.assert_allclose(features["area"][:, 0], [0.04, 0.2])
-    np.testing.assert_array_equal(np.unique(pseudo_label.paint(labels, np.array([7, 9]))), [0, 7, 9])
+    np.testing.assert_array_equal(np.unique(component_labels.paint(labels, np.array([7, 9]))), [0, 7, 9])
 
 
 def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(capsys):
@@ -488,12 +489,12 @@ def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(
     features = {"cnn_image": rng.random((6, 2048), np.float32), "area": rng.random((6, 1))}
     published = Backbone("wide_resnet50_2", nn.Identity(), "", deepest_origin="wide_resnet50_2.racm_in1k")
     chosen = settings.load("screw_bag", "paper").pseudo_labels
-    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, published, 0)
+    vectors, bandwidth = component_labels.feature_space("screw_bag", features, 3, chosen, published, 0)
     assert vectors.shape == (6, 512) and bandwidth == 3.0
     unset = settings.load("screw_bag", "paper", {"pseudo_labels.bandwidth": "auto"}).pseudo_labels
-    assert 0 < pseudo_label.feature_space("screw_bag", features, 3, unset, published, 0)[1] < 3
+    assert 0 < component_labels.feature_space("screw_bag", features, 3, unset, published, 0)[1] < 3
     encoders = Backbone("wide_resnet50_2", nn.Identity(), "", deepest_origin="wide_resnet50_2.tv2_in1k")
-    vectors, bandwidth = pseudo_label.feature_space("screw_bag", features, 3, chosen, encoders, 0)
+    vectors, bandwidth = component_labels.feature_space("screw_bag", features, 3, chosen, encoders, 0)
     assert vectors.shape == (6, 512) and 0 < bandwidth < 3
     assert (
         "bandwidth 3.0 belongs to cnn_image by wide_resnet50_2.racm_in1k, not to that by wide_resnet50_2.tv2_in1k"
@@ -502,24 +503,19 @@ def test_a_number_for_the_bandwidth_is_used_with_the_weights_that_it_belongs_to(
     other = settings.load(
         "screw_bag", "paper", {"pseudo_labels.features": ["cnn_image", "area"]}
     ).pseudo_labels
-    assert pseudo_label.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
+    assert component_labels.feature_space("screw_bag", features, 3, other, published, 0)[1] == 1.0
 
 
-def test_cnn_image_by_other_weights_is_named_as_a_stand_in(category, tmp_path):
+def test_cnn_image_by_other_weights_is_named_as_a_stand_in():
     network = Deepest(nn.Conv2d(3, 5, 3))
     for origin, expected in (
         ("wide_resnet50_2.tv2_in1k", ["cnn_image by wide_resnet50_2.tv2_in1k"]),
         ("wide_resnet50_2.racm_in1k", []),
     ):
-        labelling = pseudo_label.Labelling(
-            category,
-            Workspace(tmp_path),
-            settings.load("discs", "paper", {"images.size": 256}),
-            Backbone("wide_resnet50_2", network, "", network, deepest_origin=origin),
-            torch.device("cpu"),
-            Namespace(),
-        )
-        assert labelling.stand_ins(Drawn(tiles(1))) == expected and list(labelling.crop_weights()) == [origin]
+        backbone = Backbone("wide_resnet50_2", network, "", network, deepest_origin=origin)
+        wanted = settings.load("discs", "paper", {"images.size": 256}).pseudo_labels
+        assert stand_ins(Drawn(tiles(1)), wanted, backbone) == expected
+        assert list(crop_weights(wanted, backbone)) == [origin]
 
 
 def test_the_command_line_tells_a_mistake(tmp_path, monkeypatch, capsys):

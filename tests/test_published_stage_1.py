@@ -9,7 +9,16 @@ from argparse import Namespace
 from csad import settings
 from csad.data import files, images, layouts
 from csad.data.workspace import Workspace
-from csad.pseudo_labels import clustering, components, crop_embedding, grounded_sam, masks, one_picture
+from csad.pseudo_labels import (
+    clustering,
+    components,
+    crop_embedding,
+    grounding_dino,
+    masks,
+    one_picture,
+    package_networks,
+    sam_hq,
+)
 from csad.pseudo_labels.grounded_sam import GroundedSamProposer
 from csad.pseudo_labels.masks import PackedMasks
 from csad.training.pseudo_label_files import to_side
@@ -132,7 +141,7 @@ def made(native, tmp_path_factory):
             patch.setattr(
                 pseudo_label, "choose_proposer", lambda *_: proposer(root, chosen.pseudo_labels, networks)
             )
-            pseudo_label.Labelling(
+            pseudo_label.PseudoLabelStage(
                 category,
                 workspace,
                 chosen,
@@ -245,7 +254,7 @@ def test_clustering_of_the_published_vectors(name, kind):
         vectors, components_of["area"][:, 0], image_of, 30, bandwidth, name == "screw_bag"
     )
     assert same_partition(found.clusters, published["component_labels"] + 1)
-    assert same_partition(found.kinds + 1, published["image_groups"] + 1)
+    assert same_partition(found.groups + 1, published["image_groups"] + 1)
     np.testing.assert_array_equal(found.trusted, published["filtered_histogram_indices"])
     assert found.filtered_histogram.shape == published["filtered_component_histogram"].shape
 
@@ -343,7 +352,7 @@ def test_the_background_is_asked_for_at_the_published_points_and_boxes_are_enlar
         device = "cpu"
 
         def __init__(self):
-            with grounded_sam.quietly():
+            with package_networks.quietly():
                 from segment_anything_hq.utils.transforms import ResizeLongestSide
             self.transform = ResizeLongestSide(1024)
 
@@ -355,7 +364,7 @@ def test_the_background_is_asked_for_at_the_published_points_and_boxes_are_enlar
             asked["boxes"] = boxes
             return torch.zeros(len(boxes), 1, *SIZE, dtype=torch.bool), None, None
 
-    sam = grounded_sam.SamHQ.__new__(grounded_sam.SamHQ)
+    sam = sam_hq.SamHQ.__new__(sam_hq.SamHQ)
     sam.predictor, sam.image = Predictor(), native["images"][0]
     sam.background()
     assert (
@@ -364,7 +373,7 @@ def test_the_background_is_asked_for_at_the_published_points_and_boxes_are_enlar
     )
 
     boxes = torch.from_numpy(native["screw_bag_boxes"][:12])
-    pixels = grounded_sam.to_pixels(boxes, native["images"][0].shape[:2])
+    pixels = grounding_dino.to_pixels(boxes, native["images"][0].shape[:2])
     sam.inside(pixels)
     np.testing.assert_allclose(asked["boxes"], native["screw_bag_predictor_boxes"][:12], rtol=1e-6)
 

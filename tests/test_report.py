@@ -14,9 +14,9 @@ import csad
 from csad import settings
 from csad.data import data_sets, files, label_colours, layouts
 from csad.data.workspace import Workspace
-from csad.evaluation import seeds
+from csad.evaluation import measures, score_tables, seeds
 from csad.inference import overlays
-from csad.report import figures
+from csad.report import cards, figures
 from csad.report.page import Outcome
 
 import numpy as np
@@ -242,7 +242,7 @@ def test_mistakes_get_a_sentence(results, run, capsys):
 
 def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
     large = len(page.read_bytes())
-    monkeypatch.setattr(SCRIPTS["report"], "PICTURES_LIMIT", 70_000)
+    monkeypatch.setattr(cards, "PICTURES_LIMIT", 70_000)
     assert run("report", *results) == 0
     text = page.read_text()
     assert len(text) < large
@@ -252,7 +252,7 @@ def test_large_test_sets_get_smaller_pictures(results, run, page, monkeypatch):
         * 0.75
     )
     assert shown < 70_000
-    monkeypatch.setattr(SCRIPTS["report"], "PICTURES_LIMIT", 20_000)
+    monkeypatch.setattr(cards, "PICTURES_LIMIT", 20_000)
     assert run("report", *results) == 0
     text = page.read_text()
     kept = text.count('<article class="card')
@@ -277,8 +277,8 @@ def many(results, monkeypatch):
             files.write_array(
                 Workspace(work).scores("better", branch, part), np.r_[0.1, 0.2, 0.3, 0.4, 5.0, 6.0, 7.0, 8.0]
             )
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "MANY", 1)
+    for module in (*SCRIPTS.values(), score_tables):
+        monkeypatch.setattr(module, "MANY", 1)
     return results
 
 
@@ -330,14 +330,13 @@ def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_sa
 
 
 def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, run):
-    script = SCRIPTS["benchmark_performance"]
     assert run("benchmark_performance", *many) == 0
     path = many[0] / "anomaly_score/same_metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": {"patchhist": 0.25}}))
     contents = {
         path.stem: json.loads(path.read_text()) for path in (many[0] / "anomaly_score").glob("*_metrics.json")
     }
-    said = script.overview(contents)
+    said = score_tables.overview(contents)
     own = np.mean([content["detection"]["fused"]["logical"]["auroc"] for content in contents.values()])
     assert any(line.startswith(f"average ('fused',) logical {own:.3f}") for line in said)
     assert "fused: patchhist 0.25 (sum) in same" in said
@@ -349,23 +348,23 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
 
 
 def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
-    script, workspace = SCRIPTS["benchmark_performance"], Workspace(results[0])
+    workspace = Workspace(results[0])
     category = data_sets.Dataset(results[1]).select(None)[0]
     record = workspace.segmentor(category.name).with_suffix(".json")
     noted = files.read_json(record)
     noted["used"]["segmentor"]["evidence"] = False
     files.write_json(record, noted)
     workspace.anomaly_maps(category.name, "patchhist").unlink(missing_ok=True)
-    alone = script.where(category, workspace, {"patchhist": 1.0}, None)
+    alone = measures.localisation_metrics(category, workspace, {"patchhist": 1.0}, None)
     assert all("the exported model has none" in one["missing"] for one in alone.values())
 
     def measure(category, maps, split, roi):
         lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split]
         np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
-        return script.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
+        return measures.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
 
-    monkeypatch.setattr(script.localisation, "measure", measure)
-    both = script.where(category, workspace, {"patchhist": 1.0, "LGST": 1.0}, None)
+    monkeypatch.setattr(measures.localisation, "measure", measure)
+    both = measures.localisation_metrics(category, workspace, {"patchhist": 1.0, "LGST": 1.0}, None)
     assert both["logical"]["pixel_auroc"] == 60 and "has no map" in both["logical"]["note"]
 
 
@@ -373,7 +372,7 @@ def test_averages_are_of_what_was_measured_and_say_so():
     def detection(logical, structural):
         return {"logical": {"auroc": logical}, "structural": {"auroc": structural}}
 
-    average = SCRIPTS["benchmark_performance"].average
+    average = score_tables.average
     assert average("x", [detection(80.0, float("nan")), detection(90.0, 70.0)]) == (
         "average x logical 85.000 structural 70.000 mean 77.500 (structural of 1 of 2)"
     )
@@ -394,10 +393,16 @@ def test_averages_are_of_what_was_measured_and_say_so():
 class OneDefectOfBothKinds:
     """A category in which logical and structural anomalies have the same name."""
 
+    root = None
+
+    @property
+    def convention(self):
+        return self
+
     def test(self, split):
         return [split] * 2
 
-    def defect_of(self, split, path):
+    def defect(self, root, path):
         return "anomaly"
 
 
@@ -407,7 +412,7 @@ def test_a_defect_that_is_logical_and_structural_is_measured_as_each():
         "logical_anomalies": np.array([2.0, 3]),
         "structural_anomalies": np.array([-1.0, -2]),
     }
-    found = SCRIPTS["benchmark_performance"].single_defects(OneDefectOfBothKinds(), {"memory": scores})
+    found = measures.single_defects(OneDefectOfBothKinds(), {"memory": scores})
     assert {name: (one["kind"], one["auroc"]["memory"]) for name, one in found.items()} == {
         "logical anomaly": ("logical", 100.0),
         "structural anomaly": ("structural", 0.0),

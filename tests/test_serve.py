@@ -34,8 +34,9 @@ from csad.commands import run_station as serve  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
 from csad.data import image_files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
-from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
+from csad.inference.engines import METADATA_KEY  # noqa: E402
 from csad.inference.inspection import judge, read_picture  # noqa: E402
+from csad.inference.runtimes import open_model  # noqa: E402
 from csad.station import connections, daily_log, server  # noqa: E402
 from csad.station.batching import Batcher, QueueFull  # noqa: E402
 from csad.station.daily_log import DailyLog  # noqa: E402
@@ -923,7 +924,9 @@ def test_the_memory_of_large_pictures_goes_back(started):
             assert answer.status_code == status, answer.text
             assert megabytes("VmRSS") < before + 60
     assert megabytes("VmHWM") < before + 450
-    assert "--" not in answer.json()["error"] and "nor does the model know it" in answer.json()["error"]
+    assert (
+        "--" not in answer.json()["error"] and "the model does not know it either" in answer.json()["error"]
+    )
 
 
 def test_the_batcher_finishes_what_waits_and_then_takes_no_more():
@@ -966,7 +969,7 @@ def test_a_batch_waits_only_for_what_is_on_its_way():
         lambda items: items, batch_size=2, wait_seconds=60, queue_length=3, on_batch=sizes.append
     )
     assert batcher.submit(1).result(5) == 1
-    with batcher.expecting():
+    with batcher.announce():
         first = batcher.submit(2)
         time.sleep(0.2)
         assert not first.done()

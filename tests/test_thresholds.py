@@ -11,8 +11,8 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.thresholds import threshold_of
 from csad.export import exported_thresholds, exporters
-from csad.inference import engines
-from csad.inference.engines import OnnxEngine, open_model
+from csad.inference import openvino_engine
+from csad.inference.runtimes import OnnxEngine, open_model
 from csad.station.station import Options, Station
 
 import numpy as np
@@ -40,7 +40,7 @@ def exported(tmp_path_factory):
     path = workspace.exported_model("discs", "openvino")
     path.parent.mkdir()
     exporters.write_openvino(
-        engines.read_openvino(workspace.exported_model("discs", "onnx")),
+        openvino_engine.read_openvino(workspace.exported_model("discs", "onnx")),
         path,
         OnnxEngine(content, "cpu").metadata,
     )

@@ -78,7 +78,7 @@ def label_true_components(category, components, workspace, seed=0):
     proposer = TrueComponents(paths, label_paths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pseudo_label, "choose_proposer", lambda *_: proposer)
-        pseudo_label.Labelling(
+        pseudo_label.PseudoLabelStage(
             category,
             workspace,
             chosen,

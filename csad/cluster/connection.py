@@ -130,7 +130,7 @@ def _require_answer(address: str) -> None:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Of a task or actor: this code, and as many threads as the driver computes with, which decides how sums round."""
+    """The runtime environment of a task: this code, and the driver's number of threads, which decides how sums round."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     waiting = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)} | waiting}
@@ -141,6 +141,6 @@ def node_resources(ray: ModuleType) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def most(nodes: list[dict[str, float]], kind: str, wanted: float) -> float:
+def most(nodes: list[dict[str, float]], resource: str, amount: float) -> float:
     """What to ask for: no more than the largest node has, or the task would wait for ever."""
-    return min([wanted, max(node.get(kind, 0) for node in nodes)]) if nodes else wanted
+    return min([amount, max(node.get(resource, 0) for node in nodes)]) if nodes else amount

@@ -1,13 +1,12 @@
 """The jobs of a stage as Ray tasks: each on whatever node has room, and again on another where a node dies.
 
 A task derives its job from the driver's arguments, narrowed to its category and seed. So it does what the stage would do by
-itself, and goes on from the progress file on the shared workspace.
+itself, and continues from the progress file on the shared workspace.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Iterable
@@ -19,25 +18,25 @@ from typing import Any, NamedTuple
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
 from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
+from csad.data.records import digest_lines
 from csad.data.workspace import Workspace
-from csad.errors import UserError, disk_is_full, interrupts_wait
+from csad.errors import UserError, defer_interrupts, disk_is_full
 from csad.progress import ProgressBar
-from csad.tasks import Jobs, Task, reason, told_if_ours
+from csad.tasks import Jobs, Task, one_line, traceback_if_bug
 
 RETRIES = 20  # of a job whose node or worker died
-TAKE_OVER_SECONDS = (
-    STALE_SECONDS + 60
-)  # for which a job waits until its predecessor, whose driver or node was lost, has ended
+# For which a job waits until its predecessor, whose driver or node was lost, has ended.
+TAKE_OVER_SECONDS = STALE_SECONDS + 60
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
-SHOWN = 20  # bars at a time
+MAX_BARS = 20  # shown at a time
 
 
 class Outcome(NamedTuple):
     """What came of a job: what it printed and returned, or why it failed."""
 
-    said: str = ""
+    printed: str = ""
     result: Any = None
     failure: str | None = None
     disk_full: bool = False
@@ -72,28 +71,28 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                 argparse.Namespace(**vars(args) | narrowed),
                 name,
                 driver,
-                *(started[one] for one in task.after),
+                *(started[predecessor] for predecessor in task.after),
             )
         running = {reference: name for name, reference in started.items()}
         try:
-            with interrupts_wait() as interrupted, Bars(driver.folder, len(tasks)) as bars:
+            with defer_interrupts() as interrupted, Bars(driver.folder, len(tasks)) as bars:
                 while running:
                     if interrupted():
                         raise KeyboardInterrupt
                     done, _ = ray.wait(list(running), timeout=1)
-                    for one in done:
-                        name, outcome = running.pop(one), _outcome(ray, one)
+                    for reference in done:
+                        name, outcome = running.pop(reference), _outcome(ray, reference)
                         if outcome.disk_full:
                             raise UserError(outcome.failure)
-                        bars.finished(outcome.said)
+                        bars.finished(outcome.printed)
                         if name not in waited_for:
                             (failures if outcome.failure else results)[name] = (
                                 outcome.failure or outcome.result
                             )
                     bars.show(running.values())
         except BaseException:
-            for one in running:
-                ray.cancel(one)
+            for reference in running:
+                ray.cancel(reference)
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
             raise
@@ -128,35 +127,36 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
 
     Its lock makes sure that its files have one writer, also where the node of an earlier attempt is cut off, but alive.
     """
-    for one in before:
-        if one.failure or one.result is False:
-            return one._replace(said="")
-    with redirect_stdout(StringIO()) as said:
+    for outcome in before:
+        if outcome.failure or outcome.result is False:
+            return outcome._replace(printed="")
+    with redirect_stdout(StringIO()) as printed:
         try:
             driver.enter()
-            place = place_of(driver.folder, name)
+            path = place_of(driver.folder, name)
             try:
-                lock = FileLock(place.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
+                lock = FileLock(path.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
             except LockHeld as problem:
                 raise UserError(
                     f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
                     "the same command again"
                 ) from problem
             with lock:
-                tell_progress_in(place.with_suffix(".bar"))
-                return Outcome(result=jobs(args)[name].do(), said=said.getvalue())
+                tell_progress_in(path.with_suffix(".bar"))
+                return Outcome(result=jobs(args)[name].do(), printed=printed.getvalue())
         except Exception as problem:
             return Outcome(
-                said.getvalue() + told_if_ours(problem), None, reason(problem), disk_is_full(problem)
+                printed.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
             )
 
 
 def place_of(folder: Path, name: str) -> Path:
-    return folder / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+    """The path, but for its suffix, of a job's files in the driver's folder."""
+    return folder / digest_lines([name])
 
 
 def tell_progress_in(path: Path) -> None:
-    """From now on this process's progress bars are lines in a file, which the driver reads, written once a second."""
+    """Write this process's progress bars as lines into a file that the driver reads, once a second."""
     last = 0.0
 
     def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
@@ -176,7 +176,7 @@ class Bars:
         self.all = ProgressBar(total=total, desc="jobs", unit="job")
         self.lines = [
             ProgressBar(bar_format="{desc}", position=index + 1, leave=False)
-            for index in range(min(SHOWN, total) if sys.stderr.isatty() else 0)
+            for index in range(min(MAX_BARS, total) if sys.stderr.isatty() else 0)
         ]
 
     def __enter__(self) -> Bars:
@@ -186,15 +186,15 @@ class Bars:
         for line in (*self.lines, self.all):
             line.close()
 
-    def finished(self, said: str) -> None:
-        if said:
-            ProgressBar.write(said, end="")
+    def finished(self, printed: str) -> None:
+        if printed:
+            ProgressBar.write(printed, end="")
         self.all.update()
 
     def show(self, names: Iterable[str]) -> None:
         if not self.lines:
             return
-        places = [place_of(self.folder, name).with_suffix(".bar") for name in names]
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in places if path.exists()]
+        bar_files = [place_of(self.folder, name).with_suffix(".bar") for name in names]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in bar_files if path.exists()]
         for line, text in zip(self.lines, texts + [""] * len(self.lines)):
             line.set_description_str(text[: line.ncols or 100])

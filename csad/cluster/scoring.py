@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
 from csad.cluster.shards import Shard, Shards, shards_of
-from csad.cluster.sources import Sources, is_passing, source_of
+from csad.cluster.sources import ClusterInputs, is_passing, source_of
 from csad.data import files, records
-from csad.errors import UserError, in_a_sentence
-from csad.inference.engines import Engine, device_name, open_model
-from csad.inference.folders import only_writer
-from csad.inference.inspection import VERDICTS, Picture, as_line, read_picture, state_of, verdicts_on
+from csad.errors import UserError, user_message
+from csad.inference.engines import Engine
+from csad.inference.folders import only_writer, state_of
+from csad.inference.inspection import Picture, read_picture, verdicts_on
+from csad.inference.predictions import as_line
+from csad.inference.runtimes import device_name, open_model
+from csad.inference.verdicts import VERDICTS
 from csad.progress import ProgressBar
 
 WORKER_CPUS = 4  # of each engine, where a node has as many
@@ -54,10 +57,9 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
         raise UserError("--ray needs Ray with Ray Data; pip install 'csad[cluster]'")
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # it would warn of what Ray Data does, and rightly so
-    sources = Sources(args.images, args.column or "image", args.output)
+    # It would warn of what Ray Data does, and rightly so.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sources = ClusterInputs(args.images, args.column or "image", args.output)
     work = Work(args.model, model_digest(args.model), args.device, threshold, args.batch_size)
     shards = list(shards_of(sources.images, args.batch_size, [work.digest, threshold], args.shard_size))
     counts: Counter = Counter(dict.fromkeys(VERDICTS, 0))
@@ -68,11 +70,11 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         summary.unlink(missing_ok=True)
         pending = {}
         for shard in shards:
-            known = written.verdicts(shard)
-            if known is None:
+            finished = written.verdicts(shard)
+            if finished is None:
                 pending[shard.index] = shard
             else:
-                counts += known
+                counts += finished
                 bar.update(shard.count)
         if pending:
             with connected(args.ray, args.output / ".ray") as (ray, driver):
@@ -95,7 +97,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         files.write_json(
             summary,
             {
-                "found": sources.found,
+                "found": sources.count,
                 "images": len(sources.images),
                 "left_out": sources.left_out,
                 **{name: counts[name] for name in VERDICTS},
@@ -112,7 +114,7 @@ def _require_success(result: dict[str, Any]) -> None:
 
 
 def model_digest(model: Path) -> str:
-    """Of a model's file, and of the weights beside it where it is OpenVINO's."""
+    """Digest of a model's file, and of the weights beside it if it is OpenVINO's."""
     weights = [model.with_suffix(".bin")] if model.suffix.lower() == ".xml" else []
     return " ".join(records.digest(path) for path in (model, *weights))
 
@@ -151,7 +153,7 @@ def scored(
             yield from batch.to_pylist()
     except ray.exceptions.RayError as problem:
         raise UserError(
-            f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command goes on from the parts "
+            f"the Ray cluster was lost ({str(problem).splitlines()[0]}); the same command continues from the parts "
             "that are finished"
         ) from problem
 
@@ -207,17 +209,20 @@ class Worker:
                 verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read)
             )
             lines = [
-                as_line(one, state_of(one.name) if isinstance(one.name, Path) else states[one.name])
-                for one in verdicts
+                as_line(
+                    verdict,
+                    state_of(verdict.name) if isinstance(verdict.name, Path) else states[verdict.name],
+                )
+                for verdict in verdicts
             ]
             tries.unlink()
             return result | {
                 "lines": "".join(lines).encode(errors="backslashreplace"),
-                "verdicts": json.dumps(Counter(one.verdict for one in verdicts)),
+                "verdicts": json.dumps(Counter(verdict.verdict for verdict in verdicts)),
                 "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}",
             }
         except Exception as problem:
-            sentence = in_a_sentence(problem)
+            sentence = user_message(problem)
             return result | {
                 "sentence": sentence or "",
                 "traceback": "" if sentence else traceback.format_exc(),
@@ -236,7 +241,7 @@ class Worker:
         except UserError as problem:
             if is_passing(problem.__cause__):
                 raise UserError(
-                    f"{problem}; the same command goes on from the parts that are finished"
+                    f"{problem}; the same command continues from the parts that are finished"
                 ) from problem
             return Picture(name, problem=str(problem))
         return read_picture(source, source if isinstance(source, Path) else name, self.engine, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 
 from csad.cluster.sources import Image
 from csad.data import files
+from csad.data.records import digest_lines
 from csad.errors import DAMAGED
 
-LARGEST = 1000  # images in a shard: what is lost where a worker dies
-FEWEST_SHARDS = 64  # of many images, so that many workers have something to do
+MAX_IMAGES = 1000  # images in a shard: what is lost where a worker dies
+MIN_SHARDS = 64  # of many images, so that many workers have something to do
 
 
 class Shard(NamedTuple):
@@ -41,11 +41,11 @@ def shards_of(
         made_with: what decides the lines besides the images: model, threshold.
         size: images in a shard; None: so many that there are enough shards, and none is too large.
     """
-    wanted = size or min(LARGEST, len(images) // FEWEST_SHARDS)
-    step = max(1, wanted // batch_size) * batch_size
+    images_each = size or min(MAX_IMAGES, len(images) // MIN_SHARDS)
+    step = max(1, images_each // batch_size) * batch_size
     for index, start in enumerate(range(0, len(images), step)):
         text = json.dumps(images[start : start + step])
-        digest = hashlib.sha256(json.dumps([made_with, batch_size, text]).encode()).hexdigest()[:16]
+        digest = digest_lines([json.dumps([made_with, batch_size, text])])
         yield Shard(index, len(images[start : start + step]), text, digest)
 
 
@@ -64,9 +64,9 @@ class Shards:
 
     def keep_only(self, shards: Sequence[Shard]) -> None:
         """Remove what earlier runs wrote of other images, or with another model."""
-        wanted = {self.path(shard).name for shard in shards}
+        current = {self.path(shard).name for shard in shards}
         for path in self.folder.glob("part-*") if self.folder.is_dir() else ():
-            if path.name not in wanted:
+            if path.name not in current:
                 path.unlink()
 
     def verdicts(self, shard: Shard) -> Counter | None:
@@ -74,16 +74,16 @@ class Shards:
         try:
             if self.kind == "jsonl":
                 with open(self.path(shard), encoding="utf-8") as lines:
-                    found = Counter(json.loads(line)["verdict"] for line in lines)
+                    counts = Counter(json.loads(line)["verdict"] for line in lines)
             else:
                 from pyarrow import parquet
 
-                found = Counter(
+                counts = Counter(
                     parquet.read_table(self.path(shard), columns=["verdict"]).column(0).to_pylist()
                 )
         except (OSError, *DAMAGED):
             return None
-        return found if found.total() == shard.count else None
+        return counts if counts.total() == shard.count else None
 
     def write(self, shard: Shard, lines: bytes) -> None:
         """Write predictions.jsonl's lines, as they are or as a table."""
@@ -125,7 +125,7 @@ def as_parquet(lines: bytes) -> bytes:
     rows = [json.loads(line) for line in lines.splitlines()]
     for row in rows:
         row["image"], row["problem"] = as_text(row["image"]), row["problem"] and as_text(row["problem"])
-        row["findings"] = [as_text(one) for one in row["findings"]]
+        row["findings"] = [as_text(finding) for finding in row["findings"]]
         row["contributions"] = row["contributions"] and list(row["contributions"].items())
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer)

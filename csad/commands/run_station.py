@@ -24,7 +24,8 @@ from pathlib import Path
 
 import csad
 from csad.errors import UserError, run_script
-from csad.inference.engines import Engine, device_name, open_model
+from csad.inference.engines import Engine
+from csad.inference.runtimes import device_name, open_model
 from csad.station.daily_log import DailyLog
 
 import numpy as np
@@ -75,58 +76,36 @@ def main() -> None:
         help="share of good images that may be called anomalous (default: what each model suggests)",
     )
     parser.add_argument("--threshold", type=float, help="call higher scores anomalous; for one model alone")
-    parser.add_argument(
-        "--batch_size", type=int, default=default.batch_size, help="pictures scored together at most"
-    )
-    parser.add_argument(
-        "--batch_wait_ms",
-        type=float,
-        default=default.batch_wait_ms,
-        help="for which an incomplete batch waits for pictures on their way",
-    )
-    parser.add_argument(
-        "--queue_length", type=int, default=default.queue_length, help="pictures that may wait for each model"
-    )
-    parser.add_argument("--max_requests", type=int, default=default.max_requests, help="in work at one time")
-    parser.add_argument(
-        "--max_connections",
-        type=int,
-        default=default.max_connections,
-        help="open at one time; fewer where this process may open too few files (ulimit -n)",
-    )
-    parser.add_argument(
-        "--max_megabytes", type=float, default=default.max_body_bytes / 2**20, help="of a request"
-    )
-    parser.add_argument("--max_megapixels", type=float, default=default.max_pixels / 1e6, help="of a picture")
-    parser.add_argument(
-        "--header_seconds",
-        type=float,
-        default=default.header_seconds,
-        help="in which a request's headers have to arrive",
-    )
-    parser.add_argument(
-        "--body_seconds",
-        type=float,
-        default=default.body_seconds,
-        help="in which a request's body has to arrive, and its answer has to be read",
-    )
+    limits = {
+        "batch_size": (default.batch_size, "pictures scored together at most"),
+        "batch_wait_ms": (
+            default.batch_wait_ms,
+            "for which an incomplete batch waits for pictures on their way",
+        ),
+        "queue_length": (default.queue_length, "pictures that may wait for each model"),
+        "max_requests": (default.max_requests, "in work at one time"),
+        "max_connections": (
+            default.max_connections,
+            "open at one time; fewer where this process may open too few files (ulimit -n)",
+        ),
+        "max_megabytes": (default.max_body_bytes / 2**20, "of a request"),
+        "max_megapixels": (default.max_pixels / 1e6, "of a picture"),
+        "header_seconds": (default.header_seconds, "in which a request's headers have to arrive"),
+        "body_seconds": (
+            default.body_seconds,
+            "in which a request's body has to arrive, and its answer has to be read",
+        ),
+    }
+    for name, (value, meaning) in limits.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
     parser.add_argument(
         "--device",
         default="auto",
         help="auto, cpu, cuda, cuda:1, mps; for .xml OpenVINO's GPU, NPU, AUTO, too",
     )
     args = parser.parse_args()
-    for name in (
-        "batch_size",
-        "queue_length",
-        "max_requests",
-        "max_connections",
-        "max_megabytes",
-        "max_megapixels",
-        "header_seconds",
-        "body_seconds",
-    ):
-        if not 0 < getattr(args, name) < math.inf:
+    for name in limits:
+        if name != "batch_wait_ms" and not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be a number above 0")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port is {args.port}; it must lie between 0 and 65535")
@@ -173,12 +152,13 @@ def main() -> None:
             # uvicorn takes both over, and after it has ended raises again what it got, which then does no harm.
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         models = ", ".join(
-            f"{name} ({one.runtime} on {one.device}, {one.precision})" for name, one in engines.items()
+            f"{name} ({engine.runtime} on {engine.device}, {engine.precision})"
+            for name, engine in engines.items()
         )
         print(f"{models} at {address(listening)}", flush=True)
         if not local and options.token is None:
             print(
-                "other machines can connect and nothing asks them for a token; set --token",
+                "other machines can connect without a token; set --token",
                 file=sys.stderr,
                 flush=True,
             )
@@ -191,18 +171,18 @@ def named(paths: list[Path]) -> dict[str, Path]:
     Raises:
         UserError: two are of one name.
     """
-    found: dict[str, Path] = {}
+    models: dict[str, Path] = {}
     for path in paths:
         path = path.expanduser()
-        if path.stem in found:
-            raise UserError(f"{found[path.stem]} and {path} would both be called {path.stem}; rename one")
-        found[path.stem] = path
-    return found
+        if path.stem in models:
+            raise UserError(f"{models[path.stem]} and {path} would both be called {path.stem}; rename one")
+        models[path.stem] = path
+    return models
 
 
-def token_of(given: str | None) -> str | None:
+def token_of(option: str | None) -> str | None:
     """Raises UserError for a token that no header can carry; an empty one would let nobody in, or everybody."""
-    token = os.environ.get(TOKEN_VARIABLE) if given is None else given
+    token = os.environ.get(TOKEN_VARIABLE) if option is None else option
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
         raise UserError(
             f"the token (--token or {TOKEN_VARIABLE}) must be one or more ASCII letters, digits and signs, "
@@ -222,11 +202,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        UserError: the address is none of this machine's, or the port is taken.
+        UserError: the address is not this machine's, or the port is taken.
     """
     try:
-        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(place[:2], family=family, backlog=2048)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(address[:2], family=family, backlog=2048)
         # What connects takes it over: an answer's headers and body go out in two writes, and the second would wait for 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listening

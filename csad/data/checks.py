@@ -17,7 +17,7 @@ from csad.data.listing import count
 from csad.data.mask_checks import check_masks
 from csad.data.overview import layout_line, unused
 from csad.data.picture_checks import check_copies, check_storage, describe
-from csad.data.pictures import Picture, examine, look, with_digests_where_alike
+from csad.data.pictures import ImageInfo, examine, read_info, with_digests_where_alike
 from csad.data.roi import read_roi
 from csad.processes import cores
 from csad.progress import ProgressBar
@@ -33,7 +33,7 @@ VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be prom
 
 def check(
     category: layouts.Category, cfg: settings.Settings, false_positive_rate: float | None = None
-) -> tuple[Findings, dict[str, list[Picture]]]:
+) -> tuple[Findings, dict[str, list[ImageInfo]]]:
     """Read every image and mask of a category.
 
     Returns:
@@ -63,7 +63,7 @@ def check(
                 leave=False,
             )
         )
-        pictures: dict[str, list[Picture]] = {folder: [] for folder in listed}
+        pictures: dict[str, list[ImageInfo]] = {folder: [] for folder in listed}
         for (folder, _, _), picture in zip(entries, examined):
             pictures[folder].append(picture)
         findings.errors += [picture.problem for picture in examined if picture.problem]
@@ -89,7 +89,7 @@ def header_check(category: layouts.Category) -> list[str]:
     check_number_of_images(category, findings)
     validation = set(category.validation)
     pictures = [
-        look(path, split_of(folder, path in validation))
+        read_info(path, split_of(folder, path in validation))
         for folder, paths in category.listed.items()
         for path in paths
     ]
@@ -127,13 +127,14 @@ def check_names(category: layouts.Category, listed: dict[str, list[Path]], findi
         )
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.collect_errors(lambda: {path: category.key(path) for path in paths}) or {}
+    # What is cut off has up to 4 bytes.
     long = [
         path
         for path in paths
         if path in keys
         and not path.stem.endswith(keys[path][-13:])
         and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4
-    ]  # what is cut off has up to 4 bytes
+    ]
     if long:
         findings.notes.append(
             "long names, of which files made from the images bear the beginning and a hash, "
@@ -142,7 +143,7 @@ def check_names(category: layouts.Category, listed: dict[str, list[Path]], findi
 
 
 def check_defect_folders(category: layouts.Category, findings: Findings) -> None:
-    """Which defects count as logical and which as structural, where the layout does not say it."""
+    """Say which defects count as logical and which as structural, in layouts that do not tell."""
     by_split = findings.collect_errors(lambda: category.defect_folders) or {}
     logical, structural = (by_split.get(split, []) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
     if not logical and not structural:

@@ -93,7 +93,7 @@ class Loco:
                 f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
                 f"MVTec LOCO AD's layout; keep either {LOGICAL} and {STRUCTURAL}, or one folder for each defect"
             )
-        return {kind: [root / "test" / kind] for kind in SPLITS if (root / "test" / kind).is_dir()}
+        return {split: [root / "test" / split] for split in SPLITS if (root / "test" / split).is_dir()}
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         inside = image.relative_to(root / "test")
@@ -117,14 +117,14 @@ class FolderPerDefect:
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
         folders = {name: root / "test" / name for name in subfolders(root / "test")}
-        found = {GOOD: [folders.pop(self.good)] if self.good in folders else []}
+        tests = {GOOD: [folders.pop(self.good)] if self.good in folders else []}
         for name in logical:
             if name not in folders:
                 raise UserError(
                     f"there is no defect '{name}' in {root / 'test'} to count as logical; it has "
                     f"{', '.join(folders) or 'none'}"
                 )
-        return found | {
+        return tests | {
             LOGICAL: [path for name, path in folders.items() if name in logical],
             STRUCTURAL: [path for name, path in folders.items() if name not in logical],
         }
@@ -132,9 +132,9 @@ class FolderPerDefect:
     def masks(self, root: Path, image: Path) -> list[Path]:
         folder = root / "ground_truth" / image.relative_to(root / "test").parent
         for stem in (f"{image.stem}_mask", image.stem):
-            found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
-            if found:
-                return found[:1]
+            masks = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
+            if masks:
+                return masks[:1]
         return []
 
     def defect(self, root: Path, image: Path) -> str | None:
@@ -166,11 +166,9 @@ def advice_on_other_layout(root: Path) -> str | None:
             "others to test/good (split_csv/1cls.csv says which), Data/Images/Anomaly to test/anomaly, and "
             "Data/Masks/Anomaly to ground_truth/anomaly"
         )
-    odd = next((name for name in folders if name.lower() == "train"), None)
-    if odd:
-        return (
-            f"{root} has a folder {odd}; layouts have it as train, in small letters, like validation and test"
-        )
+    misspelt = next((name for name in folders if name.lower() == "train"), None)
+    if misspelt:
+        return f"{root} has a folder {misspelt}; layouts have it as train, in small letters, like validation and test"
     good = [name for name in folders if name.lower() in GOOD_NAMES]
     bad = [name for name in folders if name.lower() in BAD_NAMES]
     if not good:

@@ -36,26 +36,26 @@ class Dataset:
                 f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
                 "--dataset_root, or render the built-in one with make_synthetic_loco.py"
             )
-        found = {
+        roots = {
             path.name: path
             for path in entries(self.root)
             if not reason_to_skip(path.name) and _folder_is_category(path)
         }
-        if not found and self._is_one_category:
-            found = {Category(self.root).name: self.root}
-        if not found:
+        if not roots and self._is_one_category:
+            roots = {Category(self.root).name: self.root}
+        if not roots:
             advice = next(filter(None, map(advice_on_other_layout, [self.root, *entries(self.root)])), None)
             raise UserError(
                 f"no category in {self.root}: "
                 + (advice or f"expected folders like {self.root}/screw_bag/train/good")
             )
         for name in names or []:
-            if name not in found:
+            if name not in roots:
                 raise UserError(
-                    f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(found))}"
+                    f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(roots))}"
                 )
-        chosen = dict.fromkeys(names or sorted(found))
-        return [Category(found[name], tuple((logical_defects or {}).get(name, ()))) for name in chosen]
+        selected = dict.fromkeys(names or sorted(roots))
+        return [Category(roots[name], tuple((logical_defects or {}).get(name, ()))) for name in selected]
 
     @property
     def unused(self) -> Unused:

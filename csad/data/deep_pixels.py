@@ -36,9 +36,8 @@ def deep_pixels(
     arguments, raw_mode = image.tile[0].args if image.tile else None, raw_mode_of(image)
     tags = getattr(image, "tag_v2", {})  # a TIFF's
     bits = bits_of(image)
-    if (
-        image.format == "TIFF" and PHOTOMETRIC_INTERPRETATION not in tags
-    ):  # Pillow takes 0 for white then, others for black
+    # Pillow takes 0 for white then, others for black.
+    if image.format == "TIFF" and PHOTOMETRIC_INTERPRETATION not in tags:
         raise UserError(f"image {path} does not say whether its value 0 is black or white; store it as a PNG")
     if image.format == "PPM" and isinstance(arguments, tuple) and image.tile[0].codec_name.startswith("ppm"):
         return _rescaled_by_pillow(image, path, arguments[-1])
@@ -69,7 +68,7 @@ def deep_pixels(
         return values, 65535.0
     if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
         raise UserError(
-            f"image {path} stores {bits} bits a channel in a way that is not read here; store it as a PNG"
+            f"image {path} stores {bits} bits a channel in a way that is not supported; store it as a PNG"
         )
     return None
 

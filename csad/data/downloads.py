@@ -78,11 +78,11 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
             f"{checkpoint.url} cannot be reached or broke off ({getattr(problem, 'reason', problem)}); the "
             f"same command continues, or get the file elsewhere and put it into {path.parent}"
         ) from problem
-    found = sha256(part)
-    if not found.startswith(checkpoint.sha256 or ""):
+    fetched = sha256(part)
+    if not fetched.startswith(checkpoint.sha256 or ""):
         part.unlink()
         raise UserError(
-            f"{checkpoint.url} gave a file with SHA-256 {found} where {checkpoint.sha256} was "
+            f"{checkpoint.url} gave a file with SHA-256 {fetched} where {checkpoint.sha256} was "
             "expected; it was thrown away, try again or get the file elsewhere"
         )
     os.replace(part, path)
@@ -90,7 +90,7 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Of a whole file, 64 hex digits."""
+    """SHA-256 of a whole file, 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(CHUNK):
@@ -99,14 +99,14 @@ def sha256(path: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """A digest of a checkpoint's length and of a thousand places in it: tells files apart without reading gigabytes."""
+    """A digest of a checkpoint's length and of a thousand samples of it: tells files apart without reading gigabytes."""
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    sample_digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as handle:
-        for place in range(0, max(size, 1), max(size // SAMPLES, SAMPLE)):
-            handle.seek(place)
-            found.update(handle.read(SAMPLE))
-    return found.hexdigest()[:16]
+        for position in range(0, max(size, 1), max(size // SAMPLES, SAMPLE)):
+            handle.seek(position)
+            sample_digest.update(handle.read(SAMPLE))
+    return sample_digest.hexdigest()[:16]
 
 
 def _transfer(url: str, part: Path) -> None:

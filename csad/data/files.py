@@ -26,10 +26,10 @@ from PIL import Image
 # How formulas begin in spreadsheets (OWASP's list, full-width letters included).
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 Fields = Mapping[str, type | tuple[type, ...]]  # names and types of values
-MAKE_AGAIN, MEND = "delete it and make it again", "mend it or delete it"
+MAKE_AGAIN, MEND = "delete it and make it again", "fix it or delete it"
 
 
-def place(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone.
 
     Raises:
@@ -166,7 +166,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return content
 
 

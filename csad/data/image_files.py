@@ -65,7 +65,7 @@ def opened(
     """
     # A pipe or a device would never end.
     if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{what} {path} cannot be read (it is no regular file); {advice}")
+        raise UserError(f"{what} {path} cannot be read (it is not a regular file); {advice}")
     try:
         # TGA has no signature: only a file that says so by its name may be one.
         formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
@@ -73,9 +73,8 @@ def opened(
             frames = getattr(image, "n_frames", 1)
             if isinstance(image, TiffImageFile):
                 frames = _seek_picture(image)
-            if (
-                frames > 1 and image.format != "MPO"
-            ):  # a phone's .jpg: first the picture, then previews or gain maps
+            # A phone's .jpg: first the picture, then previews or gain maps.
+            if frames > 1 and image.format != "MPO":
                 raise UserError(
                     f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own"
                 )
@@ -90,7 +89,7 @@ def opened(
         raise
     except FileNotFoundError as problem:
         link = (
-            ": it is a link to a file that is not there"
+            ": it is a link to a missing file"
             if isinstance(path, (str, Path)) and os.path.islink(path)
             else ""
         )
@@ -101,7 +100,7 @@ def opened(
         ) from problem
     except Exception as problem:  # Pillow's decoders have an error of their own for every kind of damage
         reason = (
-            "it is in no format that is read here"
+            "its format is not supported"
             if isinstance(problem, UnidentifiedImageError)
             else (" ".join(str(problem).split()) or type(problem).__name__)
         )

@@ -118,14 +118,14 @@ class Category:
                 f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
                 f"{self.root / 'train' / self.convention.good}"
             )
-        own = self._folder("validation")
-        if own is not None:
+        validation_folder = self._folder("validation")
+        if validation_folder is not None:
             if len(images) < MIN_WITH_VALIDATION:
                 raise UserError(
                     f"{self.name} has {count(len(images), 'training image')}; at least {MIN_WITH_VALIDATION} are "
                     f"needed to learn what is usual, put more into {folder}"
                 )
-            return images, self.images_in(own)
+            return images, self.images_in(validation_folder)
         if len(images) < MIN_TRAINING_IMAGES:
             raise UserError(
                 f"{self.name} has {count(len(images), 'training image')} and none for validation; at least "

@@ -46,16 +46,16 @@ def reason_to_skip(name: str) -> str | None:
 
 def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
     """Names for the images of one list: unique, independent of their order, of at most `LONGEST_KEY` bytes."""
-    places = {path: path.relative_to(base).parts for path in images}
-    short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in places.items()}
-    whole = {path: "_".join(parts) for path, parts in places.items()}
+    parts_of = {path: path.relative_to(base).parts for path in images}
+    short = {path: "_".join((*parts[:-1], path.stem)) for path, parts in parts_of.items()}
+    whole = {path: "_".join(parts) for path, parts in parts_of.items()}
     times = Counter(short.values())
     keys = {path: key for path, key in short.items() if times[key] == 1 and key not in RESERVED_KEYS}
     taken = Counter(keys.values())
-    others = [path for path in images if path not in keys]
-    taken.update(whole[path] for path in others)
-    for path in others:
-        digest = hashlib.sha256("/".join(places[path]).encode(errors="surrogateescape")).hexdigest()[:8]
+    ambiguous = [path for path in images if path not in keys]
+    taken.update(whole[path] for path in ambiguous)
+    for path in ambiguous:
+        digest = hashlib.sha256("/".join(parts_of[path]).encode(errors="surrogateescape")).hexdigest()[:8]
         keys[path] = (
             whole[path]
             if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS
@@ -69,7 +69,7 @@ def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
     images: list[Path] = []
     unused: Unused = []
     home = folder.resolve()
-    seen = {place: place for place in (home, *home.parents)}
+    seen = {target: target for target in (home, *home.parents)}
     pending = deque([folder])
     while pending:
         with os.scandir(pending.popleft()) as listing:
@@ -83,19 +83,19 @@ def walk(folder: Path, flat: bool = False) -> tuple[list[Path], Unused]:
             elif is_folder and flat:
                 unused.append((path, "a folder beside the images"))
             elif is_folder:
-                place = path.resolve()
-                if place in seen:
-                    unused.append((path, f"leads to {seen[place]} once more"))
+                target = path.resolve()
+                if target in seen:
+                    unused.append((path, f"leads to {seen[target]} once more"))
                 else:
-                    seen[place] = path
+                    seen[target] = path
                     # Links last: a folder that is also linked to counts under its own name.
                     pending.append(path) if link else pending.appendleft(path)
             elif link and not path.is_file():
-                unused.append((path, "a link to a file that is not there"))
+                unused.append((path, "a link to a missing file"))
             elif suffix not in SUFFIXES:
-                unused.append((path, f"no image format that is read here ({suffix or 'no suffix'})"))
+                unused.append((path, f"not a supported image format ({suffix or 'no suffix'})"))
             elif not entry.is_file():
-                unused.append((path, "no regular file"))
+                unused.append((path, "not a regular file"))
             elif not (flat and entry.name == "roi.png"):
                 images.append(path)
     return sorted(images), unused

@@ -96,9 +96,8 @@ class FileLock:
         try:
             os.link(own, self.path)  # exclusive, like O_EXCL
         except FileExistsError:
-            return (
-                own.stat().st_nlink > 1
-            )  # NFS: the answer to a link that was made may be lost, and asked for again
+            # NFS: the answer to a link that was made may be lost, and asked for again.
+            return own.stat().st_nlink > 1
         except OSError:  # a file system without links
             return self._create_without_link(content)
         finally:
@@ -127,8 +126,11 @@ class FileLock:
         return content | {"age": age}
 
     def _is_stale(self, owner: dict[str, Any]) -> bool:
-        here = (owner.get("host"), owner.get("namespace")) == (socket.gethostname(), _process_namespace())
-        return owner["age"] > STALE_SECONDS or (here and not _is_alive(owner.get("process")))
+        same_host = (owner.get("host"), owner.get("namespace")) == (
+            socket.gethostname(),
+            _process_namespace(),
+        )
+        return owner["age"] > STALE_SECONDS or (same_host and not _is_alive(owner.get("process")))
 
     def _remove(self, stale: dict[str, Any]) -> None:
         """Move a stale lock away; if another process was faster and the lock is its new one by now, put it back."""

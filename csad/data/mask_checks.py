@@ -86,7 +86,7 @@ def pixel_values(category: layouts.Category) -> set[int]:
             saturation = entry.get("saturation_threshold"), entry.get("relative_saturation")
             if saturations.setdefault(value, saturation) != saturation:
                 raise UserError(
-                    f"{category.defects_config}: pixel_value {value} stands there twice with "
+                    f"{category.defects_config}: pixel_value {value} occurs twice with "
                     "different saturations; keep one of them"
                 )
         return set(saturations)

@@ -39,7 +39,7 @@ def layout_line(category: Category) -> str:
 
 
 def unused(category: Category) -> Unused:
-    """Everything in the category's folders that will not be used, and why; texts beside the folders are no part of it."""
+    """What in the category's folders will not be used, and why; texts beside the folders do not count."""
     image_folders = {folder for folders, _ in category.folder_lists for folder in folders}
     reasons = dict(entry for folder in image_folders for entry in category.walk(folder)[1])
     parts = ["train", "validation", *(["test"] if category.test_folders else [])]
@@ -67,8 +67,8 @@ def unused(category: Category) -> Unused:
         for mask in category.convention.masks(category.root, image)
     }
     if (category.root / "ground_truth").is_dir():
-        mask_files, others = category.walk(category.root / "ground_truth")
-        reasons.update(others)
+        mask_files, not_masks = category.walk(category.root / "ground_truth")
+        reasons.update(not_masks)
         reasons.update(
             (path, "a mask that belongs to no test image") for path in mask_files if path not in masks
         )

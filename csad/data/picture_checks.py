@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from csad.data.findings import Findings, file_names, some_of
-from csad.data.pictures import Picture, near_copies
+from csad.data.pictures import ImageInfo, near_copies
 
 from models.constants import SIZE
 
 ASPECT_TOLERANCE = 0.02
 
 
-def describe(pictures: Mapping[str, Sequence[Picture]]) -> list[str]:
+def describe(pictures: Mapping[str, Sequence[ImageInfo]]) -> list[str]:
     """One line per folder: how many images there are, and how they are stored."""
     rows = [("folder", "images", "sizes", "formats", "stored as", "values")]
     for folder, in_folder in pictures.items():
@@ -40,12 +40,12 @@ def with_counts(values: Iterable[str]) -> str:
     return listed + (f", {len(counts) - 3} others" if len(counts) > 3 else "")
 
 
-def check_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:
+def check_storage(root: Path, pictures: Sequence[ImageInfo], findings: Findings) -> None:
     """Sizes, formats, bit depths, colour, orientation and transparency: what differs from most of the images is named."""
     if not pictures:
         return
 
-    def add(messages: list[str], sentence: str, odd: Sequence[Picture]) -> None:
+    def add(messages: list[str], sentence: str, odd: Sequence[ImageInfo]) -> None:
         if odd:
             paths = [picture.path for picture in odd]
             messages.append(
@@ -111,7 +111,7 @@ def check_storage(root: Path, pictures: Sequence[Picture], findings: Findings) -
     )
 
 
-def check_copies(root: Path, pictures: Sequence[Picture], findings: Findings) -> None:
+def check_copies(root: Path, pictures: Sequence[ImageInfo], findings: Findings) -> None:
     """Images that are there twice, byte for byte or nearly, within and between training, validation and test."""
     by_digest = defaultdict(list)
     for picture in pictures:

@@ -1,4 +1,4 @@
-"""Image files as they were found: what their headers say, how they look in small, and which of them are copies."""
+"""Image files of a data set: what their headers say, thumbnails, and which of them are copies."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HASH_SIDE, HASH_DISTANCE, MEAN_DIFFERENCE, LOCAL_DIFFERENCE = 16, 40, 1.5, 10
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image file as it was found."""
+class ImageInfo:
+    """What is known of one image file."""
 
     path: Path
     split: str  # train, validation or test
@@ -43,30 +43,30 @@ class Picture:
         return f"{self.bits}-bit {'colour' if self.colour else 'grey'}"
 
 
-def look(path: Path, split: str) -> Picture:
+def read_info(path: Path, split: str) -> ImageInfo:
     """What a file's header says."""
     try:
         with image_files.opened(path) as image:
-            return Picture(path, split, **header(image))
+            return ImageInfo(path, split, **header_fields(image))
     except UserError as problem:
-        return Picture(path, split, str(problem))
+        return ImageInfo(path, split, str(problem))
 
 
-def examine(path: Path, split: str, white_level: float | None) -> Picture:
+def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
         with image_files.opened(path) as image:
-            said = header(image)
+            fields = header_fields(image)
             if image.format == "JPEG":
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and said["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
+            transparent = layered and fields["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        return Picture(
+        return ImageInfo(
             path,
             split,
-            **said,
+            **fields,
             transparent=transparent,
             values=(int(pixels.min()), int(pixels.max())),
             digest=records.digest(path),
@@ -74,17 +74,17 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
             hash=perceptual_hash(thumbnail),
         )
     except UserError as problem:
-        return Picture(path, split, str(problem))
+        return ImageInfo(path, split, str(problem))
 
 
-def header(image: ImageFile.ImageFile) -> dict[str, Any]:
-    """What `Picture` notes of an image whose pixels are not read yet."""
+def header_fields(image: ImageFile.ImageFile) -> dict[str, Any]:
+    """What `ImageInfo` notes of an image whose pixels are not read yet."""
     raw_mode = image_files.raw_mode_of(image)
     deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
     # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
-    asked = image.format != "PNG" or "exif" in image.info
-    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if asked else 1
+    has_orientation = image.format != "PNG" or "exif" in image.info
+    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if has_orientation else 1
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return {
         "size": image.size[::-1] if across else image.size,
@@ -104,7 +104,7 @@ def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
     return imagehash.phash(picture, hash_size=HASH_SIDE).hash.ravel()
 
 
-def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
+def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInfo]]:
     """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
     hashed = [
         (picture, picture.hash, picture.thumbnail)
@@ -118,21 +118,20 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
         [np.asarray(Image.fromarray(thumbnail).convert("L"), np.int16) for *_, thumbnail in hashed]
     )
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
-    found = []
-    for start in range(
-        0, len(hashed), 500
-    ):  # rows at a time: memory grows with the number of images, not with its square
+    copies = []
+    # Rows at a time: memory grows with the number of images, not with its square.
+    for start in range(0, len(hashed), 500):
         distances = (signs.shape[1] - signs[start : start + 500] @ signs.T) / 2
         for row, column in zip(*np.nonzero(distances <= HASH_DISTANCE)):
             first = start + row
             if first < column:
                 difference = np.abs(small[first] - small[column])
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
-                    found.append((hashed[first][0], hashed[column][0]))
-    return found
+                    copies.append((hashed[first][0], hashed[column][0]))
+    return copies
 
 
-def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
+def with_digests_where_alike(pictures: Sequence[ImageInfo]) -> list[ImageInfo]:
     """Digests of those files only of which another has the same length, beginning and middle: few files are read whole."""
 
     def fingerprint(path: Path) -> tuple[int, bytes]:
@@ -146,8 +145,8 @@ def with_digests_where_alike(pictures: Sequence[Picture]) -> list[Picture]:
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
     return [
-        Picture(one.path, one.split, digest=records.digest(one.path))
+        ImageInfo(picture.path, picture.split, digest=records.digest(picture.path))
         for group in groups.values()
         if len(group) > 1
-        for one in group
+        for picture in group
     ]

@@ -57,23 +57,23 @@ class Record:
         if overwrite:
             return TRAIN
         present = [path for path in self.outputs if path.exists()]
-        noted = read_record(self.path) if self.path.exists() else None
-        if noted is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
+        record = read_record(self.path) if self.path.exists() else None
+        if record is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
             return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
         if (
-            noted is not None
-            and noted["used"] == as_json(self.provenance)
-            and noted["scored"] == self.scored
-            and (noted["outputs"] == self._digests())
+            record is not None
+            and record["used"] == as_json(self.provenance)
+            and record["scored"] == self.scored
+            and (record["outputs"] == self._digests())
         ):
             return SKIP  # and no checkpoint was opened for it
-        made = self._checkpoint_made_by()
-        if made is not None:
-            before = as_json({key: made.get(key) for key in self.provenance})
+        made_from = self._checkpoint_made_by()
+        if made_from is not None:
+            before = as_json({key: made_from.get(key) for key in self.provenance})
             refuse(difference(before, as_json(self.provenance)), f"{self.checkpoint} was made")
-        elif noted is not None and present:
-            refuse(difference(noted["used"], as_json(self.provenance)), f"{self.path.parent} was made")
-        return TRAIN if made is None else SCORE
+        elif record is not None and present:
+            refuse(difference(record["used"], as_json(self.provenance)), f"{self.path.parent} was made")
+        return TRAIN if made_from is None else SCORE
 
     def superseded(self) -> str:
         """Digest of the record that a run with ``--overwrite`` is about to replace; "nothing" if there is none.
@@ -97,8 +97,8 @@ class Record:
         meta = self._checkpoint_meta()
         if meta is None:
             raise UserError(
-                f"{self.checkpoint} does not say what it was made from (published files do not), so it cannot be "
-                "gone on from; --overwrite starts over, another --workspace keeps both"
+                f"{self.checkpoint} does not say what it was made from (published files do not), so "
+                "training cannot continue from it; --overwrite starts over, another --workspace keeps both"
             )
         return meta
 
@@ -158,14 +158,14 @@ def inputs(
         train: the category's training images.
         stand_ins: what other than the backbone stood in for the real thing.
     """
-    own = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
+    stand_in_backbone = [f"backbone {backbone.name}"] if backbone.is_stand_in else []
     return {
         "format_version": csad.FORMAT_VERSION,
         "seed": seed,
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         "train_images": digest_images(train),
-        "stand_ins": sorted({*stand_ins, *own}),
+        "stand_ins": sorted({*stand_ins, *stand_in_backbone}),
     }
 
 
@@ -193,25 +193,25 @@ def require_current(
     """
     if not path.exists():
         return None
-    noted = read_record(path)
-    known = noted["used"] | (noted["scored"] or {})
+    record = read_record(path)
+    provenance = record["used"] | (record["scored"] or {})
     for name, value in expected.items():
-        if name in known and known[name] != value:
+        if name in provenance and provenance[name] != value:
             raise UserError(
                 f"{path.with_suffix('').name}: the {name.removesuffix('_images')} images are not those that "
                 f"{stage} saw; run {stage} again"
             )
-    for one in read:
-        if noted["outputs"].get(_name(one), digest(one)) != digest(one):
-            raise UserError(f"{one} is not the file that {stage} wrote; run {stage} again")
-    return noted
+    for output in read:
+        if record["outputs"].get(_name(output), digest(output)) != digest(output):
+            raise UserError(f"{output} is not the file that {stage} wrote; run {stage} again")
+    return record
 
 
-def difference(used: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+def difference(recorded: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
     """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
     changes = []
-    for key in sorted(used.keys() | wanted.keys()):
-        before, now, name = used.get(key), wanted.get(key), f"{prefix}{key}"
+    for key in sorted(recorded.keys() | current.keys()):
+        before, now, name = recorded.get(key), current.get(key), f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(now, dict):
             changes += difference(before, now, f"{name}.")
         elif before != now:
@@ -237,10 +237,9 @@ def digest_images(paths: Sequence[Path]) -> str:
 
 
 def digest_lines(lines: Iterable[str]) -> str:
-    """As `digest`, of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[
-        :16
-    ]  # names need not be UTF-8
+    """First 16 hex digits of the SHA-256 of lines of text."""
+    # Names need not be UTF-8.
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _name(path: Path) -> str:

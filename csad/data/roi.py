@@ -46,8 +46,8 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
             )
     else:
         return None
-    shares = Image.fromarray(region.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)
-    inspected = np.asarray(shares) >= 128
+    coverage = Image.fromarray(region.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)
+    inspected = np.asarray(coverage) >= 128
     if not inspected.any():
         raise UserError(
             f"the region of interest of {category.name} is empty; what is to be inspected has to be white"

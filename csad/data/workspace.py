@@ -11,6 +11,7 @@ from csad.branches import BRANCHES
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
+HELD_OUT = "held_out"  # training images, each by a fit to others
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
 EXPORTED = {
     "torch": ("pytorch_models", ".pth"),
@@ -81,7 +82,7 @@ class Workspace:
 
     @property
     def backbone(self) -> Path:
-        """Which backbone the stages agreed on, where nobody named one."""
+        """The record of the backbone that the stages agreed on, if none was named."""
         return self.downloads / "backbone.json"
 
     # Stage 1
@@ -89,7 +90,7 @@ class Workspace:
         return PseudoLabels((self.shared or self).root / "datasets" / "masks" / category)
 
     def unfinished_pseudo_labels(self, category: str) -> PseudoLabels:
-        """Where new ones are made while finished ones are still there."""
+        """The folder in which new pseudo-labels are made while finished ones are still there."""
         return PseudoLabels((self.shared or self).root / "datasets" / "masks" / f"{category}.unfinished")
 
     # Stage 2
@@ -128,8 +129,13 @@ class Workspace:
 
     # Stages 2, 3 and 3b: branch is a name in csad.branches, or an alias
     def scores(self, category: str, branch: str, part: str) -> Path:
-        """``part`` is one of `SCORE_PARTS`."""
+        """``part`` is one of `SCORE_PARTS`, or `HELD_OUT`, which not every branch has."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"
+
+    def good_scores(self, category: str, branch: str) -> list[Path]:
+        """By which a branch's scores are normalised: of validation images and, where there are any, `HELD_OUT` ones."""
+        held_out = self.scores(category, branch, HELD_OUT)
+        return [self.scores(category, branch, "val"), *([held_out] if held_out.exists() else [])]
 
     def anomaly_maps(self, category: str, branch: str) -> Path:
         """Per split of test images, in sorted file order, and for validation images, the anomaly maps of a branch, 64x64."""
@@ -161,23 +167,23 @@ class Workspace:
         Raises:
             UserError: a category, or the workspace, has none.
         """
-        found = [
+        models = [
             path
             for folder, suffix in EXPORTED.values()
             for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))
         ]
-        stems = {path.stem for path in found}
+        stems = {path.stem for path in models}
         for category in categories or ():
             if not stems & _with_precisions(category):
                 raise UserError(
                     f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first"
                 )
-        if not found:
+        if not models:
             raise UserError(
                 f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first"
             )
-        chosen = {stem for category in categories or () for stem in _with_precisions(category)}
-        return [path for path in found if not categories or path.stem in chosen]
+        stems_of_categories = {stem for category in categories or () for stem in _with_precisions(category)}
+        return [path for path in models if not categories or path.stem in stems_of_categories]
 
     def branch_weights(self, category: str) -> Path:
         """How much stage 4 decided that each branch counts, and by what (csad.evaluation.branch_weights)."""
@@ -235,8 +241,8 @@ class Workspace:
     def lock_with(self, others: Iterable[Workspace]) -> Iterator[None]:
         """Hold this workspace and others, those of its seeds for example, each once."""
         with ExitStack() as locks:
-            for one in {place.root: place for place in (self, *others)}.values():
-                locks.enter_context(one.lock())
+            for held in {workspace.root: workspace for workspace in (self, *others)}.values():
+                locks.enter_context(held.lock())
             yield
 
 

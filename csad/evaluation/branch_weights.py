@@ -8,7 +8,7 @@ The weighted sum has to tell validation images from the same images with synthet
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from csad.branches import BRANCHES
@@ -21,6 +21,7 @@ import numpy as np
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
+STANDARD_ERRORS, RESAMPLINGS = 2.0, 200  # of the gain by which other weights than the settings' replace these
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
 MAX_COST = 2.5  # of the same points, which the patch histogram may take away
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
@@ -78,18 +79,22 @@ def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> l
     return [branch for branch in BRANCHES if branch in (*fusion.branches, *optional)]
 
 
-def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str]) -> Decision:
+def choose(
+    good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str], default: Collection[str]
+) -> Decision:
     """Weigh branches by what their sums find of synthetic defects.
 
-    The weights of all branches but the patch histogram are those with the highest image AUROC, mean of the kinds
-    of defects. The histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
-    traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at
-    most `MAX_COST`.
+    The settings' own branches count 1 and the optional ones 0, unless other weights find more, image AUROC, mean of
+    the kinds of defects, by `STANDARD_ERRORS` of the difference: what a few synthetic defects say of a category is
+    uncertain. The patch histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
+    traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at most
+    `MAX_COST`.
 
     Args:
         good: (n, K), what each branch adds to the score of each good image at weight 1.
         defects: structural and logical ones.
         branches: the K branches' names.
+        default: the settings' own branches.
     """
     counted = {kind: _of_difficulty(good, of_kind) for kind, of_kind in defects.items()}
 
@@ -102,14 +107,17 @@ def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[
     # Largest weights first: of equally good ones these are kept.
     values = [WEIGHTS[::-1] if branch != HISTOGRAM else (0.0,) for branch in branches]
     surface = [weights for weights in itertools.product(*values) if max(weights) == 1]
+    usual = tuple(float(branch in default and branch != HISTOGRAM) for branch in branches)
     best = max(
-        surface,
-        key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights),
-        default=(0.0,) * len(branches),
+        surface, key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights), default=usual
     )
+    if any(usual) and value(best) - value(usual) <= STANDARD_ERRORS * _standard_error(
+        good, counted, best, usual
+    ):
+        best = usual
     if HISTOGRAM in branches:
-        place = list(branches).index(HISTOGRAM)
-        options = [(*best[:place], weight, *best[place + 1 :]) for weight in WEIGHTS[::-1]]
+        position = list(branches).index(HISTOGRAM)
+        options = [(*best[:position], weight, *best[position + 1 :]) for weight in WEIGHTS[::-1]]
         best = next(
             weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
         )
@@ -124,6 +132,28 @@ def choose(good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[
             for kind, of_kind in counted.items()
         },
     )
+
+
+def _standard_error(
+    good: np.ndarray, defects: Mapping[str, Defects], weights: Sequence[float], others: Sequence[float]
+) -> float:
+    """Of the difference between what two sums find, image AUROC, by resampling of good images and defects."""
+    rng, differences = np.random.default_rng(0), []
+    sums = [
+        (good @ each, [of_kind.contributions @ each for of_kind in defects.values()])
+        for each in (weights, others)
+    ]
+    for _ in range(RESAMPLINGS):
+        images = rng.integers(len(good), size=len(good))
+        drawn = [
+            rng.integers(len(of_kind.strengths), size=len(of_kind.strengths)) for of_kind in defects.values()
+        ]
+        first, second = (
+            np.mean([auroc(normal[images], kind[indices]) for kind, indices in zip(anomalous, drawn)])
+            for normal, anomalous in sums
+        )
+        differences.append(first - second)
+    return float(np.std(differences))
 
 
 def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
@@ -182,5 +212,9 @@ def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[d
 
 
 def _digests(category: str, workspace: Workspace, fusion: FusionSettings) -> dict[str, str]:
-    paths = [workspace.scores(category, branch, "val") for branch in (*fusion.branches, *fusion.optional)]
+    paths = [
+        path
+        for branch in (*fusion.branches, *fusion.optional)
+        for path in workspace.good_scores(category, branch)
+    ]
     return {path.name: records.digest(path) for path in paths if path.exists()}

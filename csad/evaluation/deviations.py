@@ -13,12 +13,8 @@ import numpy as np
 
 from models.constants import QUARTERS
 
-PLACES = (
-    "top-left quarter",
-    "bottom-left quarter",
-    "top-right quarter",
-    "bottom-right quarter",
-)  # docs/method.md's order
+# docs/method.md's order.
+PLACES = ("top-left quarter", "bottom-left quarter", "top-right quarter", "bottom-right quarter")
 WHOLE = "image"
 LIMIT = 3.0  # standard deviations of the training images
 MANY = 10.0  # times the normal area; from there on a number says less than that it hardly ever is there

@@ -11,13 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-LOCO = {
-    "breakfast_box",
-    "juice_bottle",
-    "pushpins",
-    "screw_bag",
-    "splicing_connectors",
-}  # MVTec LOCO AD's categories
+# MVTec LOCO AD's categories.
+LOCO = {"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"}
 
 
 def auroc(good: np.ndarray, anomalous: np.ndarray) -> float:

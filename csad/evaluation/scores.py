@@ -7,7 +7,7 @@ from typing import Any
 
 from csad.branches import BRANCHES
 from csad.data import files, layouts, records
-from csad.data.workspace import SCORE_PARTS, Workspace
+from csad.data.workspace import HELD_OUT, SCORE_PARTS, Workspace
 from csad.errors import UserError
 from csad.evaluation.metrics import mean_known
 
@@ -15,10 +15,8 @@ import numpy as np
 
 from models.fusion import apply_z, fit_normalisation
 
-SPLIT_OF_PART = {
-    "logi": layouts.LOGICAL,
-    "struc": layouts.STRUCTURAL,
-}  # each after the good images, in sorted file order
+# Each after the good images, in sorted file order.
+SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}
 Scores = dict[str, dict[str, np.ndarray]]
 FUSED = "fused"  # the key of the weighted sum among single branches and other sums
 MANY = 15  # categories; of more, a terminal and the report show the lowest in full, and of the others what fits into one line
@@ -62,6 +60,20 @@ def read_scores(category: layouts.Category, workspace: Workspace, branch: str, p
     return scores
 
 
+def normalisation(
+    category: layouts.Category, workspace: Workspace, branch: str, rule: str, std_floor: float = 0.0
+) -> tuple[float, float]:
+    """By what a branch's scores are normalised (`models.fusion.fit_normalisation`): its scores of good images.
+
+    Raises:
+        UserError: see `read_scores`.
+    """
+    good = [read_scores(category, workspace, branch, "val")]
+    if (held_out := workspace.scores(category.name, branch, HELD_OUT)).exists():
+        good.append(files.read_array(held_out))
+    return fit_normalisation(np.concatenate(good), rule, std_floor)
+
+
 def normalised_scores(
     category: layouts.Category, workspace: Workspace, branches: list[str], rule: str
 ) -> Scores:
@@ -83,10 +95,13 @@ def normalised_scores(
         records.require_current(
             workspace.record(category.name, branch),
             digests,
-            [*paths.values(), *([maps] if maps.exists() else [])],
+            [
+                *{*paths.values(), *workspace.good_scores(category.name, branch)},
+                *([maps] if maps.exists() else []),
+            ],
             stage,
         )
-        mean, std = fit_normalisation(scores["val"], rule)
+        mean, std = normalisation(category, workspace, branch, rule)
         normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised
 
@@ -143,5 +158,6 @@ def said_of_choice(branches: Iterable[str]) -> list[str]:
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:
     """Of the files that metrics are computed from, by name: report.py shows no metrics of other scores."""
     paths = [workspace.scores(category.name, branch, part) for branch in branches for part in SCORE_PARTS]
+    paths += [workspace.scores(category.name, branch, HELD_OUT) for branch in branches]
     paths += [workspace.anomaly_maps(category.name, branch) for branch in branches]
     return {path.name: records.digest(path) for path in paths if path.exists()}

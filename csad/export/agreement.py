@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csad.export.fresh_process import Scored
-from csad.inference.engines import TorchEngine, read_for
+from csad.inference.engines import read_for
+from csad.inference.runtimes import TorchEngine
 
 import numpy as np
 
 COMPARED = 16  # validation images at most, evenly spread over the sorted list
-LEAST_SPREAD = 0.1  # scores are normalised, so that of good images spreads over about 1; fewer images may lie close together
+MIN_SPREAD = 0.1  # scores are normalised, so that of good images spreads over about 1; fewer images may lie close together
 ROUNDING = 0.05  # of the scores' own size: the same for scores so large that fp32 has few digits left for their spread
 TOLERATED = 1e-3  # in fp32, of the spread
 TOLERATED_ROUGHLY = (
@@ -29,47 +30,51 @@ TIES = 0.25  # of the images may differ by more, up to `TOLERATED_ROUGHLY`, wher
 
 
 def spread_evenly(count: int) -> list[int]:
-    """Which of so many validation images are compared: their indices, rising."""
+    """Indices of the validation images that are compared, of so many, rising."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, COMPARED))})
 
 
 def spread(scores: np.ndarray) -> float:
     """Robust standard deviation of scores (n,), from their quartiles, with a floor."""
     low, median, high = np.quantile(scores, (0.25, 0.5, 0.75))
-    return max(float(high - low) / 1.349, LEAST_SPREAD, ROUNDING * abs(float(median)))
+    return max(float(high - low) / 1.349, MIN_SPREAD, ROUNDING * abs(float(median)))
 
 
 def disagreement(
-    reference: TorchEngine, pictures: Sequence[Path], found: Scored, exactly: bool
+    reference: TorchEngine, pictures: Sequence[Path], scored: Scored, exactly: bool
 ) -> str | None:
     """How an exported model's scores of pictures differ from PyTorch's by more than is tolerated; None: they do not.
 
     Args:
         reference: the model in fp32 on the CPU.
-        pictures: those that were scored, (N,).
+        pictures: the images that were scored, (N,).
+        scored: what the exported model gave.
         exactly: it ran in fp32 on the CPU.
     """
-    if not all(np.isfinite(given).all() for given in (found.score, found.branch_scores) if given is not None):
+    if not all(
+        np.isfinite(actuals).all() for actuals in (scored.score, scored.branch_scores) if actuals is not None
+    ):
         return "it gives numbers that are not finite"
     expected = [reference.predict(read_for(reference, [path])) for path in pictures]
-    shares, label_maps = (
-        np.concatenate([getattr(one, name) for one in expected]) for name in ("branch_scores", "label_map")
+    contributions, label_maps = (
+        np.concatenate([getattr(prediction, name) for prediction in expected])
+        for name in ("branch_scores", "label_map")
     )
-    names, wanted, given = ["score"], [shares.sum(1)], [found.score]
-    if found.branch_scores is not None:
+    names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
+    if scored.branch_scores is not None:
         if exactly and "patchhist" in reference.branches:
-            moved = (found.label_map != label_maps).mean((1, 2)).max()
+            moved = (scored.label_map != label_maps).mean((1, 2)).max()
             if moved > TOLERATED_PIXELS:
                 return f"up to {100 * moved:.3g} % of a label map differ"
             # Each of the few pixels that are ties may move the score: the histogram is asked about the model's own label map.
             column = reference.branches.index("patchhist")
-            shares[:, column] = reference.arrangement_scores(found.label_map)
+            contributions[:, column] = reference.arrangement_scores(scored.label_map)
         names += reference.branches
-        wanted = [shares.sum(1), *shares.T]
-        given += [*found.branch_scores.T]
-    for name, right, other in zip(names, wanted, given):
-        apart = np.abs(right - other) / spread(right)
-        if exactly and found.branch_scores is None and "patchhist" in reference.branches:
+        references = [contributions.sum(1), *contributions.T]
+        actuals += [*scored.branch_scores.T]
+    for name, exact, actual in zip(names, references, actuals):
+        apart = np.abs(exact - actual) / spread(exact)
+        if exactly and scored.branch_scores is None and "patchhist" in reference.branches:
             beyond = (
                 np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY
             )

@@ -14,7 +14,7 @@ from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.evaluation.scores import read_scores
+from csad.evaluation.scores import normalisation
 
 import torch
 
@@ -30,7 +30,7 @@ from models.fused import (
     memory_shape,
     published_state,
 )
-from models.fusion import EXPORTED_STD_FLOOR, fit_normalisation
+from models.fusion import EXPORTED_STD_FLOOR
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
@@ -45,7 +45,11 @@ def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[st
         UserError: one is missing; names the stage that makes it.
     """
     paths = [(workspace.checkpoint(category, branch), BRANCHES[branch].stage) for branch in branches]
-    paths += [(workspace.scores(category, branch, "val"), BRANCHES[branch].stage) for branch in branches]
+    paths += [
+        (path, BRANCHES[branch].stage)
+        for branch in branches
+        for path in workspace.good_scores(category, branch)
+    ]
     if "patchhist" in branches:
         paths.append((workspace.patch_histogram_parameters(category), BRANCHES["patchhist"].stage))
         if workspace.evidence_parameters(category).exists():
@@ -123,7 +127,7 @@ def fused_state(
         records.require_current(
             workspace.record(name, branch),
             digests,
-            [path, workspace.scores(name, branch, "val")],
+            [path, *workspace.good_scores(name, branch)],
             BRANCHES[branch].stage,
         )
     _require_same(name, saved)
@@ -191,9 +195,7 @@ def fused_state(
             "make them again with --overwrite"
         ) from problem
     for branch in branches:
-        mean, std = fit_normalisation(
-            read_scores(category, workspace, branch, "val"), chosen.rule, EXPORTED_STD_FLOOR
-        )
+        mean, std = normalisation(category, workspace, branch, chosen.rule, EXPORTED_STD_FLOOR)
         getattr(model, f"{BRANCHES[branch].statistics}_mean").fill_(mean)
         getattr(model, f"{BRANCHES[branch].statistics}_std").fill_(std)
     state = published_state(model)

@@ -11,12 +11,13 @@ from xml.etree import ElementTree
 from csad.data import files
 from csad.errors import UserError
 from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, promised
-from csad.inference.engines import METADATA_KEY, open_model
+from csad.inference.engines import METADATA_KEY
+from csad.inference.runtimes import open_model
 
 import numpy as np
 
 
-def with_validation_scores(known: dict[str, Any], scores: np.ndarray, category: str) -> dict[str, Any]:
+def with_validation_scores(metadata: dict[str, Any], scores: np.ndarray, category: str) -> dict[str, Any]:
     """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
 
     Raises:
@@ -28,7 +29,7 @@ def with_validation_scores(known: dict[str, Any], scores: np.ndarray, category: 
             "train the stages again, or take another format or precision"
         )
     return _with_threshold(
-        known | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category
+        metadata | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category
     )
 
 
@@ -41,60 +42,60 @@ def change(
         value: a threshold, or None for the one that promises ``rate``.
 
     Raises:
-        UserError: the number is not finite or no share, a file is no exported model, or it does not know its validation scores;
+        UserError: the number is not finite or out of range, a file is no exported model or lacks its validation scores;
             all of this before anything is changed.
     """
     engines = [(path, open_model(path, "cpu")) for path in paths]
     changed = [(path, _with_threshold(engine.metadata, value, rate, str(path))) for path, engine in engines]
-    for path, known in changed:
-        write_metadata(path, known)
-        write_beside(path, known)
-        yield path, known
+    for path, metadata in changed:
+        write_metadata(path, metadata)
+        write_beside(path, metadata)
+        yield path, metadata
 
 
-def write_beside(path: Path, known: dict[str, Any]) -> None:
+def write_beside(path: Path, metadata: dict[str, Any]) -> None:
     """The threshold as NAME.threshold.json beside the model, for people and other programs; nothing here reads it."""
     files.write_json(
         path.with_name(f"{path.stem}.threshold.json"),
         {
             "model": path.name,
-            "threshold": known.get("threshold"),
-            "false_positive_rate": known.get("threshold_rate"),
-            "words": known.get("threshold_words"),
-            "validation_images": len(known.get("validation_scores", [])),
+            "threshold": metadata.get("threshold"),
+            "false_positive_rate": metadata.get("threshold_rate"),
+            "words": metadata.get("threshold_words"),
+            "validation_images": len(metadata.get("validation_scores", [])),
         },
     )
 
 
 def _with_threshold(
-    known: dict[str, Any], value: float | None, rate: float | None, model: str
+    metadata: dict[str, Any], value: float | None, rate: float | None, model: str
 ) -> dict[str, Any]:
-    scores = np.array(known.get("validation_scores", []))
+    scores = np.array(metadata.get("validation_scores", []))
     if value is None:
-        chosen = promised(known, fraction(rate, "--set_false_positive_rate"), model)
-        value, rate, words = chosen.value, chosen.promised, chosen.words
+        threshold = promised(metadata, fraction(rate, "--set_false_positive_rate"), model)
+        value, rate, description = threshold.value, threshold.promised, threshold.words
     else:
         finite(value, "--set_threshold")
-        rate, words = None, "set in the model"
+        rate, description = None, "set in the model"
         if len(scores):
             rate = 1 - int((scores <= value).sum()) / (len(scores) + 1)
-            words = f"{words}: {Threshold(value, rate, rate, len(scores)).words}"
-    return known | {"threshold": value, "threshold_rate": rate, "threshold_words": words}
+            description = f"{description}: {Threshold(value, rate, rate, len(scores)).words}"
+    return metadata | {"threshold": value, "threshold_rate": rate, "threshold_words": description}
 
 
-def write_metadata(path: Path, known: dict[str, Any]) -> None:
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Change what an exported file says about itself, and nothing else in it."""
     if path.suffix == ".pth":
         from models.fused import attach_metadata
 
         state = files.read_state(path)
-        attach_metadata(state, known)
+        attach_metadata(state, metadata)
         files.write_state(path, state)
     elif path.suffix == ".onnx":
         from csad.export.exporters import with_metadata
 
-        files.write_bytes(path, with_metadata(path.read_bytes(), known))
+        files.write_bytes(path, with_metadata(path.read_bytes(), metadata))
     else:  # OpenVINO itself would write the weights anew, too, and two files are not replaced at once
         model = ElementTree.fromstring(path.read_bytes())
-        model.find(f"rt_info/{METADATA_KEY}").set("value", json.dumps(known))
+        model.find(f"rt_info/{METADATA_KEY}").set("value", json.dumps(metadata))
         files.write_bytes(path, b'<?xml version="1.0"?>\n' + ElementTree.tostring(model))

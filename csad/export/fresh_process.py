@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csad.errors import UserError, in_a_sentence
-from csad.inference.engines import open_model, read_for
+from csad.errors import UserError, user_message
+from csad.inference.engines import read_for
+from csad.inference.runtimes import open_model
 from csad.progress import ProgressBar
 
 import numpy as np
@@ -29,9 +30,8 @@ class Scored(NamedTuple):
 
     scores: np.ndarray  # (N,), of all; not always finite, as the next two
     score: np.ndarray  # (n,)
-    branch_scores: (
-        np.ndarray | None
-    )  # (n, K); None: the model was exported without maps and gives the score alone
+    # (n, K); None: the model was exported without maps and gives the score alone.
+    branch_scores: np.ndarray | None
     label_map: np.ndarray | None  # (n, 256, 256) uint8, the same way
     metadata: dict[str, Any]
     networks: dict[str, str]  # in which precision they ran, `csad.inference.engines.Engine.networks`
@@ -52,7 +52,7 @@ def score(
         UserError: the model cannot be opened, a picture cannot be read, or the process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked = {
+        request = {
             "model": str(model.resolve()),
             "pictures": [str(path.resolve()) for path in pictures],
             "device": device,
@@ -63,60 +63,60 @@ def score(
         paths = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps(asked),
+            input=json.dumps(request),
             text=True,
             env=MEMORY_IS_FILLED | os.environ | {"PYTHONPATH": paths},
         )
-        if done.returncode or not Path(asked["answer"]).exists():
+        if done.returncode or not Path(request["answer"]).exists():
             raise UserError(
                 f"the exported model {model.name} could not be scored with: its process ended with status "
                 f"{done.returncode}; export it again, with another --precision where this repeats itself"
             )
-        with np.load(asked["answer"], allow_pickle=False) as answer:
-            found = dict(answer)
-    said = json.loads(str(found["said"]))
-    if "problem" in said:
-        raise UserError(said["problem"])
+        with np.load(request["answer"], allow_pickle=False) as answer:
+            arrays = dict(answer)
+    fields = json.loads(str(arrays["said"]))
+    if "problem" in fields:
+        raise UserError(fields["problem"])
     return Scored(
-        found["score"],
-        found["score"][list(closely)],
-        found.get("branch_scores"),
-        found.get("label_map"),
-        said["metadata"],
-        said["networks"],
-        said["device"],
+        arrays["score"],
+        arrays["score"][list(closely)],
+        arrays.get("branch_scores"),
+        arrays.get("label_map"),
+        fields["metadata"],
+        fields["networks"],
+        fields["device"],
     )
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     try:
-        found, said = _answer(asked)
+        arrays, fields = _answer(request)
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # who started this says so
     except Exception as problem:
-        sentence = in_a_sentence(problem)
+        sentence = user_message(problem)
         if sentence is None:
             raise
-        found, said = {}, {"problem": sentence}
-    np.savez(asked["answer"], said=json.dumps(said), **found)
+        arrays, fields = {}, {"problem": sentence}
+    np.savez(request["answer"], said=json.dumps(fields), **arrays)
 
 
-def _answer(asked: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    engine = open_model(Path(asked["model"]), asked["device"])
-    closely = set(asked["closely"]) if engine.has_maps else set()
-    found: dict[str, list[np.ndarray]] = {"score": []} | (
+def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    engine = open_model(Path(request["model"]), request["device"])
+    closely = set(request["closely"]) if engine.has_maps else set()
+    arrays: dict[str, list[np.ndarray]] = {"score": []} | (
         {"branch_scores": [], "label_map": []} if closely else {}
     )
     for index, path in enumerate(
-        ProgressBar(asked["pictures"], desc=asked["description"], unit="image", leave=False)
+        ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
     ):
         picture = read_for(engine, [Path(path)])
-        given = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
-        for name in found.keys() & given.keys():
-            found[name].append(given[name])
+        output = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
+        for name in arrays.keys() & output.keys():
+            arrays[name].append(output[name])
     return (
-        {name: np.concatenate(values) for name, values in found.items()},
+        {name: np.concatenate(values) for name, values in arrays.items()},
         {"metadata": engine.metadata, "networks": engine.networks, "device": engine.device},
     )
 

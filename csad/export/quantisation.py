@@ -54,14 +54,14 @@ class Check:
     good: np.ndarray
 
     def agreement(self, engine: Engine) -> Agreement:
-        found = np.concatenate([engine.score(image[None]) for image in self.images])
-        if not np.isfinite(found).all():
+        scores = np.concatenate([engine.score(image[None]) for image in self.images])
+        if not np.isfinite(scores).all():
             return Agreement(float("inf"), float("inf"))
-        points = 0.0 if self.good.all() else abs(_auroc(found, self.good) - _auroc(self.scores, self.good))
+        points = 0.0 if self.good.all() else abs(_auroc(scores, self.good) - _auroc(self.scores, self.good))
         threshold = choose_threshold(self.scores[self.good]).value
         near = np.argsort(np.abs(self.scores - threshold))[: max(round(NEAR * len(self.scores)), 1)]
-        share = float(np.abs(found - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
-        return Agreement(points, share)
+        movement = float(np.abs(scores - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
+        return Agreement(points, movement)
 
 
 class Agreement(NamedTuple):
@@ -91,15 +91,15 @@ def quantise(
         The first model that agrees (else the last one), the names of the parts in higher
         precision, and how well its scores agree.
     """
-    kept, prefixes = [], ()
-    for name, more in FALLBACK_ORDER:
-        kept, prefixes = [*kept, name], prefixes + more
+    in_higher_precision, prefixes = [], ()
+    for name, beginnings in FALLBACK_ORDER:
+        in_higher_precision, prefixes = [*in_higher_precision, name], prefixes + beginnings
         model, engine = build(prefixes)
         agreement = check.agreement(engine)
-        say(f"int8 with {', '.join(kept)} in higher precision: {agreement}")
+        say(f"int8 with {', '.join(in_higher_precision)} in higher precision: {agreement}")
         if agreement.suffices:
             break
-    return model, kept, agreement
+    return model, in_higher_precision, agreement
 
 
 def _auroc(scores: np.ndarray, good: np.ndarray) -> float:

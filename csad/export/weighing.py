@@ -10,7 +10,8 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights
 from csad.export.assembly import fused_state
-from csad.inference.engines import Engine, TorchEngine, read_for
+from csad.inference.engines import Engine, read_for
+from csad.inference.runtimes import TorchEngine
 from csad.progress import ProgressBar
 from csad.training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 
@@ -39,7 +40,8 @@ def decide(
     ):
         state, weighed = with_optional_branches(category, workspace, fusion, view)
         engine = TorchEngine(state, device)
-        decision = branch_weights.choose(*contributions_on_defects(engine, category, seed), engine.branches)
+        good, defects = contributions_on_defects(engine, category, seed)
+        decision = branch_weights.choose(good, defects, engine.branches, fusion.branches)
         branch_weights.write(category.name, workspace, fusion, decision)
         weights = decision.weights
         print(f"{category.name}: {decision.description}")

@@ -52,7 +52,7 @@ class FoldedEncoder(nn.Module):
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, ...]:
         maps = self.network(self.normalise(rgb).to(self.dtype))
-        return tuple(one.float() for one in to_grids(maps, self.reductions, tuple(rgb.shape[-2:])))
+        return tuple(level.float() for level in to_grids(maps, self.reductions, tuple(rgb.shape[-2:])))
 
 
 class FoldedTeacher(nn.Module):
@@ -114,12 +114,12 @@ class FoldedLgst(LgstMap):
         self.register_buffer("offset", -(self.scale * starts).sum())
 
     def forward(self, images: Tensor, maps: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Tensor:
-        """As `models.lgst.LGST.forward`."""
+        """The anomaly map, see `models.lgst.LGST.forward`."""
         normalised = self.normalise(images).to(self.dtype)
-        teacher = self.teacher(*(one.to(self.dtype) for one in maps[1:]))
+        teacher = self.teacher(*(level.to(self.dtype) for level in maps[1:]))
         expected = torch.cat([teacher, self.autoencoder(normalised)], dim=1).float()
-        given = self.student(normalised).float()
-        local, global_ = (part.mean(1) for part in (expected - given).square().chunk(2, dim=1))
+        student = self.student(normalised).float()
+        local, global_ = (part.mean(1) for part in (expected - student).square().chunk(2, dim=1))
         return self.scale[0] * local + self.scale[1] * global_ + self.offset
 
 
@@ -132,7 +132,7 @@ class FoldedSegmentor(nn.Module):
         self.network.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
-        return resize(self.network(tuple(one.to(self.dtype) for one in maps)).float(), (SIZE, SIZE))
+        return resize(self.network(tuple(level.to(self.dtype) for level in maps)).float(), (SIZE, SIZE))
 
 
 class FoldedModel(FusedModel):
@@ -183,11 +183,11 @@ class FoldedModel(FusedModel):
 
     def forward(self, images: Tensor) -> Tensor | Prediction:  # type: ignore[override]  # a whole Prediction on request
         rgb = images.float() if self.raw_input else to_rgb(images, self.image_mean, self.image_std, self.size)
-        found = self.analyse(rgb)
-        return found if self.with_map else found.score
+        prediction = self.analyse(rgb)
+        return prediction if self.with_map else prediction.score
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """In which type each network runs, by its name in `csad.inference.engines.NODES`."""
+        """The type in which each network runs, by its name in `csad.inference.engines.NODES`."""
         parts: dict[str, nn.Module | None] = {
             "encoder": self.encoder.network,
             "segmentor": self.segmentor and self.segmentor.network,

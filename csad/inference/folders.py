@@ -7,63 +7,52 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from csad.data.files import place
+from csad.data.files import path_argument
 from csad.data.image_files import SUFFIXES
 from csad.data.listing import reason_to_skip
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
-NO_STATE: State = (
-    0,
-    0,
-)  # of what cannot be looked at: links to nothing, pipes, folders that cannot be listed
+# Of what cannot be looked at: links to nothing, pipes, folders that cannot be listed.
+NO_STATE: State = (0, 0)
 
 
-def place_or_url(text: str) -> Path | str:
+def path_or_url(text: str) -> Path | str:
     """An argument that names images: a path, or a URL as it is."""
-    return text if is_url(text) else place(text)
+    return text if is_url(text) else path_argument(text)
 
 
 def is_url(text: Path | str) -> bool:
     return isinstance(text, str) and "://" in text
 
 
-class Found:
-    """The named files, and all images in the named folders, sorted; what lies in ``output`` is our own.
+def input_images(paths: Sequence[Path | str], output: Path) -> tuple[list[Path], list[Path]]:
+    """The named files and all images in the named folders, sorted; what lies in ``output`` is our own.
 
-    Attributes:
-        images: to be scored.
-        left_out: files in the folders that are no images.
+    Returns:
+        The images, each once, and the files in the folders that are not images.
 
     Raises:
-        UserError: a place does not exist, or is a URL.
+        UserError: a path does not exist, or is a URL.
     """
-
-    def __init__(self, places: Sequence[Path | str], output: Path):
-        self.places, self.images, self.left_out = places, [], []
-        for one in places:
-            if is_url(one):
-                raise UserError(f"{one} is a URL, and those are read with --ray only: --ray local")
-            if not one.exists() and not one.is_symlink():
-                raise UserError(f"there is no {one}; name an image or a folder of images")
-            if one.is_dir():
-                listed, others = images_in(one, output)
-                self.images += list(listed)
-                self.left_out += others
-            else:
-                self.images.append(one)
-        self.images = list(dict.fromkeys(self.images))  # a file named beside its folder is scored once
-
-    def require_images(self) -> None:
-        """Raises UserError where there is no image."""
-        if not self.images:
-            raise no_images(self.places)
+    images: dict[Path, None] = {}  # a file named beside its folder is scored once
+    left_out: list[Path] = []
+    for path in paths:
+        if is_url(path):
+            raise UserError(f"{path} is a URL, and those are read with --ray only: --ray local")
+        if not path.exists() and not path.is_symlink():
+            raise UserError(f"there is no {path}; name an image or a folder of images")
+        in_folder, not_images = images_in(path, output) if path.is_dir() else ({path: NO_STATE}, [])
+        images |= dict.fromkeys(in_folder)
+        left_out += not_images
+    return list(images), left_out
 
 
-def no_images(places: Sequence[Path | str]) -> UserError:
+def no_images(paths: Sequence[Path | str]) -> UserError:
+    """What to say where there is no image at these paths."""
     return UserError(
-        f"no images in {', '.join(map(str, places))}; expected files ending in {', '.join(SUFFIXES)}"
+        f"no images in {', '.join(map(str, paths))}; expected files ending in {', '.join(SUFFIXES)}"
     )
 
 
@@ -73,11 +62,11 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
     What cannot be looked at, folders too, is listed with `NO_STATE`, so that nobody takes it for judged.
     """
     own = output.resolve()
-    found, others, seen = {}, [], set()
+    states, left_out, seen = {}, [], set()
 
     def note(problem: OSError) -> None:
         if not isinstance(problem, FileNotFoundError):  # taken away since
-            found[Path(problem.filename)] = NO_STATE
+            states[Path(problem.filename)] = NO_STATE
 
     for here, below, names in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(here)
@@ -97,22 +86,22 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
             if reason_to_skip(name) or name in ("predictions.csv", "predictions.jsonl"):
                 continue
             if not name.lower().endswith(SUFFIXES):
-                others.append(path)
+                left_out.append(path)
                 continue
             try:
                 status = path.stat()
             except OSError as problem:
                 if isinstance(problem, FileNotFoundError) and not path.is_symlink():  # taken away since
                     continue
-                found[path] = NO_STATE
+                states[path] = NO_STATE
             else:
                 state = status.st_size, status.st_mtime_ns
-                found[path] = state if stat.S_ISREG(status.st_mode) else NO_STATE
-    return dict(sorted(found.items())), others
+                states[path] = state if stat.S_ISREG(status.st_mode) else NO_STATE
+    return dict(sorted(states.items())), left_out
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from another one at its path, like a share from its mount point; None: it cannot be listed."""
+    """What distinguishes a folder from another at its path, like a share from its mount point; None: it cannot be listed."""
     try:
         with os.scandir(folder):
             status = os.stat(folder)
@@ -124,6 +113,15 @@ def identity(folder: Path) -> tuple[int, int] | None:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds the drawings of an earlier run."""
     return folder.name == "maps" and (folder.parent / "predictions.jsonl").exists()
+
+
+def state_of(path: Path) -> dict[str, int | None]:
+    """What tells whether a file is still the one that was scored: its length and time of change, None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {"bytes": None, "changed_ns": None}
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
 def only_writer(folder: Path) -> FileLock:

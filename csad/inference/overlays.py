@@ -33,7 +33,7 @@ _HEAT = np.array(
 )
 _OUTLINE = (255, 0, 200)
 _TEXT, _QUIET, _RED, _GREEN = (27, 36, 48), (91, 102, 117), (184, 28, 46), (24, 110, 52)
-_LEAST_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
+_MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
@@ -128,7 +128,10 @@ def ring(image: np.ndarray, spot: tuple[int, int], size: tuple[int, int]) -> np.
         spot: x and y in pixels of the image before it was made smaller.
         size: its width and height then.
     """
-    x, y = ((place + 0.5) * shown / side - 0.5 for place, shown, side in zip(spot, image.shape[1::-1], size))
+    x, y = (
+        (position + 0.5) * side_shown / side - 0.5
+        for position, side_shown, side in zip(spot, image.shape[1::-1], size)
+    )
     rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
     distance = np.hypot(rows - y, columns - x)
     radius, width = max(6.0, max(image.shape) / 22), max(1.0, max(image.shape) / 250)
@@ -153,7 +156,7 @@ def captioned(
         red: the title's colour, else green.
     """
     size = int(np.clip(picture.shape[0] / 26, 12, 30))
-    margin, width = size // 2, max(picture.shape[1], _LEAST_WIDTH)
+    margin, width = size // 2, max(picture.shape[1], _MIN_WIDTH)
     large, small = (ImageFont.load_default(pixels) for pixels in (round(1.25 * size), size))
     placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, int, int] | None]] = []
     y = float(margin)

@@ -1,28 +1,26 @@
 """What stage 1's clustering adds to the published method, for the settings that ask for it (docs/beyond.md).
 
-Parts that only some kinds of images have (`variants`), parts alike but for one feature (`lookalikes`), features in units of
+Parts that only some groups of images have (`variants`), parts alike but for one feature (`lookalikes`), features in units of
 their own, and a bandwidth where none is published. `clustering` is the published method.
 """
 
 from __future__ import annotations
 
 from csad.pseudo_labels import clustering
-from csad.pseudo_labels.clustering import LEAST_AREA, LEAST_MEMBERS, SemanticLabels
+from csad.pseudo_labels.clustering import MIN_AREA, MIN_MEMBERS, SemanticLabels
 
 import numpy as np
 from sklearn.cluster import estimate_bandwidth as sklearn_estimate
 
-LEAST_MEMBERS_VARIANTS = 0.15  # of the number of images, where parts may belong to some kinds of images only
+MIN_MEMBERS_VARIANTS = 0.15  # of the number of images, where parts may belong to some groups of images only
 ALWAYS = 0.8  # of the images: so many have a part, or else one of those that take its place
 EXCLUSIVE = 0.2  # of the rarer part's images: two that meet in fewer take each other's place
-MOST_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
+MAX_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the start of a climb
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
-LOOKALIKES_APART, LOOKALIKES_TOGETHER = (
-    4.0,
-    0.8,
-)  # spreads within the lookalikes; of the images, see _side_by_side
+# Spreads within the lookalikes; of the images, see _cooccurrence.
+LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8
 TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
-TRUSTED = 0.5  # of a kind's images
+TRUSTED = 0.5  # of a group's images
 
 # Features of different kinds in comparable units, so that a MeanShift bandwidth of 1 suits them all. Chosen by trying
 # some hundred combinations on 100 training images of each category of the built-in data set (seed 0) against its
@@ -39,64 +37,65 @@ def semantic_labels(
     image_of: np.ndarray,
     images: int,
     bandwidth: float,
-    largest_kind_only: bool,
+    largest_group_only: bool,
     variants: bool,
     lookalikes: bool,
 ) -> SemanticLabels:
     """Turn components into semantic labels, numbered from the most frequent on; see `clustering.semantic_labels`.
 
     Args:
-        variants: also label parts that occur in some kinds of images only, say a cable in three colours: clusters of
-            15 % rather than half the images do if others take their place elsewhere (`without_sporadic`), and a label
-            has to be large enough in any of the kinds rather than in the largest one. All kinds are trusted, and images of
-            no kind count to the nearest one, so that half of all images can be: a short training needs many.
+        variants: also label parts that occur in some groups of images only, say a cable in three colours: clusters of
+            15 % rather than half the images do if others take their place elsewhere (`drop_irregular_clusters`), and a label
+            has to be large enough in any of the groups rather than in the largest one. All groups are trusted, and images of
+            no group count to the nearest one, so that half of all images can be: a short training needs many.
         lookalikes: also tell apart parts that are alike but for one feature, say a long and a short bolt, where most images
-            show both in the same numbers (see `split_lookalikes`).
+            show both in the same numbers (see `split_similar_parts`).
     """
-    least = LEAST_MEMBERS_VARIANTS * images if variants else int(LEAST_MEMBERS * images)
-    found = clustering.mean_shift(features, bandwidth, MOST_SEEDS)
+    min_members = MIN_MEMBERS_VARIANTS * images if variants else int(MIN_MEMBERS * images)
+    clustered = clustering.mean_shift(features, bandwidth, MAX_SEEDS)
     clusters = number_clusters(
-        split_lookalikes(features, found, image_of, least) if lookalikes else found, least
+        split_similar_parts(features, clustered, image_of, min_members) if lookalikes else clustered,
+        min_members,
     )
     if not variants:
-        return clustering.labels_and_trusted(clusters, areas, image_of, images, largest_kind_only)
-    clusters = without_sporadic(clusters, image_of, images)
+        return clustering.labels_and_trusted(clusters, areas, image_of, images, largest_group_only)
+    clusters = drop_irregular_clusters(clusters, image_of, images)
     histogram = clustering.label_histograms(clusters, areas, image_of, images)
-    kinds = with_nearest_kind(histogram, clustering.kinds_of_images(histogram))
-    kept = labels_of_any_kind(histogram, kinds)
+    groups = with_nearest_group(histogram, clustering.group_images(histogram))
+    numbers = labels_of_any_group(histogram, groups)
     return SemanticLabels(
         clusters,
-        kept[clusters],
+        numbers[clusters],
         histogram,
-        histogram[:, kept[1:] > 0],
-        kinds,
-        trusted_members(histogram, kinds),
+        histogram[:, numbers[1:] > 0],
+        groups,
+        trusted_members(histogram, groups),
     )
 
 
-def number_clusters(found: np.ndarray, least: float) -> np.ndarray:
-    """Clusters (n,) in any numbering -> (n,) 1..K, the largest first; 0 for those under ``least`` members."""
-    members = np.bincount(found)
+def number_clusters(clusters: np.ndarray, min_members: float) -> np.ndarray:
+    """Clusters (n,) in any numbering -> (n,) 1..K, the largest first; 0 for those under ``min_members``."""
+    members = np.bincount(clusters)
     order = np.argsort(-members, kind="stable")
     numbers = np.zeros(len(members), np.int64)
-    large = order[members[order] >= least]
+    large = order[members[order] >= min_members]
     numbers[large] = np.arange(1, len(large) + 1)
-    return numbers[found]
+    return numbers[clusters]
 
 
-def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
-    """Clusters that good images have by rule, renumbered 1..; the others become 0. Where none is left, all stay.
+def drop_irregular_clusters(clusters: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
+    """Clusters that good images regularly have, renumbered 1..; the others become 0. If none is left, all stay.
 
-    By rule means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
+    Regularly means: in 80 % of the images, or in 80 % together with clusters that it hardly ever meets, which take its
     place there (the juices of a bottle). A tray's compartment that is proposed now and then, and anything else that comes
     and goes without a substitute, says more about the proposer than about the product.
     """
     present = np.zeros((images, clusters.max(initial=0) + 1), bool)
     present[image_of, clusters] = True
     present = present[:, 1:]
-    share = present.mean(0)
+    presence = present.mean(0)
     together = (present.T.astype(float) @ present) / images
-    exclusive = together < EXCLUSIVE * np.minimum(share[:, None], share)
+    exclusive = together < EXCLUSIVE * np.minimum(presence[:, None], presence)
     np.fill_diagonal(exclusive, True)  # a part stands in for itself
     regular = np.array([present[:, row].any(1).mean() >= ALWAYS for row in exclusive], bool)
     if not regular.any():
@@ -104,8 +103,8 @@ def without_sporadic(clusters: np.ndarray, image_of: np.ndarray, images: int) ->
     return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
 
 
-def split_lookalikes(
-    features: np.ndarray, found: np.ndarray, image_of: np.ndarray, least: float
+def split_similar_parts(
+    features: np.ndarray, clusters: np.ndarray, image_of: np.ndarray, min_members: float
 ) -> np.ndarray:
     """Split clusters that hold two parts which differ sharply in one feature, while lighting blurs all the others.
 
@@ -115,45 +114,45 @@ def split_lookalikes(
 
     Args:
         features: (n, D).
-        found: (n,) clusters 0..
+        clusters: (n,) 0..
         image_of: (n,) index of each component's image.
-        least: members of a group.
+        min_members: of a group.
 
     Returns:
         (n,) clusters 0.., in another numbering.
     """
-    found, pending = found.copy(), list(range(found.max() + 1))
+    clusters, pending = clusters.copy(), list(range(clusters.max() + 1))
     while pending:
         cluster = pending.pop()
-        members = np.flatnonzero(found == cluster)
-        if len(members) < 2 * least:
+        members = np.flatnonzero(clusters == cluster)
+        if len(members) < 2 * min_members:
             continue
         splits = [
             (apart, upper)
             for upper, apart in map(_two_groups, features[members].T)
             if apart > LOOKALIKES_APART
-            and min(upper.sum(), (~upper).sum()) >= least
-            and _side_by_side(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER
+            and min(upper.sum(), (~upper).sum()) >= min_members
+            and _cooccurrence(image_of[members[upper]], image_of[members[~upper]]) > LOOKALIKES_TOGETHER
         ]
         if splits:
             _, upper = max(splits, key=lambda split: split[0])
-            found[members[upper]] = found.max() + 1
-            pending += [cluster, int(found.max())]
-    return found
+            clusters[members[upper]] = clusters.max() + 1
+            pending += [cluster, int(clusters.max())]
+    return clusters
 
 
-def _side_by_side(ones: np.ndarray, others: np.ndarray) -> float:
+def _cooccurrence(first: np.ndarray, second: np.ndarray) -> float:
     """How regularly two groups, lists of image numbers, appear together, 0..1.
 
     Of the images that show the usual number of both together (proposals failed in the others), the share in which each
     group has its usual number, at least one.
     """
     counts = np.stack(
-        [np.bincount(group, minlength=max(ones.max(), others.max()) + 1) for group in (ones, others)], 1
+        [np.bincount(group, minlength=max(first.max(), second.max()) + 1) for group in (first, second)], 1
     )
     totals = counts.sum(1)
-    usual = np.bincount(totals[totals > 0]).argmax()
-    pairs, often = np.unique(counts[totals == usual], axis=0, return_counts=True)
+    most_common = np.bincount(totals[totals > 0]).argmax()
+    pairs, often = np.unique(counts[totals == most_common], axis=0, return_counts=True)
     return float(often.max() / often.sum()) if pairs[often.argmax()].all() else 0.0
 
 
@@ -181,18 +180,18 @@ def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
     return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
 
 
-def with_nearest_kind(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """Give images of no kind (-1) that whose mean histogram is nearest, by the largest absolute difference; (images,)."""
-    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1)])
+def with_nearest_group(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Give images of no group (-1) that whose mean histogram is nearest, by the largest absolute difference; (images,)."""
+    means = np.array([histograms[groups == group].mean(0) for group in range(groups.max() + 1)])
     nearest = np.abs(histograms[:, None] - means).max(2, initial=0).argmin(1)
-    return np.where(kinds < 0, nearest, kinds)
+    return np.where(groups < 0, nearest, groups)
 
 
-def trusted_members(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """Of each kind's own images the half nearest to its mean histogram (`clustering.apart`); indices, ascending."""
+def trusted_members(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The half of each group's own images nearest to its mean histogram (`clustering.apart`); indices, ascending."""
     trusted: list[int] = []
-    for kind in range(kinds.max() + 1):
-        members = np.flatnonzero(kinds == kind)
+    for group in range(groups.max() + 1):
+        members = np.flatnonzero(groups == group)
         distances = clustering.apart(histograms[members], histograms[members].mean(0))
         trusted += members[
             np.argsort(distances, kind="stable")[: int(np.ceil(TRUSTED * len(members)))]
@@ -200,10 +199,10 @@ def trusted_members(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     return np.array(sorted(trusted), np.int64)
 
 
-def labels_of_any_kind(histograms: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """New number of each label, (K + 1,): 1..L for those with over 0.1 % mean area in any kind of images, else 0."""
-    means = np.array([histograms[kinds == kind].mean(0) for kind in range(kinds.max() + 1)])
-    return clustering.renumbered(means.max(0) > LEAST_AREA)
+def labels_of_any_group(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """New number of each label, (K + 1,): 1..L for those with over 0.1 % mean area in any group of images, else 0."""
+    means = np.array([histograms[groups == group].mean(0) for group in range(groups.max() + 1)])
+    return clustering.renumbered(means.max(0) > MIN_AREA)
 
 
 def estimate_bandwidth(features: np.ndarray, images: int) -> float:
@@ -212,9 +211,9 @@ def estimate_bandwidth(features: np.ndarray, images: int) -> float:
     scikit-learn's estimate, the mean distance to the k-th nearest neighbour, with k = the members of the smallest cluster
     that counts as a label instead of 30 % of everything, which joins parts as soon as an image has more than three.
     """
-    share = min(max(LEAST_MEMBERS * images / len(features), 1 / min(len(features), NEIGHBOURS_OF)), 1)
-    found = sklearn_estimate(features, quantile=share, n_samples=NEIGHBOURS_OF, random_state=0)
-    return float(max(found, np.finfo(np.float32).eps))
+    fraction = min(max(MIN_MEMBERS * images / len(features), 1 / min(len(features), NEIGHBOURS_OF)), 1)
+    estimate = sklearn_estimate(features, quantile=fraction, n_samples=NEIGHBOURS_OF, random_state=0)
+    return float(max(estimate, np.finfo(np.float32).eps))
 
 
 def comparable(features: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The foundation models' weights: their published names, and where they are to be had."""
+"""The foundation models' weights: their published names, and where to get them."""
 
 from __future__ import annotations
 

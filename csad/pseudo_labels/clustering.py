@@ -12,12 +12,12 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.cluster import HDBSCAN
 
-LEAST_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
-MOST_STEPS, CLOSE_ENOUGH = 300, 1e-3  # of MeanShift's climb; bandwidths
+MIN_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
+MAX_STEPS, TOLERANCE = 300, 1e-3  # of MeanShift's climb; bandwidths
 SEEDS_AT_ONCE = 1000  # of MeanShift
-LEAST_KIND = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
-TRUSTED = 0.5  # of the number of a kind's images
-LEAST_AREA = 0.001  # mean share of the image that a label takes in the largest kind, or it is dropped
+MIN_GROUP = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
+TRUSTED = 0.5  # of the number of a group's images
+MIN_AREA = 0.001  # mean share of the image that a label takes in the largest group, or it is dropped
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SemanticLabels:
         labels: (components,) the same after labels too small were dropped and the rest renumbered, 1..L, or 0.
         raw_histogram: (images, K) share of each image that each cluster takes; 0 for clusters that are no label.
         filtered_histogram: (images, L) share that each label takes.
-        kinds: (images,) kind of each image, 0.. from the most frequent on, or -1 for none.
+        groups: (images,) group of each image, 0.. from the most frequent on, or -1 for none.
         trusted: indices of the images whose label maps are trusted, ascending.
     """
 
@@ -37,12 +37,12 @@ class SemanticLabels:
     labels: np.ndarray
     raw_histogram: np.ndarray
     filtered_histogram: np.ndarray
-    kinds: np.ndarray
+    groups: np.ndarray
     trusted: np.ndarray
 
     @property
     def number_of_clusters(self) -> int:
-        """Those that are a label, be it too small an area in the end."""
+        """How many clusters are a label, also those whose area is too small in the end."""
         return int(np.count_nonzero(np.unique(self.clusters)))
 
 
@@ -52,7 +52,7 @@ def semantic_labels(
     image_of: np.ndarray,
     images: int,
     bandwidth: float,
-    largest_kind_only: bool,
+    largest_group_only: bool,
 ) -> SemanticLabels:
     """Turn components into semantic labels.
 
@@ -62,43 +62,43 @@ def semantic_labels(
         image_of: (components,) index of each component's image.
         images: how many there are.
         bandwidth: of MeanShift, in units of ``features``.
-        largest_kind_only: trust images of the largest kind only ("one histogram cluster").
+        largest_group_only: trust images of the largest group only ("one histogram cluster").
     """
-    clusters = without_rare(mean_shift(features, bandwidth), int(LEAST_MEMBERS * images))
-    return labels_and_trusted(clusters, areas, image_of, images, largest_kind_only)
+    clusters = drop_rare_clusters(mean_shift(features, bandwidth), int(MIN_MEMBERS * images))
+    return labels_and_trusted(clusters, areas, image_of, images, largest_group_only)
 
 
 def labels_and_trusted(
-    clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, largest_kind_only: bool
+    clusters: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int, largest_group_only: bool
 ) -> SemanticLabels:
     """What follows from the clusters (components,) 1..K, or 0 for no label; see `semantic_labels`."""
     histogram = label_histograms(clusters, areas, image_of, images)
-    kinds = kinds_of_images(histogram)
-    kept = renumbered(histogram[kinds == 0].mean(0) > LEAST_AREA)
+    groups = group_images(histogram)
+    numbers = renumbered(histogram[groups == 0].mean(0) > MIN_AREA)
     return SemanticLabels(
         clusters,
-        kept[clusters],
+        numbers[clusters],
         histogram,
-        histogram[:, kept[1:] > 0],
-        kinds,
-        trusted_images(histogram, kinds, largest_kind_only),
+        histogram[:, numbers[1:] > 0],
+        groups,
+        trusted_images(histogram, groups, largest_group_only),
     )
 
 
-def mean_shift(features: np.ndarray, bandwidth: float, most_seeds: int | None = None) -> np.ndarray:
+def mean_shift(features: np.ndarray, bandwidth: float, max_seeds: int | None = None) -> np.ndarray:
     """MeanShift with a flat kernel, as scikit-learn does it, (n, D) -> (n,) clusters 0.. in order of density.
 
     scikit-learn climbs from one seed after the other and takes minutes for what many seeds together climb in seconds.
 
     Args:
-        most_seeds: climb from so many components, drawn from all; None: from every one, and the result is scikit-learn's.
+        max_seeds: climb from so many components, drawn from all; None: from every one, and the result is scikit-learn's.
     """
     features = np.asarray(features, np.float64)
     features = features - features.mean(0)  # short vectors lose little in the differences of squares below
     # Not every n-th: components come in a regular order in each image, a stride can miss the same part in all of them.
-    drawn = np.random.default_rng(0).permutation(len(features))[:most_seeds]
+    drawn = np.random.default_rng(0).permutation(len(features))[:max_seeds]
     seeds = features[np.sort(drawn)]
-    at_once = most_seeds or SEEDS_AT_ONCE
+    at_once = max_seeds or SEEDS_AT_ONCE
     climbs = [
         _climb(seeds[first : first + at_once], features, bandwidth) for first in range(0, len(seeds), at_once)
     ]
@@ -113,10 +113,10 @@ def mean_shift(features: np.ndarray, bandwidth: float, most_seeds: int | None = 
 
 
 def _climb(seeds: np.ndarray, features: np.ndarray, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where seeds (s, D) come to rest among features (n, D), and how many features (s,) lie within a bandwidth of there."""
+    """The points (s, D) at which seeds come to rest among features (n, D), and how many features (s,) lie within a bandwidth."""
     lengths = (features**2).sum(1)
     centres, climbing, members = seeds.copy(), np.arange(len(seeds)), np.zeros(len(seeds))
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         # As matrix products, which for wide features take a tenth of the time of cdist and of a product with booleans.
         squares = (centres[climbing] ** 2).sum(1)[:, None] + lengths - 2 * centres[climbing] @ features.T
         near = (squares <= bandwidth**2).astype(features.dtype)
@@ -124,15 +124,15 @@ def _climb(seeds: np.ndarray, features: np.ndarray, bandwidth: float) -> tuple[n
         means = near @ features / np.maximum(members[climbing], 1)[:, None]
         steps = np.linalg.norm(means - centres[climbing], axis=1)
         centres[climbing] = means
-        climbing = climbing[steps > CLOSE_ENOUGH * bandwidth]
+        climbing = climbing[steps > TOLERANCE * bandwidth]
         if not len(climbing):
             break
     return centres, members
 
 
-def without_rare(found: np.ndarray, least: int) -> np.ndarray:
-    """Clusters (n,) 0.. -> (n,) 1.., in the same order; 0 for those under ``least`` members."""
-    return np.where(np.bincount(found) >= least, np.arange(1, found.max() + 2), 0)[found]
+def drop_rare_clusters(clusters: np.ndarray, min_members: int) -> np.ndarray:
+    """Clusters (n,) 0.. -> (n,) 1.., in the same order; 0 for those under ``min_members``."""
+    return np.where(np.bincount(clusters) >= min_members, np.arange(1, clusters.max() + 2), 0)[clusters]
 
 
 def label_histograms(labels: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
@@ -142,20 +142,20 @@ def label_histograms(labels: np.ndarray, areas: np.ndarray, image_of: np.ndarray
     return histograms[:, 1:]
 
 
-def kinds_of_images(histograms: np.ndarray) -> np.ndarray:
-    """Group images by their histograms (images, K) -> (images,) kinds, the most frequent one is 0; -1 belongs to none.
+def group_images(histograms: np.ndarray) -> np.ndarray:
+    """Group images by their histograms (images, K) -> (images,) groups, the most frequent one is 0; -1 belongs to none.
 
-    HDBSCAN asks for 10 % of the images in a kind, and for fewer until a kind appears; where none ever does, all images
-    are of one kind.
+    HDBSCAN asks for 10 % of the images in a group, and for fewer until a group appears; where none ever does, all images
+    are of one group.
     """
     images = len(histograms)
-    for least in range(max(int(LEAST_KIND * images), 2), 1, -1):
-        if images < least or not histograms.shape[1]:
+    for min_size in range(max(int(MIN_GROUP * images), 2), 1, -1):
+        if images < min_size or not histograms.shape[1]:
             break
-        found = HDBSCAN(min_cluster_size=least, copy=True).fit_predict(histograms)
-        if found.max() >= 0:
-            order = np.argsort(-np.bincount(found[found >= 0]), kind="stable")
-            return np.where(found >= 0, np.argsort(order)[found], -1)
+        groups = HDBSCAN(min_cluster_size=min_size, copy=True).fit_predict(histograms)
+        if groups.max() >= 0:
+            order = np.argsort(-np.bincount(groups[groups >= 0]), kind="stable")
+            return np.where(groups >= 0, np.argsort(order)[groups], -1)
     return np.zeros(images, np.int64)
 
 
@@ -164,11 +164,11 @@ def apart(histograms: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.abs(histograms - mean).max(1, initial=0)
 
 
-def trusted_images(histograms: np.ndarray, kinds: np.ndarray, largest_kind_only: bool) -> np.ndarray:
-    """For each kind half as many images as it has, those of all images nearest to its mean; indices, ascending."""
+def trusted_images(histograms: np.ndarray, groups: np.ndarray, largest_group_only: bool) -> np.ndarray:
+    """The images nearest to each group's mean, of all images, half as many as it has; indices, ascending."""
     trusted: set[int] = set()
-    for kind in range(1 if largest_kind_only else kinds.max() + 1):
-        members = np.flatnonzero(kinds == kind)
+    for group in range(1 if largest_group_only else groups.max() + 1):
+        members = np.flatnonzero(groups == group)
         count = max(int(TRUSTED * len(members)), 1)
         trusted |= set(
             np.argsort(apart(histograms, histograms[members].mean(0)), kind="stable")[:count].tolist()
@@ -176,11 +176,11 @@ def trusted_images(histograms: np.ndarray, kinds: np.ndarray, largest_kind_only:
     return np.array(sorted(trusted), np.int64)
 
 
-def renumbered(kept: np.ndarray) -> np.ndarray:
-    """New number of each label 0..K, (K + 1,): 1..L in the same order for those kept, (K,) bool, else 0."""
-    return np.concatenate([[0], np.where(kept, np.cumsum(kept), 0)]).astype(np.int64)
+def renumbered(is_label: np.ndarray) -> np.ndarray:
+    """New number of each label 0..K, (K + 1,): 1..L in the same order for those that are labels, (K,) bool, else 0."""
+    return np.concatenate([[0], np.where(is_label, np.cumsum(is_label), 0)]).astype(np.int64)
 
 
-def usual_number(components: np.ndarray) -> int:
+def most_common_count(components: np.ndarray) -> int:
     """How many components most images have, given those of each, (images,); the smaller number in a draw."""
     return int(np.bincount(components).argmax())

@@ -13,14 +13,8 @@ import cv2
 import numpy as np
 
 CROP = 65  # side of the aligned crop
-LAB_OFFSET = 128  # where OpenCV's 8-bit Lab puts a = b = 0; a itself is never divided by it
-SHALLOW = {
-    "area": 1,
-    "color": 1,
-    "position": 2,
-    "shape_hu": 7,
-    "lab": 3,
-}  # values of each feature but cnn_image
+# Values of each feature but cnn_image.
+SHALLOW = {"area": 1, "color": 1, "position": 2, "shape_hu": 7, "lab": 3}
 
 
 def area(mask: np.ndarray) -> np.ndarray:

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-LEAST_COMPONENT = 50  # pixels; a component has to be larger
-LARGEST_BOX = 0.95  # of the image; a component's bounding box has to be smaller
+MIN_COMPONENT = 50  # pixels; a component has to be larger
+MAX_BOX = 0.95  # of the image; a component's bounding box has to be smaller
 SMALL = 0.001  # of the image; masks up to this area are dropped
 BACKGROUND_RATIO = 0.95  # intersect ratio from which a mask is background
 GROUNDING_RATIO = 0.9  # intersect ratio over which a mask is inside the grounding mask
 COVERED = 0.9  # intersect ratio, or covered share, from which a mask adds nothing to a union
-MOST_LABELS = 255  # what an 8-bit label map holds beside 0
+MAX_LABELS = 255  # what an 8-bit label map holds beside 0
 
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
@@ -72,9 +72,9 @@ def areas(masks: PackedMasks) -> np.ndarray:
     return np.array([_count(row) for row in masks.bits], np.int64)
 
 
-def intersect_ratios(masks: PackedMasks, other: np.ndarray) -> np.ndarray:
+def intersect_ratios(masks: PackedMasks, mask: np.ndarray) -> np.ndarray:
     """|A and B| / min(|A|, |B|) of each mask A with a mask B (H, W), (N,) float64; 0 where they do not meet."""
-    packed = pack(other)
+    packed = pack(mask)
     meeting = np.array([_count(row & packed) for row in masks.bits], np.float64)
     return meeting / np.maximum(np.minimum(areas(masks), _count(packed)), 1)
 
@@ -91,8 +91,8 @@ def split_components(masks: PackedMasks) -> PackedMasks:
     for mask in masks:
         count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
         box = stats[:, cv2.CC_STAT_WIDTH].astype(np.int64) * stats[:, cv2.CC_STAT_HEIGHT]
-        wanted = (stats[:, cv2.CC_STAT_AREA] > LEAST_COMPONENT) & (box < LARGEST_BOX * height * width)
-        components += [pack(labels == label) for label in range(count) if wanted[label]]
+        is_component = (stats[:, cv2.CC_STAT_AREA] > MIN_COMPONENT) & (box < MAX_BOX * height * width)
+        components += [pack(labels == label) for label in range(count) if is_component[label]]
     return PackedMasks(np.array(components, np.uint8).reshape(-1, masks.bits.shape[1]), masks.shape)
 
 
@@ -111,7 +111,7 @@ def without_small(masks: PackedMasks) -> PackedMasks:
     return masks[areas(masks) > SMALL * masks.shape[0] * masks.shape[1]]
 
 
-def largest(masks: PackedMasks, count: int = MOST_LABELS) -> PackedMasks:
+def largest(masks: PackedMasks, count: int = MAX_LABELS) -> PackedMasks:
     """The ``count`` largest masks, in their given order; of equally large ones the first."""
     return masks[np.sort(np.argsort(-areas(masks), kind="stable")[:count])]
 
@@ -125,24 +125,24 @@ def combine(masks: PackedMasks) -> PackedMasks:
     masks = without_small(masks)
     union = np.zeros(masks.bits.shape[1], np.uint8)
     covered_by = 0
-    kept, waiting = [], []
+    accepted, waiting = [], []
     sizes = areas(masks)
 
     def accept(index: int) -> None:
         nonlocal covered_by
-        kept.append(index)
+        accepted.append(index)
         np.bitwise_or(union, masks.bits[index], out=union)
         covered_by = _count(union)
 
     for index in np.argsort(sizes, kind="stable"):
-        if not kept or _count(masks.bits[index] & union) / min(sizes[index], covered_by) < COVERED:
+        if not accepted or _count(masks.bits[index] & union) / min(sizes[index], covered_by) < COVERED:
             accept(index)
         else:
             waiting.append(index)
     for index in waiting:
         if _count(masks.bits[index] & union) / sizes[index] < COVERED:
             accept(index)
-    return masks[np.array(kept, np.int64)]
+    return masks[np.array(accepted, np.int64)]
 
 
 def merge(masks: PackedMasks) -> np.ndarray:
@@ -157,7 +157,7 @@ def merge(masks: PackedMasks) -> np.ndarray:
         (H, W) uint8.
     """
     masks = without_small(masks)
-    if len(masks) > MOST_LABELS:
+    if len(masks) > MAX_LABELS:
         raise ValueError(f"{len(masks)} masks do not fit into an 8-bit label map")
     labels = np.zeros(masks.shape, np.uint8)
     for index, mask in enumerate(masks[np.argsort(-areas(masks), kind="stable")], start=1):
@@ -175,7 +175,7 @@ def label_masks(labels: np.ndarray, indices: np.ndarray | None = None) -> Packed
 
 def components_in_sight(labels: np.ndarray) -> np.ndarray:
     """The indices, ascending, that cover over 0.1 % of a label map (H, W): what counts as a component of the picture."""
-    pixels = np.bincount(labels.ravel(), minlength=MOST_LABELS + 1)
+    pixels = np.bincount(labels.ravel(), minlength=MAX_LABELS + 1)
     pixels[0] = 0
     return np.flatnonzero(pixels > SMALL * labels.size)
 

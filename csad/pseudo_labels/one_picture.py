@@ -48,34 +48,36 @@ def describe(picture: np.ndarray, labels: np.ndarray) -> tuple[dict[str, np.ndar
     return components.shallow_features(picture, masks.label_masks(labels, masks.components_in_sight(labels)))
 
 
-def propose(image: np.ndarray, folder: Path, proposer: Proposer, chosen: PseudoLabelSettings) -> None:
+def propose(image: np.ndarray, folder: Path, proposer: Proposer, settings: PseudoLabelSettings) -> None:
     """Propose and refine the masks of an image (H, W, 3), and save them; where that is done already, nothing happens."""
     if not (folder / REFINED).exists():
         proposals = proposer.propose(image)
-        save_masks(folder, proposals, *refine(proposals, chosen))
+        save_masks(folder, proposals, *refine(proposals, settings))
 
 
-def clustered_map(folder: Path, chosen: PseudoLabelSettings) -> np.ndarray:
+def clustered_map(folder: Path, settings: PseudoLabelSettings) -> np.ndarray:
     """The label map (H, W) whose components are clustered.
 
     With ``no_sam`` it holds Grounding DINO's instances as they are; split and combined, they are for logical synthesis.
     """
     grounding = folder / GROUNDING
-    return images.read_mask(grounding if chosen.no_sam and grounding.exists() else folder / REFINED)
+    return images.read_mask(grounding if settings.no_sam and grounding.exists() else folder / REFINED)
 
 
-def refine(proposals: Proposals, chosen: PseudoLabelSettings) -> tuple[masks.PackedMasks | None, np.ndarray]:
+def refine(
+    proposals: Proposals, settings: PseudoLabelSettings
+) -> tuple[masks.PackedMasks | None, np.ndarray]:
     """The order of operations of docs/method.md: proposals -> candidate masks, if any, and label map (H, W)."""
     candidates = None
     if proposals.masks is not None:
         candidates = masks.split_components(proposals.masks)
-        if proposals.grounding is not None and chosen.inside_grounding:
+        if proposals.grounding is not None and settings.inside_grounding:
             candidates = masks.inside_grounding(candidates, proposals.grounding.union())
         candidates = masks.without_background(candidates, proposals.background)
         if proposals.grounding_background is not None:
             candidates = masks.without_background(candidates, proposals.grounding_background)
         candidates = masks.largest(candidates)
-    if proposals.grounding is not None and chosen.no_sam:
+    if proposals.grounding is not None and settings.no_sam:
         instances = masks.split_components(masks.label_masks(grounding_map(proposals.grounding)))
         return candidates, masks.merge(masks.combine(masks.largest(instances)))
     return candidates, masks.merge(masks.combine(candidates))

@@ -15,53 +15,53 @@ PICTURE = 640  # side of feature.png
 
 def save_info(
     info: Path,
-    used: dict,
+    provenance: dict,
     features: dict[str, np.ndarray],
     vectors: np.ndarray,
     image_of: np.ndarray,
     bandwidth: float,
-    found: clustering.SemanticLabels,
+    semantic: clustering.SemanticLabels,
 ) -> None:
     """Write what is known about the whole category; what the next stage reads comes last."""
-    images_in_all = len(found.kinds)
-    usual = clustering.usual_number(np.bincount(image_of, minlength=images_in_all))
+    images_in_all = len(semantic.groups)
+    most_common = clustering.most_common_count(np.bincount(image_of, minlength=images_in_all))
     size = (
-        f"{used['picture_size']}x{used['picture_size']}, whatever that of the pictures"
-        if used["picture_size"]
+        f"{provenance['picture_size']}x{provenance['picture_size']}, whatever that of the pictures"
+        if provenance["picture_size"]
         else "native"
     )
     files.write_arrays(
         info / "all_component_feats.npz",
         image=image_of,
-        cluster=found.clusters,
-        label=found.labels,
+        cluster=semantic.clusters,
+        label=semantic.labels,
         **features,
     )
-    files.write_array(info / "raw_component_histogram.npy", found.raw_histogram)
-    files.write_array(info / "component_num_mode.npy", np.array(usual))
-    files.write_image(info / "feature.png", draw_clusters(vectors, found.labels))
+    files.write_array(info / "raw_component_histogram.npy", semantic.raw_histogram)
+    files.write_array(info / "component_num_mode.npy", np.array(most_common))
+    files.write_image(info / "feature.png", draw_clusters(vectors, semantic.labels))
     files.write_text(
         info / "info.txt",
         "\n".join(
             [
-                f"proposer: {used['proposer']}",
+                f"proposer: {provenance['proposer']}",
                 f"size of proposals, features and maps: {size}",
-                f"checkpoints: {sorted(used['checkpoints'])}",
-                f"backbone: {used['backbone']}",
-                f"stand_ins: {used['stand_ins']}",
+                f"checkpoints: {sorted(provenance['checkpoints'])}",
+                f"backbone: {provenance['backbone']}",
+                f"stand_ins: {provenance['stand_ins']}",
                 f"components: {len(image_of)}",
-                f"components in most images: {usual}",
+                f"components in most images: {most_common}",
                 f"bandwidth: {bandwidth:.6g}",
-                f"clusters: {found.number_of_clusters}",
-                f"labels: {found.filtered_histogram.shape[1]}",
-                f"images of each kind: {np.bincount(found.kinds[found.kinds >= 0]).tolist()}",
-                f"trusted images: {len(found.trusted)} of {images_in_all}",
+                f"clusters: {semantic.number_of_clusters}",
+                f"labels: {semantic.filtered_histogram.shape[1]}",
+                f"images of each kind: {np.bincount(semantic.groups[semantic.groups >= 0]).tolist()}",
+                f"trusted images: {len(semantic.trusted)} of {images_in_all}",
             ]
         )
         + "\n",
     )
-    files.write_array(info / "filtered_component_histogram.npy", found.filtered_histogram)
-    files.write_array(info / "filtered_histogram_indices.npy", found.trusted)
+    files.write_array(info / "filtered_component_histogram.npy", semantic.filtered_histogram)
+    files.write_array(info / "filtered_histogram_indices.npy", semantic.trusted)
 
 
 def draw_clusters(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -71,10 +71,10 @@ def draw_clusters(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     flat = np.zeros((len(vectors), 2))
     flat[:, : min(2, len(axes))] = centred @ axes[:2].T
     low, high = flat.min(0), flat.max(0)
-    places = (20 + (flat - low) / np.maximum(high - low, 1e-9) * (PICTURE - 40)).astype(int)
+    positions = (20 + (flat - low) / np.maximum(high - low, 1e-9) * (PICTURE - 40)).astype(int)
     colours = label_colours.colour_labels(labels.astype(np.uint8))
     colours[labels == 0] = 200
     picture = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
-    for place, colour in zip(places.tolist(), colours.tolist()):
-        cv2.circle(picture, place, 3, colour, cv2.FILLED, cv2.LINE_AA)
+    for position, colour in zip(positions.tolist(), colours.tolist()):
+        cv2.circle(picture, position, 3, colour, cv2.FILLED, cv2.LINE_AA)
     return picture

@@ -43,13 +43,15 @@ def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -
     everything = np.concatenate([*scaled.values(), [0.0]])
     low, high = min(float(everything.min()), -1.0), max(float(everything.max()), 1.0)
     edges = np.linspace(low, high, _BINS + 1)
-    shares = {name: np.histogram(values, edges)[0] / max(len(values), 1) for name, values in scaled.items()}
-    top = max(share.max() for share in shares.values()) or 1
-    ticks = [_short(threshold + unit * float(np.sinh(low + share * (high - low)))) for share in _TICKS]
+    fractions = {
+        name: np.histogram(values, edges)[0] / max(len(values), 1) for name, values in scaled.items()
+    }
+    top = max(fraction.max() for fraction in fractions.values()) or 1
+    ticks = [_short(threshold + unit * float(np.sinh(low + fraction * (high - low)))) for fraction in _TICKS]
     parts = [_frame("score, widest near the threshold", "share of images", (low, high), (0, top), ticks)]
-    for name, share in shares.items():
+    for name, fraction in fractions.items():
         corners = [(edges[0], 0.0)]
-        for left, right, value in zip(edges, edges[1:], share):
+        for left, right, value in zip(edges, edges[1:], fraction):
             corners += [(left, value), (right, value)]
         corners.append((edges[-1], 0.0))
         points = " ".join(f"{_x((x - low) / (high - low)):.1f},{_y(y / top):.1f}" for x, y in corners)
@@ -85,14 +87,14 @@ def _frame(
     ticks: Sequence[str] | None = None,
 ) -> str:
     parts = []
-    for index, share in enumerate(_TICKS):
-        x, y = _x(share), _y(share)
-        below = _number(x_range, share) if ticks is None else ticks[index]
+    for index, fraction in enumerate(_TICKS):
+        x, y = _x(fraction), _y(fraction)
+        below = _number(x_range, fraction) if ticks is None else ticks[index]
         parts.append(
             f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
             f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
             f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{below}</text>'
-            f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, share)}</text>'
+            f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, fraction)}</text>'
         )
     parts.append(
         f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
@@ -101,8 +103,8 @@ def _frame(
     return "".join(parts)
 
 
-def _number(limits: tuple[float, float], share: float) -> str:
-    value = limits[0] + share * (limits[1] - limits[0])
+def _number(limits: tuple[float, float], fraction: float) -> str:
+    value = limits[0] + fraction * (limits[1] - limits[0])
     return (
         f"{value:.0f}"
         if abs(limits[1] - limits[0]) >= 20
@@ -112,12 +114,12 @@ def _number(limits: tuple[float, float], share: float) -> str:
     )
 
 
-def _x(share: float) -> float:
-    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+def _x(fraction: float) -> float:
+    return _LEFT + fraction * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _y(share: float) -> float:
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+def _y(fraction: float) -> float:
+    return _HEIGHT - _BOTTOM - fraction * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _figure(parts: list[str], label: str) -> Markup:

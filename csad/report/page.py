@@ -15,10 +15,8 @@ from markupsafe import Markup
 HERE = Path(__file__).parent
 # Nothing is fetched: browsers are told to refuse it, too.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-PUBLISHED_AVERAGE = {
-    "paper": 95.3,
-    "repository": 95.6,
-}  # mean image AUROC on MVTec LOCO AD (docs/method.md section 4)
+# Mean image AUROC on MVTec LOCO AD (docs/method.md section 4).
+PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {
@@ -70,10 +68,15 @@ def render(**content: Any) -> str:
         if category["pseudo_labels"]
         for label, *_ in category["pseudo_labels"]["labels"]
     }
-    shared = [key for key in detections[0] if all(key in one for one in detections)]
+    shared = [key for key in detections[0] if all(key in detection for detection in detections)]
     averaged = counted(
         {
-            kind: [one[key][kind]["auroc"] for one in detections for key in ("fused",) if key in one]
+            kind: [
+                detection[key][kind]["auroc"]
+                for detection in detections
+                for key in ("fused",)
+                if key in detection
+            ]
             for kind in ("logical", "structural")
         }
     )
@@ -99,6 +102,6 @@ def percent(value: float | None) -> str:
 
 
 def mean(values) -> float | None:
-    """Of what was measured; None where nothing was."""
+    """Mean of the values that were measured; None if there are none."""
     average = mean_known(values)
     return None if math.isnan(average) else average

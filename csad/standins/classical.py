@@ -62,19 +62,19 @@ class ClassicalProposer:
         background = self._background(regions, lab)
         regions = merge_enclosed(regions, lab, ~background)
         masks = [_fill_holes(regions == region, background) for region in np.unique(regions[~background])]
-        least = SMALL * background.size
-        masks = [mask for mask in masks if np.count_nonzero(mask) > least]
+        min_area = SMALL * background.size
+        masks = [mask for mask in masks if np.count_nonzero(mask) > min_area]
         return Proposals(PackedMasks.pack(masks, background.shape), background)
 
     def _background(self, regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
         """(H, W) bool: the regions that are background."""
         _, colours = _statistics(regions, lab)
-        known = _at_the_border(regions)
+        border = _at_the_border(regions)
         # What looks like background is background: one sees it through a ring, or between two parts.
-        apart = np.linalg.norm(colours[:, None] - colours[None, known], axis=2).min(1)
+        apart = np.linalg.norm(colours[:, None] - colours[None, border], axis=2).min(1)
         is_background = apart < ALIKE
         if self.container:
-            hue_apart = np.linalg.norm(colours[:, None, 1:] - colours[None, known, 1:], axis=2).min(1)
+            hue_apart = np.linalg.norm(colours[:, None, 1:] - colours[None, border, 1:], axis=2).min(1)
             for region in np.flatnonzero(~is_background):
                 mask = regions == region
                 _, _, width, height = cv2.boundingRect(mask.astype(np.uint8))
@@ -98,41 +98,41 @@ def merge_alike(superpixels: np.ndarray, lab: np.ndarray, alike: float) -> np.nd
     Returns:
         (H, W) labels 0..m-1.
     """
-    found = _statistics(superpixels, lab)
-    count = len(found[0])
+    statistics = _statistics(superpixels, lab)
+    count = len(statistics[0])
     # With room for what is merged: of n regions, n - 1 at most.
     sizes, colours = np.zeros(2 * count), np.zeros((2 * count, 3))
-    sizes[:count], colours[:count] = found
+    sizes[:count], colours[:count] = statistics
     pairs, _ = _boundaries(superpixels)
     neighbours: list[set[int]] = [set() for _ in range(count)]
-    for one, other in pairs.tolist():
-        neighbours[one].add(other)
-        neighbours[other].add(one)
+    for first, second in pairs.tolist():
+        neighbours[first].add(second)
+        neighbours[second].add(first)
 
-    def alike_pairs(some: np.ndarray, others: np.ndarray | int) -> list[tuple[float, int, int]]:
-        """(difference, one, other) of those that may be merged."""
-        others = np.broadcast_to(others, some.shape)
-        harmonic = sizes[some] * sizes[others] / (sizes[some] + sizes[others])
-        apart = ((colours[some] - colours[others]) ** 2).sum(1)
+    def alike_pairs(firsts: np.ndarray, seconds: np.ndarray | int) -> list[tuple[float, int, int]]:
+        """(difference, first, second) of those that may be merged."""
+        seconds = np.broadcast_to(seconds, firsts.shape)
+        harmonic = sizes[firsts] * sizes[seconds] / (sizes[firsts] + sizes[seconds])
+        apart = ((colours[firsts] - colours[seconds]) ** 2).sum(1)
         differences = np.sqrt(apart * np.minimum(1.0, harmonic / FULL_WEIGHT))
-        chosen = differences < alike
-        return list(zip(*(values[chosen].tolist() for values in (differences, some, others))))
+        mergeable = differences < alike
+        return list(zip(*(values[mergeable].tolist() for values in (differences, firsts, seconds))))
 
     queue = alike_pairs(pairs[:, 0], pairs[:, 1])
     heapq.heapify(queue)
     parent = list(range(count))
     while queue:
-        _, one, other = heapq.heappop(queue)
-        if parent[one] != one or parent[other] != other:
+        _, first, second = heapq.heappop(queue)
+        if parent[first] != first or parent[second] != second:
             continue
         merged = len(parent)
-        parent[one] = parent[other] = merged
+        parent[first] = parent[second] = merged
         parent.append(merged)
-        sizes[merged] = sizes[one] + sizes[other]
-        colours[merged] = (sizes[one] * colours[one] + sizes[other] * colours[other]) / sizes[merged]
-        neighbours.append((neighbours[one] | neighbours[other]) - {one, other})
+        sizes[merged] = sizes[first] + sizes[second]
+        colours[merged] = (sizes[first] * colours[first] + sizes[second] * colours[second]) / sizes[merged]
+        neighbours.append((neighbours[first] | neighbours[second]) - {first, second})
         for neighbour in neighbours[merged]:
-            neighbours[neighbour] -= {one, other}
+            neighbours[neighbour] -= {first, second}
             neighbours[neighbour].add(merged)
         for pair in alike_pairs(np.fromiter(neighbours[merged], int), merged):
             heapq.heappush(queue, pair)

@@ -29,7 +29,7 @@ ARCHIVE = Checkpoint(
 )
 RESIZED = 512  # side of a picture before its centre is cut out
 GREY_PROBABILITY = 0.3
-LEAST_CROP = 0.4  # of the shorter side of a bundled photograph
+MIN_CROP = 0.4  # of the shorter side of a bundled photograph
 PHOTOGRAPHS = {
     "skimage.data": (
         "astronaut.png",
@@ -116,9 +116,9 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     Raises:
         UserError: it is another file.
     """
-    if (found := sha256(path)) != ARCHIVE.sha256:
+    if (fetched := sha256(path)) != ARCHIVE.sha256:
         raise UserError(
-            f"{path} is not the published archive (SHA-256 {found}, published {ARCHIVE.sha256}); delete it and "
+            f"{path} is not the published archive (SHA-256 {fetched}, published {ARCHIVE.sha256}); delete it and "
             f"fetch it again with CSAD.py --download, or take --lgst.penalty_images {BUNDLED}"
         )
     archive = zipfile.ZipFile(path)
@@ -130,7 +130,7 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
 def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random square, mirrored half of the time."""
     height, width = picture.shape[:2]
-    side = int(rng.uniform(LEAST_CROP, 1) * min(height, width))
+    side = int(rng.uniform(MIN_CROP, 1) * min(height, width))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     picture = picture[top : top + side, left : left + side]
     return picture[:, ::-1] if rng.random() < 0.5 else picture
@@ -138,13 +138,13 @@ def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _photographs() -> tuple[np.ndarray, ...]:
-    found = []
+    photographs = []
     for package, names in PHOTOGRAPHS.items():
         paths = [package_files(package) / name for name in names]
-        found += [images.read_rgb(Path(str(path))) for path in paths if path.is_file()]
-    if not found:
+        photographs += [images.read_rgb(Path(str(path))) for path in paths if path.is_file()]
+    if not photographs:
         raise UserError(
             "scikit-image and scikit-learn bring no photographs here; name a folder of pictures with "
             "--lgst.penalty_images"
         )
-    return tuple(found)
+    return tuple(photographs)

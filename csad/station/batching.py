@@ -14,7 +14,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """As many items wait as may wait."""
+    """No more items may wait."""
 
 
 class Batcher(Generic[Item, Result]):
@@ -47,7 +47,7 @@ class Batcher(Generic[Item, Result]):
         self._queue: queue.Queue[tuple[Item, Future[Result]] | None] = queue.Queue()  # None: no more to come
         self._closing = threading.Lock()
         self._closed = False
-        self._on_their_way = 0
+        self._announced = 0
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -61,13 +61,13 @@ class Batcher(Generic[Item, Result]):
         return self._thread.is_alive()
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
+    def announce(self) -> Iterator[None]:
         """An item will be submitted within this; called in one thread only."""
-        self._on_their_way += 1
+        self._announced += 1
         try:
             yield
         finally:
-            self._on_their_way -= 1
+            self._announced -= 1
 
     def submit(self, item: Item) -> Future[Result]:
         """Raises QueueFull where too many wait, or after `close`."""
@@ -109,7 +109,7 @@ class Batcher(Generic[Item, Result]):
         until = None
         while len(batch) < self._batch_size:
             patience = until and max(0.0, until - time.monotonic())  # for the first item, as long as it takes
-            if batch and not self._on_their_way:
+            if batch and not self._announced:
                 patience = 0
             try:
                 entry = self._queue.get(timeout=patience)

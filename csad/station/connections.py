@@ -161,13 +161,13 @@ class TimedProtocol(H11Protocol):
         self.abort()
 
     def _make_room(self) -> None:
-        others = [other for other in self.connections if not other.aborted]
-        if len(others) <= self._max_connections:
+        open_connections = [other for other in self.connections if not other.aborted]
+        if len(open_connections) <= self._max_connections:
             return
         logger.warning(
             "more than %d connections: those that have been silent longest are closed", self._max_connections
         )
-        silent = [other for other in others if other is not self and not other.answers]
+        silent = [other for other in open_connections if other is not self and not other.answers]
         if silent:
             min(silent, key=lambda other: other.silent_since).abort()
         else:

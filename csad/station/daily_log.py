@@ -86,9 +86,9 @@ def _drop_torn_line(path: Path) -> None:
         while keep:
             start = max(0, keep - _BLOCK)
             file.seek(start)
-            found = file.read(keep - start).rfind(b"\n")
-            keep = start + found + 1
-            if found >= 0:
+            newline = file.read(keep - start).rfind(b"\n")
+            keep = start + newline + 1
+            if newline >= 0:
                 break
         if keep < size:
             file.truncate(keep)

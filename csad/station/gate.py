@@ -28,21 +28,21 @@ _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 
 
-class Refusal(HTTPException):
+class RequestError(HTTPException):
     """A request that gets no verdict: status and a sentence."""
 
     def __init__(self, status: int, sentence: str, **headers: str):
         super().__init__(status, sentence, headers or None)
 
 
-def busy(why: str) -> Refusal:
-    return Refusal(503, f"{why}; try again in a second", **{"Retry-After": "1"})
+def overloaded(why: str) -> RequestError:
+    return RequestError(503, f"{why}; try again in a second", **{"Retry-After": "1"})
 
 
 def answer_of(problem: HTTPException) -> JSONResponse:
     sentence = (
         problem.detail
-        if isinstance(problem, Refusal)
+        if isinstance(problem, RequestError)
         else {
             404: "there is nothing at this address; the page is at /, pictures are scored at /score",
             405: "this address is asked in another way; /openapi.json says how",
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" if address is None else address.is_loopback
 
 
-class Gate:
+class RequestLimits:
     """ASGI middleware: host, origin, token, number of requests and size of bodies, before any body is read; headers
     of every answer. HEAD is handled as GET; the server sends only the headers of its answer."""
 
@@ -107,7 +107,7 @@ class Gate:
             self.in_work -= 1
             self.metrics.requests.set(self.in_work)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
         refusal = self._foreign(headers)
         if refusal is not None:
             return refusal
@@ -117,31 +117,31 @@ class Gate:
             and path not in OPEN_PATHS
             and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + token.encode())
         ):
-            return Refusal(
+            return RequestError(
                 401,
-                "this station wants a token: send the header Authorization: Bearer TOKEN",
+                "this station needs a token: send the header Authorization: Bearer TOKEN",
                 **{"WWW-Authenticate": "Bearer"},
             )
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
-            return Refusal(400, "Content-Length is no number")
+            return RequestError(400, "Content-Length is not a number")
         if int(declared[:20]) > self.options.max_body_bytes:
             return self._too_large()
         if path == "/score" and self.in_work >= self.options.max_requests:
-            return busy(f"{self.in_work} requests are in work already")
+            return overloaded(f"{self.in_work} requests are in work already")
         return None
 
-    def _foreign(self, headers: dict[bytes, bytes]) -> Refusal | None:
+    def _foreign(self, headers: dict[bytes, bytes]) -> RequestError | None:
         """Refuse what a browser sends for a page of another site: under a host name that its owner points to this
         machine (DNS rebinding), or from another origin. Programs other than browsers may omit both headers."""
         if b"host" not in headers:
             return None
         host = host_and_port(headers[b"host"].decode("latin-1"))
         if host is None or not self._is_allowed(host[0]):
-            return Refusal(
+            return RequestError(
                 403,
                 "this station does not answer under this name; "
-                "whoever runs it can allow it with --allowed_hosts NAME",
+                "its operator can allow it with --allowed_hosts NAME",
             )
         if b"origin" not in headers:
             return None
@@ -152,7 +152,7 @@ class Gate:
             same = (sender[0], sender[1] or default) == (host[0], host[1] or default)
             if same or sender[0] in (self.options.allowed_hosts or ()):  # a proxy may have replaced Host
                 return None
-        return Refusal(403, "pages of other sites may not use this station")
+        return RequestError(403, "pages of other sites may not use this station")
 
     def _is_allowed(self, host: str) -> bool:
         allowed = self.options.allowed_hosts
@@ -178,8 +178,8 @@ class Gate:
 
         return counted
 
-    def _too_large(self) -> Refusal:
-        return Refusal(
+    def _too_large(self) -> RequestError:
+        return RequestError(
             413, f"the body is larger than {self.options.max_body_bytes} bytes; send a smaller file"
         )
 

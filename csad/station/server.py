@@ -20,10 +20,10 @@ from typing import Any
 
 from csad.data.label_colours import label_colour
 from csad.inference.engines import Engine
-from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
+from csad.inference.verdicts import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
 from csad.station.daily_log import DailyLog
-from csad.station.gate import Gate, Refusal, answer_of, busy
+from csad.station.gate import RequestError, RequestLimits, answer_of, overloaded
 from csad.station.station import Metrics, Options, Station
 from csad.station.upload import decoded, decoded_alone, decoded_bytes, plain_name, received_from
 
@@ -86,23 +86,22 @@ def create_app(
         lifespan=lifespan,
         description="Scores pictures with exported models.",
     )
-    app.add_middleware(Gate, options=options, metrics=metrics)
+    app.add_middleware(RequestLimits, options=options, metrics=metrics)
     app.add_exception_handler(HTTPException, lambda _, problem: answer_of(problem))
     app.add_exception_handler(
-        RequestValidationError, lambda _, problem: answer_of(Refusal(422, _in_words(problem)))
+        RequestValidationError, lambda _, problem: answer_of(RequestError(422, _in_words(problem)))
     )
-    app.add_exception_handler(
-        ClientDisconnect, lambda *_: Response(status_code=400)
-    )  # nobody is there to read it
+    # Nobody is there to read it.
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
     app.add_exception_handler(
         Exception,
         lambda *_: answer_of(
-            Refusal(500, "something is wrong with this station; what it is stands in its own output")
+            RequestError(500, "something is wrong with this station; what it is stands in its own output")
         ),
     )
 
-    for path, (file, kind) in PAGE_FILES.items():
-        app.add_api_route(path, _fixed((PAGE / file).read_bytes(), kind), include_in_schema=False)
+    for path, (file, content_type) in PAGE_FILES.items():
+        app.add_api_route(path, _fixed((PAGE / file).read_bytes(), content_type), include_in_schema=False)
 
     @app.get("/health", summary="Whether the models' threads live")
     async def health() -> JSONResponse:
@@ -149,11 +148,11 @@ def create_app(
                 }
             return answer
 
-        with station.batcher.expecting():
+        with station.batcher.announce():
             try:
                 content, file_name = await asyncio.wait_for(received_from(request), options.body_seconds)
             except TimeoutError:
-                raise Refusal(
+                raise RequestError(
                     408, f"the picture did not arrive within {options.body_seconds:g} seconds"
                 ) from None
             called = plain_name(name or file_name)
@@ -165,14 +164,14 @@ def create_app(
                 picture = await loop.run_in_executor(
                     pool, decode, content, called, station.engine, shown_side
                 )
-            except Refusal as refusal:
+            except RequestError as refusal:
                 unreadable = Verdict(called, UNREADABLE, station.threshold, problem=refusal.detail)
                 await loop.run_in_executor(decoders, finish, unreadable)
                 raise
             try:
                 future = station.batcher.submit(picture)
             except QueueFull:
-                raise busy(f"{options.queue_length} pictures wait for {station.name} already") from None
+                raise overloaded(f"{options.queue_length} pictures wait for {station.name} already") from None
         verdict = await asyncio.wrap_future(future)
         answer = await loop.run_in_executor(decoders, finish, verdict)
         metrics.latency.labels(station.name).observe(time.perf_counter() - begun)
@@ -201,9 +200,9 @@ def _named(stations: dict[str, Station], name: str | None) -> Station:
     if name is None and len(stations) == 1:
         return next(iter(stations.values()))
     if name is None:
-        raise Refusal(422, f"say which model: ?model= one of {', '.join(stations)}")
+        raise RequestError(422, f"say which model: ?model= one of {', '.join(stations)}")
     if name not in stations:
-        raise Refusal(404, f"there is no model of that name; there are {', '.join(stations)}")
+        raise RequestError(404, f"there is no model of that name; there are {', '.join(stations)}")
     return stations[name]
 
 
@@ -212,9 +211,9 @@ def _in_words(problem: RequestValidationError) -> str:
     return f"{first['loc'][-1]}: {first['msg']}"
 
 
-def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+def _fixed(content: bytes, content_type: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
-        return Response(content, media_type=kind)
+        return Response(content, media_type=content_type)
 
     return answer
 
@@ -245,7 +244,7 @@ _SCORE_ANSWERS: dict[int | str, dict[str, Any]] = {
     404: _ERROR | {"description": "There is no such model"},
     408: _ERROR | {"description": "The picture did not arrive in time"},
     413: _ERROR | {"description": "Too many bytes or pixels"},
-    415: _ERROR | {"description": "No picture, or in no format that is read here"},
+    415: _ERROR | {"description": "Not a picture, or its format is not supported"},
     422: _ERROR | {"description": "No picture, a damaged one, or no model named where there are several"},
     503: _ERROR | {"description": "Too much to do; try again after Retry-After seconds"},
 }

@@ -1,4 +1,4 @@
-"""What a station is made of: its limits, its models at work, and what /metrics tells of them. Needs no PyTorch."""
+"""What a station is made of: its limits, its models at work, and what /metrics says of them. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.engines import Engine
-from csad.inference.inspection import VERDICTS, Picture, Verdict, judge
+from csad.inference.inspection import Picture, judge
+from csad.inference.verdicts import VERDICTS, Verdict
 from csad.station.batching import Batcher
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -55,7 +56,7 @@ class Options:
 
 
 class Station:
-    """A model at work: its engine, threshold and thread.
+    """A model that is served: its engine, threshold and thread.
 
     Raises:
         UserError: the model does not know its threshold.
@@ -63,10 +64,10 @@ class Station:
 
     def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
         self.name, self.engine = name, engine
-        self.threshold, words = threshold_of(
+        self.threshold, description = threshold_of(
             engine.metadata, options.threshold, options.false_positive_rate, name
         )
-        self.threshold_words = words or "set by whoever started the station"
+        self.threshold_words = description or "set when the station was started"
         self.batcher: Batcher[Picture, Verdict] = Batcher(
             lambda pictures: judge(pictures, engine, self.threshold),
             options.batch_size,
@@ -93,7 +94,7 @@ class Station:
 
 
 class Metrics:
-    """What /metrics tells, one registry an app."""
+    """What /metrics says, one registry per app."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

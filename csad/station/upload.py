@@ -10,7 +10,7 @@ from csad.data import image_files
 from csad.errors import UserError
 from csad.inference.engines import Engine
 from csad.inference.inspection import InMemory, Picture, read_picture
-from csad.station.gate import Refusal
+from csad.station.gate import RequestError
 
 from fastapi import Request
 from PIL import UnidentifiedImageError
@@ -18,13 +18,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-LONGEST_NAME = 200  # characters of a picture's name
+MAX_NAME = 200  # characters of a picture's name
 
 
 def plain_name(text: str) -> Path:
     """What a sender calls a picture, without folders and whatever does not print."""
     last = text.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    name = "".join(letter for letter in last if letter.isprintable())[-LONGEST_NAME:].strip()
+    name = "".join(letter for letter in last if letter.isprintable())[-MAX_NAME:].strip()
     return Path(name if name not in ("", ".", "..") else "unnamed")
 
 
@@ -37,18 +37,20 @@ async def received_from(request: Request) -> tuple[bytes, str]:
         except (HTTPException, ClientDisconnect):
             raise
         except Exception as problem:  # a character set that is none, a header that the parser did not expect
-            raise Refusal(400, "the form cannot be read; send one file as multipart/form-data") from problem
+            raise RequestError(
+                400, "the form cannot be read; send one file as multipart/form-data"
+            ) from problem
         try:
             file = next((value for value in form.values() if isinstance(value, UploadFile)), None)
             if file is None:
-                raise Refusal(422, "there is no file in the form; send the picture as a file")
+                raise RequestError(422, "there is no file in the form; send the picture as a file")
             content, name = await file.read(), file.filename or ""
         finally:
             await form.close()
     else:
         content = await request.body()
     if not content:
-        raise Refusal(422, "there is no picture: the body is empty")
+        raise RequestError(422, "there is no picture: the body is empty")
     return content, name
 
 
@@ -59,7 +61,7 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         max_pixels: limit; the limit on bytes is that of as many pixels in 8-bit RGBA.
 
     Raises:
-        Refusal: the picture is larger, is in no format that is read, or has a damaged header.
+        RequestError: the picture is larger, has an unsupported format or a damaged header.
     """
     try:
         with image_files.opened(InMemory(content, name), "picture", "send another one") as image:
@@ -70,13 +72,13 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
             if isinstance(problem, image_files.TooLarge)
             else (415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
         )
-        raise Refusal(status, str(problem)) from problem
+        raise RequestError(status, str(problem)) from problem
     if width * height > max_pixels:
-        raise Refusal(
+        raise RequestError(
             413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller"
         )
     if size > 4 * max_pixels:
-        raise Refusal(
+        raise RequestError(
             413,
             f"picture {name} has {width} x {height} pixels and takes {size / 1e6:.0f} MB when decoded, "
             f"more than {4 * max_pixels / 1e6:.0f}; make it smaller, or send it with 8 bits per channel",
@@ -88,11 +90,11 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) 
     """Decode a picture.
 
     Raises:
-        Refusal: it is damaged, or neither it nor the model says which value is white.
+        RequestError: it is damaged, or neither it nor the model says which value is white.
     """
     picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
-        raise Refusal(422, picture.problem)
+        raise RequestError(422, picture.problem)
     return picture
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from csad import settings
 from csad.branches import BRANCHES, Branch
 from csad.data import files, layouts, records
+from csad.data.workspace import HELD_OUT
 from csad.errors import UserError
 from csad.training.loop import NetworkTraining, WeightSelection
 from csad.training.stage import Job
@@ -133,11 +134,11 @@ class BranchRun:
         """Write the branch's score files, under each of its names, and its maps if there are any.
 
         Args:
-            scores: by split of test images, and "val", in sorted file order.
+            scores: by split of test images, "val" and, of branches that have it, `HELD_OUT`; in sorted file order.
             maps: the same way, (N, h, w) each.
         """
         category, workspace = self.job.category, self.job.workspace
-        parts = {"val": scores["val"]}
+        parts = {part: scores[part] for part in ("val", HELD_OUT) if part in scores}
         if layouts.GOOD in scores:
             for part, split in (("logi", layouts.LOGICAL), ("struc", layouts.STRUCTURAL)):
                 parts[part] = np.concatenate([scores[layouts.GOOD], scores[split]])

@@ -10,7 +10,7 @@ from typing import Any
 from csad.cli import select
 from csad.errors import UserError, disk_is_full
 from csad.progress import ProgressBar
-from csad.tasks import Jobs, Task, reason, told_if_ours
+from csad.tasks import Jobs, Task, one_line, traceback_if_bug
 
 
 def run_jobs(
@@ -59,6 +59,6 @@ def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str,
         except Exception as problem:
             if disk_is_full(problem) or len(tasks) == 1:
                 raise
-            failures[name] = reason(problem)
-            ProgressBar.write(f"{told_if_ours(problem)}{name} failed: {failures[name]}", file=sys.stderr)
+            failures[name] = one_line(problem)
+            ProgressBar.write(f"{traceback_if_bug(problem)}{name} failed: {failures[name]}", file=sys.stderr)
     return results, failures

@@ -133,7 +133,7 @@ class EncodedImages:
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         views = (
-            torch.from_numpy(self.view.read_middle([self.paths[index] for index in indices]))
+            torch.from_numpy(self.view.read_tile_sized([self.paths[index] for index in indices]))
             .to(self.device)
             .float()
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from csad.data import files, records
-from csad.errors import UserError, interrupts_wait
+from csad.errors import UserError, defer_interrupts
 from csad.progress import ProgressBar
 
 import torch
@@ -108,7 +108,7 @@ class TrainingLoop:
         """
         last_saved = time.monotonic()
         with (
-            interrupts_wait() as interrupted,
+            defer_interrupts() as interrupted,
             ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
             ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar,
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from csad.data import files, layouts
@@ -36,7 +36,7 @@ def label_maps(
     ):
         batch = pictures[first : first + SCORING_BATCH]
         if not isinstance(batch, Tensor):
-            batch = torch.from_numpy(job.view.read_small(batch))
+            batch = torch.from_numpy(job.view.read_256(batch))
         yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
 
 
@@ -92,11 +92,26 @@ def score(
     return torch.cat(scores).numpy(), torch.cat(drawn).numpy()
 
 
+def held_out_scores(
+    detector: PatchHistogramDetector,
+    parameters: Mapping[str, np.ndarray],
+    evidence: HistogramEvidence | None,
+    evidence_parameters: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Scores of training images held out (N,), as `score` would give them, of what the parameters say of these images."""
+    scores = detector.score(
+        *(torch.from_numpy(parameters[f"{name}_held_out_score"]) for name in ("hist", "patch_hist"))
+    )
+    if evidence is not None:
+        scores = scores + evidence.normalised(torch.from_numpy(evidence_parameters["held_out_score"]))
+    return scores.numpy()
+
+
 def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: int) -> BestOnTest[Segmentor]:
     """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
     settings = job.settings.segmentor
     pictures = {
-        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()
+        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_256).items()
     }
 
     def measure(segmentor: Segmentor) -> float:

@@ -34,10 +34,10 @@ GROUPS = [
         ("train_segmentor", "segmentor.batch_size", ("1",), "segmentor.batch_size"),
         ("train_segmentor", "segmentor.unsupervised_from_epoch", ("4",), "after the last epoch"))
      for row in rows("a setting", [f"{script} --overwrite --{name}={value}" for value in values], said)],
-    [*rows("a key twice in a category's settings", "CSAD", "stands there twice",
+    [*rows("a key twice in a category's settings", "CSAD", "occurs twice",
            write("configs/categories/pushpins.yaml", "lgst:\n  steps: 20\nlgst:\n  width: 16\n"),
            inside=own_configs),
-     *rows("a key twice in defects_config.json", "benchmark_performance", "stands there twice",
+     *rows("a key twice in defects_config.json", "benchmark_performance", "occurs twice",
            write(f"{DATA}/defects_config.json", '[{"pixel_value": 9, "pixel_value": 8}]'))],
 
     # Options.

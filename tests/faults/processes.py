@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
-from csad.commands import score_images
 from csad.data.locks import FileLock
 from csad.export import exporters
+from csad.inference import watching
 from csad.training.loop import TrainingLoop
 
 import onnx
@@ -115,7 +115,7 @@ def damaged_export() -> None:
 
 def outage() -> None:
     """The watched folder goes away after its two pictures were scored, and comes back; that ends the run."""
-    score_images.POLL_SECONDS = 0.05
+    watching.POLL_SECONDS = 0.05
     photos, gone, lines = Path("photos"), Path("gone"), Path("new/predictions.jsonl")
 
     def happen() -> None:
@@ -124,7 +124,7 @@ def outage() -> None:
         _wait_for(Path("stderr"), b"what was scored is remembered")
         gone.rename(photos)
         _wait_for(Path("stderr"), b"is there again")
-        time.sleep(20 * score_images.POLL_SECONDS)
+        time.sleep(20 * watching.POLL_SECONDS)
         os.write(2, f"{len(lines.read_text().splitlines())} lines written\n".encode())
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -45,7 +45,7 @@ GROUPS = [
     [row for said, headers, body in (
         ("does not answer under this name", {"Host": "station.example"}, b""),
         ("pages of other sites", {"Origin": "http://example.com"}, b""), ("there is no picture", {}, b""),
-        ("wants a token", {"Authorization": "Bearer b"}, b""),
+        ("needs a token", {"Authorization": "Bearer b"}, b""),
         ("MB when decoded", {}, png_header(7000, 7000, 16, 6)))
      for row in rows("a request", SERVE if "token" not in said else f"{SERVE} --token a", said, status=0,
                      inside=partial(processes.ask, headers, body))],

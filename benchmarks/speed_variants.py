@@ -1,0 +1,134 @@
+"""The published graph and ours in every runtime and precision that `benchmarks.speed` times."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csad.export import exporters, onnx_graphs
+from csad.export.quantisation import FALLBACK_ORDER
+from csad.inference.engines import Engine, as_input
+from csad.inference.runtimes import OnnxEngine, TorchEngine, open_model
+
+import numpy as np
+import torch
+
+from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
+
+FORMAT_OF = {"torch": "torch", "onnxruntime": "onnx", "openvino": "openvino"}
+PUBLISHED_GRAPH, OURS = "published", "ours"
+CALIBRATION_IMAGES = 4  # of noise; for the speed of int8 it is enough that every layer has a range
+
+
+@dataclass
+class Variant:
+    """One graph in one runtime and precision; `run` takes (B, 3, size, size) uint8 and waits for the scores."""
+
+    graph: str
+    runtime: str
+    precision: str
+    ran_in: str
+    run: Callable[[np.ndarray], np.ndarray]
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+
+def build_variants(
+    state: dict, args: argparse.Namespace, device: str, reports: list[dict], folder: Path
+) -> list[Variant]:
+    """Both graphs in every runtime and precision asked for; ours as exported files."""
+    variants = []
+    category = metadata(state).get("category", "random")
+    model = from_state(state)
+    known = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32"}
+    known["input_size"] = model.size
+    rng = np.random.default_rng(0)
+    noise = as_input(
+        rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), known
+    )
+    paths = {}
+    if {"onnxruntime", "openvino"} & set(args.runtimes):
+        contents = {
+            PUBLISHED_GRAPH: exporters.to_onnx(model, known, ("score",)),
+            OURS: exporters.onnx_model(state, category, "fp32", with_map=False, raw_input=False),
+        }
+        for graph, content in contents.items():
+            paths[graph] = folder / f"{graph}.onnx"
+            paths[graph].write_bytes(content)
+    networks = {PUBLISHED_GRAPH: ("/",), OURS: onnx_graphs.NETWORKS}
+
+    for precision in args.precisions:
+        if "torch" in args.runtimes and precision != "int8":
+            published = PublishedTorch(model, precision, device)
+            variants.append(Variant(PUBLISHED_GRAPH, "torch", precision, published.precision, published))
+            ours = published_state(model)
+            attach_metadata(ours, metadata(state) | {"precision": precision})
+            engine = TorchEngine(ours, device)
+            variants.append(Variant(OURS, "torch", precision, engine.precision, engine.score))
+        for runtime in ("onnxruntime", "openvino"):
+            if runtime not in args.runtimes or (runtime, precision) == ("onnxruntime", "bf16"):
+                continue
+            for graph in (PUBLISHED_GRAPH, OURS):
+                if graph == PUBLISHED_GRAPH and precision == "int8" and model.memory is not None:
+                    continue  # quantised as a whole it does not run; with a patch memory nothing was published, either
+                kept = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
+                engine = other_engine(
+                    runtime, precision, paths[graph], known, noise, kept, networks[graph], device
+                )
+                variants.append(Variant(graph, runtime, precision, engine.precision, engine.score))
+    return variants
+
+
+class PublishedTorch:
+    """The published graph in PyTorch's eager mode, as its own script runs it."""
+
+    def __init__(self, model: FusedModel, precision: str, device: str):
+        self.model, self.device = copy.deepcopy(model).to(device), device
+        half = precision != "fp32" and not (precision == "fp16" and device == "cpu")
+        self.precision = precision if half else "fp32"
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision) if half else None
+
+    @torch.no_grad()
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        with torch.autocast(self.device.partition(":")[0], self.dtype, enabled=self.dtype is not None):
+            return self.model(torch.from_numpy(as_input(batch, {})).to(self.device)).cpu().numpy()
+
+
+def other_engine(
+    runtime: str,
+    precision: str,
+    path: Path,
+    known: dict,
+    calibration: np.ndarray,
+    kept: tuple[str, ...],
+    networks: tuple[str, ...],
+    device: str,
+) -> Engine:
+    """A graph in ONNX, made ready for a runtime and precision the way export_model.py does it."""
+    known = known | {"precision": precision}
+    if runtime == "onnxruntime":
+        content = path.read_bytes()
+        if precision == "int8":
+            content = exporters.int8_onnx(content, calibration, kept, networks)
+        if precision == "fp16":
+            content = onnx_graphs.half_networks(content)
+        return OnnxEngine(exporters.with_metadata(content, known), device)
+    model = exporters.openvino_model(path.read_bytes(), precision)
+    if precision == "int8":
+        model = exporters.int8_openvino(model, calibration, kept, networks)
+    target = path.with_suffix(".xml")
+    exporters.write_openvino(model, target, known)
+    return open_model(target, device)
+
+
+def kept_parts(reports: list[dict], format_: str) -> tuple[str, ...]:
+    """What int8 left in higher precision for the scores' sake, over all evaluated categories; at least the output layers."""
+    names = {FALLBACK_ORDER[0][0]} | {
+        name
+        for report in reports
+        if (report["format"], report["precision"]) == (format_, "int8")
+        for name in report["kept_in_higher_precision"]
+    }
+    return tuple(prefix for name, prefixes in FALLBACK_ORDER if name in names for prefix in prefixes)

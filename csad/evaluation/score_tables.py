@@ -1,0 +1,164 @@
+"""What stage 5 measured as text: score_combine_result.txt and, of many categories, what the terminal shows of it."""
+
+from __future__ import annotations
+
+from csad.evaluation import branch_weights, spro
+from csad.evaluation.measures import ANOMALIES
+from csad.evaluation.metrics import LOCO, counted, mean_known
+from csad.evaluation.scores import FUSED, MANY, fused_mean, lowest_first, said_of_choice
+
+from tabulate import tabulate
+
+PUBLISHED = "published CSAD on MVTec LOCO AD: average 95.3 (paper), 95.6 (repository)"
+
+
+def by_category(measured: dict[str, dict]) -> list[str]:
+    """The lines of score_combine_result.txt that docs/method.md section 4 fixes."""
+    lines = []
+    for name, content in measured.items():
+        lines.append(f"{name.upper()}:")
+        for branches, aurocs in content["detection"].items():
+            lines.append(
+                f"{tuple(branches.split('+'))} AUC: {aurocs['logical']['auroc']:.3f} {aurocs['structural']['auroc']:.3f}"
+            )
+    return lines
+
+
+def overview(measured: dict[str, dict]) -> list[str]:
+    """What concerns all categories together; of many, the lowest by name."""
+    contents = list(measured.values())
+    lines = ["", f"data set: {contents[0]['dataset']}"]
+    for branches in [
+        names
+        for names in contents[0]["detection"]
+        if all(names in content["detection"] for content in contents)
+    ]:
+        lines.append(
+            average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents])
+        )
+    by_weights: dict[str, list[str]] = {}
+    for content in contents:
+        weights = f"{branch_weights.describe(content['weights'])} ({content['rule']})"
+        by_weights.setdefault(weights, []).append(content["category"])
+    lines += [
+        f"fused: {text}" + (f" in {', '.join(names)}" if len(by_weights) > 1 else "")
+        for text, names in by_weights.items()
+    ]
+    if len(by_weights) > 1:
+        lines.append(average("of what is fused", [content["detection"][FUSED] for content in contents]))
+    lines += [
+        f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]
+    ]
+    if stand_ins := stand_ins_of([measured]):
+        lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
+    if LOCO & {content["category"] for content in contents}:
+        lines.append(PUBLISHED)
+    if len(contents) > MANY:
+        lines += [
+            "",
+            f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
+            *_table(
+                [
+                    (
+                        content["category"],
+                        *(metrics["auroc"] for metrics in content["detection"][FUSED].values()),
+                        fused_mean(content),
+                    )
+                    for content in lowest_first(contents)[:MANY]
+                ],
+                ("", *ANOMALIES, "mean"),
+            ),
+        ]
+    return lines
+
+
+def average(title: str, detections: list[dict[str, dict[str, float]]]) -> str:
+    """A line with the mean image AUROC over categories."""
+    values = {kind: [metrics[kind]["auroc"] for metrics in detections] for kind in ANOMALIES}
+    logical, structural = map(mean_known, values.values())
+    return (
+        f"average {title} logical {logical:.3f} structural {structural:.3f} mean {mean_known([logical, structural]):.3f}"
+        + counted(values)
+    )
+
+
+def details(measured: dict[str, dict]) -> list[str]:
+    """Further metrics of each category."""
+    rows = [
+        (name, kind, *(metrics[metric] for metric in ("average_precision", "f1_max")))
+        for name, content in measured.items()
+        for kind, metrics in content["detection"][FUSED].items()
+    ]
+    lines = [
+        "",
+        "image level, fused branches, in percent",
+        *_table(rows, ("", "", "average precision", "F1-max")),
+    ]
+
+    rows = [
+        (name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
+        for name, content in measured.items()
+        for defect, entry in content["defects"].items()
+    ]
+    if rows:
+        lines += [
+            "",
+            "single defects, fused branches, image AUROC in percent",
+            *_table(rows, ("", "", "defect", "images", "AUROC")),
+        ]
+
+    lines += [
+        "",
+        "localisation by the fused branches' maps, in percent (sPRO: area under the saturated per-region overlap up to "
+        "this false-positive rate)",
+    ]
+    rows, notes = [], []
+    for name, content in measured.items():
+        by_kind = content["localisation"][FUSED]
+        rows += [
+            (name, kind, metrics["pixel_auroc"], metrics["pixel_f1_max"], *metrics["spro"].values())
+            for kind, metrics in by_kind.items()
+            if "spro" in metrics
+        ]
+        notes += [
+            f"{name}, {kind}: not measured: {metrics['missing']}"
+            for kind, metrics in by_kind.items()
+            if "missing" in metrics
+        ]
+        notes += [
+            f"{name}, {kind}: measured without {', '.join(metrics['left_out'])}, which has no ground-truth masks"
+            for kind, metrics in by_kind.items()
+            if metrics.get("left_out")
+        ]
+        notes += [
+            f"{name}: {note}"
+            for note in {metrics["note"]: None for metrics in by_kind.values() if metrics.get("note")}
+        ]
+    means = [
+        ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
+        for kind in ANOMALIES
+        if any(row[1] == kind for row in rows)
+    ]
+    if means:
+        means.append(("average", "mean", *_mean_columns([row[2:] for row in means])))
+        measured_of = {
+            kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured]
+            for kind in ANOMALIES
+        }
+        if told := counted(measured_of):
+            notes.append(f"averages of the categories that were measured{told}")
+    columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
+    return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
+
+
+def _mean_columns(rows: list[tuple[float, ...]]) -> list[float]:
+    return [mean_known(column) for column in zip(*rows)]
+
+
+def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
+    return tabulate(rows, columns, tablefmt="plain", floatfmt=".3f").splitlines()
+
+
+def stand_ins_of(runs: list[dict[str, dict]]) -> list[str]:
+    return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})

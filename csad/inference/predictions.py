@@ -1,0 +1,132 @@
+"""predictions.csv, predictions.jsonl and maps/: what predict.py writes of each image."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from csad.branches import BRANCHES
+from csad.data import files
+from csad.data.listing import short_name
+from csad.errors import UNUSABLE, UserError
+from csad.inference.folders import State, only_writer, state_of
+from csad.inference.verdicts import VERDICTS, Verdict, printable
+
+MAX_NAME = 242  # bytes of a name before ".map.png", with which and a temporary name's 5 it has 255
+COLUMNS = (
+    "image",
+    "verdict",
+    "score",
+    "threshold",
+    *(f"{branch}_contribution" for branch in BRANCHES),
+    "unusual_x",
+    "unusual_y",
+    "findings",
+)
+
+
+def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
+    """A line of predictions.jsonl."""
+    return json.dumps(verdict.as_json() | state, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class Output:
+    """predictions.csv, predictions.jsonl and maps/, written line by line, so that a line once printed is on the disk.
+
+    Args:
+        folder: made if need be; held by one run at a time.
+        top: folder to which the names in maps/ are relative.
+        go_on: append to the tables of an earlier run instead of replacing them.
+
+    Attributes:
+        scored: the states of the files that an earlier run scored, by name.
+        counts: of each verdict, what this run wrote.
+
+    Raises:
+        UserError: another run writes there.
+    """
+
+    def __init__(self, folder: Path, top: Path, go_on: bool = False):
+        self.folder, self.top, self.go_on = folder, top, go_on
+        self.table = folder / "predictions.csv"
+        self.scored: dict[str, State] = {}
+        self.counts = dict.fromkeys(VERDICTS, 0)
+
+    def __enter__(self) -> Output:
+        self.lock = only_writer(self.folder)
+        log = self.table.with_suffix(".jsonl")
+        if self.go_on and log.exists():
+            self._read_log(log)
+        mode = "a" if self.go_on and log.exists() else "w"
+        if mode == "w":
+            self.table.unlink(missing_ok=True)
+        fresh = mode == "w" or not self.table.exists()
+        self.csv = open(self.table, mode, newline="", encoding="utf-8", errors="backslashreplace")
+        self.lines = open(log, mode, encoding="utf-8", errors="backslashreplace")
+        self.rows = csv.writer(self.csv, lineterminator="\n")
+        if fresh:
+            self.rows.writerow(COLUMNS)
+        return self
+
+    def _read_log(self, log: Path) -> None:
+        """What was scored; a last line that a crash cut off goes, and its image is scored again."""
+        content = log.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            files.write_bytes(log, whole)
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+                self.scored[entry["image"]] = (entry["bytes"], entry["changed_ns"])
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def __exit__(self, *_) -> None:
+        self.csv.close()
+        self.lines.close()
+        self.lock.release()
+
+    def write(self, verdict: Verdict) -> None:
+        if verdict.drawing is not None:
+            # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
+            name = Path(os.path.relpath(verdict.name.parent.resolve() / verdict.name.name, self.top))
+            if name.parts[0] == os.pardir:
+                raise UserError(
+                    f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
+                    f"{self.folder}/maps; run the same command again"
+                )
+            drawing = f"{short_name(name.name, MAX_NAME)}.map.png"
+            try:
+                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
+            except OSError as problem:
+                if problem.errno not in UNUSABLE:
+                    raise
+                print(
+                    f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}",
+                    file=sys.stderr,
+                )
+        contributions = verdict.contributions or {}
+        self.rows.writerow(
+            [
+                files.to_csv_text(str(verdict.name)),
+                verdict.verdict,
+                *(
+                    "" if value is None else f"{value:.6g}"
+                    for value in (
+                        verdict.score,
+                        verdict.threshold,
+                        *(contributions.get(branch) for branch in BRANCHES),
+                    )
+                ),
+                *(verdict.unusual or ("", "")),
+                files.to_csv_text("; ".join(verdict.findings)),
+            ]
+        )
+        self.lines.write(as_line(verdict, state_of(verdict.name)))
+        self.csv.flush()
+        self.lines.flush()
+        self.counts[verdict.verdict] += 1
+        print(verdict, flush=True)

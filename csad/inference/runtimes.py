@@ -1,0 +1,174 @@
+"""An engine for each runtime that exported models run in.
+
+Each engine imports its runtime when it is made: ONNX and OpenVINO models need no PyTorch.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from csad.data import files
+from csad.errors import UserError
+from csad.inference.engines import (
+    METADATA_KEY,
+    Engine,
+    decoded_metadata,
+    first_line,
+    in_words,
+    requested_threads,
+    require_package,
+)
+from csad.inference.openvino_engine import OpenVinoEngine, read_openvino
+
+import numpy as np
+
+from models.prediction import Prediction
+
+# onnxruntime's.
+ACCELERATORS = tuple(f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CoreML", "Dml", "OpenVINO"))
+
+
+class TorchEngine(Engine):
+    """A fused state dict, published or ours, folded and run by PyTorch.
+
+    Args:
+        state: what `files.read_state` gives.
+        device: a name of PyTorch's.
+        precision: of the networks; None: what the file asks for.
+
+    Raises:
+        UserError: it is no CSAD model.
+    """
+
+    runtime = "torch"
+
+    def __init__(self, state: dict, device: str, precision: str | None = None):
+        torch = require_package("torch")
+        from csad.inference.folded import FoldedModel
+
+        from models.device import keep_freed_memory
+        from models.fused import from_state, metadata
+
+        self.metadata = metadata(state)
+        self.torch, self.device = torch, device
+        requested = precision or self.metadata.get("precision", "fp32")
+        # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
+        runs = "fp32" if requested == "fp16" and device.startswith("cpu") else requested
+        model = FoldedModel(
+            from_state(state),
+            with_map=True,
+            raw_input=self.metadata.get("raw_input", False),
+            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[runs],
+        )
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        self.networks = {name: names[dtype] for name, dtype in model.dtypes().items()}
+        self.precision = in_words(self.networks)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        if device.startswith("cpu"):
+            keep_freed_memory()
+
+    def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
+        with self.torch.inference_mode():
+            batch = self.torch.from_numpy(images).to(self.device, memory_format=self.torch.channels_last)
+            outputs = self.model(batch)
+            return tuple(
+                values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
+                for values in (outputs if maps else outputs[:1])
+            )
+
+    def arrangement_scores(self, label_map: np.ndarray) -> np.ndarray:
+        """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
+        with self.torch.inference_mode():
+            score, _ = self.model.arrangement(self.torch.from_numpy(label_map).long().to(self.device))
+            return self.model.contribution("patchhist", score).cpu().numpy()
+
+
+class OnnxEngine(Engine):
+    """An exported ONNX model, run by onnxruntime.
+
+    Args:
+        model: the file's content.
+        device: cpu; cuda or cuda:1 for the CUDA provider where onnxruntime has it; auto for every accelerator that it has, those
+            first that are fastest, and the CPU for what they cannot do.
+
+    Raises:
+        UserError: onnxruntime is not installed, or this is no CSAD model that it can run.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, model: bytes, device: str):
+        onnxruntime = require_package("onnxruntime")
+        providers, available = ["CPUExecutionProvider"], onnxruntime.get_available_providers()
+        if device == "auto":
+            providers = [name for name in ACCELERATORS if name in available] + providers
+        elif device.startswith("cuda") and "CUDAExecutionProvider" in available:
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = requested_threads()
+        # Its threads spin while they wait for work; once it has answered they leave the cores to the process's other models.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session = onnxruntime.InferenceSession(model, options, providers)
+        except Exception as problem:  # onnxruntime's own exceptions share no public base
+            raise UserError(
+                f"onnxruntime cannot run this model ({first_line(problem)}); export it again with "
+                "export_model.py --format onnx"
+            ) from problem
+        self.metadata = decoded_metadata(
+            self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), "ONNX"
+        )
+        self.device = self.session.get_providers()[0].removesuffix("ExecutionProvider").lower()
+        cast = {"fp16": "fp32 (weights in fp16)"} if self.device == "cpu" else {}  # by its CPU kernels
+        self.networks = {
+            name: cast.get(precision, precision)
+            for name, precision in self.metadata.get("networks", {}).items()
+        }
+        stored = self.metadata.get("precision", "fp32")
+        self.precision = in_words(self.networks) if self.networks else cast.get(stored, stored)
+
+    def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
+        return tuple(
+            self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images})
+        )
+
+
+def open_model(path: Path, device: str) -> Engine:
+    """Open an exported model with the runtime that its suffix tells.
+
+    Args:
+        path: ``.pth`` (torch), ``.onnx`` (onnxruntime) or ``.xml`` (openvino).
+        device: cpu, cuda, cuda:1 or mps, for torch, and for onnxruntime where it is built for it; names of OpenVINO's, which
+            takes its CPU for all others.
+
+    Raises:
+        UserError: no such file, another suffix, no CSAD model, or a runtime that is not installed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".pth", ".onnx", ".xml"):
+        raise UserError(f"{path} is not an exported model; expected a .pth, .onnx or .xml file")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; export_model.py makes it")
+    try:
+        if suffix == ".pth":
+            return TorchEngine(files.read_state(path), device)
+        if suffix == ".onnx":
+            return OnnxEngine(path.read_bytes(), device)
+        return OpenVinoEngine(read_openvino(path), "CPU" if device.islower() else device)
+    except UserError as problem:
+        raise problem if str(path) in str(problem) else UserError(f"{path}: {problem}") from problem
+
+
+def device_name(name: str, model: Path) -> str:
+    """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so, and choose by themselves."""
+    if model.suffix.lower() != ".pth":
+        of_openvino = model.suffix.lower() == ".xml" and name.isupper()
+        if not (of_openvino or re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name)):
+            raise UserError(f"device '{name}' is not available; use --device auto")
+        return name
+    from models.device import choose_device
+
+    return str(choose_device(name))

@@ -1,0 +1,164 @@
+"""What is said about an image that a model has scored: verdict, contributions, findings in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csad.branches import BRANCHES
+from csad.evaluation.deviations import PLACES, Deviation, summarise, title_of
+from csad.inference.overlays import ARRANGEMENT, captioned
+
+import numpy as np
+
+NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE = "normal", "anomalous", "undecided", "unreadable"
+VERDICTS = (NORMAL, ANOMALOUS, UNDECIDED, UNREADABLE)
+MAX_DETAILS = 3  # findings after the first
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about one image; fields are None where the model or the file does not tell.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        score: higher = more anomalous; the sum of contributions.
+        contributions: what each branch adds to the score, by its name.
+        alarm: the branch that adds most, where the image is anomalous.
+        unusual: x and y, in the image's own pixels, of the maximum of that branch's map; None where no map has any.
+        components: unusual amounts of components, the most unusual first.
+        size: width and height of the image in pixels.
+        legend: index and what people call it, of each component that the model knows.
+        drawing: (H, W, 3) uint8: image, components, anomaly map; a ring where an anomalous image is most unusual.
+        problem: why there is no verdict.
+    """
+
+    name: Path | str
+    verdict: str
+    threshold: float
+    score: float | None = None
+    contributions: dict[str, float] | None = None
+    alarm: str | None = None
+    unusual: tuple[int, int] | None = None
+    components: Sequence[Deviation] = ()
+    size: tuple[int, int] = (0, 0)
+    legend: Sequence[tuple[int, str]] = ()
+    drawing: np.ndarray | None = None
+    problem: str = ""
+
+    @property
+    def findings(self) -> list[str]:
+        """What is wrong, in words: one sentence about what explains the alarm, then at most `MAX_DETAILS` details."""
+        if self.problem:
+            return [self.problem]
+        if self.verdict != ANOMALOUS:
+            return []
+        if self.unusual is None:
+            return findings_of(
+                self.components, "unusual arrangement of components" if self.alarm == ARRANGEMENT else "", ""
+            )
+        spot = f"at x {self.unusual[0]}, y {self.unusual[1]}"
+        if self.alarm == ARRANGEMENT:
+            return findings_of(
+                self.components,
+                "unusual arrangement of components, most of all " + spot,
+                "most unusual " + spot,
+            )
+        right, low = (2 * position >= side for position, side in zip(self.unusual, self.size))
+        return findings_of(self.components, "unusual surface " + spot, quarter=PLACES[2 * right + low])
+
+    @property
+    def captioned_drawing(self) -> np.ndarray | None:
+        """The drawing with verdict, score, findings and the components' legend under it."""
+        if self.drawing is None or self.score is None:
+            return self.drawing
+        over = "is over" if self.score > self.threshold else "is not over"
+        lines = [
+            f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
+            *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
+            "Left: the picture"
+            + (", a ring where it is most unusual" if self.findings and self.unusual else "")
+            + "; middle: its components; right: how unusual each place is",
+        ]
+        return captioned(
+            self.drawing,
+            f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}",
+            lines,
+            self.legend,
+            red=self.verdict == ANOMALOUS,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without numbers that JSON does not know."""
+        return {
+            "image": str(self.name),
+            "verdict": self.verdict,
+            "score": _finite(self.score),
+            "threshold": self.threshold,
+            "contributions": self.contributions
+            and {branch: _finite(value) for branch, value in self.contributions.items()},
+            "alarm": self.alarm,
+            "unusual": self.unusual,
+            "findings": self.findings,
+            "components": [deviation._asdict() | {"words": deviation.words} for deviation in self.components],
+            "problem": self.problem or None,
+        }
+
+    def __str__(self) -> str:
+        name = printable(str(self.name))
+        if self.score is None or self.verdict == UNDECIDED:
+            return f"{self.verdict:10} {name}\n           {printable(self.problem)}"
+        score = f"{self.score:.2f}"
+        if self.contributions:
+            score += " = " + " + ".join(
+                f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items()
+            )
+        text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
+        return text + "".join(f"\n           {finding}" for finding in self.findings)
+
+
+def findings_of(
+    components: Sequence[Deviation], otherwise: str = "", spot: str | None = None, quarter: str = ""
+) -> list[str]:
+    """One sentence that sums up, then at most `MAX_DETAILS` details.
+
+    Args:
+        components: deviations of one image, the farthest off first.
+        otherwise: what sums up where the deviations do not; where they do, it is said next.
+        spot: what is said next instead, "" for nothing.
+        quarter: see `csad.evaluation.deviations.summarise`.
+    """
+    summary = summarise(components, quarter)
+    details = [deviation.words for deviation in components if deviation not in summary.said]
+    if not summary.sentence:
+        return [text for text in (otherwise, *details[:MAX_DETAILS]) if text]
+    return [
+        summary.sentence,
+        *[text for text in (otherwise if spot is None else spot, *details) if text][:MAX_DETAILS],
+    ]
+
+
+def names_of(metadata: dict[str, Any]) -> dict[int, str]:
+    """What people call components, of those that have a name in a model's metadata."""
+    return {int(component): name for component, name in metadata.get("names", {}).items()}
+
+
+def legend_of(metadata: dict[str, Any]) -> list[tuple[int, str]]:
+    """Index and what people call it, of each component in a model's metadata."""
+    names = names_of(metadata)
+    return [
+        (component, title_of(component, names.get(component, "")))
+        for component in range(1, len(metadata.get("histogram", {}).get("mean", ())))
+    ]
+
+
+def printable(text: str) -> str:
+    """A text as one line without a terminal's commands; names of files may hold both."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
