@@ -76,7 +76,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
 
 def equal_sums(branches: list[str]) -> dict[str, dict[str, float]]:
     """Which plain sums are measured besides the weighted one: the published three first, further branches, all of them."""
-    paper = [branch for branch in branches if branch in PAPER_BRANCHES]
+    paper: list[str] = [branch for branch in branches if branch in PAPER_BRANCHES]
     sums = [*([branch] for branch in paper), paper, *([branch] for branch in branches), branches]
     return {"+".join(names): dict.fromkeys(names, 1.0) for names in sums if names}
 

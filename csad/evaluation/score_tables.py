@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from csad.evaluation import branch_weights, spro
 from csad.evaluation.measures import ANOMALIES
 from csad.evaluation.metrics import LOCO, counted, mean_known
@@ -85,7 +87,7 @@ def average(title: str, detections: list[dict[str, dict[str, float]]]) -> str:
 
 def details(measured: dict[str, dict]) -> list[str]:
     """Further metrics of each category."""
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (name, kind, *(metrics[metric] for metric in ("average_precision", "f1_max")))
         for name, content in measured.items()
         for kind, metrics in content["detection"][FUSED].items()
@@ -135,7 +137,7 @@ def details(measured: dict[str, dict]) -> list[str]:
             f"{name}: {note}"
             for note in {metrics["note"]: None for metrics in by_kind.values() if metrics.get("note")}
         ]
-    means = [
+    means: list[tuple[Any, ...]] = [
         ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
         for kind in ANOMALIES
         if any(row[1] == kind for row in rows)
