@@ -110,7 +110,7 @@ def train(run: BranchRun, penalties: PenaltyPictures, best: BestOnTest | None) -
     """
     job, settings = run.job, run.job.settings.lgst
     train_images = torch.from_numpy(
-        job.view.read_small(job.category.train, f"{job.name}: read training images")
+        job.view.read_256(job.category.train, f"{job.name}: read training images")
     )
     torch.manual_seed(job.seed)
     model = LGST(job.backbone.channels, settings.width, settings.teacher_channels)

@@ -89,7 +89,7 @@ def train_category(job: Job) -> None:
             return
         require_own_pseudo_labels(category, labels, trusted, provenance["train_images"])
         train_images = torch.from_numpy(
-            job.view.read_small(category.train, f"{category.name}: read training images")
+            job.view.read_256(category.train, f"{category.name}: read training images")
         )
         if run.action == records.TRAIN:
             data = training_data(category, workspace, train_images, trusted, classes, settings.fill_holes)
