@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), help="for training")
     parser.add_argument("--draws", type=int, default=DRAWS)
     args, stage_options = parser.parse_known_args()
-    if min(args.images) < layouts.FEWEST_WITH_VALIDATION or args.draws < 1:
-        raise UserError(f"--images has to be at least {layouts.FEWEST_WITH_VALIDATION}, --draws at least 1")
+    if min(*args.images, args.draws) < 1:
+        raise UserError("--images and --draws have to be at least 1")
     logical = settings.logical_defects(args.preset)
     categories = layouts.Dataset(args.dataset_root).select(args.categories, logical)
     runs = [
