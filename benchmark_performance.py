@@ -17,6 +17,7 @@ from csad import settings
 from csad.branches import BRANCHES, PAPER_BRANCHES
 from csad.cli import common_options, select, with_branches, with_seeds
 from csad.data import files, layouts, records
+from csad.data.defects import DefectNames
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
@@ -168,8 +169,9 @@ def single_defects(
 ) -> dict[str, dict[str, Any]]:
     """Image AUROC of each defect whose images are known by name, against all good images."""
     found: dict[str, dict[str, Any]] = {}
+    defect_names = DefectNames(category)
     named = {
-        kind: [category.defect_of(split, path) for path in category.test(split)]
+        kind: [defect_names.of(split, path) for path in category.test(split)]
         for kind, split in ANOMALIES.items()
     }
     of_both_kinds = set(named["logical"]) & set(named["structural"])

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from csad.cli import common_options, select
 from csad.data import files
-from csad.data.checks import Findings, check
+from csad.data.checks import check
+from csad.data.findings import Findings
 from csad.data.listing import LONGEST_KEY, short_name
 from csad.data.pictures import THUMBNAIL, Picture
 from csad.errors import UserError, run_script

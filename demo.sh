@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-. ./setup_environment.sh
+. .ci/setup_environment.sh
 
 # Stand-ins by name, so that the demo is the same on every machine, with or without downloads.
 dataset="$workspace/datasets/synthetic_loco"

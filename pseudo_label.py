@@ -23,7 +23,8 @@ from pathlib import Path
 from csad import settings
 from csad.cli import common_options, select, with_cluster
 from csad.data import downloads, files, layouts, records
-from csad.data.checks import quick_check
+from csad.data.checks import header_check
+from csad.data.overview import layout_line
 from csad.data.workspace import PseudoLabels, Workspace
 from csad.errors import UserError, run_script
 from csad.processes import map_pictures, workers_option
@@ -153,8 +154,8 @@ class Labelling:
     def begin(self) -> bool:
         """Check everything, and note what is used; False where there is nothing to do."""
         category, overwrite = self.category, self.args.overwrite
-        print(category.layout_line)
-        for warning in quick_check(category):
+        print(layout_line(category))
+        for warning in header_check(category):
             print(f"{category.name}: {warning}")
         proposer = self.proposer = self.choose_proposer()
         used = {
@@ -174,7 +175,7 @@ class Labelling:
             refuse_unknown_files(
                 record, [self.finished.image(folder.name) for folder in self.folders], overwrite
             )
-            if record.begin(overwrite) == records.SKIP:
+            if record.plan(overwrite) == records.SKIP:
                 print(f"{category.name}: pseudo-labels are there already, skipped (--overwrite starts over)")
                 return False
         if changes:

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 from csad.errors import UserError, run_script
 from csad.inference.engines import Engine, device_name, open_model
 from csad.inference.inspection import read_picture

@@ -235,7 +235,7 @@ def write_wide_resnets(folder: Path) -> None:
 
 def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
     """One stage in this process, its steps timed."""
-    layouts.FEWEST_WITH_VALIDATION = PICTURES
+    layouts.MIN_WITH_VALIDATION = PICTURES
     steps: dict[str, list[float]] = {}
     on_gpu = choose_device(device).type == "cuda"
     time_steps(stage, steps, on_gpu)

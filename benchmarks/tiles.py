@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from csad.data import files
+from csad.data.data_sets import Dataset
 from csad.data.files import place
-from csad.data.layouts import GOOD, STRUCTURAL, Dataset
+from csad.data.layouts import GOOD, STRUCTURAL
 from csad.data.workspace import Workspace
 from csad.errors import run_script
 from csad.evaluation.metrics import auroc

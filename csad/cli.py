@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import csad
 from csad import settings
 from csad.branches import BRANCHES
-from csad.data import layouts
+from csad.data import data_sets, layouts
 from csad.data.files import place
 from csad.data.workspace import Workspace
 from csad.errors import UserError
@@ -21,7 +21,7 @@ class Selection(NamedTuple):
     """See `select`; ``chosen`` holds each category's settings, by its name."""
 
     workspace: Workspace
-    dataset: layouts.Dataset
+    dataset: data_sets.Dataset
     categories: list[layouts.Category]
     chosen: dict[str, settings.Settings]
 
@@ -33,7 +33,7 @@ def select(args: argparse.Namespace) -> Selection:
         UserError: the data set or a category is not there, or a setting is wrong.
     """
     workspace = Workspace(args.workspace)
-    dataset = layouts.Dataset(args.dataset_root or workspace.default_dataset)
+    dataset = data_sets.Dataset(args.dataset_root or workspace.default_dataset)
     categories = dataset.select(args.categories, settings.logical_defects(args.preset))
     given = overrides(args)
     return Selection(

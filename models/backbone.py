@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from csad.errors import UserError
 
@@ -77,6 +78,9 @@ class Backbone:
 class Normalise(nn.Module):
     """RGB in 0..255 -> with a network's own mean and std (given for 0..1) taken off; (B, 3, H, W) float32."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         # Not persistent: state dicts keep the published keys.
@@ -105,21 +109,24 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.normalise, self.network, self.reductions = Normalise(mean, std), network, reductions
-        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        info: Any = (
+            network.feature_info
+        )  # timm's; torch says that every attribute of a module is a tensor or a module
+        self.channels: tuple[int, ...] = tuple(info.channels())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """RGB in 0..255, float or uint8, (B, 3, H, W) -> one map per reduction r, (B, C, H/r, W/r) where r divides the sides."""
         return to_grids(self.network(self.normalise(images)), self.reductions, tuple(images.shape[-2:]))
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Bilinear resize without aligned corners, as everywhere in docs/method.md; (B, C, *, *) -> (B, C, *size)."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def to_grids(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, ...]:
+def to_grids(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Bring maps to exactly their fraction of an image of this size: networks without padding round their sides."""
     return tuple(
         one
@@ -165,7 +172,8 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
         "one like resnet18"
     )
     try:
-        info = timm.create_model(TIMM_NAMES.get(name, name), features_only=True).feature_info
+        network: Any = timm.create_model(TIMM_NAMES.get(name, name), features_only=True)
+        info = network.feature_info
     except (RuntimeError, AttributeError, AssertionError) as reason:
         raise problem from reason
     found = info.reduction()
@@ -179,9 +187,9 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
 def build_encoder(
     name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None
 ) -> Encoder:
-    loading = (
+    loading: dict[str, Any] = (
         {} if state is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
     )
     network = timm.create_model(TIMM_NAMES.get(name, name), features_only=True, out_indices=taps, **loading)
-    known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
+    known: Any = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))  # not None: timm has just built it
     return Encoder(network, known.mean, known.std, reductions).eval().requires_grad_(False)

@@ -38,6 +38,12 @@ class DeepFeatureModel(nn.Module):
         q_start, q_end: quantiles of the validation maps.
     """
 
+    mean: Tensor
+    components: Tensor
+    baseline: Tensor
+    q_start: Tensor
+    q_end: Tensor
+
     def __init__(self, channels: int, count: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, channels * SIDE**2))

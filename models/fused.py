@@ -22,7 +22,7 @@ from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE, OUTSIDE, SIZE
 from models.dfm import DeepFeatureModel, model_from_state, pool
 from models.histogram_evidence import HistogramEvidence
-from models.lgst import LGST
+from models.lgst import LGST, LgstMap
 from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector
 from models.patch_memory import PatchMemory
@@ -37,8 +37,8 @@ class FusedModel(nn.Module):
     """Branches over one shared encoder; a branch that is None is not fused.
 
     Args:
-        encoder: see `models.backbone.Encoder`.
-        segmentor, detector: the patch histogram, both or neither.
+        encoder: `models.backbone.Encoder`, or what gives the same maps.
+        segmentor, detector: the patch histogram, both or neither; `models.segmentor.Segmentor`, or what gives its logits.
         lgst, memory, dfm: the other branches.
         size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
         tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
@@ -51,12 +51,16 @@ class FusedModel(nn.Module):
         branches: names of the fused branches, in the order of `Prediction`'s K.
     """
 
+    roi: Tensor | None
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
-        encoder: Encoder,
-        segmentor: Segmentor | None = None,
+        encoder: nn.Module,
+        segmentor: nn.Module | None = None,
         detector: PatchHistogramDetector | None = None,
-        lgst: LGST | FeatureLGST | None = None,
+        lgst: LgstMap | None = None,
         memory: PatchMemory | None = None,
         size: int = SIZE,
         roi: Tensor | None = None,
@@ -97,7 +101,7 @@ class FusedModel(nn.Module):
             else maps
         )
         scores, branch_maps = [], []
-        if self.patch_hist_detector is not None:
+        if self.segmentor is not None:
             label_map = self.segmentor(maps).argmax(1)
             score, evidence = self.arrangement(label_map)
             scores.append(score)
@@ -136,6 +140,7 @@ class FusedModel(nn.Module):
 
     def arrangement(self, label_map: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> the patch histogram's score (B,), not normalised, and its map (B, 64, 64)."""
+        assert self.patch_hist_detector is not None  # label maps come with it
         score = self.patch_hist_detector(label_map)
         if self.evidence is None:
             return score, torch.zeros_like(label_map[:, :MAP_SIZE, :MAP_SIZE], dtype=torch.float32)
@@ -162,7 +167,7 @@ def block_means(rgb: Tensor, size: int = SIZE) -> Tensor:
     return rgb if factor == 1 else torch.floor(F.avg_pool2d(rgb, factor) + 0.5)
 
 
-def published_state(model: FusedModel) -> OrderedDict:
+def published_state(model: FusedModel) -> OrderedDict[str, Tensor]:
     """A model's state dict with the published keys."""
     return OrderedDict(
         (key.replace("encoder.network.", "encoder.").removeprefix("lgst."), value)
@@ -259,12 +264,11 @@ def metadata(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return getattr(state, "_metadata", {}).get(METADATA_KEY, {})
 
 
-def attach_metadata(state: Mapping[str, Tensor], content: dict[str, Any]) -> None:
+def attach_metadata(state: OrderedDict[str, Tensor], content: dict[str, Any]) -> None:
     """Keep plain values with a state dict, and the format version that they are of.
 
     They go beside the version numbers that PyTorch itself keeps in ``_metadata``: saved and loaded with the file,
     while the keys stay the published ones.
     """
-    if not hasattr(state, "_metadata"):
-        state._metadata = OrderedDict()
-    state._metadata[METADATA_KEY] = content | {"format_version": csad.FORMAT_VERSION}
+    kept = vars(state).setdefault("_metadata", OrderedDict())
+    kept[METADATA_KEY] = content | {"format_version": csad.FORMAT_VERSION}

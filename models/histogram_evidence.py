@@ -39,6 +39,12 @@ class HistogramEvidence(nn.Module):
         val_mean, val_std: z of the validation images' scores.
     """
 
+    frequency: Tensor
+    expected: Tensor
+    averages_64: Tensor
+    val_mean: Tensor
+    val_std: Tensor
+
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
@@ -127,9 +133,9 @@ def fit_evidence(
         deviation = precision / np.sqrt(np.diagonal(precision))
         usual = np.abs((judged - mean) @ deviation).max(1).mean() if len(judged) else 1.0
         parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
-    fitted = HistogramEvidence(classes)
-    fitted.load_parameters({"val_mean": np.zeros(()), "val_std": np.ones(()), **parameters})
-    scores = [fitted.score(fitted(few)).numpy() for few in validation.split(BATCH)]
+    model = HistogramEvidence(classes)
+    model.load_parameters({"val_mean": np.zeros(()), "val_std": np.ones(()), **parameters})
+    scores = [model.score(model(few)).numpy() for few in validation.split(BATCH)]
     z = fit_z(np.concatenate(scores), EXPORTED_STD_FLOOR) if len(validation) else (0.0, 1.0)
     parameters |= dict(zip(("val_mean", "val_std"), map(np.asarray, z)))
     return {name: values.astype(np.float32) for name, values in parameters.items()}

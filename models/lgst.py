@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         """Both parts -> (B, channels, 64, 64)."""
         size = (MAP_SIZE, MAP_SIZE)
         averaged = F.avg_pool2d(resize(stride8, size) + resize(stride16, size), 3, stride=1, padding=1)
-        return averaged + self.proj.bias.view(1, -1, 1, 1)
+        return averaged + self.proj.get_parameter("bias").view(1, -1, 1, 1)
 
 
 class Student(nn.Module):
@@ -126,8 +126,25 @@ class Differences(NamedTuple):
     global_: Tensor
 
 
-class MapNormalisation(nn.Module):
+class LgstMap(nn.Module):
+    """LGST in any form: RGB in 0..255 (B, 3, 256, 256), the encoder's maps of it, and those of the larger view in; anomaly map
+    (B, 64, 64) out, whose maximum is the score."""
+
+    on_features = False  # whether the student sees the encoder's maps of the larger view instead of pixels
+
+    @staticmethod
+    def scaled(anomaly_map: Tensor) -> Tensor:
+        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
+        return anomaly_map / 0.1
+
+
+class MapNormalisation(LgstMap):
     """What turns the two differences into an anomaly map, whatever networks they come from."""
+
+    q_st_start: Tensor
+    q_st_end: Tensor
+    q_ae_start: Tensor
+    q_ae_end: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +157,6 @@ class MapNormalisation(nn.Module):
         return 0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start) + 0.1 * (
             differences.global_ - self.q_ae_start
         ) / (self.q_ae_end - self.q_ae_start)
-
-    @staticmethod
-    def scaled(anomaly_map: Tensor) -> Tensor:
-        """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
-        return anomaly_map / 0.1
 
     def fit_map_normalisation(self, validation: Differences) -> None:
         """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
@@ -164,7 +176,8 @@ class LGST(MapNormalisation):
         width, channels: of the student and of the teacher.
     """
 
-    on_features = False
+    teacher_mean: Tensor
+    teacher_std: Tensor
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
@@ -218,16 +231,26 @@ class LGST(MapNormalisation):
         """
         local, _ = self.local_st(self.normalise(images))
         local_of_penalty, _ = self.local_st(self.normalise(penalty))
-        if augmented is None:
+        if augmented is None or augmented_teacher is None:
             return TrainingFeatures(teacher, local, local_of_penalty)
         decoded = self.autoencoder(self.normalise(augmented))
         _, global_ = self.local_st(self.normalise(augmented))
-        return TrainingFeatures(teacher, local, local_of_penalty, augmented_teacher, decoded, global_)
+        return TrainingFeatures(
+            teacher, local, local_of_penalty, ViewFeatures(augmented_teacher, decoded, global_)
+        )
 
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""
         self.teacher_mean.copy_(mean.view(1, -1, 1, 1))
         self.teacher_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
+
+
+class ViewFeatures(NamedTuple):
+    """What teacher, autoencoder and the student's second head make of augmented views, each (B, channels, 64, 64)."""
+
+    teacher: Tensor
+    decoded: Tensor
+    global_: Tensor
 
 
 class TrainingFeatures(NamedTuple):
@@ -236,11 +259,7 @@ class TrainingFeatures(NamedTuple):
     teacher: Tensor  # of the training images
     local: Tensor  # the student's first head on the same images
     penalty: Tensor | None = None  # the student's first head on an image unlike them, if the step has one
-    augmented_teacher: Tensor | None = (
-        None  # the teacher on augmented views; None, like the next two, on local steps
-    )
-    decoded: Tensor | None = None  # the autoencoder on these views
-    global_: Tensor | None = None  # the student's second head on these views
+    views: ViewFeatures | None = None  # None on local steps
 
 
 def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> dict[str, Tensor]:
@@ -254,16 +273,14 @@ def losses(features: TrainingFeatures, hard_quantile: float | None = None) -> di
         teacher-autoencoder difference; global: autoencoder-student difference. Without the features that they compare,
         the last three are missing.
     """
-    teacher, local, penalty, augmented_teacher, decoded, global_ = (
-        None if maps is None else maps.float() for maps in features
-    )
-    difference = (teacher - local).square()
+    difference = (features.teacher.float() - features.local.float()).square()
     if hard_quantile is not None:
         difference = difference[difference >= quantile(difference.detach(), hard_quantile)]
     parts = {"local": difference.mean()}
-    if penalty is not None:
-        parts["penalty"] = penalty.square().mean()
-    if decoded is not None:
-        parts["autoencoder"] = (augmented_teacher - decoded).square().mean()
+    if features.penalty is not None:
+        parts["penalty"] = features.penalty.float().square().mean()
+    if features.views is not None:
+        teacher, decoded, global_ = (maps.float() for maps in features.views)
+        parts["autoencoder"] = (teacher - decoded).square().mean()
         parts["global"] = (decoded - global_).square().mean()
     return parts

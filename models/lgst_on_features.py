@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models.backbone import resize
 from models.constants import MAP_SIZE
-from models.lgst import Differences, MapNormalisation, TrainingFeatures
+from models.lgst import Differences, MapNormalisation, TrainingFeatures, ViewFeatures
 
 RIDGE = 1e-3  # added to the eigenvalues of the correlation matrix, whose mean is 1, before whitening
 SMOOTHING = 5  # side of the mean taken over the global difference
@@ -42,8 +42,7 @@ class WhitenedTeacher(nn.Module):
             : self.proj.out_channels
         ]
         weight = turn @ (vectors / (values.clamp(min=0) + RIDGE).sqrt()).T * scale
-        self.proj.weight.data.copy_(weight[:, :, None, None])
-        self.proj.bias.data.copy_(-weight @ mean)
+        self.proj.load_state_dict({"weight": weight[:, :, None, None], "bias": -weight @ mean})
 
 
 class FeatureStudent(nn.Module):
@@ -93,6 +92,10 @@ class FeatureLGST(MapNormalisation):
     """
 
     on_features = True
+    fourth_mean: Tensor
+    fourth_std: Tensor
+    sixteenth_mean: Tensor
+    sixteenth_std: Tensor
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
@@ -112,7 +115,7 @@ class FeatureLGST(MapNormalisation):
         for module in [*self.local_st.modules(), *self.autoencoder.modules()]:
             if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 continue
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.get_parameter("bias"))
             if isinstance(
                 module, nn.ConvTranspose2d
             ):  # from 1x1: every place of the output sees one of the input
@@ -142,7 +145,8 @@ class FeatureLGST(MapNormalisation):
         local, global_ = self.student_features(stride4)
         if stride16 is None:
             return TrainingFeatures(teacher, local)
-        return TrainingFeatures(teacher, local, None, teacher, self.autoencoder_features(stride16), global_)
+        views = ViewFeatures(teacher, self.autoencoder_features(stride16), global_)
+        return TrainingFeatures(teacher, local, views=views)
 
     def forward(self, images: Tensor, _: tuple[Tensor, ...], maps: tuple[Tensor, ...]) -> Tensor:
         """As `models.lgst.LGST.forward`, from the maps of the larger view alone."""

@@ -15,6 +15,7 @@ Index 0, the background, is kept as an entry, so that shapes follow the number o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,15 @@ class PatchHistogramDetector(nn.Module):
         hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: (trimmed) z of the distances, scalars.
     """
 
+    hist_mean: Tensor
+    hist_invcov: Tensor
+    hist_val_mean: Tensor
+    hist_val_std: Tensor
+    patch_hist_mean: Tensor
+    patch_hist_invcov: Tensor
+    patch_hist_val_mean: Tensor
+    patch_hist_val_std: Tensor
+
     def __init__(self, classes: int, background: bool = True):
         super().__init__()
         self.classes, self.background = classes, background
@@ -127,7 +137,8 @@ class PatchHistogramDetector(nn.Module):
         ]
         means, inverses = (self.hist_mean, self.patch_hist_mean), (self.hist_invcov, self.patch_hist_invcov)
         factors = (None, None) if self.whitening is None else self.whitening
-        return tuple(mahalanobis(*each) for each in zip(histograms, means, inverses, factors))
+        whole, quarters = (mahalanobis(*each) for each in zip(histograms, means, inverses, factors))
+        return whole, quarters
 
     def forward(self, labels: Tensor) -> Tensor:
         """Label maps (B, 256, 256) -> sum of the two normalised distances, (B,)."""
@@ -192,7 +203,7 @@ def fit_parameters(
         hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
         validation images, hist_val_score and patch_hist_val_score (n,): the content of the parameter file.
     """
-    parameters = {}
+    parameters: dict[str, np.ndarray] = {}
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
     wavering = [np.zeros_like(fitted[:1]) for fitted in train_histograms]
     if segmented_twice is not None:
@@ -257,7 +268,7 @@ def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray
     return shrunk(samples, max(SHRINKAGES, key=log_likelihood))
 
 
-def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[str, list]:
+def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[str, list[Any]]:
     """Mean and std of every class's area fraction on the training images, background included, for people to read.
 
     They follow from the detector's parameters alone, so that published parameter files have them, too: the covariance is
@@ -301,4 +312,5 @@ def fitted_detector(
 def _stacked(labels: Tensor, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Both histograms of many maps, (N, C) and (N, 4C) float64, a few maps at a time to spare memory."""
     parts = [label_histograms(few, classes) for few in labels.split(16)]
-    return tuple(torch.cat(part).double().numpy() for part in zip(*parts))
+    whole, quarters = (torch.cat(part).double().numpy() for part in zip(*parts))
+    return whole, quarters

@@ -46,6 +46,13 @@ class PatchMemory(nn.Module):
         q_start, q_end: quantiles of the validation maps as they are shown.
     """
 
+    mean: Tensor
+    std: Tensor
+    rows: Tensor
+    usual: Tensor
+    q_start: Tensor
+    q_end: Tensor
+
     def __init__(
         self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"
     ):
@@ -214,12 +221,12 @@ def greedy_k_centre(
     while len(chosen) < count:
         size = min(ROUND, count - len(chosen), max(4, len(chosen)))
         farthest = nearest.topk(min(len(candidates), OVERSAMPLING * size)).indices
-        rows, distance, new = candidates[farthest], nearest[farthest].clone(), []
+        rows, distance, ranks = candidates[farthest], nearest[farthest].clone(), []
         for _ in range(size):
-            new.append(int(distance.argmax()))
-            distance = torch.minimum(distance, (rows - rows[new[-1]]).square().sum(1))
-            distance[new[-1]] = -1
-        new = farthest[new]
+            ranks.append(int(distance.argmax()))
+            distance = torch.minimum(distance, (rows - rows[ranks[-1]]).square().sum(1))
+            distance[ranks[-1]] = -1
+        new = farthest[ranks]
         chosen = torch.cat([chosen, new])
         for part in torch.arange(len(candidates)).split(20_000):
             apart = (

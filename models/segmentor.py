@@ -22,14 +22,20 @@ SMOOTH = 1e-5  # keeps logarithms and divisions finite, everywhere below
 
 
 class LossWeights(Protocol):
-    """What `losses` needs of the segmentor's settings."""
+    """What `losses` needs of the segmentor's settings, which nobody changes."""
 
-    weight_ce: float
-    weight_focal: float
-    weight_dice: float
-    weight_histogram: float
-    weight_entropy: float
-    softmax_twice: bool
+    @property
+    def weight_ce(self) -> float: ...
+    @property
+    def weight_focal(self) -> float: ...
+    @property
+    def weight_dice(self) -> float: ...
+    @property
+    def weight_histogram(self) -> float: ...
+    @property
+    def weight_entropy(self) -> float: ...
+    @property
+    def softmax_twice(self) -> bool: ...
 
 
 class ConvBnRelu(nn.Module):
@@ -97,8 +103,8 @@ class Segmentor(nn.Module):
             )
         )
 
-    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """(B, *, H/4, W/4), (B, *, H/8, W/8) (unused), (B, *, H/16, W/16) -> logits (B, classes, *output_size)."""
+    def forward(self, features: tuple[Tensor, Tensor | None, Tensor]) -> Tensor:
+        """(B, *, H/4, W/4), (B, *, H/8, W/8) or None (unused), (B, *, H/16, W/16) -> logits (B, classes, *output_size)."""
         shallow, _, deep = features
         context = resize(self.fc1(self.aspp(deep)), shallow.shape[-2:])
         logits = self.fc2(torch.cat([context, self.reduce(shallow)], dim=1))

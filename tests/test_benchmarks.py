@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from csad.data import files, layouts
+from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.synthetic.writer import components_root
@@ -60,7 +60,7 @@ def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
     root = make_dataset(train=4, test=2)
-    category, workspace = layouts.Dataset(root).select(None)[0], Workspace(tmp_path / "work")
+    category, workspace = data_sets.Dataset(root).select(None)[0], Workspace(tmp_path / "work")
     monkeypatch.setattr(
         sys, "argv", ["label_quality", "--workspace", str(workspace.root), "--dataset_root", str(root)]
     )

@@ -13,6 +13,7 @@ from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation.scores import said_of_choice
+from csad.training import lgst_scores, segmentor_scores
 from csad.training.best_on_test import CHOSEN_ON_TEST, BestOnTest, mean_auroc
 from csad.training.loop import TrainingLoop
 
@@ -23,7 +24,6 @@ from conftest import job_for, make_discs, tiny_backbone
 from torch import nn
 
 import CSAD
-import train_segmentor
 
 
 class Counting(nn.Linear):
@@ -98,7 +98,7 @@ def written(workspace):
 def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(
     kind, category, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(CSAD, "EVALUATED_EVERY", 2)
+    monkeypatch.setattr(lgst_scores, "EVALUATED_EVERY", 2)
     monkeypatch.setattr("csad.training.loop.SAVE_EVERY_SECONDS", 0)
     whole, broken, last = (Workspace(tmp_path / name) for name in ("whole", "broken", "last"))
     train(category, whole, kind)
@@ -157,7 +157,7 @@ def test_evaluating_changes_nothing_of_the_training(category, tmp_path, monkeypa
 
     monkeypatch.setattr(TrainingLoop, "__init__", watch)
     monkeypatch.setattr(BestOnTest, "restore", lambda *_: None)
-    monkeypatch.setattr(CSAD, "EVALUATED_EVERY", 2)
+    monkeypatch.setattr(lgst_scores, "EVALUATED_EVERY", 2)
     for checkpoint in ("last", "best_on_test"):
         train(category, Workspace(tmp_path / checkpoint), checkpoint=checkpoint)
     for key, value in seen[False].state_dict().items():
@@ -187,7 +187,7 @@ def test_weights_chosen_by_other_images_are_noticed(category, tmp_path):
 
 def test_everything_made_with_it_says_so(tmp_path, monkeypatch, capsys):
     work, dataset = tmp_path / "work", make_discs(tmp_path / "data", train=8, validation=4, test=2)
-    monkeypatch.setattr(train_segmentor, "EVALUATED_EVERY", 1)
+    monkeypatch.setattr(segmentor_scores, "EVALUATED_EVERY", 1)
     options = {
         "pseudo_label": ("--pseudo_labels.rotations", "1"),
         "train_segmentor": (

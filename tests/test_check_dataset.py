@@ -10,6 +10,7 @@ from pathlib import Path
 
 from csad import settings
 from csad.data import checks, pictures
+from csad.data.findings import Findings
 from csad.data.layouts import Category
 
 import numpy as np
@@ -377,13 +378,13 @@ def test_contact_sheets(broken, run, tmp_path):
     assert status == 2 and "lies in the data set" in complaint
 
 
-def test_quick_check_reads_headers_only(broken, monkeypatch):
-    assert checks.quick_check(Category(broken)) == []
+def test_header_check_reads_headers_only(broken, monkeypatch):
+    assert checks.header_check(Category(broken)) == []
     shutil.copy(broken / "train/good/003.png", broken / "test/good/new.png")
     Image.new("RGB", (300, 200)).save(broken / "train/good/wide.png")
     (broken / "train/good/a.heic").write_bytes(b"x")
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels are read"))
-    found = "\n".join(checks.quick_check(Category(broken)))
+    found = "\n".join(checks.header_check(Category(broken)))
     for word in (
         "the same file in train and test: train/good/003.png = test/good/new.png",
         "wide.png",
@@ -436,11 +437,11 @@ def test_few_images_are_warned_of(tmp_path, training, validation, words):
     for folder, number in (("train", training), ("validation", validation)):
         for index in range(number):
             paint(root / folder / f"{index}.png", index, (8, 8))
-    findings = checks.Findings()
-    checks.about_number_of_images(Category(root), findings)
+    findings = Findings()
+    checks.check_number_of_images(Category(root), findings)
     assert len(findings.warnings) == len(words)
     assert all(word in said for word, said in zip(words, findings.warnings))
-    assert [said for said in checks.quick_check(Category(root)) if "only" in said] == findings.warnings
+    assert [said for said in checks.header_check(Category(root)) if "only" in said] == findings.warnings
 
 
 def test_what_an_operating_system_leaves_is_only_noted(broken, run):

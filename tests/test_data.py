@@ -348,7 +348,7 @@ def made(tmp_path):
         return records.Record(tmp_path / "made.json", given, outputs, {"validation": scored}, outputs[0])
 
     def write(record):
-        files.write_state(outputs[0], {"state": {}, "meta": record.used | {"more": 1}})
+        files.write_state(outputs[0], {"state": {}, "meta": record.provenance | {"more": 1}})
         files.write_array(outputs[1], np.zeros(1))
         record.finish()
 
@@ -357,34 +357,34 @@ def made(tmp_path):
 
 
 def test_a_record_notices_what_changed_and_takes_nothing_away(made):
-    assert made().begin(False) == records.TRAIN
+    assert made().plan(False) == records.TRAIN
     made.write(made())
-    assert made().begin(False) == records.SKIP
+    assert made().plan(False) == records.SKIP
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        made(seed=1).begin(False)
-    assert made(seed=1).begin(True) == records.TRAIN
-    assert all(path.exists() for path in made.outputs) and made().begin(False) == records.SKIP
+        made(seed=1).plan(False)
+    assert made(seed=1).plan(True) == records.TRAIN
+    assert all(path.exists() for path in made.outputs) and made().plan(False) == records.SKIP
 
 
 def test_other_scored_images_or_a_changed_output_are_scored_anew(made):
     made.write(made())
-    assert made(scored="2").begin(False) == records.SCORE
+    assert made(scored="2").plan(False) == records.SCORE
     files.write_array(made.outputs[1], np.ones(1))
-    assert made().begin(False) == records.SCORE
+    assert made().plan(False) == records.SCORE
     made.outputs[0].unlink()
-    assert made().begin(False) == records.TRAIN
+    assert made().plan(False) == records.TRAIN
 
 
 def test_a_run_that_ended_before_its_record_is_scored_again(made):
     made.write(made())
     made().path.unlink(missing_ok=True)
-    assert made().begin(False) == records.SCORE
+    assert made().plan(False) == records.SCORE
 
 
 def test_outputs_of_others_are_used_as_they_are(tmp_path):
     files.write_array(tmp_path / "made.npy", np.zeros(1))
     assert (
-        records.Record(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"]).begin(False)
+        records.Record(tmp_path / "made.json", {"seed": 0}, [tmp_path / "made.npy"]).plan(False)
         == records.SKIP
     )
 
@@ -407,17 +407,17 @@ def test_outputs_of_others_are_used_as_they_are(tmp_path):
 def test_a_checkpoint_without_a_record_has_to_fit(made, content, said):
     files.write_state(made.outputs[0], content)
     with pytest.raises(UserError, match=said):
-        made().begin(False)
+        made().plan(False)
 
 
 def test_a_record_of_another_version_is_refused_and_overwritten(made, monkeypatch):
     made.write(made())
     monkeypatch.setattr(csad, "FORMAT_VERSION", csad.FORMAT_VERSION + 1)
     with pytest.raises(UserError, match="made.json was written by another version .*--overwrite"):
-        made().begin(False)
+        made().plan(False)
     with pytest.raises(UserError, match="another version"):
         records.require_current(made().path, {}, [], "stage.py")
-    assert made().begin(True) == records.TRAIN
+    assert made().plan(True) == records.TRAIN
 
 
 def test_digests_are_of_contents(tmp_path):

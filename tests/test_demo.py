@@ -15,7 +15,8 @@ def test_a_workspace_may_have_a_space_in_its_name(tmp_path):
     note = tmp_path / "note"
     note.write_text('#!/bin/sh\n(IFS="|"; echo "$*") >> asked\n')
     note.chmod(0o755)
-    (tmp_path / "setup_environment.sh").write_text("python=./note\n")
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci/setup_environment.sh").write_text("python=./note\n")
     (tmp_path / "my folder").mkdir()
     (tmp_path / "my folder/score_combine_result.txt").touch()
     subprocess.run(

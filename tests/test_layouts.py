@@ -9,7 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 from csad.data import files, images, layouts, listing
-from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL, Category, Dataset
+from csad.data.data_sets import Dataset
+from csad.data.defects import DefectNames
+from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL, Category
+from csad.data.overview import layout_line, unused
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError
@@ -95,8 +98,8 @@ def test_loco(make_dataset):
         == category.region_masks(GOOD, category.test(GOOD)[1])
         == []
     )
-    assert category.unused == []
-    assert category.layout_line == (
+    assert unused(category) == []
+    assert layout_line(category) == (
         "discs (MVTec LOCO AD): 12 training images; 6 validation images; test images: 4 good, "
         "4 logical_anomalies, 4 structural_anomalies"
     )
@@ -110,7 +113,7 @@ def test_mvtec_ad():
     assert relative(category.test(STRUCTURAL), root) == ["test/crack/000.png", "test/missing_pin/000.png"]
     assert category.test(LOGICAL) == []
     assert [category.key(path) for path in category.test(STRUCTURAL)] == ["crack_000", "missing_pin_000"]
-    assert [category.defect_of(split, path) for split, path in category.test_images] == [
+    assert [DefectNames(category).of(split, path) for split, path in category.test_images] == [
         None,
         "crack",
         "missing_pin",
@@ -118,15 +121,15 @@ def test_mvtec_ad():
     assert relative(category.region_masks(STRUCTURAL, category.test(STRUCTURAL)[0]), root) == [
         "ground_truth/crack/000_mask.png"
     ]
-    assert category.unused == []
-    assert category.layout_line == (
+    assert unused(category) == []
+    assert layout_line(category) == (
         "cup (MVTec AD): 4 training images; 1 validation image (set aside from 5 training images, "
         "there are no others); test images: 1 good, 1 crack, 1 missing_pin"
     )
     (sorted_by_user,) = Dataset(CASES / "mini_mvtec_ad").select(None, {"cup": ["missing_pin"]})
     assert relative(sorted_by_user.test(LOGICAL), root) == ["test/missing_pin/000.png"]
     assert relative(sorted_by_user.test(STRUCTURAL), root) == ["test/crack/000.png"]
-    assert "1 missing_pin (logical)" in sorted_by_user.layout_line
+    assert "1 missing_pin (logical)" in layout_line(sorted_by_user)
 
 
 def test_defects_that_are_not_there():
@@ -155,7 +158,7 @@ def test_btad(tmp_path):
     category = Category(root)
     assert category.layout == "BTAD" and len(category.test(GOOD)) == 2
     assert [len(category.region_masks(STRUCTURAL, path)) for path in category.test(STRUCTURAL)] == [0, 1]
-    assert category.unused == []
+    assert unused(category) == []
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_plain_folders(tmp_path, names):
     keys = {category.key(path) for path in [*category.train, *category.validation]}
     assert len(keys) == 8
     assert ("000" in keys) != ("camera1_000" in keys)
-    assert "no test images" in category.layout_line
+    assert "no test images" in layout_line(category)
 
 
 def test_two_layouts_mixed(tmp_path):
@@ -207,7 +210,7 @@ def test_an_empty_split_is_named(tmp_path, folder):
     for path in (tmp_path / folder).iterdir():
         path.unlink()
     with pytest.raises(UserError, match=f"no images in .*{folder}"):
-        Category(tmp_path).layout_line  # noqa: B018
+        layout_line(Category(tmp_path))
 
 
 def test_training_folders_that_do_not_sound_good(tmp_path):
@@ -388,7 +391,7 @@ def test_links_are_followed_and_cycles_noticed(tmp_path):
     category = Category(root)
     found = relative(sorted([*category.train, *category.validation]), good)
     assert len(found) == 2 + 4 + 2 + 1 and "single.png" in found
-    reasons = {path.relative_to(good).as_posix(): why for path, why in category.unused}
+    reasons = {path.relative_to(good).as_posix(): why for path, why in unused(category)}
     assert set(reasons) - {"again", "away/shelf"} == {"up", "itself", "gone.png"}
     assert len(reasons) == 4  # of again and away/shelf one
     assert "once more" in reasons["up"] and "not there" in reasons["gone.png"]
@@ -415,7 +418,7 @@ def test_whatever_is_not_used_is_named(make_dataset):
     (root / "roi.png").write_bytes(b"")
     (root / "defects_config.json").write_text("[]")
     category = Category(root)
-    assert relative([path for path, _ in category.unused], root) == [
+    assert relative([path for path, _ in unused(category)], root) == [
         "extra",
         "ground_truth/good/000_mask.png",
         "ground_truth/logical_anomalies/999/000.png",
@@ -427,13 +430,13 @@ def test_whatever_is_not_used_is_named(make_dataset):
         "train/good/a.heic",
         "train/good/raw",
     ]
-    reasons = {path.name: why for path, why in category.unused}
+    reasons = {path.name: why for path, why in unused(category)}
     assert (
         "3 images" in reasons["unknown"]
         and ".heic" in reasons["a.heic"]
         and "no test image" in reasons["000.png"]
     )
-    assert "10 not used: extra (" in category.layout_line
+    assert "10 not used: extra (" in layout_line(category)
 
 
 def test_names_need_not_be_text(tmp_path):
@@ -453,11 +456,11 @@ def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_data
     root = make_dataset() / "discs"
     category = Category(root)
     image = category.test(LOGICAL)[2]
-    assert category.defect_of(LOGICAL, image) is None
+    assert DefectNames(category).of(LOGICAL, image) is None
     described = root.parent.with_name("data_components") / "discs" / "classes.json"
     described.parent.mkdir(parents=True)
     described.write_text('{"anomalies": {"logical_anomalies": {"002": "no_disc"}}}')
-    assert Category(root).defect_of(LOGICAL, image) == "no_disc"
+    assert DefectNames(Category(root)).of(LOGICAL, image) == "no_disc"
     (root / "defects_config.json").write_text(
         json.dumps([{"pixel_value": 7, "defect_name": "missing"}, {"pixel_value": 9, "defect_name": "extra"}])
     )
@@ -465,13 +468,14 @@ def test_defects_of_loco_by_the_masks_values_or_the_rendered_sets_list(make_data
         write(root, f"ground_truth/logical_anomalies/002/{number:03d}.png", value=value)
     category = Category(root)
     with mock.patch.object(files, "read_json", wraps=files.read_json) as read:
-        assert category.defect_of(LOGICAL, image) == "extra + missing"
-        assert category.defect_of(LOGICAL, category.test(LOGICAL)[0]) is None
-        assert category.defect_of(GOOD, category.test(GOOD)[0]) is None
+        names = DefectNames(category)
+        assert names.of(LOGICAL, image) == "extra + missing"
+        assert names.of(LOGICAL, category.test(LOGICAL)[0]) is None
+        assert names.of(GOOD, category.test(GOOD)[0]) is None
     assert read.call_count == 2  # once for each file, not for every image
     (root / "defects_config.json").write_text("{")
     with pytest.raises(UserError, match="defects_config.json cannot be read"):
-        Category(root).defect_of(LOGICAL, image)
+        DefectNames(Category(root)).of(LOGICAL, image)
 
 
 # Region of interest
@@ -487,7 +491,7 @@ def test_region_from_a_picture_and_from_polygons_agree(make_dataset):
     mask[:64, 32:] = 255
     from_polygon = read_roi(category, 32, [[[0.25, 0], [1, 0], [1, 0.5], [0.25, 0.5]]])
     Image.fromarray(mask).save(category.roi_file)
-    assert "roi.png" in category.layout_line and category.unused == []
+    assert "roi.png" in layout_line(category) and unused(category) == []
     expected = np.zeros((32, 32), bool)
     expected[:16, 8:] = True
     np.testing.assert_array_equal(read_roi(category, 32), expected)

@@ -15,7 +15,7 @@ from conftest import draw_parts, initialise_by_he
 from torchvision.transforms import functional as TF
 
 from models.device import autocast
-from models.lgst import LGST, Autoencoder, Differences, Student, TrainingFeatures, losses
+from models.lgst import LGST, Autoencoder, Differences, Student, TrainingFeatures, ViewFeatures, losses
 from models.lgst_on_features import FeatureLGST, averaged
 from models.statistics import channel_covariance, quantile
 
@@ -50,9 +50,8 @@ def test_losses_are_the_papers():
     teacher, local, penalty, augmented_teacher, decoded, global_ = (
         draw.standard_normal((2, 5, 64, 64)).astype(np.float32) for _ in range(6)
     )
-    features = TrainingFeatures(
-        *map(torch.from_numpy, (teacher, local, penalty, augmented_teacher, decoded, global_))
-    )
+    of_views = ViewFeatures(*map(torch.from_numpy, (augmented_teacher, decoded, global_)))
+    features = TrainingFeatures(*map(torch.from_numpy, (teacher, local, penalty)), of_views)
     found = losses(features, 0.999)
     difference = (teacher - local) ** 2
     assert {name: value.item() for name, value in found.items()} == pytest.approx(
@@ -131,8 +130,8 @@ def test_kept_teacher_features_are_those_of_a_fresh_pass(pictures, kept, monkeyp
     compared = model.training_features(*batch)
     torch.testing.assert_close(compared.local, model.local_st(model.normalise(batch.images))[0])
     torch.testing.assert_close(compared.penalty, model.local_st(model.normalise(batch.penalty))[0])
-    torch.testing.assert_close(compared.global_, model.local_st(model.normalise(batch.augmented))[1])
-    torch.testing.assert_close(compared.decoded, model.autoencoder(model.normalise(batch.augmented)))
+    torch.testing.assert_close(compared.views.global_, model.local_st(model.normalise(batch.augmented))[1])
+    torch.testing.assert_close(compared.views.decoded, model.autoencoder(model.normalise(batch.augmented)))
     local_step = batches.batch(draw_sample(len(pictures), penalties, chosen, 1, "c", 0))
     assert local_step.augmented is None and step_losses(model, local_step, chosen).keys() == {
         "local",

@@ -273,7 +273,7 @@ def test_fewer_patches_than_rows_get_a_sentence_before_anything_is_read(category
 
 def test_a_row_of_every_image_and_no_way_to_leave_one_out(make_dataset, tmp_path, monkeypatch):
     """With a single training image nothing is left to say what is usual; that is no reason to fail."""
-    monkeypatch.setattr(layouts, "FEWEST_WITH_VALIDATION", 1)
+    monkeypatch.setattr(layouts, "MIN_WITH_VALIDATION", 1)
     category = layouts.Category(make_dataset(train=1, validation=2, test=2) / CATEGORY)
     workspace = fit(category, tmp_path)
     state = files.read_state(workspace.memory(CATEGORY))["state"]

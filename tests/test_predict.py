@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csad.commands import score_images as predict
-from csad.data import files, images
+from csad.data import files, label_colours
 from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, WHOLE, Deviation, deviations, summarise
 from csad.inference import inspection, overlays
@@ -261,7 +261,7 @@ def test_a_legend_shows_each_colour_once_and_nothing_is_cut_off():
     drawn = overlays.captioned(picture, "Anomalous: " + "long " * 40, ["a sentence"], legend, red=True)
     assert (drawn[:60, :40] == 0).all() and (drawn[:, -1] == 255).all() and (drawn[-1] == 255).all()
     for index, _ in legend:
-        assert (drawn[60:] == images.colour_labels(np.array(index, np.uint8))).all(-1).sum() > 60
+        assert (drawn[60:] == label_colours.colour_labels(np.array(index, np.uint8))).all(-1).sum() > 60
 
 
 def test_what_is_normal_is_never_red():

@@ -52,7 +52,7 @@ def test_the_full_preset_runs_whole(make_dataset, tmp_path, monkeypatch):
         "--device",
         "cpu",
     )
-    monkeypatch.setattr("export_model.SYNTHETIC_DEFECTS", 6)
+    monkeypatch.setattr("csad.export.weighing.SYNTHETIC_DEFECTS", 6)
     for stage in STAGES:
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *common, *tiny.get(stage, ())])
         run_script(importlib.import_module(stage).main)

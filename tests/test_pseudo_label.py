@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 
 from csad import processes, settings
-from csad.data import files, images, layouts
+from csad.data import data_sets, files, image_files, images, label_colours
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.label_matching import match_labels
@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def category(make_dataset):
-    return layouts.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
+    return data_sets.Dataset(make_dataset(train=IMAGES, size=SIDE)).select(None)[0]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_labels_agree_with_the_drawing_and_every_file_is_there(label, category, 
         for name in ("all_masks", "refined_masks", "cluster_map", "filtered_cluster_map"):
             labels = images.read_mask(folder / f"{name}.png")
             np.testing.assert_array_equal(
-                images.read_rgb(folder / f"{name}_color.png"), images.colour_labels(labels)
+                images.read_rgb(folder / f"{name}_color.png"), label_colours.colour_labels(labels)
             )
         shares = [(labels == number).mean() for number in range(1, 5)]
         np.testing.assert_allclose(histogram[index], shares)
@@ -377,7 +377,7 @@ def test_native_pictures_are_proposed_described_and_painted_at_their_size(label,
         "filtered_cluster_map.png",
         "background.jpg",
     ):
-        assert images.displayed_size(labels.image("000") / file) == (320, 150)
+        assert image_files.displayed_size(labels.image("000") / file) == (320, 150)
     features = files.read_arrays(labels.info / "all_component_feats.npz")
     np.testing.assert_allclose(features["area"][:6, 0], grid(2, 3, (150, 320)).mean((1, 2))[0])
     assert "size of proposals, features and maps: native" in (labels.info / "info.txt").read_text()

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from csad.data import layouts
-from csad.data.layouts import GOOD, LOGICAL, SPLITS, STRUCTURAL, Dataset
+from csad.data.data_sets import Dataset
+from csad.data.layouts import GOOD, LOGICAL, SPLITS, STRUCTURAL
 from csad.errors import UserError
 from csad.synthetic import CATEGORIES
 from csad.synthetic.kit import render
@@ -45,7 +46,7 @@ def small_set(tmp_path_factory) -> Path:
 
 
 def test_layout_is_locos(small_set, monkeypatch):
-    monkeypatch.setattr(layouts, "FEWEST_WITH_VALIDATION", 1)
+    monkeypatch.setattr(layouts, "MIN_WITH_VALIDATION", 1)
     categories = Dataset(small_set).select(None)
     assert [category.name for category in categories] == sorted(CATEGORIES)
     for category in categories:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import csad
 from csad import settings
-from csad.data import files, images, layouts
+from csad.data import data_sets, files, label_colours, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import seeds
 from csad.inference import overlays
@@ -350,7 +350,7 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
 
 def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
     script, workspace = SCRIPTS["benchmark_performance"], Workspace(results[0])
-    category = layouts.Dataset(results[1]).select(None)[0]
+    category = data_sets.Dataset(results[1]).select(None)[0]
     record = workspace.segmentor(category.name).with_suffix(".json")
     noted = files.read_json(record)
     noted["used"]["segmentor"]["evidence"] = False
@@ -458,7 +458,7 @@ def test_colours_can_be_told_apart_by_colour_blind_people():
     }
     style = (Path(figures.__file__).parent / "page.css").read_text()
     themes = style.split("@media (prefers-color-scheme: dark)")
-    groups = [[images.label_colour(label) for label in range(1, 8)]]
+    groups = [[label_colours.label_colour(label) for label in range(1, 8)]]
     for theme in (themes[0], themes[1]):
         variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
         groups += [

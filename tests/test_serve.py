@@ -32,7 +32,7 @@ pytest.importorskip("prometheus_client")
 import csad  # noqa: E402
 from csad.commands import run_station as serve  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
-from csad.data import images  # noqa: E402
+from csad.data import image_files  # noqa: E402
 from csad.errors import UserError  # noqa: E402
 from csad.inference.engines import METADATA_KEY, open_model  # noqa: E402
 from csad.inference.inspection import judge, read_picture  # noqa: E402
@@ -859,8 +859,8 @@ def test_the_small_file_of_very_many_deep_pixels_is_refused(station):
 def test_bytes_after_decoding_by_format(kind, dtype, channels, expected):
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((10, 20, channels), dtype).squeeze()).save(buffer, kind)
-    with images.opened(buffer) as image:
-        assert images.decoded_bytes(image) == 200 * expected
+    with image_files.opened(buffer) as image:
+        assert image_files.decoded_bytes(image) == 200 * expected
 
 
 def test_large_pictures_are_decoded_one_at_a_time_and_small_ones_beside_them(station, monkeypatch):

@@ -10,7 +10,7 @@ from csad import settings
 from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.training import feature_cache, loop, pseudo_label_files, stage
+from csad.training import feature_cache, loop, pseudo_label_files, segmentor_scores, stage
 from csad.training import segmentor_step as steps
 from csad.training.schedules import cosine
 
@@ -243,7 +243,7 @@ def test_memory_for_scores_does_not_grow_with_the_number_of_label_maps():
 import resource, sys, numpy as np, torch
 from models.histogram_evidence import HistogramEvidence
 from models.patch_histogram import PatchHistogramDetector
-from train_segmentor import SCORING_BATCH, score
+from csad.training.segmentor_scores import SCORING_BATCH, score
 maps = torch.randint(0, 5, (SCORING_BATCH, 256, 256), dtype=torch.uint8)
 def peak(batches):
     scores, drawn = score(PatchHistogramDetector(5, False).double(), HistogramEvidence(5), (maps for _ in range(batches)))
@@ -656,8 +656,8 @@ def test_pictures_that_are_segmented_twice_are_moved_and_moved_back(prepared, ba
         seen.append(changed)
         yield (changed[:, 0] > 100).byte()
 
-    monkeypatch.setattr(train_segmentor, "label_maps", label_maps)
-    plain, undone = train_segmentor.segment_twice(None, job, pictures, (pictures[:, 0] > 100).byte())
-    assert 16 <= len(plain) <= train_segmentor.RELIABILITY_IMAGES and torch.equal(plain, undone)
+    monkeypatch.setattr(segmentor_scores, "label_maps", label_maps)
+    plain, undone = segmentor_scores.segment_twice(None, job, pictures, (pictures[:, 0] > 100).byte())
+    assert 16 <= len(plain) <= segmentor_scores.RELIABILITY_IMAGES and torch.equal(plain, undone)
     assert len({tuple((picture[0] > 100).nonzero()[0].tolist()) for picture in seen[0]}) > 5  # moved
     assert seen[0][:, :, 60:80, 110:170].float().mean((1, 2, 3)).std() > 1  # another light

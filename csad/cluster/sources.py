@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from csad.data.files import from_csv_text
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 from csad.errors import UserError
 from csad.inference.folders import images_in, is_url, no_images
 from csad.inference.inspection import InMemory, state_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 from csad.data.listing import image_files, subfolders
 from csad.errors import UserError
 
@@ -50,8 +50,12 @@ BAD_NAMES = frozenset(
 class Layout(Protocol):
     """Where one convention puts things. ``root`` is a category's folder."""
 
-    name: str
-    good: str  # what it calls a folder of good images
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def good(self) -> str:
+        """What it calls a folder of good images."""
 
     def recognises(self, root: Path) -> bool:
         """Whether a category is laid out so; the first of `LAYOUTS` that says so is taken."""

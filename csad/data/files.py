@@ -123,7 +123,8 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
 def write_arrays(path: str | Path, **arrays: np.ndarray) -> None:
     """Write an uncompressed .npz."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    by_name: dict[str, Any] = arrays  # any of them might be savez's own allow_pickle, say NumPy's hints
+    np.savez(buffer, **by_name)
     write_bytes(path, buffer.getvalue())
 
 
@@ -232,7 +233,7 @@ class _named_mistakes:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind, problem, traceback) -> None:
+    def __exit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
         if isinstance(problem, FileNotFoundError):
             raise UserError(f"{self.path} is missing") from problem
         if isinstance(problem, DAMAGED):

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 
 LONGEST_KEY = 220  # bytes: file systems take 255, of which what is made from an image adds up to 30
 CLUTTER = "made by the operating system"

@@ -52,7 +52,7 @@ class FileLock:
     def __enter__(self) -> FileLock:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def acquire(self, timeout: float = 0.0) -> FileLock:

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from csad.data import images, records
+from csad.data import image_files, images, records
 from csad.errors import UserError
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 THUMBNAIL = 96
 # Near copies: recompressed or resized ones differ in up to 36 of 256 bits, but by less than a grey level; different good pictures
@@ -45,7 +46,7 @@ class Picture:
 def look(path: Path, split: str) -> Picture:
     """What a file's header says."""
     try:
-        with images.opened(path) as image:
+        with image_files.opened(path) as image:
             return Picture(path, split, **header(image))
     except UserError as problem:
         return Picture(path, split, str(problem))
@@ -54,13 +55,13 @@ def look(path: Path, split: str) -> Picture:
 def examine(path: Path, split: str, white_level: float | None) -> Picture:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
-        with images.opened(path) as image:
+        with image_files.opened(path) as image:
             said = header(image)
             if image.format == "JPEG":
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and said["bits"] == 8 and image.convert("RGBA").getextrema()[3][0] < 255
+            transparent = layered and said["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return Picture(
             path,
@@ -76,14 +77,14 @@ def examine(path: Path, split: str, white_level: float | None) -> Picture:
         return Picture(path, split, str(problem))
 
 
-def header(image: Image.Image) -> dict:
+def header(image: ImageFile.ImageFile) -> dict[str, Any]:
     """What `Picture` notes of an image whose pixels are not read yet."""
-    raw_mode = images.raw_mode_of(image)
-    deep = ";16" in image.mode + raw_mode and raw_mode not in images.PACKED
+    raw_mode = image_files.raw_mode_of(image)
+    deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
     # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
     asked = image.format != "PNG" or "exif" in image.info
-    orientation = image.getexif().get(images.ORIENTATION_TAG, 1) if asked else 1
+    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if asked else 1
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return {
         "size": image.size[::-1] if across else image.size,
@@ -105,12 +106,16 @@ def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
 
 def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
     """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
-    hashed = [picture for picture in pictures if picture.hash is not None]
+    hashed = [
+        (picture, picture.hash, picture.thumbnail)
+        for picture in pictures
+        if picture.hash is not None and picture.thumbnail is not None
+    ]
     if len(hashed) < 2:
         return []
-    signs = np.stack([picture.hash for picture in hashed]).astype(np.float32) * 2 - 1
+    signs = np.stack([bits for _, bits, _ in hashed]).astype(np.float32) * 2 - 1
     small = np.stack(
-        [np.asarray(Image.fromarray(picture.thumbnail).convert("L"), np.int16) for picture in hashed]
+        [np.asarray(Image.fromarray(thumbnail).convert("L"), np.int16) for *_, thumbnail in hashed]
     )
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
     found = []
@@ -123,7 +128,7 @@ def near_copies(pictures: Sequence[Picture]) -> list[tuple[Picture, Picture]]:
             if first < column:
                 difference = np.abs(small[first] - small[column])
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
-                    found.append((hashed[first], hashed[column]))
+                    found.append((hashed[first][0], hashed[column][0]))
     return found
 
 

@@ -34,19 +34,19 @@ class Record:
 
     Attributes:
         path: JSON file beside the outputs.
-        used: everything that decides the training: settings, seed, backbone, digests of what it reads.
+        provenance: everything that decides the training: settings, seed, backbone, digests of what it reads.
         scored: what the outputs other than the checkpoint depend on besides: digests of validation and test images.
         outputs: files that exist when the stage is done; the checkpoint, if there is one, first.
-        checkpoint: that of the outputs from which the others are made; its "meta" holds what is in ``used``.
+        checkpoint: that of the outputs from which the others are made; its "meta" holds the provenance.
     """
 
     path: Path
-    used: dict[str, Any]
+    provenance: dict[str, Any]
     outputs: Sequence[Path]
     scored: dict[str, str] | None = None
     checkpoint: Path | None = None
 
-    def begin(self, overwrite: bool) -> str:
+    def plan(self, overwrite: bool) -> str:
         """Decide what there is to do: `SKIP`, `SCORE` (from the checkpoint, without training) or `TRAIN`.
 
         Nothing is taken away: with ``overwrite`` a finished result stays until the new one replaces it.
@@ -62,19 +62,17 @@ class Record:
             return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
         if (
             noted is not None
-            and noted["used"] == as_json(self.used)
+            and noted["used"] == as_json(self.provenance)
             and noted["scored"] == self.scored
             and (noted["outputs"] == self._digests())
         ):
             return SKIP  # and no checkpoint was opened for it
         made = self._checkpoint_made_by()
         if made is not None:
-            self._refuse(
-                difference(as_json({key: made.get(key) for key in self.used}), as_json(self.used)),
-                self.checkpoint,
-            )
+            before = as_json({key: made.get(key) for key in self.provenance})
+            refuse(difference(before, as_json(self.provenance)), f"{self.checkpoint} was made")
         elif noted is not None and present:
-            self._refuse(difference(noted["used"], as_json(self.used)), self.path.parent)
+            refuse(difference(noted["used"], as_json(self.provenance)), f"{self.path.parent} was made")
         return TRAIN if made is None else SCORE
 
     def superseded(self) -> str:
@@ -86,7 +84,9 @@ class Record:
 
     def finish(self) -> None:
         """Write the record; every output has to be there."""
-        files.write_json(self.path, {"used": self.used, "scored": self.scored, "outputs": self._digests()})
+        files.write_json(
+            self.path, {"used": self.provenance, "scored": self.scored, "outputs": self._digests()}
+        )
 
     def _digests(self) -> dict[str, str | None]:
         return {_name(path): digest(path) if path.exists() else None for path in self.outputs}
@@ -104,16 +104,38 @@ class Record:
 
     def _checkpoint_meta(self) -> dict[str, Any] | None:
         """What the checkpoint says of itself; None for published ones, which say nothing."""
-        saved = files.read_state(self.checkpoint) if self.checkpoint is not None else None
+        if self.checkpoint is None:
+            return None
+        saved = files.read_state(self.checkpoint)
         return saved["meta"] if files.holds(saved, {"state": dict, "meta": dict}) else None
 
-    @staticmethod
-    def _refuse(changes: list[str], place: Path | None) -> None:
-        if changes:
-            raise UserError(
-                f"{place} was made with different settings or images ({'; '.join(changes[:4])}); "
-                "--overwrite starts over, another --workspace keeps both"
-            )
+
+def refuse(changes: Sequence[str], what: str) -> None:
+    """Say what differs from the work that is there, ``what`` for example "ckpt/best_cup.pth was made"; nothing where all agrees.
+
+    Raises:
+        UserError: something differs.
+    """
+    if changes:
+        raise UserError(
+            f"{what} with different settings or images ({'; '.join(changes[:4])}); "
+            "--overwrite starts over, another --workspace keeps both"
+        )
+
+
+def changes_since(
+    unfinished: Mapping[str, Any], provenance: dict[str, Any], superseded: str | None
+) -> list[str]:
+    """Why a run cannot go on from unfinished work; empty where it can.
+
+    Args:
+        unfinished: what the work says of the run that began it: "used", its provenance, and "overwrites", its ``superseded``.
+        superseded: `Record.superseded` of a run with ``--overwrite``, which goes on from its own work alone; else None.
+    """
+    changes = difference(unfinished.get("used", {}), provenance)
+    if superseded is not None and unfinished.get("overwrites") != superseded:
+        changes.append("begun by another run")
+    return changes
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -185,7 +207,7 @@ def require_current(
     return noted
 
 
-def difference(used: dict, wanted: dict, prefix: str = "") -> list[str]:
+def difference(used: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
     changes = []
     for key in sorted(used.keys() | wanted.keys()):

@@ -206,5 +206,5 @@ def deviations(
             most = int(np.argmax(quarters_off * np.sign(whole_off)))
             note(component, 0, PLACES[most] if said[most] and abs(quarters_off[most]) >= LIMIT else "")
         for quarter in np.flatnonzero((abs(quarters_off) >= LIMIT) & ~said):
-            note(component, quarter + 1)
+            note(component, int(quarter) + 1)
     return sorted(found, key=lambda one: -abs(one.deviation))

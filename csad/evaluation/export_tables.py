@@ -22,7 +22,7 @@ FIELDS = (
 )
 
 
-def read(workspace: Workspace) -> list[dict]:
+def read(workspace: Workspace) -> list[dict[str, Any]]:
     """What earlier runs came to.
 
     Raises:
@@ -35,7 +35,7 @@ def read(workspace: Workspace) -> list[dict]:
     return reports
 
 
-def write(reports: list[dict], workspace: Workspace) -> None:
+def write(reports: list[dict[str, Any]], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
     target, key, known = workspace.export_report, ("category", "format", "precision"), read(workspace)
     replaced = {tuple(report[name] for name in key) for report in reports}
@@ -48,7 +48,7 @@ def write(reports: list[dict], workspace: Workspace) -> None:
     print("\n" + table_of(reports, len(reports) > MANY), end="")
 
 
-def table_of(reports: list[dict], short: bool = False) -> str:
+def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
     """A Markdown table that reads in a terminal, too; of several categories of one format an average, alone if ``short``."""
     rows = [] if short else list(reports)
     for kind in sorted({(one["format"], one["precision"]) for one in reports}):
@@ -80,7 +80,7 @@ def table_of(reports: list[dict], short: bool = False) -> str:
     text = [
         tabulate(
             [[_cell(name, one[name]) for name in columns] for one in rows],
-            columns.values(),
+            list(columns.values()),
             tablefmt="github",
             disable_numparse=True,
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from csad.data import files, images, layouts
+from csad.data import defects, files, image_files, images, layouts
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
@@ -54,7 +54,7 @@ class Sweep:
     A pixel is marked where its value is at or over the threshold.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._normal = np.zeros(_BINS, np.int64)  # pixels outside every region
         self._anomalous = np.zeros(_BINS, np.int64)  # pixels inside a region
         self._overlap = np.zeros(_BINS)  # saturated share, summed over regions
@@ -84,7 +84,7 @@ class Sweep:
                 mask = mask & inspected
                 if not mask.any():
                     continue
-                saturation = min(saturation, np.count_nonzero(mask))
+                saturation = min(saturation, int(np.count_nonzero(mask)))
             inside |= mask
             # The region's j-th highest pixel adds 1/s to its overlap until s pixels are marked.
             highest = np.sort(bins[mask])[::-1][: int(np.ceil(saturation))]
@@ -133,12 +133,12 @@ def by_definition(measured: Sequence[tuple[np.ndarray, Sequence[Region]]]) -> Lo
             for mask, saturation in regions:
                 overlaps.append(min(np.count_nonzero(mask & marked) / saturation, 1.0))
                 inside |= mask
-            false_positives += np.count_nonzero(marked & ~inside)
-            normal += np.count_nonzero(~inside)
-            true_positives += np.count_nonzero(marked & inside)
-            anomalous += np.count_nonzero(inside)
+            false_positives += int(np.count_nonzero(marked & ~inside))
+            normal += int(np.count_nonzero(~inside))
+            true_positives += int(np.count_nonzero(marked & inside))
+            anomalous += int(np.count_nonzero(inside))
         false_positive_rates.append(false_positives / normal)
-        mean_overlaps.append(np.mean(overlaps))
+        mean_overlaps.append(float(np.mean(overlaps)))
         true_positive_rates.append(true_positives / anomalous)
         f1.append(2 * true_positives / (true_positives + false_positives + anomalous))
     rates = np.array(false_positive_rates)
@@ -292,7 +292,7 @@ def read_regions(
     regions = []
     for path in paths:
         values = images.read_mask(path)
-        if images.is_lossy(path):
+        if image_files.is_lossy(path):
             _say_lossy(category, path)
         if values.shape != size[::-1]:
             raise UserError(
@@ -304,7 +304,7 @@ def read_regions(
             count, parts = cv2.connectedComponents((values > 0).astype(np.uint8))
             regions += [Region(parts == part, float((parts == part).sum())) for part in range(1, count)]
             continue
-        value = layouts.pixel_value(path, values, saturations)
+        value = defects.pixel_value(path, values, saturations)
         if value not in saturations:
             raise UserError(
                 f"{path} "

@@ -6,7 +6,7 @@ All of them are NaN where one side is empty or a score is not finite: no order i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -60,7 +60,9 @@ def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and not math.isnan(value)]
 
 
-def _percent(metric, good: np.ndarray, anomalous: np.ndarray) -> float:
+def _percent(
+    metric: Callable[[np.ndarray, np.ndarray], float], good: np.ndarray, anomalous: np.ndarray
+) -> float:
     scores = np.r_[good, anomalous]
     if not len(good) or not len(anomalous) or not np.isfinite(scores).all():
         return float("nan")

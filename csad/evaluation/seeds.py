@@ -75,7 +75,7 @@ def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str
 
 
 def _numbers(content: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for key, value in content.items():
         if isinstance(value, dict):
             found |= _numbers(value, f"{prefix}{key} ")

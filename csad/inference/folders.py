@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csad.data.files import place
-from csad.data.images import SUFFIXES
+from csad.data.image_files import SUFFIXES
 from csad.data.listing import reason_to_skip
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
-from csad.data.images import colour_labels
+from csad.data.label_colours import colour_labels
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont

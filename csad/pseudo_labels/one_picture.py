@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csad.data import files, images
+from csad.data import files, images, label_colours
 from csad.pseudo_labels import components, masks
 from csad.pseudo_labels.proposers import Proposals, Proposer
 from csad.settings import PseudoLabelSettings
@@ -103,5 +103,5 @@ def save_masks(
 
 def save_label_map(path: Path, labels: np.ndarray) -> None:
     """Write a label map, and before it its preview in colour."""
-    files.write_image(path.with_name(f"{path.stem}_color.png"), images.colour_labels(labels))
+    files.write_image(path.with_name(f"{path.stem}_color.png"), label_colours.colour_labels(labels))
     files.write_image(path, labels)

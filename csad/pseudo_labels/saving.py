@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csad.data import files, images
+from csad.data import files, label_colours
 from csad.pseudo_labels import clustering
 
 import cv2
@@ -72,7 +72,7 @@ def draw_clusters(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     flat[:, : min(2, len(axes))] = centred @ axes[:2].T
     low, high = flat.min(0), flat.max(0)
     places = (20 + (flat - low) / np.maximum(high - low, 1e-9) * (PICTURE - 40)).astype(int)
-    colours = images.colour_labels(labels.astype(np.uint8))
+    colours = label_colours.colour_labels(labels.astype(np.uint8))
     colours[labels == 0] = 200
     picture = np.full((PICTURE, PICTURE, 3), 255, np.uint8)
     for place, colour in zip(places.tolist(), colours.tolist()):

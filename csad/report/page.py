@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csad.data.images import label_colour
+from csad.data.label_colours import label_colour
 from csad.evaluation.metrics import LOCO, counted, mean_known
 
 import jinja2

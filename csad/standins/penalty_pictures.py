@@ -12,7 +12,7 @@ from importlib.resources import files as package_files
 from io import BytesIO
 from pathlib import Path
 
-from csad.data import images
+from csad.data import image_files, images
 from csad.data.downloads import Checkpoint, obtain, sha256
 from csad.errors import UserError
 
@@ -81,7 +81,9 @@ class PenaltyPictures:
             _photographs()
         else:
             folder = Path(source).expanduser()
-            self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
+            self.paths = sorted(
+                path for path in folder.rglob("*") if path.suffix.lower() in image_files.SUFFIXES
+            )
             if not self.paths:
                 raise UserError(
                     f"lgst.penalty_images: no pictures under {source}; name a folder of pictures, '{TINY_IMAGENET}' "

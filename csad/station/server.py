@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from csad.data.images import label_colour
+from csad.data.label_colours import label_colour
 from csad.inference.engines import Engine
 from csad.inference.inspection import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from pathlib import Path
 
-from csad.data import images
+from csad.data import image_files
 from csad.errors import UserError
 from csad.inference.engines import Engine
 from csad.inference.inspection import InMemory, Picture, read_picture
@@ -62,12 +62,12 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         Refusal: the picture is larger, is in no format that is read, or has a damaged header.
     """
     try:
-        with images.opened(InMemory(content, name), "picture", "send another one") as image:
-            (width, height), size = image.size, images.decoded_bytes(image)
+        with image_files.opened(InMemory(content, name), "picture", "send another one") as image:
+            (width, height), size = image.size, image_files.decoded_bytes(image)
     except UserError as problem:
         status = (
             413
-            if isinstance(problem, images.TooLarge)
+            if isinstance(problem, image_files.TooLarge)
             else (415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
         )
         raise Refusal(status, str(problem)) from problem

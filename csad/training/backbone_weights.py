@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -182,7 +183,7 @@ def _confirm(path: Path, state: Mapping[str, Tensor], wanted: str, named: bool =
         UserError: it holds other weights that are recognised.
     """
     digest = sha256(path)
-    published = {one.sha256: name for name, one in PUBLISHED_WEIGHTS.items()} | {V1_SHA256: V1}
+    published = {one.sha256: name for name, one in PUBLISHED_WEIGHTS.items() if one.sha256} | {V1_SHA256: V1}
     origin = next((name for start, name in published.items() if digest.startswith(start)), None)
     if origin is None and all(
         torch.equal(values.half().float(), values.float()) for values in state.values() if values.ndim == 4
@@ -251,18 +252,18 @@ def _download(name: str, missing: Path) -> Mapping[str, Tensor]:
 
     try:
         known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
-        if not known.hf_hub_id:
+        if known is None or not known.hf_hub_id:
             raise FileNotFoundError("timm knows none")
-        wanted = {"repo_id": known.hf_hub_id, "filename": "model.safetensors"}
+        ask_hub = partial(hf_hub_download, known.hf_hub_id, "model.safetensors")
         try:
-            return load_file(hf_hub_download(**wanted, local_files_only=True))
+            return load_file(ask_hub(local_files_only=True))
         except LocalEntryNotFoundError:
             # The client would try for half a minute before it says that there is no network.
             if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
                 socket.create_connection(
                     (urlsplit(constants.ENDPOINT).hostname, 443), DOWNLOAD_PATIENCE
                 ).close()
-            return load_file(hf_hub_download(**wanted, etag_timeout=DOWNLOAD_PATIENCE))
+            return load_file(ask_hub(etag_timeout=DOWNLOAD_PATIENCE))
     except (OSError, *DAMAGED) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise WeightsMissing(

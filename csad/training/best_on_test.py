@@ -114,7 +114,7 @@ class BestOnTest(Generic[Network]):
         if not self.weights:
             return
         network.load_state_dict(self.weights)
-        best = dict(self.evaluations)[self.step]
+        best = next(value for step, value in self.evaluations if step == self.step)
         print(
             f"{name}: the best of {len(self.evaluations)} evaluations on test images, after step {self.step} (mean AUROC "
             f"{best:.3f}; after the last step {self.evaluations[-1][1]:.3f}); {CHOSEN_ON_TEST}"

@@ -154,7 +154,7 @@ def find_placement(
         left, top = np.maximum(position - reach, 0).astype(int).tolist()
         right, bottom = np.minimum(position + reach + 1, sides).astype(int).tolist()
         movement = cv2.getRotationMatrix2D(centre.tolist(), angle, 1.0)
-        movement[:, 2] += position - centre - (left, top)
+        movement[:, 2] = movement[:, 2] + (position - centre - (left, top))
         window = slice(top, bottom), slice(left, right)
         size = right - left, bottom - top
         moved = cv2.warpAffine(mask, movement, size, flags=cv2.INTER_NEAREST).view(bool)

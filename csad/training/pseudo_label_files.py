@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csad.data import files, images, layouts, records
+from csad.data import files, image_files, images, layouts, records
 from csad.data.workspace import PseudoLabels, Workspace
 from csad.errors import UserError
 from csad.progress import ProgressBar
@@ -119,7 +119,7 @@ def training_data(
                 f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
                 f"{classes - 1} components; run {MADE_BY} --overwrite"
             )
-        own_size = images.displayed_size(category.train[index])[::-1]
+        own_size = image_files.displayed_size(category.train[index])[::-1]
         require_size(path, label_map, own_size, SQUEEZED)
         if own_size != SQUEEZED:
             native, squeezed = (native, path) if label_map.shape == SQUEEZED else (path, squeezed)

@@ -113,7 +113,7 @@ def missing_texture(
     return outline, np.broadcast_to(image[outline > 0].mean(0) if outline.any() else image, image.shape)
 
 
-STRUCTURAL: dict[str, Callable] = {
+STRUCTURAL: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     function.__name__: function for function in (foreign_piece, scratch, stain, blur, missing_texture)
 }
 
@@ -129,7 +129,7 @@ def removed(image: np.ndarray, part: np.ndarray, strength: float, rng: np.random
 def moved(image: np.ndarray, part: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """The part somewhere near."""
     angle, distance = rng.uniform(0, 2 * np.pi), _between(0.02, 0.25, strength) * len(image)
-    shift = np.float32([[1, 0, distance * np.cos(angle)], [0, 1, distance * np.sin(angle)]])
+    shift = np.array([[1, 0, distance * np.cos(angle)], [0, 1, distance * np.sin(angle)]], np.float32)
     return _pasted(_filled_in(image, part), image, part, shift)
 
 
@@ -142,7 +142,7 @@ def turned(image: np.ndarray, part: np.ndarray, strength: float, rng: np.random.
 def doubled(image: np.ndarray, part: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """The part once more, elsewhere, the smaller the fainter."""
     copy = cv2.getRotationMatrix2D(_centre(part), rng.uniform(0, 360), _between(0.3, 1, strength))
-    copy[:, 2] += rng.uniform(0.1, 0.9, 2) * len(image) - _centre(part)
+    copy[:, 2] = copy[:, 2] + rng.uniform(0.1, 0.9, 2) * len(image) - _centre(part)
     return _pasted(image, image, part, copy)
 
 
@@ -153,7 +153,7 @@ def exchanged(image: np.ndarray, part: np.ndarray, strength: float, rng: np.rand
     return _blend(image, part * np.float32(_between(0.15, 1, strength)), mirrored)
 
 
-LOGICAL: dict[str, Callable] = {
+LOGICAL: dict[str, Callable[..., np.ndarray]] = {
     function.__name__: function for function in (removed, moved, turned, doubled, exchanged)
 }
 
@@ -192,7 +192,8 @@ def _part(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np
     if mask.mean() > MAX_PART:
         positions = np.argwhere(mask)
         centre = positions[rng.integers(len(positions))]
-        piece = _ellipse(len(labels), centre, 0.4, *(share * len(labels) for share in PIECE), rng)
+        smallest, largest = (share * len(labels) for share in PIECE)
+        piece = _ellipse(len(labels), centre, 0.4, smallest, largest, rng)
         mask = mask & (piece > 0)
     return cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST) > 0
 

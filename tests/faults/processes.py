@@ -57,7 +57,9 @@ def nothing_writable() -> None:
         # Root without its capabilities is refused like anyone else. Another user might not even read Python's
         # own folders (packages load some modules late), and then another fault would be tested.
         header = struct.pack("Ii", 0x20080522, 0)
-        assert ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) == 0, os.strerror(ctypes.get_errno())
+        assert ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)) == 0, os.strerror(
+            ctypes.get_errno()
+        )
 
 
 def no_reader() -> None:

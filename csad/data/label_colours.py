@@ -1,0 +1,51 @@
+"""A colour for each index of a label map, the same in pictures, reports and pages."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+# Black, and the colours of Okabe and Ito (2008), which colour-blind people can tell apart, too.
+_DISTINCT = [
+    (0, 0, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+]
+
+
+def _make_palette() -> np.ndarray:
+    # Steps of the golden ratio around the hue circle keep neighbouring indices apart.
+    indices = np.arange(256)
+    hsv = np.stack(
+        [
+            (indices * 0.618034) % 1.0 * 179,
+            np.full(256, 190) - indices % 3 * 40,
+            np.full(256, 255) - indices % 4 * 30,
+        ],
+        axis=1,
+    ).astype(np.uint8)
+    rgb = np.asarray(
+        Image.fromarray(
+            np.stack([hsv[:, 0] / 179 * 255, hsv[:, 1], hsv[:, 2]], 1).astype(np.uint8)[None], mode="HSV"
+        ).convert("RGB")
+    )[0].copy()
+    rgb[: len(_DISTINCT)] = _DISTINCT
+    return rgb
+
+
+_PALETTE = _make_palette()
+
+
+def colour_labels(labels: np.ndarray) -> np.ndarray:
+    """Paint a label map (H, W) uint8 with one well-separated colour per index, (H, W, 3) uint8; 0 stays black."""
+    return _PALETTE[labels]
+
+
+def label_colour(label: int) -> str:
+    """The colour of an index in `colour_labels`, as style sheets write it."""
+    return "#" + colour_labels(np.array(label, np.uint8)).tobytes().hex()

@@ -1,0 +1,122 @@
+"""Label maps of many images, batch by batch, what they score, and what chooses the segmentor's weights by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from csad.data import files, layouts
+from csad.data.workspace import Workspace
+from csad.progress import ProgressBar
+from csad.training.best_on_test import BestOnTest, mean_auroc, read_scored
+from csad.training.stage import Job
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.histogram_evidence import HistogramEvidence, fit_evidence
+from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
+from models.segmentor import Segmentor
+
+SCORING_BATCH = 8
+EVALUATED_EVERY = 2  # epochs, where the test images choose the weights
+# By what training images are changed to see how reliably they are segmented: pixels of 256, share, grey levels.
+MAX_SHIFT, LIGHT, NOISE = 2, 0.03, 2.0
+RELIABILITY_IMAGES = 64
+
+
+@torch.no_grad()
+def label_maps(
+    segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str
+) -> Iterator[Tensor]:
+    """Label maps (B, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk, batch by batch."""
+    for first in ProgressBar(
+        range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
+    ):
+        batch = pictures[first : first + SCORING_BATCH]
+        if not isinstance(batch, Tensor):
+            batch = torch.from_numpy(job.view.read_small(batch))
+        yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
+
+
+def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Label maps of training images (N, 3, 256, 256) as they are, and of the same slightly changed.
+
+    The changes say nothing about components: a shift by up to two pixels, which is undone in the label map, light, and noise.
+    """
+    subset = torch.arange(0, len(pictures), -(-len(pictures) // RELIABILITY_IMAGES))
+    generator = torch.Generator().manual_seed(job.seed)
+    shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(subset), 2), generator=generator).tolist()
+    light = 1 + LIGHT * (2 * torch.rand(len(subset), 1, 1, 1, generator=generator) - 1)
+    changed = torch.stack(
+        [torch.roll(picture, shift, (1, 2)) for picture, shift in zip(pictures[subset], shifts)]
+    )
+    changed = changed * light + NOISE * torch.randn(changed.shape, generator=generator)
+    segmented = torch.cat(
+        [*label_maps(segmentor, job, changed.clamp(0, 255).round().byte(), "segment changed training images")]
+    )
+    undone = torch.stack(
+        [torch.roll(label_map, (-shift[0], -shift[1]), (0, 1)) for label_map, shift in zip(segmented, shifts)]
+    )
+    return maps[subset], undone
+
+
+def written(
+    batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str
+) -> Iterator[Tensor]:
+    """The same label maps of a split's test images, each written on its way."""
+    paths = iter(category.test(split))
+    for maps in batches:
+        for label_map, path in zip(maps, paths):
+            files.write_image(
+                workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy()
+            )
+        yield maps
+
+
+def score(
+    detector: PatchHistogramDetector, evidence: HistogramEvidence | None, batches: Iterable[Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (N,), those of the evidence among them if there is one, and evidence (N, 64, 64), else (0, 64, 64).
+
+    Args:
+        batches: label maps (B, 256, 256) uint8; none is kept, so that memory does not grow with their number.
+    """
+    scores, drawn = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 64, 64)]
+    for maps in batches:
+        scores.append(detector(maps))
+        if evidence is not None:
+            drawn.append(evidence(maps))
+            scores[-1] = scores[-1] + evidence.score(drawn[-1])
+    return torch.cat(scores).numpy(), torch.cat(drawn).numpy()
+
+
+def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: int) -> BestOnTest[Segmentor]:
+    """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
+    settings = job.settings.segmentor
+    pictures = {
+        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()
+    }
+
+    def measure(segmentor: Segmentor) -> float:
+        train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
+        maps = {
+            name: torch.cat([*label_maps(segmentor, job, images, f"evaluate {name}")])
+            for name, images in pictures.items()
+        }
+        validation_maps = maps.pop("val")
+        parameters = fit_parameters(train_maps, validation_maps, classes, settings.histogram_floor)
+        detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
+        evidence = None
+        if settings.evidence:
+            evidence = HistogramEvidence(classes)
+            evidence.load_parameters(fit_evidence(train_maps, validation_maps, classes))
+        return mean_auroc(
+            {
+                split: score(detector, evidence, label_map.split(SCORING_BATCH))[0]
+                for split, label_map in maps.items()
+            }
+        )
+
+    return BestOnTest(EVALUATED_EVERY * steps_per_epoch, settings.epochs * steps_per_epoch, measure)
