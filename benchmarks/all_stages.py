@@ -19,7 +19,7 @@ from typing import Any
 
 from csad import settings
 from csad.branches import BRANCHES
-from csad.data import files, layouts
+from csad.data import data_sets, files
 from csad.data.workspace import EXPORTED, Workspace
 from csad.errors import run_script
 from csad.progress import ProgressBar
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--single_branches", action="store_true", help="also models of each branch alone")
     args, stage_options = parser.parse_known_args()
     logical = settings.logical_defects(args.preset)
-    categories = layouts.Dataset(args.dataset_root).select(args.categories, logical)
+    categories = data_sets.Dataset(args.dataset_root).select(args.categories, logical)
     common = ["--preset", args.preset, "--seed", args.seed, *stage_options]
     for category in ProgressBar(categories, desc="all stages", unit="category"):
         names = ["--dataset_root", args.dataset_root, "--categories", category.name, *common]

@@ -18,8 +18,7 @@ from typing import Any
 
 from csad import settings
 from csad.branches import BRANCHES
-from csad.data import files, layouts
-from csad.data.conventions import LAYOUTS
+from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation.scores import FUSED
@@ -48,7 +47,7 @@ def main() -> None:
     if min(*args.images, args.draws) < 1:
         raise UserError("--images and --draws have to be at least 1")
     logical = settings.logical_defects(args.preset)
-    categories = layouts.Dataset(args.dataset_root).select(args.categories, logical)
+    categories = data_sets.Dataset(args.dataset_root).select(args.categories, logical)
     runs = [
         (category, count, draw)
         for category in categories
@@ -110,12 +109,11 @@ def link_subset(category: layouts.Category, folder: Path, count: int, draw: int)
     """
     if folder.exists():
         return
-    layout = next(layout for layout in LAYOUTS if layout.name == category.layout)
     order = np.random.default_rng(draw).permutation(len(category.train))
     drawn = [category.train[index] for index in sorted(order[:count])]
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     for part, paths in (("train", drawn), ("validation", category.validation)):
-        target = unfinished / part / layout.good
+        target = unfinished / part / category.convention.good
         target.mkdir(parents=True, exist_ok=True)
         for path in paths:
             link(path, target / f"{category.key(path)}{path.suffix}")

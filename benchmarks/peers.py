@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
-from csad.data import files, images, layouts, records
+from csad.data import data_sets, files, images, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
@@ -83,7 +83,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # by which other runtimes and the workers go
     torch.set_num_threads(args.threads)
 
-    categories = layouts.Dataset(args.dataset_root).select(args.categories, settings.logical_defects(PRESET))
+    categories = data_sets.Dataset(args.dataset_root).select(
+        args.categories, settings.logical_defects(PRESET)
+    )
     for category in categories:
         if not category.tested:
             raise UserError(f"{category.name} has no good test images, so nothing to measure")

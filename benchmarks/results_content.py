@@ -8,7 +8,7 @@ from typing import Any
 
 from csad import settings
 from csad.branches import BRANCHES
-from csad.data import files, layouts
+from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation.branch_weights import describe
 from csad.evaluation.metrics import mean_known
@@ -65,7 +65,7 @@ def roc(dataset: Path, workspace: Path) -> dict[str, dict[str, list[float]]]:
     """True-positive rates at `RATES`, mean over the categories, by branch and kind."""
     curves: dict[str, dict[str, list[np.ndarray]]] = {}
     logical = settings.logical_defects("quick")
-    for category in layouts.Dataset(dataset).select(list(all_stages.read(workspace)), logical):
+    for category in data_sets.Dataset(dataset).select(list(all_stages.read(workspace)), logical):
         for name, scores in scores_by_split(category, Workspace(workspace)).items():
             for kind, split in zip(KINDS, SPLIT_OF_PART.values()):
                 if len(scores[split]):
