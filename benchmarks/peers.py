@@ -213,7 +213,7 @@ def fitted(category: layouts.Category, job: dict[str, Any], args: argparse.Names
         "weights": records.digest(Path(job["weights"])),
         "seed": args.seed,
         "threads": args.threads,
-        "method": list(PEERS[job["method"]]),
+        "method": records.as_json(PEERS[job["method"]]._asdict()),
         "worker": records.digest(WORKER),
     }
     if (target / "measured.json").exists():
@@ -223,7 +223,7 @@ def fitted(category: layouts.Category, job: dict[str, Any], args: argparse.Names
     command = [python_of(args.environment).absolute(), WORKER, "fit", target / "job.json"]
     usage = measured(command, target / "log.txt")
     result = files.read_json(target / "result.json")
-    result |= {"process_seconds": usage.seconds, "peak_mb": usage.peak_mb}
+    result["process_seconds"] = usage.seconds
     scores = by_split(category, files.read_array(target / "scores.npy"))
     for kind, split in ANOMALIES.items():
         result[f"auroc_{kind}"] = auroc(scores[layouts.GOOD], scores[split])

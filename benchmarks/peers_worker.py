@@ -86,7 +86,7 @@ def fit(job: dict[str, Any]) -> None:
     target, peer = Path(job["target"]), PEERS[job["method"]]
     train, test = (np.load(job[part], mmap_mode="r", allow_pickle=False) for part in ("train", "test"))
     model = build(job)
-    libraries_mb = resident_mb()
+    libraries_mb = memory_mb("VmRSS")
     start = time.perf_counter()
     model.train()
     with torch.no_grad():
@@ -113,7 +113,8 @@ def fit(job: dict[str, Any]) -> None:
 
     result = {
         "training_seconds": seconds,
-        "libraries_mb": libraries_mb,
+        "libraries_mb": libraries_mb,  # before anything is fitted
+        "peak_mb": memory_mb("VmHWM"),
         "versions": {package.__name__: package.__version__ for package in (anomalib, torch, timm, np)},
     }
     (target / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -220,10 +221,12 @@ def batches(pictures: Any) -> Iterator[Any]:
         yield pictures[start : start + BATCH]
 
 
-def resident_mb() -> float | None:
-    """What the process holds, before it fits anything: mostly libraries."""
+def memory_mb(field: str) -> float | None:
+    """Of this process, a field of Linux's /proc/self/status: VmRSS now, VmHWM at most; None elsewhere."""
     status = Path("/proc/self/status")
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1024 if status.exists() else None
+    if not status.exists():
+        return None
+    return int(status.read_text(encoding="utf-8").split(f"{field}:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":
