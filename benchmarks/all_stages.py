@@ -45,8 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset_root", type=files.place, required=True)
-    parser.add_argument("--workspace", type=files.place, required=True)
+    parser.add_argument("--dataset_root", type=files.path_argument, required=True)
+    parser.add_argument("--workspace", type=files.path_argument, required=True)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seed", type=int, default=0)

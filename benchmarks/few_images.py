@@ -37,9 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset_root", type=files.place, required=True)
+    parser.add_argument("--dataset_root", type=files.path_argument, required=True)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--output", type=files.place, default=Path("few_images"), help="where to write")
+    parser.add_argument("--output", type=files.path_argument, default=Path("few_images"), help="where to write")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), help="for training")
     parser.add_argument("--draws", type=int, default=DRAWS)

@@ -58,15 +58,15 @@ def main() -> None:
     )
     parser.add_argument("--set_up", action="store_true", help="make the environment, and nothing else")
     parser.add_argument(
-        "--environment", type=files.place, default=Path(".venv_peers"), help="that has anomalib"
+        "--environment", type=files.path_argument, default=Path(".venv_peers"), help="that has anomalib"
     )
-    parser.add_argument("--dataset_root", type=files.place, help="data set in any layout that CSAD reads")
+    parser.add_argument("--dataset_root", type=files.path_argument, help="data set in any layout that CSAD reads")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument(
-        "--workspace", type=files.place, nargs="+", default=[], help="of our exported models, if any"
+        "--workspace", type=files.path_argument, nargs="+", default=[], help="of our exported models, if any"
     )
-    parser.add_argument("--output", type=files.place, default=Path("peers"), help="where to write")
+    parser.add_argument("--output", type=files.path_argument, default=Path("peers"), help="where to write")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=7, help="timed runs; 0 times nothing")

@@ -13,7 +13,8 @@ from csad.data import files, layouts
 from csad.data.workspace import EXPORTED, Workspace
 from csad.errors import UserError
 from csad.evaluation.scores import FUSED
-from csad.inference.engines import Engine, open_model, read_for
+from csad.inference.engines import Engine, read_for
+from csad.inference.runtimes import open_model
 from csad.progress import ProgressBar
 
 import numpy as np

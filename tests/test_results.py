@@ -8,7 +8,7 @@ from pathlib import Path
 from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.evaluation.localisation import area_up_to
+from csad.evaluation.spro import area_up_to
 from csad.evaluation.metrics import auroc
 
 import numpy as np
