@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csad import settings
 from csad.branches import BRANCHES
+from csad.cli import logical_defects
 from csad.data import data_sets, files
 from csad.data.workspace import EXPORTED, Workspace
 from csad.errors import run_script
@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--single_branches", action="store_true", help="also models of each branch alone")
     args, stage_options = parser.parse_known_args()
-    logical = settings.logical_defects(args.preset)
+    logical = logical_defects(args.preset)
     categories = data_sets.Dataset(args.dataset_root).select(args.categories, logical)
     common = ["--preset", args.preset, "--seed", args.seed, *stage_options]
     for category in ProgressBar(categories, desc="all stages", unit="category"):

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csad import settings
 from csad.branches import BRANCHES
+from csad.cli import logical_defects
 from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
@@ -39,14 +39,16 @@ def main() -> None:
     )
     parser.add_argument("--dataset_root", type=files.path_argument, required=True)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--output", type=files.path_argument, default=Path("few_images"), help="where to write")
+    parser.add_argument(
+        "--output", type=files.path_argument, default=Path("few_images"), help="where to write"
+    )
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), help="for training")
     parser.add_argument("--draws", type=int, default=DRAWS)
     args, stage_options = parser.parse_known_args()
     if min(*args.images, args.draws) < 1:
         raise UserError("--images and --draws have to be at least 1")
-    logical = settings.logical_defects(args.preset)
+    logical = logical_defects(args.preset)
     categories = data_sets.Dataset(args.dataset_root).select(args.categories, logical)
     runs = [
         (category, count, draw)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from csad import settings
+from csad.cli import logical_defects
 from csad.data import data_sets, files, images, layouts, records
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
@@ -60,7 +61,9 @@ def main() -> None:
     parser.add_argument(
         "--environment", type=files.path_argument, default=Path(".venv_peers"), help="that has anomalib"
     )
-    parser.add_argument("--dataset_root", type=files.path_argument, help="data set in any layout that CSAD reads")
+    parser.add_argument(
+        "--dataset_root", type=files.path_argument, help="data set in any layout that CSAD reads"
+    )
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument(
@@ -83,9 +86,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # by which other runtimes and the workers go
     torch.set_num_threads(args.threads)
 
-    categories = data_sets.Dataset(args.dataset_root).select(
-        args.categories, settings.logical_defects(PRESET)
-    )
+    categories = data_sets.Dataset(args.dataset_root).select(args.categories, logical_defects(PRESET))
     for category in categories:
         if not category.tested:
             raise UserError(f"{category.name} has no good test images, so nothing to measure")

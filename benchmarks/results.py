@@ -53,9 +53,15 @@ def main() -> None:
     action.add_argument(
         "--only", nargs="+", choices=list(TABLES), metavar="NAME", help="make these, once more"
     )
-    parser.add_argument("--work", type=files.path_argument, default=Path("results_work"), help="where commands write")
-    parser.add_argument("--dataset_root", type=files.path_argument, help="photographs, for the tables that need some")
-    parser.add_argument("--environment", type=files.path_argument, default=Path(".venv_peers"), help="of the peers")
+    parser.add_argument(
+        "--work", type=files.path_argument, default=Path("results_work"), help="where commands write"
+    )
+    parser.add_argument(
+        "--dataset_root", type=files.path_argument, help="photographs, for the tables that need some"
+    )
+    parser.add_argument(
+        "--environment", type=files.path_argument, default=Path(".venv_peers"), help="of the peers"
+    )
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="of the rendered ones (default: all)")
     parser.add_argument("--few_categories", nargs="+", metavar="NAME", default=["pushpins"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the detection tables")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from csad import settings
 from csad.branches import BRANCHES
+from csad.cli import logical_defects
 from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation.branch_weights import describe
@@ -64,7 +64,7 @@ def figures(localisation: dict[str, Any]) -> dict[str, float | None]:
 def roc(dataset: Path, workspace: Path) -> dict[str, dict[str, list[float]]]:
     """True-positive rates at `RATES`, mean over the categories, by branch and kind."""
     curves: dict[str, dict[str, list[np.ndarray]]] = {}
-    logical = settings.logical_defects("quick")
+    logical = logical_defects("quick")
     for category in data_sets.Dataset(dataset).select(list(all_stages.read(workspace)), logical):
         for name, scores in scores_by_split(category, Workspace(workspace)).items():
             for kind, split in zip(KINDS, SPLIT_OF_PART.values()):
