@@ -89,7 +89,7 @@ def describe(name: str, table: Table) -> str:
     needs = [f"the table {other}" for other in table.needs]
     needs += ["--dataset_root"] * table.photographs + ["the peers' environment"] * table.peers
     state = f"made on {read(FOLDER, name)['date']}" if record(FOLDER, name).exists() else "not made yet"
-    text = f"{name}: {table.title}; needs {', '.join(needs) or 'nothing'}; {table.minutes} minutes on two idle cores; {state}"
+    text = f"{name}: {table.title}; needs {', '.join(needs) or 'nothing'}; minutes on two idle cores: {table.minutes}; {state}"
     return textwrap.fill(text, WIDTH, subsequent_indent="    ")
 
 
