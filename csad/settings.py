@@ -68,20 +68,19 @@ class PseudoLabelSettings(Section):
     """Stage 1 (docs/method.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
-        "auto", description="where masks come from; auto takes the first of the three that has all it needs"
+        "auto",
+        description="where masks come from; auto: the first of the three for which everything is there",
     )
     inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
     no_sam: bool = Field(False, description="cluster the grounding mask's instances instead of SAM's masks")
-    container: bool = Field(
-        False, description="classical proposer: parts lie in a tray or bag, itself no part"
-    )
+    container: bool = Field(False, description="classical proposer: the parts lie in a tray or bag")
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
         ["cnn_image"], min_length=1, description="component features to cluster on"
     )
     rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="MeanShift bandwidth; a number is for the weights it was tuned for (racm_in1k) alone",
+        description="MeanShift bandwidth; a number holds only for the weights it was tuned for, racm_in1k",
     )
     variants: bool = Field(
         False,
@@ -105,7 +104,7 @@ class PseudoLabelSettings(Section):
     text_prompt: str | None = Field(
         None, description="the parts' names, a dot after each; none: SAM-HQ alone"
     )
-    background_prompt: str | None = Field(None, description="of these names, those of no part; spaces count")
+    background_prompt: str | None = Field(None, description="of these, the background's; spaces count")
     box_threshold: Fraction = Field(0.3, description="Grounding DINO: minimum score of a box's best word")
     text_threshold: Fraction = Field(0.3, description="Grounding DINO: minimum score of a phrase's words")
     points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")
@@ -117,7 +116,7 @@ class PseudoLabelSettings(Section):
     min_mask_region_area: int = Field(
         500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels"
     )
-    save_all_masks: bool = Field(False, description="make automatic masks even where no_sam needs none")
+    save_all_masks: bool = Field(False, description="automatic masks even if no_sam does not need them")
 
 
 class SegmentorSettings(Section):
@@ -183,7 +182,7 @@ class LgstSettings(Section):
     batch_size: int = Field(2, ge=1, description="training images per step")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
-    hard_quantile: float = Field(0.999, ge=0, lt=1, description="over which the local loss averages")
+    hard_quantile: float = Field(0.999, ge=0, lt=1, description="quantile over which the local loss averages")
     penalty_images: str = Field(
         "auto",
         description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
