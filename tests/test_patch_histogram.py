@@ -16,9 +16,8 @@ from models.patch_histogram import (
     fitted_detector,
     label_histograms,
     mahalanobis,
-    regularised_covariance,
-    sample_covariance,
 )
+from models.statistics import regularised_covariance, sample_covariance
 
 CLASSES = 5
 label_maps = arrays(
