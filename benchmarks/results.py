@@ -19,6 +19,7 @@ import argparse
 import datetime
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -30,6 +31,7 @@ from csad.data import files
 from csad.errors import UserError, run_script
 
 from benchmarks import machine
+from benchmarks.peers_worker import PEERS
 from benchmarks.results_tables import TABLES, Inputs, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,8 @@ def main() -> None:
     )
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="of the rendered ones (default: all)")
     parser.add_argument("--few_categories", nargs="+", metavar="NAME", default=["pushpins"])
+    parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=list(PEERS), help="of the peers")
+    parser.add_argument("--overwrite", action="store_true", help="with --only: start over, not go on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the detection tables")
     args = parser.parse_args()
     inputs = Inputs(
@@ -72,11 +76,16 @@ def main() -> None:
         args.environment.absolute(),
         tuple(args.categories) if args.categories else None,
         tuple(args.few_categories),
+        tuple(args.methods),
         tuple(args.seeds),
     )
     if args.list:
         return print("\n".join(describe(name, table) for name, table in TABLES.items()))
+    if args.overwrite and not args.only:
+        raise UserError("--overwrite starts tables over; name them with --only")
     for name in [] if args.render else args.only or missing(inputs):
+        if args.overwrite:
+            start_over(name, TABLES[name], inputs)
         make(name, TABLES[name], inputs)
         render(FOLDER, PAGE, [name])
     render(FOLDER, PAGE, TABLES if args.render else [])
@@ -86,7 +95,7 @@ def describe(name: str, table: Table) -> str:
     needs = [f"the table {other}" for other in table.needs]
     needs += ["--dataset_root"] * table.photographs + ["the peers' environment"] * table.peers
     state = f"made on {read(FOLDER, name)['date']}" if record(FOLDER, name).exists() else "not made yet"
-    text = f"{name}: {table.title}; needs {', '.join(needs) or 'nothing'}; {table.minutes} minutes on two idle cores; {state}"
+    text = f"{name}: {table.title}; needs {', '.join(needs) or 'nothing'}; minutes on two idle cores: {table.minutes}; {state}"
     return textwrap.fill(text, WIDTH, subsequent_indent="    ")
 
 
@@ -101,6 +110,13 @@ def missing(inputs: Inputs) -> list[str]:
         elif not record(FOLDER, name).exists():
             names.append(name)
     return names
+
+
+def start_over(name: str, table: Table, inputs: Inputs) -> None:
+    """Remove what an earlier run of a table left, but for pictures and what other tables left."""
+    for folder in table.leaves(inputs):
+        shutil.rmtree(folder, ignore_errors=True)
+    (inputs.work / "begun" / f"{name}.json").unlink(missing_ok=True)
 
 
 def make(name: str, table: Table, inputs: Inputs) -> None:
@@ -132,7 +148,7 @@ def make(name: str, table: Table, inputs: Inputs) -> None:
         "modified": sorted({path for state in states for path in state["modified"]}),
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
-        "seeds": list(inputs.seeds),
+        "seeds": list(table.seeds(inputs)),
         "commands": [printed(command, inputs) for command in commands],
         "content": table.collect(inputs),
     }

@@ -11,7 +11,7 @@ from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.workspace import Workspace
 
-from benchmarks import all_stages, results_content
+from benchmarks import all_stages, few_images, results_content
 
 STAGES = [f"{stage}.py" for stage in all_stages.TITLES]
 # What decides AUROCs, but for the pictures.
@@ -47,6 +47,7 @@ class Inputs(NamedTuple):
     environment: Path  # of the peers
     categories: tuple[str, ...] | None  # of the rendered ones; None: all
     few_categories: tuple[str, ...]
+    methods: tuple[str, ...]  # of the peers
     seeds: tuple[int, ...]
 
     @property
@@ -65,6 +66,7 @@ class Table:
         title: for `--list`.
         minutes: of two cores that do nothing else; for all five rendered categories and one seed.
         commands: of python, to be run one after another in the repository's root; each continues where it stopped.
+        leaves: folders that start over with `--overwrite`; others' are left alone.
         collect: what the commands left -> what is kept in docs/results/{name}.json.
         render: that -> lines of Markdown.
         sources: paths in the repository that decide the figures.
@@ -72,11 +74,13 @@ class Table:
         plots: file name under docs/results/ -> function of `results_plots`.
         photographs: it needs a folder of photographs.
         peers: it needs the peers' environment.
+        seeds: of its figures.
     """
 
     title: str
     minutes: str
     commands: Callable[[Inputs], list[list[Any]]]
+    leaves: Callable[[Inputs], list[Path]]
     collect: Callable[[Inputs], dict[str, Any]]
     render: Callable[[dict[str, Any]], list[str]]
     sources: Sequence[str]
@@ -84,6 +88,7 @@ class Table:
     plots: dict[str, str] = field(default_factory=dict)
     photographs: bool = False
     peers: bool = False
+    seeds: Callable[[Inputs], Sequence[int]] = lambda inputs: inputs.seeds
 
 
 # Commands
@@ -112,7 +117,8 @@ def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:
     return [
         *stages(first, dataset, "--formats", "torch", "onnx", "openvino", "--single_branches"),
         ["-m", "benchmarks.peers", "--environment", inputs.environment, "--dataset_root", dataset]
-        + [*chosen, "--workspace", *ours, "--output", inputs.work / f"peers_{dataset.name}"],
+        + [*chosen, "--methods", *inputs.methods, "--workspace", *ours]
+        + ["--output", inputs.work / f"peers_{dataset.name}"],
     ]
 
 
@@ -135,6 +141,10 @@ def training_speed(inputs: Inputs) -> list[list[Any]]:
 # The tables, in the order in which they are made
 
 
+def first_seed(inputs: Inputs) -> Sequence[int]:
+    return inputs.seeds[:1]
+
+
 def left(inputs: Inputs, *parts: str) -> dict[str, Any]:
     """JSON that a command wrote under the work folder."""
     return files.read_json(inputs.work.joinpath(*parts))
@@ -150,6 +160,7 @@ TABLES = {
         "rendered categories: AUROC of each branch, localisation, seconds",
         "3 for the pictures, 25 a seed",
         lambda inputs: [*render_pictures(inputs), *stages(inputs, inputs.rendered)],
+        lambda inputs: [inputs.stages_of(inputs.rendered, seed) for seed in inputs.seeds],
         lambda inputs: detection(inputs, inputs.rendered),
         results_content.render_detection,
         [*DETECTOR, *RENDERER],
@@ -159,6 +170,7 @@ TABLES = {
         "the same of a folder of photographs",
         "4 a category and seed",
         lambda inputs: stages(inputs, inputs.photographs),
+        lambda inputs: [inputs.stages_of(inputs.photographs, seed) for seed in inputs.seeds],
         lambda inputs: detection(inputs, inputs.photographs),
         results_content.render_detection,
         DETECTOR,
@@ -168,17 +180,20 @@ TABLES = {
         "anomalib beside ours on the rendered categories",
         "5 for our models in three formats, 12 a category for the peers (PatchCore's coresets)",
         lambda inputs: peers(inputs, inputs.rendered),
+        lambda inputs: [inputs.work / "peers_rendered"],
         lambda inputs: left(inputs, "peers_rendered", "peers.json"),
         results_content.render_peers,
         [*DETECTOR, *RENDERER, *ENGINES, *PEERS],
         needs=("rendered",),
         plots={"auroc_speed.svg": "tradeoff"},
         peers=True,
+        seeds=first_seed,
     ),
     "peers_photographs": Table(
         "anomalib beside ours on the photographs",
         "2 for our models, 10 a category of 200 pictures",
         lambda inputs: peers(inputs, inputs.photographs),
+        lambda inputs: [inputs.work / f"peers_{inputs.photographs.name}"],
         lambda inputs: left(inputs, f"peers_{inputs.photographs.name}", "peers.json"),
         results_content.render_peers,
         [*DETECTOR, *ENGINES, *PEERS],
@@ -186,6 +201,7 @@ TABLES = {
         plots={"auroc_speed_photographs.svg": "tradeoff"},
         photographs=True,
         peers=True,
+        seeds=first_seed,
     ),
     "few_images": Table(
         "AUROC with 10 to 200 training images, three draws",
@@ -195,29 +211,35 @@ TABLES = {
             ["-m", "benchmarks.few_images", "--dataset_root", inputs.rendered]
             + ["--categories", *inputs.few_categories, "--output", inputs.work / "few_images"],
         ],
+        lambda inputs: [inputs.work / "few_images"],
         lambda inputs: left(inputs, "few_images", "few_images.json"),
         results_content.render_few_images,
         [*DETECTOR, *RENDERER, "benchmarks/few_images.py"],
         plots={"few_images.svg": "few_images"},
+        seeds=lambda inputs: range(few_images.DRAWS),
     ),
     "speed": Table(
         "milliseconds per picture in every runtime and precision",
         "5",
         speed,
+        lambda inputs: [inputs.work / "speed"],
         lambda inputs: left(inputs, "speed", "speed.json"),
         results_content.render_speed,
         ENGINES,
         needs=("rendered",),
+        seeds=first_seed,
     ),
     "training_speed": Table(
         "one step of the published training",
         "10",
         training_speed,
+        lambda inputs: [inputs.work / "training_speed"],
         lambda inputs: {
             stage: left(inputs, "training_speed", f"benchmark_training_{stage}.json")
             for stage in ("segmentor", "lgst")
         },
         results_content.render_training_speed,
         ["benchmarks/training_speed.py", "csad/training", "models", "configs/presets"],
+        seeds=first_seed,
     ),
 }

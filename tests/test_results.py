@@ -89,7 +89,7 @@ def test_changes_that_are_not_committed_and_unknown_commits_are_told(repository,
 
 def test_the_mark_of_age_stands_in_the_page(repository, monkeypatch, tmp_path):
     root, commit = repository
-    table = Table("", "1", None, None, lambda content: [f"| {content} |"], ["decides.py"])
+    table = Table("", "1", None, None, None, lambda content: [f"| {content} |"], ["decides.py"])
     monkeypatch.setattr(results, "TABLES", {"tiny": table})
     page = "before\n<!-- results: tiny -->\nanything\n<!-- end of tiny -->\nafter\n"
     assert "Not measured yet" in results.rendered(page, tmp_path, root)
@@ -103,9 +103,9 @@ def test_the_mark_of_age_stands_in_the_page(repository, monkeypatch, tmp_path):
 
 
 def inputs(work: Path, **other) -> Inputs:
-    return Inputs(work, work / "photographs", work / "environment", None, ("pushpins",), (0, 1))._replace(
-        **other
-    )
+    return Inputs(
+        work, work / "photographs", work / "environment", None, ("pushpins",), ("dfm_256",), (0, 1)
+    )._replace(**other)
 
 
 def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatch, tmp_path):
@@ -114,7 +114,7 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     target = tmp_path / "work" / "left.txt"
     fails = ["-c", f"open({str(target)!r}, 'a').write('x'); raise SystemExit(2)"]
-    table = Table("", "1", lambda inputs: [fails], lambda inputs: {}, None, ["decides.py"])
+    table = Table("", "1", lambda inputs: [fails], None, lambda inputs: {}, None, ["decides.py"])
     first = results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="exit status 2"):
         results.make("tiny", table, inputs(tmp_path / "work"))
@@ -123,6 +123,7 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
         "",
         "1",
         lambda inputs: [["-c", "print()", inputs.work, inputs.photographs]],
+        lambda inputs: [inputs.work / "left"],
         lambda inputs: {"left": (inputs.work / "left.txt").read_text()},
         None,
         ["decides.py"],
@@ -131,9 +132,16 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
     content = files.read_json(tmp_path / "results" / "tiny.json")
     assert content["commit"] == first and content["content"] == {"left": "x"}
     assert str(tmp_path) not in content["commands"][0] and "results_work" in content["commands"][0]
+    # Started over, it is of the commit of today, and the tables that others made stay.
+    (tmp_path / "work" / "left").mkdir()
+    results.start_over("tiny", works, inputs(tmp_path / "work"))
+    assert not (tmp_path / "work" / "left").exists() and target.exists()
+    results.make("tiny", works, inputs(tmp_path / "work"))
+    content = files.read_json(tmp_path / "results" / "tiny.json")
+    assert content["commit"] == results.git(root, "rev-parse", "HEAD") and content["seeds"] == [0, 1]
     with pytest.raises(UserError, match="make that with --only other first"):
         results.make(
-            "next", Table("", "1", None, None, None, [], needs=("other",)), inputs(tmp_path / "work")
+            "next", Table("", "1", None, None, None, None, [], needs=("other",)), inputs(tmp_path / "work")
         )
 
 

@@ -53,9 +53,9 @@ def overview(measured: dict[str, dict]) -> list[str]:
     ]
     if stand_ins := stand_ins_of([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
-    if LOCO & {content["category"] for content in contents}:
+    elif LOCO & {content["category"] for content in contents}:
         lines.append(PUBLISHED)
+    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
     if len(contents) > MANY:
         lines += [
             "",
