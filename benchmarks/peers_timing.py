@@ -33,13 +33,15 @@ def exported(
     pictures = [path for _, path in category.test_images]
     stages = all_stages.read(workspace.root).get(category.name, {})
     metrics = workspace.metrics(category.name)
-    where = files.read_json(metrics)["localisation"][FUSED] if metrics.exists() else {}
+    localised = files.read_json(metrics)["localisation"] if metrics.exists() else {}
     for path in workspace.exported_models([category.name]):
         engine = open_model(path, "cpu")
         format_ = next(name for name, (folder, _) in EXPORTED.items() if path.parent.name == folder)
         evaluation = workspace.evaluation(category.name, format_, engine.metadata["precision"])
         report = evaluation.with_suffix(".json")
         evaluated = files.read_json(report) if report.exists() else {}
+        alone = next((name for name in engine.branches if workspace.root.name == f"branch_{name}"), None)
+        where = localised.get(alone or FUSED, {})
         row = {
             "category": category.name,
             "method": f"{workspace.root.name}_{format_}_{engine.metadata['precision']}",
@@ -47,13 +49,14 @@ def exported(
             "ours": True,
             "workspace": workspace.root.name,
             "branches": engine.branches,
+            "alone": alone,  # the branch, of a model that benchmarks.all_stages made of one alone
             "format": format_,
             "precision": engine.metadata["precision"],
             "with_map": engine.has_maps,
             **{f"auroc_{kind}": evaluated.get(f"auroc_{kind}") for kind in ANOMALIES},
             **{f"pixel_auroc_{kind}": where.get(kind, {}).get("pixel_auroc") for kind in ANOMALIES},
             "training_seconds": all_stages.training_seconds(stages),
-            "peak_mb": max((stage["peak_mb"] for stage in stages.values()), default=None),
+            "peak_mb": max((stage["peak_mb"] for stage in stages.values() if not alone), default=None),
         }
         rows.append((row, timer(engine, read_for(engine, pictures[: max(batches)]))))
     return rows

@@ -242,12 +242,11 @@ def render_peers(content: dict[str, Any]) -> list[str]:
 
 
 def title(entries: Sequence[dict[str, Any]]) -> str:
-    """Of a method; ours by the branches of all categories and the runtime."""
+    """Of a method; ours by the branch, if it is one alone, and the runtime."""
     first = entries[0]
     if not first["ours"]:
         return f"anomalib: {first['title']}"
-    branches = {branch for entry in entries for branch in entry["branches"]}
-    alone = TITLES[next(iter(branches))] if len(branches) == 1 else "fused"
+    alone = TITLES[first["alone"] or FUSED]
     return f"CSAD, {alone}, {first['format']} {first['precision']}"
 
 

@@ -180,8 +180,7 @@ def tradeoff_points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if {row["category"] for row in of_method} != categories or not means:
             continue
         first = of_method[0]
-        branches = {branch for row in of_method for branch in row.get("branches", [])}
-        alone = next(iter(branches)) if len(branches) == 1 else FUSED
+        alone = first.get("alone") or FUSED
         points.append(
             {
                 "title": f"{NAMES[alone]}, {RUNTIMES[first['format']]} {first['precision']}"

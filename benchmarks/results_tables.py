@@ -105,7 +105,9 @@ def stages(inputs: Inputs, dataset: Path, *more: Any) -> list[list[Any]]:
 
 
 def render_pictures(inputs: Inputs) -> list[list[Any]]:
-    return [["make_synthetic_loco.py", "--dataset_root", inputs.rendered, "--seed", 0]]
+    names = dict.fromkeys([*inputs.categories, *inputs.few_categories]) if inputs.categories else ()
+    chosen = ["--categories", *names] if names else []
+    return [["make_synthetic_loco.py", "--dataset_root", inputs.rendered, "--seed", 0, *chosen]]
 
 
 def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:

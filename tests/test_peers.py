@@ -85,6 +85,34 @@ def test_the_coreset_is_the_farthest_row_each_time():
     assert len(set(peers_worker.k_center_greedy(torch.ones(5, 2), 5).tolist())) == 5  # copies, each once
 
 
+def test_our_models_stand_beside_with_what_their_stages_measured(make_dataset, tmp_path, monkeypatch):
+    (category,) = data_sets.Dataset(make_dataset()).select(None)
+
+    class Engine:
+        branches, runtime, precision, size, has_maps = ["memory"], "torch", "fp32", 256, True
+        metadata = {"precision": "fp32"}
+
+        def predict(self, images):
+            assert images.shape == (8, 3, 256, 256)
+
+    monkeypatch.setattr(peers_timing, "open_model", lambda path, device: Engine())
+    where = {name: {"logical": {"pixel_auroc": area}} for name, area in (("memory", 70.0), ("fused", 80.0))}
+    usage = {"seconds": 2.0, "processor_seconds": 3.0, "peak_mb": 100.0}
+    for name in ("all", "branch_memory"):
+        workspace = Workspace(tmp_path / name)
+        files.write_bytes(workspace.exported_model("discs", "torch"), b"")
+        files.write_json(workspace.evaluation("discs", "torch").with_suffix(".json"), {"auroc_logical": 90.0})
+        files.write_json(workspace.metrics("discs"), {"localisation": where})
+        stages = all_stages.TRAINING if name == "all" else ["export_model_torch"]
+        files.write_json(workspace.root / "all_stages.json", {"discs": dict.fromkeys(stages, usage)})
+    ((fused, run),) = peers_timing.exported(category, Workspace(tmp_path / "all"), [1, 8])
+    ((alone, _),) = peers_timing.exported(category, Workspace(tmp_path / "branch_memory"), [1, 8])
+    assert run(8) >= 0
+    columns = ("alone", "auroc_logical", "pixel_auroc_logical", "training_seconds", "peak_mb")
+    assert [fused[name] for name in columns] == [None, 90, 80, 10, 100]
+    assert [alone[name] for name in columns] == ["memory", 90, 70, None, None]
+
+
 def test_all_take_turns():
     calls = []
     variants = [lambda batch, name=name: calls.append((name, batch)) or float(name == "b") for name in "ab"]
