@@ -54,8 +54,14 @@ class Inputs(NamedTuple):
     def rendered(self) -> Path:
         return self.work / "rendered"
 
+    def name_of(self, dataset: Path) -> str:
+        return "photographs" if dataset == self.photographs else dataset.name
+
     def stages_of(self, dataset: Path, seed: int) -> Path:
-        return self.work / f"{dataset.name}_seed_{seed}"
+        return self.work / f"{self.name_of(dataset)}_seed_{seed}"
+
+    def peers_of(self, dataset: Path) -> Path:
+        return self.work / f"peers_{self.name_of(dataset)}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:
         *stages(first, dataset, "--formats", "torch", "onnx", "openvino", "--single_branches"),
         ["-m", "benchmarks.peers", "--environment", inputs.environment, "--dataset_root", dataset]
         + [*chosen, "--methods", *inputs.methods, "--workspace", *ours]
-        + ["--output", inputs.work / f"peers_{dataset.name}"],
+        + ["--output", inputs.peers_of(dataset)],
     ]
 
 
@@ -182,7 +188,7 @@ TABLES = {
         "anomalib beside ours on the rendered categories",
         "5 for our models in three formats, 12 a category for the peers (PatchCore's coresets)",
         lambda inputs: peers(inputs, inputs.rendered),
-        lambda inputs: [inputs.work / "peers_rendered"],
+        lambda inputs: [inputs.peers_of(inputs.rendered)],
         lambda inputs: left(inputs, "peers_rendered", "peers.json"),
         results_content.render_peers,
         [*DETECTOR, *RENDERER, *ENGINES, *PEERS],
@@ -195,8 +201,8 @@ TABLES = {
         "anomalib beside ours on the photographs",
         "2 for our models, 10 a category of 200 pictures",
         lambda inputs: peers(inputs, inputs.photographs),
-        lambda inputs: [inputs.work / f"peers_{inputs.photographs.name}"],
-        lambda inputs: left(inputs, f"peers_{inputs.photographs.name}", "peers.json"),
+        lambda inputs: [inputs.peers_of(inputs.photographs)],
+        lambda inputs: left(inputs, "peers_photographs", "peers.json"),
         results_content.render_peers,
         [*DETECTOR, *ENGINES, *PEERS],
         needs=("photographs",),
