@@ -26,7 +26,7 @@ MEMORY_IS_FILLED = {"MALLOC_PERTURB_": "170"}
 
 
 class Scored(NamedTuple):
-    """What an exported model says about pictures, of which n were looked at closely; K branches, see `models.prediction`."""
+    """What an exported model says about pictures, of which n were scored with maps; K branches, see `models.prediction`."""
 
     scores: np.ndarray  # (N,), of all; not always finite, as the next two
     score: np.ndarray  # (n,)
@@ -45,7 +45,7 @@ def score(
 
     Args:
         pictures: read there as the model's metadata says, (N,).
-        closely: indices of those to look at closely, (n,), rising.
+        closely: indices of those to score with maps, (n,), rising.
         description: of the progress bar.
 
     Raises:
