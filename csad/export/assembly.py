@@ -230,7 +230,7 @@ def fused_state(
         }
         | (
             {}
-            if detector is None
+            if detector is None or parameters is None
             else {
                 "classes": detector.classes,
                 "histogram": area_statistics(parameters, detector.classes),

@@ -52,7 +52,7 @@ def score(
         UserError: the model cannot be opened, a picture cannot be read, or the process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        request = {
+        request: dict[str, Any] = {
             "model": str(model.resolve()),
             "pictures": [str(path.resolve()) for path in pictures],
             "device": device,
@@ -99,15 +99,16 @@ def main() -> None:
         if sentence is None:
             raise
         arrays, fields = {}, {"problem": sentence}
-    np.savez(request["answer"], said=json.dumps(fields), **arrays)
+    answer: dict[str, Any] = {"said": json.dumps(fields), **arrays}
+    np.savez(request["answer"], **answer)
 
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     engine = open_model(Path(request["model"]), request["device"])
     with_maps = set(request["with_maps"]) if engine.has_maps else set()
-    arrays: dict[str, list[np.ndarray]] = {"score": []} | (
-        {"branch_scores": [], "label_map": []} if with_maps else {}
-    )
+    arrays: dict[str, list[np.ndarray]] = {"score": []}
+    if with_maps:
+        arrays |= {"branch_scores": [], "label_map": []}
     for index, path in enumerate(
         ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
     ):

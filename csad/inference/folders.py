@@ -39,7 +39,7 @@ def input_images(paths: Sequence[Path | str], output: Path) -> tuple[list[Path],
     images: dict[Path, None] = {}  # a file named beside its folder is scored once
     left_out: list[Path] = []
     for path in paths:
-        if is_url(path):
+        if isinstance(path, str):
             raise UserError(f"{path} is a URL, and those are read with --ray only: --ray local")
         if not path.exists() and not path.is_symlink():
             raise UserError(f"there is no {path}; name an image or a folder of images")

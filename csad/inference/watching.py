@@ -84,7 +84,7 @@ def is_put_off(verdict: Verdict, scored: dict[str, State], attempts: Counter[str
         scored: see `watch`; the file is taken out, so that it is given out again.
         attempts: how often unreadable files were read, by name; kept up to date.
     """
-    name, state = str(verdict.name), state_of(verdict.name)
+    name, state = str(verdict.name), state_of(Path(verdict.name))
     if (state["bytes"], state["changed_ns"]) == scored.get(name):
         if verdict.verdict != UNREADABLE or attempts[name] == READ_ATTEMPTS - 1:
             attempts.pop(name, None)
