@@ -395,6 +395,16 @@ def test_exports_know_what_they_were_made_of(copy_of_finished, run, fails, capsy
     assert "int8" in fails("export_model", work, dataset, "--precision", "int8")
 
 
+def test_a_patch_histogram_alone_takes_the_encoder_from_the_stages_beside_it(copy_of_finished, run, fails):
+    work, dataset = copy_of_finished
+    alone = ("--branches", "patchhist", "--fusion.optional", "[]")
+    run("export_model", work, dataset, *alone)
+    assert files.read_json(work / "anomaly_score/discs_torch_scores.json")["branches"] == ["patchhist"]
+    for name in ("best_discs", "memory_discs", "dfm_discs"):
+        (work / f"ckpt/{name}.pth").unlink()
+    assert "run patch_memory.py" in fails("export_model", work, dataset, *alone)
+
+
 def test_an_optional_branch_whose_files_do_not_fit_is_left_out(copy_of_finished, run, capsys):
     work, dataset = copy_of_finished
     checkpoint = work / "ckpt/best_discs.pth"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -185,7 +186,7 @@ def fused_state(
         weights,
     )
     try:
-        encoder.load_state_dict(next(one["encoder"] for one in saved.values() if "encoder" in one))
+        encoder.load_state_dict(_encoder_state(name, workspace, saved))
         for branch, module in (("patchhist", segmentor), ("LGST", lgst), ("memory", memory)):
             if module is not None:
                 module.load_state_dict(saved[branch]["state"])
@@ -259,6 +260,29 @@ def require_finite(state: dict[str, torch.Tensor], name: str) -> None:
                 f"{name}: {key} holds numbers that are not finite, so the model is not exported; train its stage "
                 "again with --overwrite"
             )
+
+
+def _encoder_state(category: str, workspace: Workspace, saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The encoder's weights, from a branch's checkpoint or, as the patch histogram's has none, from one beside it.
+
+    Args:
+        saved: checkpoints by branch.
+
+    Raises:
+        UserError: no checkpoint holds those of the same backbone.
+    """
+    wanted = next(iter(saved.values()))["meta"]["backbone_fingerprint"]
+    beside = (workspace.checkpoint(category, branch) for branch in BRANCHES if branch not in saved)
+    for content in itertools.chain(
+        saved.values(), (files.read_state(path) for path in beside if path.exists())
+    ):
+        if files.holds(content, {"encoder": dict, "meta": dict}):
+            if content["meta"].get("backbone_fingerprint") == wanted:
+                return content["encoder"]
+    raise UserError(
+        f"{category}: no checkpoint holds the encoder's weights, as train_segmentor.py leaves them to the other "
+        "stages; run patch_memory.py with the same --backbone first"
+    )
 
 
 def _require_same(name: str, saved: dict[str, dict]) -> None:
