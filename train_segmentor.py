@@ -35,6 +35,7 @@ from csad.training.segmentor_scores import (
     SCORING_BATCH,
     best_on_test,
     held_out_scores,
+    incomplete_maps,
     label_maps,
     score,
     segment_twice,
@@ -109,8 +110,13 @@ def train_category(job: Job) -> None:
         validation_maps = torch.cat(
             [train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")]
         )
-        twice = segment_twice(segmentor, job, train_images, train_maps) if settings.reliability else None
-        parameters = fit_parameters(train_maps, validation_maps, classes, settings.histogram_floor, twice)
+        twice = incomplete = None
+        if settings.reliability:
+            twice = segment_twice(segmentor, job, train_images, train_maps)
+            incomplete = incomplete_maps(train_maps, job.seed)
+        parameters = fit_parameters(
+            train_maps, validation_maps, classes, settings.histogram_floor, twice, incomplete
+        )
         files.write_arrays(parameter_file, **parameters)
         detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
         evidence, evidence_parameters = None, {}

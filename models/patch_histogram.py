@@ -195,6 +195,7 @@ def fit_parameters(
     classes: int,
     floor: float = 0.0,
     segmented_twice: tuple[Tensor, Tensor] | None = None,
+    incomplete: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """Fit the detector in float64 (docs/method.md section 2).
 
@@ -207,12 +208,13 @@ def fit_parameters(
             fractions differ by is what segmentation itself wavers by, and joins the covariance; that of few images is
             shrunk, too, and distances are normalised by training images held out as well. None, as published: nothing
             of this.
+        incomplete: the training images' label maps, each without one part; wanted with `segmented_twice` only.
 
     Returns:
         hist_mean (C,), hist_invcov (C, C), patch_hist_mean (4C,), patch_hist_invcov (4C, 4C), and the distances of the
         validation images, hist_val_score and patch_hist_val_score (n,): the content of the parameter file. With
         `segmented_twice` also those of training images (N,) of which none was fitted to, hist_held_out_score and
-        patch_hist_held_out_score.
+        patch_hist_held_out_score, and of the same, incomplete, hist_incomplete_score and patch_hist_incomplete_score.
     """
     parameters: dict[str, np.ndarray] = {}
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
@@ -221,8 +223,9 @@ def fit_parameters(
         wavering = [
             changed - plain for plain, changed in zip(*(_stacked(maps, classes) for maps in segmented_twice))
         ]
-    for name, fitted, judged, differences in zip(
-        ("hist", "patch_hist"), train_histograms, validation_histograms, wavering
+    lacking = train_histograms if incomplete is None else _stacked(incomplete, classes)
+    for name, fitted, judged, without, differences in zip(
+        ("hist", "patch_hist"), train_histograms, validation_histograms, lacking, wavering
     ):
         components = np.arange(fitted.shape[1]) % classes > 0
         added = differences.T @ differences / len(differences)
@@ -242,10 +245,15 @@ def fit_parameters(
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
         parameters[f"{name}_val_score"] = _distances(judged, mean, inverse)
         if segmented_twice is not None:
-            held_out = np.zeros(len(fitted) if len(fitted) > 1 else 0)
+            held_out = {"held_out": fitted, "incomplete": without}
+            if incomplete is None:
+                del held_out["incomplete"]
+            distances = {kind: np.zeros(len(fitted) if len(fitted) > 1 else 0) for kind in held_out}
             for others, left_out in folds(len(fitted)):
-                held_out[left_out] = _distances(fitted[left_out], *fit(fitted[others]))
-            parameters[f"{name}_held_out_score"] = held_out
+                mean, inverse = fit(fitted[others])
+                for kind, histograms in held_out.items():
+                    distances[kind][left_out] = _distances(histograms[left_out], mean, inverse)
+            parameters |= {f"{name}_{kind}_score": values for kind, values in distances.items()}
     return parameters
 
 

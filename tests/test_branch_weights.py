@@ -74,6 +74,28 @@ def test_the_histogram_need_not_add_anything_as_long_as_it_costs_next_to_nothing
     assert "LGST" not in quiet.weights or "DFM" not in quiet.weights
 
 
+def test_a_histogram_that_hardly_notices_a_missing_part_is_left_out():
+    good, kinds = drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(0.1, 1, 1, 1))
+    for noticed, taken in ((None, True), (99, True), (70, False)):
+        decision = choose(good, kinds, BRANCHES, WEIGHED.branches, noticed)
+        assert ("patchhist" in decision.weights) == taken
+        assert ("on missing parts: 70.0" in decision.description) == (noticed == 70)
+    alone = {
+        kind: Defects(of_kind.contributions[:, :1], of_kind.strengths) for kind, of_kind in kinds.items()
+    }
+    assert choose(good[:, :1], alone, ["patchhist"], ["patchhist"], 70).weights == {"patchhist": 1}
+
+
+def test_what_the_histogram_notices_is_measured_on_training_images_held_out():
+    rng = np.random.default_rng(0)
+    held_out, far, near = rng.normal(4, 1, 90), rng.normal(9, 1, 90), rng.normal(4, 1, 90)
+    parameters = {f"{name}_held_out_score": held_out for name in ("hist", "patch_hist")}
+    for incomplete, least, most in ((far, 99, 100), (near, 40, 60)):
+        more = {f"{name}_incomplete_score": incomplete for name in ("hist", "patch_hist")}
+        assert least <= branch_weights.parts_noticed(parameters | more) <= most
+    assert branch_weights.parts_noticed({}) is None  # as of published parameter files
+
+
 def test_the_best_branch_finds_about_nine_of_ten_of_the_defects_that_count():
     """Too easy ones say nothing about the difference between branches, and too faint ones nothing at all."""
     for lift in (40, 1.5):

@@ -6,6 +6,9 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REFERENCE
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 
 SIDE = 128
@@ -250,3 +253,19 @@ def test_without_room_fewer_are_pasted_than_published():
         if synthesis.pasted == 1:
             assert background[changed].mean() < 0.5
         assert synthesis.pasted <= 2 and changed.any() == (synthesis.pasted > 0)
+
+
+@given(st.integers(0, 2**32 - 1))
+@hypothesis_settings(max_examples=20, deadline=None)
+def test_a_label_map_without_a_part_lacks_one_part_and_nothing_else(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((128, 128), np.uint8)
+    for label in range(1, rng.integers(1, 5)):
+        y, x = rng.integers(0, 100, 2)
+        labels[y : y + 20, x : x + 20] = label
+    without = lsa.without_a_part(labels, rng)
+    changed = without != labels
+    assert (without[changed] == 0).all()
+    before, after = lsa.label_parts(labels), lsa.label_parts(without)
+    assert after.max() == before.max() - bool(before.any())
+    assert len(np.unique(before[changed])) == bool(before.any())

@@ -393,16 +393,16 @@ def test_averages_are_of_what_was_measured_and_say_so():
 class OneDefectOfBothKinds:
     """A category in which logical and structural anomalies have the same name."""
 
-    def test(self, split):
-        return [split] * 2
-
     root = None
 
     @property
     def convention(self):
         return self
 
-    def defect(self, root, image):
+    def test(self, split):
+        return [split] * 2
+
+    def defect(self, root, path):
         return "anomaly"
 
 

@@ -14,16 +14,18 @@ from typing import NamedTuple
 from csad.branches import BRANCHES
 from csad.data import files, records
 from csad.data.workspace import Workspace
-from csad.evaluation.metrics import auroc
 from csad.settings import FusionSettings
 
 import numpy as np
+
+from models.fusion import apply_z, fit_z
 
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
 STANDARD_ERRORS, RESAMPLINGS = 2.0, 200  # of the gain by which other weights than the settings' replace these
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
 MAX_COST = 2.5  # of the same points, which the patch histogram may take away
+MIN_NOTICED = 85.0  # percent; see `parts_noticed`
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
 
 
@@ -47,11 +49,13 @@ class Decision(NamedTuple):
         aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the
             sums `EQUAL` and `FUSED`.
         strengths: the smallest and the largest strength of these, by kind.
+        noticed: `parts_noticed` of the patch histogram, if it is known.
     """
 
     weights: dict[str, float]
     aurocs: dict[str, dict[str, float]]
     strengths: dict[str, tuple[float, float]]
+    noticed: float | None = None
 
     @property
     def description(self) -> str:
@@ -60,7 +64,8 @@ class Decision(NamedTuple):
             f"{kind} " + ", ".join(f"{name} {value:.1f}" for name, value in by_sum.items())
             for kind, by_sum in self.aurocs.items()
         )
-        return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}"
+        noticed = "" if self.noticed is None else f"; patch histogram on missing parts: {self.noticed:.1f}"
+        return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}{noticed}"
 
 
 def describe(weights: Mapping[str, float]) -> str:
@@ -80,7 +85,11 @@ def candidates(category: str, workspace: Workspace, fusion: FusionSettings) -> l
 
 
 def choose(
-    good: np.ndarray, defects: Mapping[str, Defects], branches: Sequence[str], default: Collection[str]
+    good: np.ndarray,
+    defects: Mapping[str, Defects],
+    branches: Sequence[str],
+    default: Collection[str],
+    noticed: float | None = None,
 ) -> Decision:
     """Weigh branches by what their sums find of synthetic defects.
 
@@ -95,11 +104,15 @@ def choose(
         defects: structural and logical ones.
         branches: the K branches' names.
         default: the settings' own branches.
+        noticed: `parts_noticed` of the patch histogram; None: not known.
     """
     counted = {kind: _of_difficulty(good, of_kind) for kind, of_kind in defects.items()}
 
     def aurocs(weights: Sequence[float]) -> dict[str, float]:
-        return {kind: auroc(good @ weights, counted[kind].contributions @ weights) for kind in counted}
+        return {
+            kind: 100 * float(_wins(good @ weights, of_kind.contributions @ weights).mean())
+            for kind, of_kind in counted.items()
+        }
 
     def value(weights: Sequence[float]) -> float:
         return float(np.mean(list(aurocs(weights).values())))
@@ -117,7 +130,8 @@ def choose(
         best = usual
     if HISTOGRAM in branches:
         position = list(branches).index(HISTOGRAM)
-        options = [(*best[:position], weight, *best[position + 1 :]) for weight in WEIGHTS[::-1]]
+        allowed = WEIGHTS[::-1] if noticed is None or noticed >= MIN_NOTICED or not any(best) else (0.0,)
+        options = [(*best[:position], weight, *best[position + 1 :]) for weight in allowed]
         best = next(
             weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
         )
@@ -131,7 +145,30 @@ def choose(
             kind: (float(of_kind.strengths.min()), float(of_kind.strengths.max()))
             for kind, of_kind in counted.items()
         },
+        noticed,
     )
+
+
+def parts_noticed(parameters: Mapping[str, np.ndarray]) -> float | None:
+    """AUROC in percent by which the patch histogram tells held-out training images from the same without a part.
+
+    The part is missing in their label maps, thus nothing but what segmentation makes of good images keeps the
+    histogram from noticing. None where stage 2 did not measure it (``segmentor.reliability``).
+
+    Args:
+        parameters: `models.patch_histogram.fit_parameters`.
+    """
+    names = ("hist", "patch_hist")
+    if any(not len(parameters.get(f"{name}_incomplete_score", ())) for name in names):
+        return None
+    complete, incomplete = (
+        sum(
+            apply_z(parameters[f"{name}_{kind}_score"], *fit_z(parameters[f"{name}_held_out_score"]))
+            for name in names
+        )
+        for kind in ("held_out", "incomplete")
+    )
+    return 100 * float(_wins(complete, incomplete).mean())
 
 
 def _standard_error(
@@ -139,21 +176,24 @@ def _standard_error(
 ) -> float:
     """Of the difference between what two sums find, image AUROC, by resampling of good images and defects."""
     rng, differences = np.random.default_rng(0), []
-    sums = [
-        (good @ each, [of_kind.contributions @ each for of_kind in defects.values()])
-        for each in (weights, others)
+    wins = [
+        _wins(good @ weights, of_kind.contributions @ weights)
+        - _wins(good @ others, of_kind.contributions @ others)
+        for of_kind in defects.values()
     ]
     for _ in range(RESAMPLINGS):
         images = rng.integers(len(good), size=len(good))
-        drawn = [
-            rng.integers(len(of_kind.strengths), size=len(of_kind.strengths)) for of_kind in defects.values()
-        ]
-        first, second = (
-            np.mean([auroc(normal[images], kind[indices]) for kind, indices in zip(anomalous, drawn)])
-            for normal, anomalous in sums
-        )
-        differences.append(first - second)
+        resampled = [of_kind[rng.integers(len(of_kind), size=len(of_kind))][:, images] for of_kind in wins]
+        differences.append(100 * np.mean([of_kind.mean() for of_kind in resampled]))
     return float(np.std(differences))
+
+
+def _wins(good: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
+    """(m, n): 1 where an anomalous image scores higher than a good one, 1/2 where both score the same.
+
+    The mean is the AUROC.
+    """
+    return (anomalous[:, None] > good) + 0.5 * (anomalous[:, None] == good)
 
 
 def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
@@ -163,7 +203,7 @@ def _of_difficulty(good: np.ndarray, defects: Defects) -> Defects:
     windows = [ranks[first : first + count] for first in range(0, len(ranks) - count + 1, max(count // 6, 1))]
 
     def distance(window: np.ndarray) -> float:
-        best = max(auroc(*columns) for columns in zip(good.T, defects.contributions[window].T))
+        best = max(100 * _wins(*columns).mean() for columns in zip(good.T, defects.contributions[window].T))
         return abs(best - DIFFICULTY)
 
     window = min(windows, key=distance)
@@ -177,6 +217,7 @@ def write(category: str, workspace: Workspace, fusion: FusionSettings, decision:
             "weights": decision.weights,
             "auroc_on_synthetic_defects": decision.aurocs,
             "strengths": decision.strengths,
+            "missing_parts_noticed": decision.noticed,
             "settings": fusion.model_dump(),
             "scores": _digests(category, workspace, fusion),
         },

@@ -16,6 +16,7 @@ BORDER = 0.1  # of the side: a pasted component's centre keeps this far from the
 LEAST_LABELLED = 0.9  # of a component to be pasted
 MOST_UNLABELLED = 100  # pixels of a component to be pasted
 SMALLEST_PART = 50  # pixels; smaller crumbs of a label are no components
+REMOVED_PART = 0.002  # of the image
 TRIALS = 500  # rotations and positions that are tried for a component, as published
 CANDIDATES = 2000  # random positions that those of the trials are drawn from
 
@@ -118,6 +119,17 @@ def label_parts(labels: np.ndarray) -> np.ndarray:
         instances += np.where(large, number + np.cumsum(large), 0)[parts].astype(np.int32)
         number += int(large.sum())
     return instances
+
+
+def without_a_part(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy of a label map (H, W) uint8 that lacks a part of at least `REMOVED_PART` of it, else the largest, if any."""
+    parts = label_parts(labels)
+    areas = np.bincount(parts.ravel())[1:]
+    if not len(areas):
+        return labels.copy()
+    large = np.flatnonzero(areas >= REMOVED_PART * labels.size)
+    part = rng.choice(large) if len(large) else areas.argmax()
+    return np.where(parts == part + 1, 0, labels).astype(np.uint8)
 
 
 def find_placement(

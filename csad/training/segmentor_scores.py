@@ -9,6 +9,7 @@ from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.progress import ProgressBar
 from csad.training.best_on_test import BestOnTest, mean_auroc, read_scored
+from csad.training.logical_synthesis import without_a_part
 from csad.training.stage import Job
 
 import numpy as np
@@ -90,6 +91,12 @@ def score(
             drawn.append(evidence(maps))
             scores[-1] = scores[-1] + evidence.score(drawn[-1])
     return torch.cat(scores).numpy(), torch.cat(drawn).numpy()
+
+
+def incomplete_maps(maps: Tensor, seed: int) -> Tensor:
+    """Label maps (N, 256, 256), each without one part: what of it would the histogram notice?"""
+    rng = np.random.default_rng(seed)
+    return torch.stack([torch.from_numpy(without_a_part(label_map, rng)) for label_map in maps.numpy()])
 
 
 def held_out_scores(
