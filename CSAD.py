@@ -23,6 +23,7 @@ from csad.training.draws import shuffled_epochs
 from csad.training.jobs import Task, run_jobs
 from csad.training.lgst_scores import best_on_test, differences
 from csad.training.lgst_step import Batches, EncodedImages, Sample, draw_sample
+from csad.training.loop import drawing_workers
 from csad.training.schedules import step_decay, warm_cosine
 from csad.training.stage import Job, training_jobs
 
@@ -109,11 +110,12 @@ def train(run: BranchRun, penalties: PenaltyPictures, best: BestOnTest | None) -
     """
     job, settings = run.job, run.job.settings.lgst
     train_images = torch.from_numpy(
-        job.view.read_small(job.category.train, f"{job.name}: read training images")
+        job.view.read_256(job.category.train, f"{job.name}: read training images")
     )
     torch.manual_seed(job.seed)
     model = LGST(job.backbone.channels, settings.width, settings.teacher_channels)
-    training = run.training("train LGST", settings.steps, step_decay, best, model=model)
+    workers = drawing_workers(job.device)
+    training = run.training("train LGST", settings.steps, step_decay, best, workers, model=model)
     batches = Batches(
         train_images, model, job.backbone.encoder, job.device, job.precision, f"{job.name}: teacher features"
     )

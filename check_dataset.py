@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.false_positive_rate is not None and not 0 < args.false_positive_rate < 1:
         raise UserError(f"--false_positive_rate is {args.false_positive_rate}; it must lie between 0 and 1")
-    _, dataset, categories, chosen = select(args)
+    _, dataset, categories, settings_of = select(args)
     if args.output and args.output.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(
             f"--output {args.output} lies in the data set, where its pictures would be taken for images; "
@@ -56,7 +56,7 @@ def main() -> None:
     for path, why in odd:
         print(f"warning: {path} is not used: {why}")
     for category in categories:
-        findings, pictures = check(category, chosen[category.name], args.false_positive_rate)
+        findings, pictures = check(category, settings_of[category.name], args.false_positive_rate)
         print_findings(findings)
         warnings, errors = warnings + len(findings.warnings), errors + len(findings.errors)
         if args.output:
@@ -77,8 +77,8 @@ def print_findings(findings: Findings) -> None:
     for line in findings.lines:
         print(line)
     for kind in ("note", "warning", "error"):
-        for said in getattr(findings, f"{kind}s"):
-            print(f"  {kind}: {said}")
+        for message in getattr(findings, f"{kind}s"):
+            print(f"  {kind}: {message}")
     print()
 
 
@@ -92,15 +92,17 @@ def write_contact_sheet(path: Path, pictures: Sequence[ImageInfo]) -> None:
     )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for index, picture in enumerate(shown):
-        place = index % columns * cell[0] + 2, index // columns * cell[1] + 2
+        corner = index % columns * cell[0] + 2, index // columns * cell[1] + 2
         tile = (
             Image.new("RGB", (THUMBNAIL, THUMBNAIL), (200, 0, 0))
             if picture.thumbnail is None
             else (Image.fromarray(picture.thumbnail))
         )
-        sheet.paste(tile, place)
+        sheet.paste(tile, corner)
         name = picture.path.name if len(picture.path.name) <= 16 else f"{picture.path.name[:13]}..."
-        draw.text((place[0], place[1] + THUMBNAIL), name.encode("ascii", "replace").decode(), (0, 0, 0), font)
+        draw.text(
+            (corner[0], corner[1] + THUMBNAIL), name.encode("ascii", "replace").decode(), (0, 0, 0), font
+        )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     files.write_bytes(path, buffer.getvalue())

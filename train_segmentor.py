@@ -23,6 +23,7 @@ from csad.errors import run_script
 from csad.training.best_on_test import BEST_ON_TEST, BestOnTest, selection, with_checkpoint
 from csad.training.branch_run import BranchRun, branch_run
 from csad.training.jobs import run_jobs
+from csad.training.loop import drawing_workers
 from csad.training.pseudo_label_files import (
     digest_of_label_maps,
     read_stage_1,
@@ -88,7 +89,7 @@ def train_category(job: Job) -> None:
             return
         require_own_pseudo_labels(category, labels, trusted, provenance["train_images"])
         train_images = torch.from_numpy(
-            job.view.read_small(category.train, f"{category.name}: read training images")
+            job.view.read_256(category.train, f"{category.name}: read training images")
         )
         if run.action == records.TRAIN:
             data = training_data(category, workspace, train_images, trusted, classes, settings.fill_holes)
@@ -164,6 +165,7 @@ def train(
         settings.epochs * each,
         partial(cosine, final=settings.final_lr_share),
         best,
+        drawing_workers(job.device),
         segmentor=segmentor,
     )
     batches = Batches(data, encoder, job.device, job.precision, f"{job.name}: encode")

@@ -97,13 +97,13 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
 
 def overhead(folder: Path, args: argparse.Namespace) -> None:
     write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
-    kinds: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    chosen = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[: args.jobs // 2])
+    options_of_kind: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
+    seconds: dict[str, list[float]] = {kind: [] for kind in options_of_kind}
+    jobs = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[: args.jobs // 2])
     for number in range(args.rounds):
-        for kind in list(kinds)[:: -1 if number % 2 else 1]:
+        for kind in list(options_of_kind)[:: -1 if number % 2 else 1]:
             before = time.perf_counter()
-            start(folder, f"{kind}{number}", args.steps or 6000, *chosen, *kinds[kind]).wait()
+            start(folder, f"{kind}{number}", args.steps or 6000, *jobs, *options_of_kind[kind]).wait()
             seconds[kind].append(time.perf_counter() - before)
             print(f"{kind}: {seconds[kind][-1]:.1f} s", flush=True)
         print(
@@ -123,7 +123,7 @@ def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Pope
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def different(one: Path, other: Path) -> list[str]:
+def different(first: Path, second: Path) -> list[str]:
     """Files that are not the same in both, or only in one of them."""
     contents = [
         {
@@ -131,7 +131,7 @@ def different(one: Path, other: Path) -> list[str]:
             for path in root.rglob("*")
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
         }
-        for root in (one, other)
+        for root in (first, second)
     ]
     return sorted(
         name

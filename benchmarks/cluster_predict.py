@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{len(times)} images have a line, {sum(times.values())} lines")
     missed += [] if len(times) == args.images == sum(times.values()) else ["every image exactly once"]
     for name, series in memory.items():
-        start, middle, end = (series[int(share * (len(series) - 1))] for share in (0.25, 0.5, 1))
+        start, middle, end = (series[int(fraction * (len(series) - 1))] for fraction in (0.25, 0.5, 1))
         print(
             f"{name}: {start:.0f} MB after a quarter, {middle:.0f} MB in the middle, {end:.0f} MB at the end"
         )
@@ -147,20 +147,20 @@ def workers_of(nodes: Any) -> list[int]:
         for node in nodes.list_all_nodes()
         for info in node.all_processes.get("raylet", [])
     }
-    found = []
+    workers = []
     for folder in Path("/proc").iterdir():
         try:
             if (folder / "cmdline").read_text().startswith("ray::Map") and (
                 folder / "stat"
             ).read_text().split()[3] in raylets:
-                found.append(int(folder.name))
+                workers.append(int(folder.name))
         except (OSError, ValueError, IndexError):  # ended since, or no process
             continue
-    return found
+    return workers
 
 
-def tiny_model(**known: object) -> bytes:
-    """An ONNX model with all outputs that scores an image by its mean brightness, times 100 / 255; all of it is LGST's share.
+def tiny_model(**metadata: object) -> bytes:
+    """An ONNX model with all outputs; it scores an image by its mean brightness, times 100 / 255, all of it contributed by LGST.
 
     That of a black one is not a number.
     """
@@ -179,9 +179,9 @@ def tiny_model(**known: object) -> bytes:
         node("ReduceMean", ["scaled", "all"], ["mean"], keepdims=0),
         node("Mul", ["mean", "mean"], ["square"]),
         node("Div", ["square", "mean"], ["score"]),
-        node("Unsqueeze", ["score", "one"], ["share"]),
-        node("Mul", ["share", "zero"], ["nothing"]),
-        node("Concat", ["nothing", "share"], ["branch_scores"], axis=1),
+        node("Unsqueeze", ["score", "one"], ["contribution"]),
+        node("Mul", ["contribution", "zero"], ["nothing"]),
+        node("Concat", ["nothing", "contribution"], ["branch_scores"], axis=1),
         node("AveragePool", ["scaled"], ["small"], kernel_shape=[4, 4], strides=[4, 4]),
         node("ReduceMean", ["small", "one"], ["anomaly_map"], keepdims=0),
         node("Unsqueeze", ["anomaly_map", "one"], ["map"]),
@@ -209,7 +209,7 @@ def tiny_model(**known: object) -> bytes:
         "with_map": True,
         "raw_input": True,
         "validation_scores": list(range(101)),
-        **known,
+        **metadata,
     }
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     return model.SerializeToString()

@@ -28,7 +28,7 @@ def main() -> None:
         raise UserError(
             f"the true label maps are missing: {truth}; only data sets of make_synthetic_loco.py have them"
         )
-    found = {}
+    qualities = {}
     for category in categories:
         trusted = files.read_array(
             files.require(workspace.pseudo_labels(category.name).trusted, "pseudo_label.py")
@@ -40,7 +40,7 @@ def main() -> None:
         segmented = [
             workspace.segmentation_output(category.name, layouts.GOOD, category.key(path)) for path in good
         ]
-        found[category.name] = {
+        qualities[category.name] = {
             "pseudo-labels": compare(labelled, true_maps(truth, dataset.root, paths), "pseudo_label.py"),
             "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py"),
         }
@@ -53,13 +53,13 @@ def main() -> None:
                     what: {"mean_iou": match.mean_iou, "per_class": match.per_class}
                     for what, match in parts.items()
                 }
-                for name, parts in found.items()
+                for name, parts in qualities.items()
             },
         )
     print("| category | trusted pseudo-labels | segmentor |\n|---|---|---|")
-    for name, parts in found.items():
+    for name, parts in qualities.items():
         print(f"| {name} | " + " | ".join(f"{match.mean_iou:.3f}" for match in parts.values()) + " |")
-    means = np.mean([[match.mean_iou for match in parts.values()] for parts in found.values()], axis=0)
+    means = np.mean([[match.mean_iou for match in parts.values()] for parts in qualities.values()], axis=0)
     print("| average | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
 

@@ -35,7 +35,11 @@ from benchmarks.processes import options_of, resident
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size
-SLOWEST, GROWTH, SHARE = 10, 0.05, 0.9  # p99 in single latencies; of memory; of the bare engine's throughput
+SLOWEST, GROWTH, FRACTION = (
+    10,
+    0.05,
+    0.9,
+)  # p99 in single latencies; of memory; of the bare engine's throughput
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
         f"errors: {dict(errors) or 'none'}"
     )
     if latencies:
-        p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
+        p50, p99 = (1000 * float(np.quantile(latencies, fraction)) for fraction in (0.5, 0.99))
         print(
             f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
             f"p99 is {p99 / 1000 / single:.1f} times that"
@@ -97,7 +101,7 @@ def main() -> None:
     print(
         f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding"
     )
-    missed += [] if rate >= SHARE * best[0] else [f"{SHARE} of the bare engine's best"]
+    missed += [] if rate >= FRACTION * best[0] else [f"{FRACTION} of the bare engine's best"]
     if missed:
         print(f"missed: {', '.join(missed)}")
         raise SystemExit(1)
@@ -184,23 +188,23 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
 
 def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]]:
     """Pictures a second by batch size: the engine alone, and with one thread that decodes and scores in turns."""
-    some, found = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
+    sent, rates = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
     for size in BATCH_SIZES:
         decoding = scoring = 0.0
-        for start in range(-size, len(some), size):  # the first batch warms up
+        for start in range(-size, len(sent), size):  # the first batch warms up
             begun = time.perf_counter()
             views = np.stack(
                 [
-                    read_picture(io.BytesIO(one), Path("picture"), engine, None).view
-                    for one in some[max(start, 0) : max(start, 0) + size]
+                    read_picture(io.BytesIO(picture), Path("picture"), engine, None).view
+                    for picture in sent[max(start, 0) : max(start, 0) + size]
                 ]
             )
             decoded = time.perf_counter()
             (engine.predict if engine.has_maps else engine.score)(views)
             if start >= 0:
                 decoding, scoring = decoding + decoded - begun, scoring + time.perf_counter() - decoded
-        found[size] = len(some) / scoring, len(some) / (decoding + scoring)
-    return found
+        rates[size] = len(sent) / scoring, len(sent) / (decoding + scoring)
+    return rates
 
 
 if __name__ == "__main__":

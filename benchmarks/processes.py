@@ -42,11 +42,13 @@ def measured(command: Sequence[object], log: Path | None = None, accepted: Seque
     with open(log or os.devnull, "w", encoding="utf-8") as handle:
         to_log = {"stdout": handle, "stderr": subprocess.STDOUT} if log else {}
         process = subprocess.Popen([str(part) for part in command], **to_log)
-        _, status, used = os.wait4(process.pid, 0)  # of this child alone
+        _, status, resources = os.wait4(process.pid, 0)  # of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in accepted:
         raise UserError(f"{command[1]} failed" + (f"; {log} says why" if log else ""))
-    return Usage(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return Usage(
+        time.perf_counter() - start, resources.ru_utime + resources.ru_stime, resources.ru_maxrss / 1024
+    )
 
 
 def resident(pid: int | None) -> float | None:

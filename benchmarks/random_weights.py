@@ -34,10 +34,10 @@ def write_grounding_dino(folder: Path) -> None:
     encoder = folder / checkpoints.TEXT_ENCODER
     encoder.mkdir(parents=True, exist_ok=True)
     BertModel(BertConfig()).save_pretrained(encoder)
-    words = [SPECIAL_TOKENS.get(index, f"[unused{index}]") for index in range(VOCABULARY)]
-    words[2000:2026] = [f"##{chr(letter)}" for letter in range(ord("a"), ord("z") + 1)]
-    words[2100:2126] = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
-    (encoder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    vocabulary = [SPECIAL_TOKENS.get(index, f"[unused{index}]") for index in range(VOCABULARY)]
+    vocabulary[2000:2026] = [f"##{chr(letter)}" for letter in range(ord("a"), ord("z") + 1)]
+    vocabulary[2100:2126] = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    (encoder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     BertTokenizerFast(str(encoder / "vocab.txt")).save_pretrained(encoder)
     state = build_grounding_dino("swint_ogc", encoder).state_dict()
     torch.save(

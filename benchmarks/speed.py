@@ -123,7 +123,7 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
             and (report["format"], report["precision"])
             == (FORMAT_OF[variant.runtime], "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)
         ]
-        known = variant.graph == OURS or variant.precision == "fp32"
+        is_evaluated = variant.graph == OURS or variant.precision == "fp32"
         for size, seconds in variant.seconds.items():
             milliseconds = 1000 * float(np.median(seconds)) / size
             rows.append(
@@ -136,7 +136,7 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
                     "ms_per_image": milliseconds,
                     "images_per_second": 1000 / milliseconds,
                     "fastest_ms_per_image": 1000 * min(seconds) / size,
-                    "auroc_mean": float(np.mean(scores)) if scores and known else None,
+                    "auroc_mean": float(np.mean(scores)) if scores and is_evaluated else None,
                 }
             )
     base = {

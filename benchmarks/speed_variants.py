@@ -42,16 +42,16 @@ def build_variants(
     variants = []
     category = metadata(state).get("category", "random")
     model = from_state(state)
-    known = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32"}
-    known["input_size"] = model.size
+    graph_metadata = {"category": category, "with_map": False, "raw_input": False, "precision": "fp32"}
+    graph_metadata["input_size"] = model.size
     rng = np.random.default_rng(0)
     noise = as_input(
-        rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), known
+        rng.integers(0, 256, (CALIBRATION_IMAGES, 3, model.size, model.size), dtype=np.uint8), graph_metadata
     )
     paths = {}
     if {"onnxruntime", "openvino"} & set(args.runtimes):
         contents = {
-            PUBLISHED_GRAPH: exporters.to_onnx(model, known, ("score",)),
+            PUBLISHED_GRAPH: exporters.to_onnx(model, graph_metadata, ("score",)),
             OURS: exporters.onnx_model(state, category, "fp32", with_map=False, raw_input=False),
         }
         for graph, content in contents.items():
@@ -73,9 +73,16 @@ def build_variants(
             for graph in (PUBLISHED_GRAPH, OURS):
                 if graph == PUBLISHED_GRAPH and precision == "int8" and model.memory is not None:
                     continue  # quantised as a whole it does not run; with a patch memory nothing was published, either
-                kept = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
+                fp32_prefixes = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
                 engine = other_engine(
-                    runtime, precision, paths[graph], known, noise, kept, networks[graph], device
+                    runtime,
+                    precision,
+                    paths[graph],
+                    graph_metadata,
+                    noise,
+                    fp32_prefixes,
+                    networks[graph],
+                    device,
                 )
                 variants.append(Variant(graph, runtime, precision, engine.precision, engine.score))
     return variants
@@ -100,26 +107,26 @@ def other_engine(
     runtime: str,
     precision: str,
     path: Path,
-    known: dict,
+    graph_metadata: dict,
     calibration: np.ndarray,
-    kept: tuple[str, ...],
+    fp32_prefixes: tuple[str, ...],
     networks: tuple[str, ...],
     device: str,
 ) -> Engine:
     """A graph in ONNX, made ready for a runtime and precision the way export_model.py does it."""
-    known = known | {"precision": precision}
+    graph_metadata = graph_metadata | {"precision": precision}
     if runtime == "onnxruntime":
         content = path.read_bytes()
         if precision == "int8":
-            content = exporters.int8_onnx(content, calibration, kept, networks)
+            content = exporters.int8_onnx(content, calibration, fp32_prefixes, networks)
         if precision == "fp16":
             content = onnx_graphs.half_networks(content)
-        return OnnxEngine(exporters.with_metadata(content, known), device)
+        return OnnxEngine(exporters.with_metadata(content, graph_metadata), device)
     model = exporters.openvino_model(path.read_bytes(), precision)
     if precision == "int8":
-        model = exporters.int8_openvino(model, calibration, kept, networks)
+        model = exporters.int8_openvino(model, calibration, fp32_prefixes, networks)
     target = path.with_suffix(".xml")
-    exporters.write_openvino(model, target, known)
+    exporters.write_openvino(model, target, graph_metadata)
     return open_model(target, device)
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--timed_steps", type=int, default=5, help="of each variant, after one to warm up")
     args = parser.parse_args()
     workspace, device = Workspace(args.workspace), choose_device(args.device)
-    chosen = settings.load("", args.preset, overrides(args))
+    cfg = settings.load("", args.preset, overrides(args))
     precisions = ["fp32"] + ["bf16"] * (choose_precision("auto", device) == "bf16")
     forbid_tf32()  # what is called fp32 below is that
     encoder = empty_encoder(PUBLISHED if args.backbone == "auto" else args.backbone)
@@ -61,11 +61,11 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     if args.stage == "lgst":
-        variants, steps = lgst_variants(chosen.lgst, encoder, precisions, device), chosen.lgst.steps
+        variants, steps = lgst_variants(cfg.lgst, encoder, precisions, device), cfg.lgst.steps
     else:
-        variants = segmentor_variants(chosen.segmentor, encoder, precisions, device)
+        variants = segmentor_variants(cfg.segmentor, encoder, precisions, device)
         # Of MVTec LOCO AD's categories the average one has 354 training images, of which half are trusted.
-        steps = chosen.segmentor.epochs * 177 // chosen.segmentor.batch_size
+        steps = cfg.segmentor.epochs * 177 // cfg.segmentor.batch_size
 
     multiply_adds = {}
     for name, step in variants.items():
@@ -94,17 +94,17 @@ def main() -> None:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "settings": getattr(chosen, args.stage).model_dump(),
+        "settings": getattr(cfg, args.stage).model_dump(),
         "matrix_multiply_adds_per_second": rates,
         "variants": {},
     }
     plain = statistics.median(seconds[PLAIN])
-    for name, found in seconds.items():
-        middle = statistics.median(found)
+    for name, durations in seconds.items():
+        middle = statistics.median(durations)
         report["variants"][name] = {
             "ms_per_step": 1000 * middle,
-            "ms_fastest": 1000 * min(found),
-            "ms_all": [1000 * one for one in found],
+            "ms_fastest": 1000 * min(durations),
+            "ms_all": [1000 * duration for duration in durations],
             "processor_ms": 1000 * statistics.median(processor_seconds[name]),
             "times_plain": plain / middle,
             "hours_of_preset": middle * steps / 3600,
@@ -120,33 +120,33 @@ def main() -> None:
 
 
 def lgst_variants(
-    chosen: settings.LgstSettings, encoder: Encoder, precisions: list[str], device: torch.device
+    cfg: settings.LgstSettings, encoder: Encoder, precisions: list[str], device: torch.device
 ) -> dict[str, Step]:
     """Name -> a function that trains one step, plain and in each precision."""
-    chosen = chosen.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
+    cfg = cfg.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
-    penalties = PenaltyPictures(chosen.penalty_images)
-    first = LGST(encoder.channels, chosen.width, chosen.teacher_channels).train()
+    penalties = PenaltyPictures(cfg.penalty_images)
+    first = LGST(encoder.channels, cfg.width, cfg.teacher_channels).train()
 
     def variant(precision: str, plain: bool = False) -> Step:
         model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
         batches = lgst_step.Batches(pictures, model, encoder, device, precision, "teacher features")
         optimizer = torch.optim.Adam(
             [one for one in model.parameters() if one.requires_grad],
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
             fused=not plain and device.type != "mps",
         )
         numbers = itertools.count()
 
         def step() -> None:
-            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, chosen, next(numbers), "", 0))
+            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, cfg, next(numbers), "", 0))
             if plain:
                 with torch.no_grad():
                     batch = batch._replace(teacher=model.teacher_features(encoder(batch.images)))
             with autocast(device, precision):
                 features = model.training_features(*batch)
-            descend(losses(features, chosen.hard_quantile), optimizer)
+            descend(losses(features, cfg.hard_quantile), optimizer)
 
         return step
 
@@ -156,7 +156,7 @@ def lgst_variants(
 
 
 def segmentor_variants(
-    chosen: settings.SegmentorSettings, encoder: Encoder, precisions: list[str], device: torch.device
+    cfg: settings.SegmentorSettings, encoder: Encoder, precisions: list[str], device: torch.device
 ) -> dict[str, Step]:
     """Variants of stage 2's step with all losses, as after the epoch in which the unsupervised ones join; plain has no cache."""
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def segmentor_variants(
     data = segmentor_step.TrainingData(
         pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool), indices[::2], indices[1::2]
     )
-    first = Segmentor(encoder.channels, chosen.width, CLASSES).train()
+    first = Segmentor(encoder.channels, cfg.width, CLASSES).train()
 
     def variant(precision: str, plain: bool = False) -> Step:
         model, numbers = (
@@ -178,18 +178,18 @@ def segmentor_variants(
         batches = segmentor_step.Batches(data, encoder, device, precision, "encode")
         optimizer = torch.optim.Adam(
             model.parameters(),
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
             fused=not plain and device.type != "mps",
         )
 
         def step() -> None:
-            sample = segmentor_step.draw_sample(data, chosen, next(numbers), True, "", 0)
+            sample = segmentor_step.draw_sample(data, cfg, next(numbers), True, "", 0)
             batch = batches.batch(sample)
             if plain:
                 unlabelled = pictures[sample.unlabelled].to(device)
                 batch = batch._replace(unlabelled=segmentor_step.encode(encoder, unlabelled, precision))
-            descend(segmentor_step.step_losses(model, encoder, batch, chosen, precision), optimizer)
+            descend(segmentor_step.step_losses(model, encoder, batch, cfg, precision), optimizer)
 
         return step
 

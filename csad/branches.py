@@ -34,7 +34,7 @@ class Branch:
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """Under which its scores are written."""
+        """The names under which its scores are written."""
         return (self.name, self.alias) if self.alias else (self.name,)
 
 

@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 MIN_PICTURES = 8  # pictures for each process, or starting it takes longer than it saves
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _work: Callable[[Any], Any]  # of a worker process
@@ -100,8 +101,9 @@ def _circumstances_of_workers() -> Iterator[None]:
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     threads = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    can_block = hasattr(signal, "pthread_sigmask")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if can_block else None
+    before = None
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
@@ -111,7 +113,7 @@ def _circumstances_of_workers() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        if can_block:
+        if before is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -127,8 +129,9 @@ def _begin(work: Callable[[Any], Any]) -> None:
 
 def _end_with_parent() -> None:
     """A parent that is killed outright cannot tell its workers, which would wait for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(picture: Any) -> Any:

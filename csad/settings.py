@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 # Text without control characters that neither begins nor ends with a space.
 ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[^\s\pC])?$")]
 
@@ -68,20 +68,19 @@ class PseudoLabelSettings(Section):
     """Stage 1 (docs/method.md section 1)."""
 
     proposer: Literal["auto", "grounded_sam", "sam", "classical"] = Field(
-        "auto", description="where masks come from; auto takes the first of the three that has all it needs"
+        "auto",
+        description="where masks come from; auto: the first of the three for which everything is there",
     )
     inside_grounding: bool = Field(False, description="keep only masks inside the grounding mask")
     no_sam: bool = Field(False, description="cluster the grounding mask's instances instead of SAM's masks")
-    container: bool = Field(
-        False, description="classical proposer: parts lie in a tray or bag, itself no part"
-    )
+    container: bool = Field(False, description="classical proposer: the parts lie in a tray or bag")
     features: list[Literal["cnn_image", "area", "color", "position", "shape_hu", "lab"]] = Field(
         ["cnn_image"], min_length=1, description="component features to cluster on"
     )
     rotations: int = Field(60, ge=1, description="rotations over which cnn_image is averaged")
     bandwidth: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto",
-        description="MeanShift bandwidth; a number is for the weights it was tuned for (racm_in1k) alone",
+        description="MeanShift bandwidth; a number holds only for the weights it was tuned for, racm_in1k",
     )
     variants: bool = Field(
         False,
@@ -105,19 +104,19 @@ class PseudoLabelSettings(Section):
     text_prompt: str | None = Field(
         None, description="the parts' names, a dot after each; none: SAM-HQ alone"
     )
-    background_prompt: str | None = Field(None, description="of these names, those of no part; spaces count")
-    box_threshold: Share = Field(0.3, description="Grounding DINO: least score of a box's best word")
-    text_threshold: Share = Field(0.3, description="Grounding DINO: least score of a phrase's words")
+    background_prompt: str | None = Field(None, description="of these, the background's; spaces count")
+    box_threshold: Fraction = Field(0.3, description="Grounding DINO: minimum score of a box's best word")
+    text_threshold: Fraction = Field(0.3, description="Grounding DINO: minimum score of a phrase's words")
     points_per_side: int = Field(32, ge=1, description="SAM-HQ's automatic masks: grid of points")
     crop_n_layers: int = Field(
         1, ge=0, le=3, description="SAM-HQ's automatic masks: also on crops of half the side, ..."
     )
-    pred_iou_thresh: Share = Field(0.88, description="SAM-HQ's automatic masks: least predicted quality")
-    stability_score_thresh: Share = Field(0.96, description="SAM-HQ's automatic masks: least stability")
+    pred_iou_thresh: Fraction = Field(0.88, description="SAM-HQ's automatic masks: minimum predicted quality")
+    stability_score_thresh: Fraction = Field(0.96, description="SAM-HQ's automatic masks: minimum stability")
     min_mask_region_area: int = Field(
         500, ge=0, description="SAM-HQ's automatic masks: smaller holes and islands go, pixels"
     )
-    save_all_masks: bool = Field(False, description="make automatic masks even where no_sam needs none")
+    save_all_masks: bool = Field(False, description="automatic masks even if no_sam does not need them")
 
 
 class SegmentorSettings(Section):
@@ -128,7 +127,9 @@ class SegmentorSettings(Section):
     unsupervised_from_epoch: int = Field(50, ge=0, description="epoch in which the unsupervised losses join")
     batch_size: int = Field(4, ge=2, description="trusted images per step; as many unlabelled ones join them")
     lr: float = Field(0.01, gt=0, description="Adam's learning rate")
-    final_lr_share: Share = Field(1.0, description="of lr, reached along a cosine (the paper: 1, constant)")
+    final_lr_share: Fraction = Field(
+        1.0, description="of lr, reached along a cosine (the paper: 1, constant)"
+    )
     weight_decay: float = Field(1e-5, ge=0, description="Adam's weight decay")
     joint_pass: bool = Field(
         False,
@@ -142,7 +143,7 @@ class SegmentorSettings(Section):
     weight_entropy: float = Field(1.0, ge=0, description="of the entropy loss")
     checkpoint: Checkpoint = kept_checkpoint("two epochs")
     softmax_twice: bool = Field(True, description="cross-entropy on probabilities, as published")
-    paste_distance: Share = Field(0.2, description="logical synthesis: least move, in image sides")
+    paste_distance: Fraction = Field(0.2, description="logical synthesis: minimum move, in image sides")
     paste_trials: int = Field(
         500, ge=1, description="logical synthesis: rotations and positions that are tried for a component"
     )
@@ -150,7 +151,7 @@ class SegmentorSettings(Section):
     histogram_floor: float = Field(
         0.0,
         ge=0,
-        description="least standard deviation of an area fraction in the patch histogram's "
+        description="minimum standard deviation of an area fraction in the patch histogram's "
         "covariance (published: 0, where a fraction that never varies is not looked at)",
     )
     reliability: bool = Field(
@@ -181,7 +182,7 @@ class LgstSettings(Section):
     batch_size: int = Field(2, ge=1, description="training images per step")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="Adam's weight decay")
-    hard_quantile: float = Field(0.999, ge=0, lt=1, description="over which the local loss averages")
+    hard_quantile: float = Field(0.999, ge=0, lt=1, description="quantile over which the local loss averages")
     penalty_images: str = Field(
         "auto",
         description="tiny-imagenet (published), a folder of ImageNet-like pictures, or bundled: "
@@ -252,7 +253,7 @@ class Settings(Section):
     memory: MemorySettings = MemorySettings()
     fusion: FusionSettings = FusionSettings()
     logical: list[str] = []
-    roi: list[list[list[Share]]] = []
+    roi: list[list[list[Fraction]]] = []
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
 
 

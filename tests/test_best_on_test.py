@@ -102,7 +102,7 @@ def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(
     monkeypatch.setattr("csad.training.loop.SAVE_EVERY_SECONDS", 0)
     whole, broken, last = (Workspace(tmp_path / name) for name in ("whole", "broken", "last"))
     train(category, whole, kind)
-    saved = files.read_state(whole.lgst("discs"))
+    saved = files.read_state(whole.checkpoint("discs", "LGST"))
     meta, scored = (
         saved["meta"],
         {part: files.read_array(whole.scores("discs", "LGST", part)) for part in ("logi", "struc")},
@@ -140,7 +140,7 @@ def test_lgst_keeps_the_step_with_the_best_auroc_and_resumes_to_the_same_bytes(
     assert written(broken) == written(whole)
 
     train(category, last, kind, "last")
-    meta = files.read_state(last.lgst("discs"))["meta"]
+    meta = files.read_state(last.checkpoint("discs", "LGST"))["meta"]
     assert not {"selection", "selected_on", "evaluations"} & meta.keys()
     with pytest.raises(UserError, match="checkpoint: last -> best_on_test"):
         train(category, last, kind)

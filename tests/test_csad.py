@@ -62,27 +62,27 @@ def test_an_empty_test_folder_is_noticed_before_training(category, workspace):
         path.unlink()
     with pytest.raises(UserError, match="no images in .*good"):
         train(category, workspace)
-    assert not workspace.lgst(CATEGORY).exists()
+    assert not workspace.checkpoint(CATEGORY, "LGST").exists()
 
 
 def test_changed_validation_and_test_images_are_scored_without_training(
     category, workspace, monkeypatch, capsys
 ):
     train(category, workspace)
-    before = files.read_state(workspace.lgst(CATEGORY))["state"]
+    before = files.read_state(workspace.checkpoint(CATEGORY, "LGST"))["state"]
     monkeypatch.setattr(CSAD, "train", None)
     shutil.copy(category.test(layouts.STRUCTURAL)[0], category.validation[0].with_name("new.png"))
     train(category, workspace)
     assert scores(workspace)["discs_LGST_val_score.npy"] == 3
-    after = files.read_state(workspace.lgst(CATEGORY))["state"]
+    after = files.read_state(workspace.checkpoint(CATEGORY, "LGST"))["state"]
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"q_st_start", "q_st_end", "q_ae_start", "q_ae_end"}
 
-    checkpoint = workspace.lgst(CATEGORY).read_bytes()
+    checkpoint = workspace.checkpoint(CATEGORY, "LGST").read_bytes()
     category.test(layouts.LOGICAL)[0].unlink()
     train(category, workspace)
     assert scores(workspace)["discs_CSAD_logi_score.npy"] == 3
-    assert workspace.lgst(CATEGORY).read_bytes() == checkpoint
+    assert workspace.checkpoint(CATEGORY, "LGST").read_bytes() == checkpoint
     assert "skipped" not in capsys.readouterr().out
     train(category, workspace)
     assert "skipped" in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_changed_validation_and_test_images_are_scored_without_training(
 
 def test_a_checkpoint_without_a_record_is_no_blank_cheque(category, workspace, monkeypatch):
     train(category, workspace)
-    record = workspace.lgst(CATEGORY).with_suffix(".json")
+    record = workspace.checkpoint(CATEGORY, "LGST").with_suffix(".json")
     noted = record.read_bytes()
     record.unlink()
     workspace.scores(CATEGORY, "LGST", "val").unlink()
@@ -115,6 +115,8 @@ def test_the_student_on_features_is_trained_scored_and_repeated(category, worksp
     again = Workspace(tmp_path / "again")
     train(category, again, student="features")
     assert len(scores(workspace)) == 6
-    assert workspace.lgst(CATEGORY).read_bytes() == again.lgst(CATEGORY).read_bytes()
+    assert (
+        workspace.checkpoint(CATEGORY, "LGST").read_bytes() == again.checkpoint(CATEGORY, "LGST").read_bytes()
+    )
     with pytest.raises(UserError, match="student: features -> pixels"):
         train(category, workspace)

@@ -117,14 +117,14 @@ def test_finished_work_is_skipped_and_scored_anew_for_other_validation_images(
     category, tmp_path, capsys, monkeypatch
 ):
     workspace = fit(category, tmp_path)
-    before = files.read_state(workspace.dfm(CATEGORY))["state"]
+    before = files.read_state(workspace.checkpoint(CATEGORY, "DFM"))["state"]
     with monkeypatch.context() as patched:
         patched.setattr(dfm, "fit", None)
         fit(category, tmp_path)
     assert "skipped" in capsys.readouterr().out
     category.validation[0].unlink()
     fit(category, tmp_path)
-    after = files.read_state(workspace.dfm(CATEGORY))["state"]
+    after = files.read_state(workspace.checkpoint(CATEGORY, "DFM"))["state"]
     assert {name for name in after if not torch.equal(before[name], after[name])} <= {"q_start", "q_end"}
     assert len(files.read_array(workspace.scores(CATEGORY, "DFM", "val"))) == 4
 
@@ -141,4 +141,4 @@ def test_errors_that_are_no_numbers_are_not_written(category, tmp_path, monkeypa
     )
     with pytest.raises(UserError, match="errors that are not finite"):
         fit(category, tmp_path)
-    assert not Workspace(tmp_path).dfm(CATEGORY).exists()
+    assert not Workspace(tmp_path).checkpoint(CATEGORY, "DFM").exists()

@@ -472,7 +472,7 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
 
     engine = open_model(path, "cpu")
     scores = [
-        float(engine.score(images.read_views([one], engine.size, "", known["white_level"]))[0])
+        float(engine.score(images.View(engine.size, known["white_level"]).read([one]))[0])
         for one in sorted((dataset / "discs/validation/good").iterdir())
     ]
     np.testing.assert_allclose(known["validation_scores"], sorted(scores), rtol=1e-4, atol=1e-4)
@@ -487,7 +487,7 @@ def test_saved_maps_are_those_of_the_exported_model(finished):
     work, dataset = finished
     engine = open_model(work / "ckpt/pytorch_models/discs.pth", "cpu")
     picture = sorted((dataset / "discs/test/structural_anomalies").iterdir())[0]
-    found = engine.predict(images.read_views([picture], engine.size, "", engine.metadata["white_level"]))
+    found = engine.predict(images.View(engine.size, engine.metadata["white_level"]).read([picture]))
     for branch, given in zip(engine.branches, found.branch_maps[0]):
         with np.load(work / f"anomaly_score/discs_{branch}_maps.npz") as saved:
             np.testing.assert_allclose(saved["structural_anomalies"][0], given, atol=2e-2, rtol=1e-2)

@@ -112,14 +112,18 @@ def test_the_threshold_is_the_order_statistic_of_split_conformal_prediction(valu
     found = choose_threshold(np.array(values), rate)
     n = len(values)
     rank = int(np.searchsorted(np.sort(values), found.value, side="right"))  # of equal ones the last
-    assert found.value in values and found.images == n and found.asked == rate
+    assert found.value in values and found.images == n and found.target_fpr == rate
     wanted = math.ceil((n + 1) * (1 - rate) - 1e-9)
     if wanted > n:
-        assert found.value == max(values) and not found.kept and found.promised == pytest.approx(1 / (n + 1))
+        assert (
+            found.value == max(values)
+            and not found.is_met
+            and found.guaranteed_fpr == pytest.approx(1 / (n + 1))
+        )
     else:
-        assert found.kept and rank >= wanted
+        assert found.is_met and rank >= wanted
         assert found.value == np.sort(values)[max(wanted, 1) - 1]
-    assert 1 / (n + 1) - 1e-12 <= found.promised < 1
+    assert 1 / (n + 1) - 1e-12 <= found.guaranteed_fpr < 1
 
 
 @settings(max_examples=12, deadline=None)
@@ -135,7 +139,7 @@ def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
     drawn = rng.standard_cauchy((1500, n + 1)) if heavy else rng.normal(size=(1500, n + 1))
     found = [choose_threshold(validation, rate) for validation in drawn[:, :-1]]
     over = np.mean(drawn[:, -1] > [one.value for one in found])
-    promised = found[0].promised
+    promised = found[0].guaranteed_fpr
     assert promised <= max(rate, 1 / (n + 1)) + 1e-12
     # Five standard deviations of the simulation, above and below: it keeps its word and is not overcautious either.
     assert abs(over - promised) < 5 * math.sqrt(promised * (1 - promised) / len(drawn)) + 1e-9
@@ -143,16 +147,16 @@ def test_of_good_images_no_more_lie_over_it_than_promised(n, rate, seed, heavy):
 
 def test_words_say_what_is_promised_and_what_it_would_take():
     few = choose_threshold(np.arange(10.0), 0.01)
-    assert (few.value, few.kept) == (9, False)
-    assert few.words == (
+    assert (few.value, few.is_met) == (9, False)
+    assert few.description == (
         "about 1 good part in 11 may be rejected; 99 good validation pictures would allow 1 in 100"
     )
-    assert choose_threshold(np.arange(99.0), 0.01).kept
-    assert choose_threshold(np.arange(99.0), 0.01).words == "about 1 good part in 100 may be rejected"
-    assert "no number of good validation pictures" in choose_threshold(np.arange(10.0), 0).words
-    assert choose_threshold(np.arange(2.0), 0.01).words.startswith("about 1 good part in 3 may")
-    assert choose_threshold(np.arange(9.0), 0.4).words == "about 40 good parts in 100 may be rejected"
-    assert choose_threshold(np.arange(2.0), 0.25).words.endswith(
+    assert choose_threshold(np.arange(99.0), 0.01).is_met
+    assert choose_threshold(np.arange(99.0), 0.01).description == "about 1 good part in 100 may be rejected"
+    assert "no number of good validation pictures" in choose_threshold(np.arange(10.0), 0).description
+    assert choose_threshold(np.arange(2.0), 0.01).description.startswith("about 1 good part in 3 may")
+    assert choose_threshold(np.arange(9.0), 0.4).description == "about 40 good parts in 100 may be rejected"
+    assert choose_threshold(np.arange(2.0), 0.25).description.endswith(
         "; 3 good validation pictures would allow 1 in 4"
     )
 

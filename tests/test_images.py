@@ -369,7 +369,7 @@ def test_small_views_refuse_other_shapes():
 def test_views_are_the_images_in_order(tmp_path):
     for value in (10, 20):
         Image.fromarray(np.full((5, 8, 3), value, np.uint8)).save(tmp_path / f"{value}.png")
-    views = images.read_views([tmp_path / "20.png", tmp_path / "10.png"], 32, "read")
+    views = images.View(32).read([tmp_path / "20.png", tmp_path / "10.png"], "read")
     assert views.shape == (2, 3, 32, 32) and views.dtype == np.uint8
     assert views[0].mean() == 20 and views[1].mean() == 10
 

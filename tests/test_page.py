@@ -153,7 +153,7 @@ def test_the_slider_moves_the_verdict_and_says_what_it_promises(opened):
     )
     promised = float(re.search(r"About (\d+) good parts in 100", shown.locator("#promise").inner_text())[1])
     rank = sum(score <= threshold for score in scores)
-    assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).promised, abs=0.5)
+    assert promised == pytest.approx(100 * choose_threshold(scores, 1 - rank / 101).guaranteed_fpr, abs=0.5)
     shown.locator("#threshold").focus()
     for _ in range(3):
         shown.keyboard.press("PageUp")

@@ -214,7 +214,10 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
     workspace = fit(category, tmp_path / "one")
     assert contents(fit(category, tmp_path / "two")) == contents(workspace)
     other = fit(category, tmp_path / "three", seed=1)
-    assert other.memory(CATEGORY).read_bytes() != workspace.memory(CATEGORY).read_bytes()
+    assert (
+        other.checkpoint(CATEGORY, "memory").read_bytes()
+        != workspace.checkpoint(CATEGORY, "memory").read_bytes()
+    )
 
     scores = {
         part: files.read_array(workspace.scores(CATEGORY, "memory", part))
@@ -228,7 +231,7 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
         "val": (3, 64, 64),
         **{split: (2, 64, 64) for split in layouts.SPLITS},
     }
-    saved = files.read_state(workspace.memory(CATEGORY))
+    saved = files.read_state(workspace.checkpoint(CATEGORY, "memory"))
     assert saved["state"]["rows"].shape == (30, 16) and saved["meta"]["stand_ins"] == ["backbone tiny"]
     # The memory's own numbers, of all training images: nothing in it is of validation or test images.
     embedded = saved["state"]["rows"].norm(dim=1)
@@ -244,7 +247,7 @@ def test_finished_work_is_skipped_and_other_settings_are_noticed(category, tmp_p
         fit(category, tmp_path, seed=1)
     assert contents(workspace) == before
     fit(category, tmp_path, rows=31, overwrite=True)
-    assert len(files.read_state(workspace.memory(CATEGORY))["state"]["rows"]) == 31
+    assert len(files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]["rows"]) == 31
     monkeypatch.setattr(patch_memory, "fit", None)
     fit(category, tmp_path, rows=31)
     assert "skipped" in capsys.readouterr().out
@@ -252,11 +255,11 @@ def test_finished_work_is_skipped_and_other_settings_are_noticed(category, tmp_p
 
 def test_other_validation_images_are_scored_with_the_same_memory(category, tmp_path, monkeypatch):
     workspace = fit(category, tmp_path)
-    before = files.read_state(workspace.memory(CATEGORY))["state"]
+    before = files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]
     category.validation[0].unlink()
     monkeypatch.setattr(patch_memory, "fit", None)
     fit(category, tmp_path)
-    after = files.read_state(workspace.memory(CATEGORY))["state"]
+    after = files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]
     assert {name for name in after if not torch.equal(before[name], after[name])} == {"q_start", "q_end"}
     assert len(files.read_array(workspace.scores(CATEGORY, "memory", "val"))) == 2
 
@@ -268,7 +271,7 @@ def test_fewer_patches_than_rows_get_a_sentence_before_anything_is_read(category
         fit(category, tmp_path, rows=4097)
     assert not list(tmp_path.glob("ckpt/*"))
     fit(category, tmp_path, rows=4096)  # all of them
-    assert len(files.read_state(Workspace(tmp_path).memory(CATEGORY))["state"]["rows"]) == 4096
+    assert len(files.read_state(Workspace(tmp_path).checkpoint(CATEGORY, "memory"))["state"]["rows"]) == 4096
 
 
 def test_a_row_of_every_image_and_no_way_to_leave_one_out(make_dataset, tmp_path, monkeypatch):
@@ -276,7 +279,7 @@ def test_a_row_of_every_image_and_no_way_to_leave_one_out(make_dataset, tmp_path
     monkeypatch.setattr(layouts, "MIN_WITH_VALIDATION", 1)
     category = layouts.Category(make_dataset(train=1, validation=2, test=2) / CATEGORY)
     workspace = fit(category, tmp_path)
-    state = files.read_state(workspace.memory(CATEGORY))["state"]
+    state = files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]
     assert all(values.isfinite().all() for values in state.values())
 
 
@@ -284,4 +287,4 @@ def test_distances_that_are_no_numbers_are_not_written(category, tmp_path, monke
     monkeypatch.setattr(patch_memory, "anomaly_maps", lambda *_: torch.full((3, 32, 32), float("nan")))
     with pytest.raises(UserError, match="distances that are not finite"):
         fit(category, tmp_path)
-    assert not Workspace(tmp_path).memory(CATEGORY).exists()
+    assert not Workspace(tmp_path).checkpoint(CATEGORY, "memory").exists()

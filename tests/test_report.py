@@ -90,8 +90,8 @@ def results(make_dataset, tmp_path):
         "stand_ins": ["backbone tiny"],
     }
     noted = {"used": used, "scored": None, "outputs": {}}
-    files.write_json(workspace.lgst(name).with_suffix(".json"), noted)
-    files.write_json(workspace.segmentor(name).with_suffix(".json"), noted)
+    files.write_json(workspace.checkpoint(name, "LGST").with_suffix(".json"), noted)
+    files.write_json(workspace.checkpoint(name, "patchhist").with_suffix(".json"), noted)
     return workspace.root, dataset
 
 
@@ -350,7 +350,7 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
 def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monkeypatch):
     workspace = Workspace(results[0])
     category = data_sets.Dataset(results[1]).select(None)[0]
-    record = workspace.segmentor(category.name).with_suffix(".json")
+    record = workspace.checkpoint(category.name, "patchhist").with_suffix(".json")
     noted = files.read_json(record)
     noted["used"]["segmentor"]["evidence"] = False
     files.write_json(record, noted)

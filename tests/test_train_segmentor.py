@@ -89,7 +89,7 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
     files.write_json(workspace.pseudo_labels(CATEGORY).record, {"used": noted, "scored": None, "outputs": {}})
     train(category, workspace, backbone, epochs=12, unsupervised_from_epoch=8, lr=0.01)
 
-    saved = files.read_state(workspace.segmentor(CATEGORY))
+    saved = files.read_state(workspace.checkpoint(CATEGORY, "patchhist"))
     assert saved["meta"]["classes"] == PARTS + 1 == len(saved["state"]["fc2.conv3.bias"])
     assert saved["meta"]["stand_ins"] == ["backbone tiny", "proposer tiny"]
     assert not workspace.progress(CATEGORY, "segmentor").exists()
@@ -307,10 +307,12 @@ def test_diverged_training_says_so_and_leaves_nothing_behind(prepared, backbone,
 def test_a_checkpoint_without_a_record_is_no_blank_cheque(prepared, backbone):
     category, make = prepared
     workspace = make("work")
-    files.write_state(workspace.segmentor(CATEGORY), {"fc2.conv3.bias": torch.zeros(5)})  # as published
+    files.write_state(
+        workspace.checkpoint(CATEGORY, "patchhist"), {"fc2.conv3.bias": torch.zeros(5)}
+    )  # as published
     with pytest.raises(UserError, match="segmentor_discs_256.pth does not say what it was made from"):
         train(category, workspace, backbone)
-    assert not workspace.segmentor(CATEGORY).with_suffix(".json").exists()
+    assert not workspace.checkpoint(CATEGORY, "patchhist").with_suffix(".json").exists()
 
 
 def test_finished_work_is_skipped_and_changed_settings_are_noticed(prepared, backbone, monkeypatch, capsys):
@@ -336,7 +338,7 @@ def test_few_or_no_other_images_are_enough(prepared, backbone, trusted):
     category, make = prepared
     workspace = make("work", trusted)
     train(category, workspace, backbone, batch_size=4, epochs=2)
-    assert workspace.segmentor(CATEGORY).exists()
+    assert workspace.checkpoint(CATEGORY, "patchhist").exists()
 
 
 def test_label_maps_of_another_size_are_resized_without_inventing_labels(prepared):
@@ -394,7 +396,7 @@ def test_an_empty_test_folder_is_noticed_before_training(prepared, backbone):
         path.unlink()
     with pytest.raises(UserError, match="no images in .*logical_anomalies"):
         train(category, make("work"), backbone)
-    assert not make("work").segmentor(CATEGORY).exists()
+    assert not make("work").checkpoint(CATEGORY, "patchhist").exists()
 
 
 def damage_missing_stage(workspace, category):
@@ -457,7 +459,7 @@ def test_mistakes_get_a_sentence_and_nothing_is_written(prepared, backbone, dama
     damage(workspace, category)
     with pytest.raises(UserError, match=sentence):
         train(category, workspace, backbone)
-    assert not workspace.segmentor(CATEGORY).exists()
+    assert not workspace.checkpoint(CATEGORY, "patchhist").exists()
 
 
 def test_the_command_line_runs_the_stage(prepared, backbone, monkeypatch):
@@ -481,7 +483,7 @@ def test_the_command_line_runs_the_stage(prepared, backbone, monkeypatch):
         ],
     )
     train_segmentor.main()
-    assert workspace.segmentor(CATEGORY).exists()
+    assert workspace.checkpoint(CATEGORY, "patchhist").exists()
 
 
 @pytest.fixture

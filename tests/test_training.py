@@ -1,5 +1,6 @@
 """What makes a loop a training: resuming, Ctrl-C, stopping where a loss is no number, kept features, what is read of stage 1."""
 
+import os
 import platform
 import re
 import signal
@@ -37,13 +38,22 @@ class Stopped(Exception):
     """Stands for a killed process."""
 
 
-def train(path, steps=8, used=None, stop_at=None, how=None, seen=None, loss_of=lambda step, loss: loss):
+def train(
+    path, steps=8, used=None, stop_at=None, how=None, seen=None, loss_of=lambda step, loss: loss, workers=0
+):
     """A network that learns to give 1, one random number a step; returns its weights."""
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
     training = TrainingLoop(
-        steps, path, used or {"seed": 0}, "cup: train", "--cup.lr", network=network, optimizer=optimizer
+        steps,
+        path,
+        used or {"seed": 0},
+        "cup: train",
+        "--cup.lr",
+        workers=workers,
+        network=network,
+        optimizer=optimizer,
     )
 
     def draw(step):
@@ -149,13 +159,27 @@ def test_a_loss_that_is_no_number_ends_soon_and_leaves_nothing_to_go_on_from(
     assert not path.exists()
 
 
-def test_a_mistake_while_drawing_comes_through(tmp_path):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_weights_are_the_same_however_many_processes_draw(tmp_path, workers):
+    path = tmp_path / "progress.pth"
+    expected = train(path)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, stop_at=4, how=lambda: os.kill(os.getpid(), signal.SIGINT), workers=workers)
+    seen = []
+    resumed = train(path, seen=seen, workers=workers)
+    assert seen == [5, 6, 7]
+    for name, values in train(tmp_path / "whole.pth", workers=workers).items():
+        assert torch.equal(values, expected[name]) and torch.equal(resumed[name], expected[name])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mistake_while_drawing_comes_through(tmp_path, workers):
     def draw(step):
         if step == 3:
             raise UserError("003.png is gone")
         return step
 
-    training, seen = TrainingLoop(9, tmp_path / "p.pth", {}, "cup", "--lr"), []
+    training, seen = TrainingLoop(9, tmp_path / "p.pth", {}, "cup", "--lr", workers=workers), []
     with pytest.raises(UserError, match="003.png"):
         for step, sample in training.samples(draw):
             assert sample == step

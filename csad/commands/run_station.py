@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--false_positive_rate",
         type=float,
-        help="share of good images that may be called anomalous (default: what each model suggests)",
+        help="fraction of good images that may be called anomalous (default: what each model suggests)",
     )
     parser.add_argument("--threshold", type=float, help="call higher scores anomalous; for one model alone")
     limits = {

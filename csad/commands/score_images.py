@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--false_positive_rate",
         type=float,
-        help="share of good images that may be called anomalous; the threshold follows from the validation "
+        help="fraction of good images that may be called anomalous; the threshold follows from the validation "
         "images' scores in the model (default: 0.01, or the threshold that was set in the model)",
     )
     parser.add_argument(

@@ -60,7 +60,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8; of a file name that is none, the odd bytes as \\udcXX."""
+    """Write UTF-8; bytes of file names that are not UTF-8 are written as \\udcXX."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 

@@ -73,7 +73,7 @@ class View:
             views[index] = small_views(view[None], views.shape[-1])[0]
         return views
 
-    def read_small(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
+    def read_256(self, paths: Sequence[Path], description: str = "") -> np.ndarray:
         """(N, 3, 256, 256) uint8, what the paper's networks see."""
         return self.read(paths, description, SIZE)
 
@@ -87,7 +87,7 @@ class View:
             ] = OUTSIDE
         return picture
 
-    def read_middle(self, paths: Sequence[Path]) -> np.ndarray:
+    def read_tile_sized(self, paths: Sequence[Path]) -> np.ndarray:
         """(N, 3, size / tiles, size / tiles) uint8: the whole picture as large as one tile, for LGST on features."""
         return self.read(paths, size=self.size // self.tiles)
 
@@ -142,13 +142,6 @@ def small_views(batch: np.ndarray, size: int = SIZE) -> np.ndarray:
         for column in range(factor):
             total += batch[..., row::factor, column::factor]
     return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
-
-
-def read_views(
-    paths: Sequence[Path], size: int, description: str, white_level: float | None = None
-) -> np.ndarray:
-    """`View.read` of whole pictures: (N, 3, size, size) uint8."""
-    return View(size, white_level).read(paths, description)
 
 
 def read_mask(path: str | Path) -> np.ndarray:

@@ -26,7 +26,7 @@ POLL_SECONDS = 0.2
 
 
 class LockHeld(Exception):
-    """Somebody else holds the lock.
+    """Another process holds the lock.
 
     Attributes:
         owner: who and since when, for a sentence; for example: process 4711 on line-a, since 2026-11-30 05:41.

@@ -94,9 +94,6 @@ class Workspace:
         return PseudoLabels((self.shared or self).root / "datasets" / "masks" / f"{category}.unfinished")
 
     # Stage 2
-    def segmentor(self, category: str) -> Path:
-        return self.checkpoint(category, "patchhist")
-
     def segmentation_output(self, category: str, split: str, key: str) -> Path:
         """Label map of one test image."""
         return self.root / "datasets" / "masks" / category / "test_seg_output" / f"{split}_{key}.png"
@@ -108,17 +105,7 @@ class Workspace:
         """What draws the patch histogram's evidence (models.histogram_evidence)."""
         return self.root / "anomaly_score" / f"{category}_patchhist_evidence.npz"
 
-    # Stage 3
-    def lgst(self, category: str) -> Path:
-        return self.checkpoint(category, "LGST")
-
-    # Stage 3b
-    def memory(self, category: str) -> Path:
-        return self.checkpoint(category, "memory")
-
-    def dfm(self, category: str) -> Path:
-        return self.checkpoint(category, "DFM")
-
+    # Stages 2, 3 and 3b: branch is a name in csad.branches, or an alias of its scores
     def checkpoint(self, category: str, branch: str) -> Path:
         """What the branch's stage trained or fitted."""
         return self.root / "ckpt" / BRANCHES[branch].checkpoint.format(category=category)
@@ -127,7 +114,6 @@ class Workspace:
         """What the branch's stage noted (csad.data.records)."""
         return self.checkpoint(category, branch).with_suffix(".json")
 
-    # Stages 2, 3 and 3b: branch is a name in csad.branches, or an alias
     def scores(self, category: str, branch: str, part: str) -> Path:
         """``part`` is one of `SCORE_PARTS`, or `HELD_OUT`, which not every branch has."""
         return self.root / "anomaly_score" / f"{category}_{branch}_{part}_score.npy"

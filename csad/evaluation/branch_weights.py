@@ -162,9 +162,12 @@ def parts_noticed(parameters: Mapping[str, np.ndarray]) -> float | None:
     if any(not len(parameters.get(f"{name}_incomplete_score", ())) for name in names):
         return None
     complete, incomplete = (
-        sum(
-            apply_z(parameters[f"{name}_{kind}_score"], *fit_z(parameters[f"{name}_held_out_score"]))
-            for name in names
+        np.sum(
+            [
+                apply_z(parameters[f"{name}_{kind}_score"], *fit_z(parameters[f"{name}_held_out_score"]))
+                for name in names
+            ],
+            axis=0,
         )
         for kind in ("held_out", "incomplete")
     )

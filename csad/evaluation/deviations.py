@@ -45,9 +45,9 @@ class Deviation(NamedTuple):
         """Whether the place has none of what it normally has."""
         return self.area < SMALL <= self.normal_area
 
-    def concerns(self, place: str) -> bool:
+    def concerns(self, quarter: str) -> bool:
         """Whether the deviation shows in a quarter above all."""
-        return place in (self.place, self.above_all)
+        return quarter in (self.place, self.above_all)
 
     @property
     def words(self) -> str:
@@ -179,10 +179,10 @@ def deviations(
     normal = np.vstack([histogram["mean"], histogram["quarter_mean"]])
     spread = np.vstack([histogram["std"], histogram["quarter_std"]])
     off = (areas - normal) / np.maximum(spread, SMALL)
-    found = []
+    unusual = []
 
     def note(component: int, place: int, above_all: str = "") -> None:
-        found.append(
+        unusual.append(
             Deviation(
                 component,
                 (WHOLE, *PLACES)[place],
@@ -196,11 +196,11 @@ def deviations(
 
     for component in range(1, classes):
         whole_off, quarters_off = off[0, component], off[1:, component]
-        said = np.zeros(QUARTERS, bool)
+        is_covered = np.zeros(QUARTERS, bool)
         if abs(whole_off) >= LIMIT:
-            said = quarters_off * whole_off > 0
+            is_covered = quarters_off * whole_off > 0
             most = int(np.argmax(quarters_off * np.sign(whole_off)))
-            note(component, 0, PLACES[most] if said[most] and abs(quarters_off[most]) >= LIMIT else "")
-        for quarter in np.flatnonzero((abs(quarters_off) >= LIMIT) & ~said):
+            note(component, 0, PLACES[most] if is_covered[most] and abs(quarters_off[most]) >= LIMIT else "")
+        for quarter in np.flatnonzero((abs(quarters_off) >= LIMIT) & ~is_covered):
             note(component, int(quarter) + 1)
-    return sorted(found, key=lambda one: -abs(one.deviation))
+    return sorted(unusual, key=lambda deviation: -abs(deviation.deviation))

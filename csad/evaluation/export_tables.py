@@ -37,33 +37,33 @@ def read(workspace: Workspace) -> list[dict[str, Any]]:
 
 def write(reports: list[dict[str, Any]], workspace: Workspace) -> None:
     """Print this run's table, and keep it together with those of earlier runs."""
-    target, key, known = workspace.export_report, ("category", "format", "precision"), read(workspace)
+    target, key, earlier = workspace.export_report, ("category", "format", "precision"), read(workspace)
     replaced = {tuple(report[name] for name in key) for report in reports}
-    known = sorted(
-        [one for one in known if tuple(one[name] for name in key) not in replaced] + reports,
-        key=lambda one: [one[name] for name in key],
+    earlier = sorted(
+        [report for report in earlier if tuple(report[name] for name in key) not in replaced] + reports,
+        key=lambda report: [report[name] for name in key],
     )
-    files.write_json(target, known)
-    files.write_text(target.with_suffix(".md"), "# Exported models\n\n" + table_of(known))
+    files.write_json(target, earlier)
+    files.write_text(target.with_suffix(".md"), "# Exported models\n\n" + table_of(earlier))
     print("\n" + table_of(reports, len(reports) > MANY), end="")
 
 
 def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
     """A Markdown table that reads in a terminal, too; of several categories of one format an average, alone if ``short``."""
     rows = [] if short else list(reports)
-    for kind in sorted({(one["format"], one["precision"]) for one in reports}):
-        same = [one for one in reports if (one["format"], one["precision"]) == kind]
+    for kind in sorted({(report["format"], report["precision"]) for report in reports}):
+        same = [report for report in reports if (report["format"], report["precision"]) == kind]
         if len(same) > 1:
-            differences = [one["largest_difference"] for one in same]
+            differences = [report["largest_difference"] for report in same]
             rows.append(
                 {
                     "category": "average",
                     "format": kind[0],
                     "precision": kind[1],
-                    "ran_in": "/".join(sorted({one["ran_in"] for one in same})),
+                    "ran_in": "/".join(sorted({report["ran_in"] for report in same})),
                     "largest_difference": None if None in differences else max(differences),
                 }
-                | {name: mean_known(one[name] for one in same) for name in AUROCS + TIMES}
+                | {name: mean_known(report[name] for report in same) for name in AUROCS + TIMES}
             )
     columns = {
         "category": "category",
@@ -79,32 +79,34 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
     }
     text = [
         tabulate(
-            [[_cell(name, one[name]) for name in columns] for one in rows],
+            [[_cell(name, report[name]) for name in columns] for report in rows],
             list(columns.values()),
             tablefmt="github",
             disable_numparse=True,
         )
     ]
-    for kind in sorted({(one["format"], one["precision"]) for one in reports}):
-        same = [one for one in reports if (one["format"], one["precision"]) == kind]
-        told = counted(
-            {name: [one[f"auroc_{name}"] for one in same] for name in ("logical", "structural", "mean")}
+    for kind in sorted({(report["format"], report["precision"]) for report in reports}):
+        same = [report for report in reports if (report["format"], report["precision"]) == kind]
+        partial = counted(
+            {name: [report[f"auroc_{name}"] for report in same] for name in ("logical", "structural", "mean")}
         )
-        if told and len(same) > 1:
-            text.append(f"\n{' '.join(kind)}: averages of what was measured{told}")
-    for one in [] if short else reports:
-        if one["precision"] == "int8":
-            higher = [f"{name} ({kind})" for name, kind in one["networks"].items() if kind != "int8"]
+        if partial and len(same) > 1:
+            text.append(f"\n{' '.join(kind)}: averages of what was measured{partial}")
+    for report in [] if short else reports:
+        if report["precision"] == "int8":
+            higher = [f"{name} ({kind})" for name, kind in report["networks"].items() if kind != "int8"]
             text.append(
-                f"\n{one['category']}, {one['format']} int8: in higher precision besides label map and score: "
+                f"\n{report['category']}, {report['format']} int8: in higher precision besides label map and score: "
                 f"{', '.join(higher) or 'nothing'}"
             )
-    stand_ins = sorted({name for one in reports for name in one["stand_ins"]})
+    stand_ins = sorted({name for report in reports for name in report["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
     text += [
         f"\n{line}"
-        for line in said_of_choice(branch for one in reports for branch in one.get("chosen_on_test", []))
+        for line in said_of_choice(
+            branch for report in reports for branch in report.get("chosen_on_test", [])
+        )
     ]
     return "\n".join(text) + "\n"
 

@@ -37,18 +37,18 @@ def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
 
 def mean_known(values: Iterable[float | None]) -> float:
     """Mean of what is a number; NaN where nothing is."""
-    known = _known(values)
-    return sum(known) / len(known) if known else float("nan")
+    measured = _known(values)
+    return sum(measured) / len(measured) if measured else float("nan")
 
 
 def counted(what: Mapping[str, Iterable[float | None]]) -> str:
     """How many values their means are of, where some were not measured: " (structural of 4 of 5)"; else nothing."""
-    told = [
+    counts = [
         f"{name} of {len(_known(values))} of {len(values)}"
         for name, values in ((name, list(values)) for name, values in what.items())
         if len(_known(values)) < len(values)
     ]
-    return f" ({', '.join(told)})" if told else ""
+    return f" ({', '.join(counts)})" if counts else ""
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

@@ -53,9 +53,9 @@ def overview(measured: dict[str, dict]) -> list[str]:
     ]
     if stand_ins := stand_ins_of([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
-    if LOCO & {content["category"] for content in contents}:
+    elif LOCO & {content["category"] for content in contents}:
         lines.append(PUBLISHED)
+    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
     if len(contents) > MANY:
         lines += [
             "",
@@ -137,7 +137,7 @@ def details(measured: dict[str, dict]) -> list[str]:
             f"{name}: {note}"
             for note in {metrics["note"]: None for metrics in by_kind.values() if metrics.get("note")}
         ]
-    means = [
+    means: list[tuple[Any, ...]] = [
         ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
         for kind in ANOMALIES
         if any(row[1] == kind for row in rows)
@@ -148,8 +148,8 @@ def details(measured: dict[str, dict]) -> list[str]:
             kind: [any(row[:2] == (name, kind) for row in rows) or None for name in measured]
             for kind in ANOMALIES
         }
-        if told := counted(measured_of):
-            notes.append(f"averages of the categories that were measured{told}")
+        if partial := counted(measured_of):
+            notes.append(f"averages of the categories that were measured{partial}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
 

@@ -117,7 +117,7 @@ def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[s
 
 def fused_mean(metrics: dict[str, Any]) -> float:
     """A category's image AUROC by the fused branches, mean of logical and structural; NaN where neither was measured."""
-    return mean_known(found["auroc"] for found in metrics["detection"][FUSED].values())
+    return mean_known(aurocs["auroc"] for aurocs in metrics["detection"][FUSED].values())
 
 
 def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,22 +35,22 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
             name for name in next(iter(run.values())) if all(name in numbers for numbers in run.values())
         ]
         run["average"] = {name: mean_known(numbers[name] for numbers in run.values()) for name in shared}
-    found: dict[str, dict[str, Figure]] = {}
+    figures: dict[str, dict[str, Figure]] = {}
     for category in flat[0]:
         values = {
             name: [run[category][name] for run in flat]
             for name in flat[0][category]
             if all(name in run[category] for run in flat)
         }
-        found[category] = {name: _figure(one) for name, one in values.items()}
-    for name, figure in found["average"].items():
+        figures[category] = {name: _figure(values_by_seed) for name, values_by_seed in values.items()}
+    for name, figure in figures["average"].items():
         counts = [
             sum(math.isfinite(run[category][name]) for category in run if category != "average")
             for run in flat
         ]
         if min(counts) < len(flat[0]) - 1:
-            found["average"][name] = figure._replace(note=f"{min(counts)} of {len(flat[0]) - 1} categories")
-    return found
+            figures["average"][name] = figure._replace(note=f"{min(counts)} of {len(flat[0]) - 1} categories")
+    return figures
 
 
 def _figure(values: list[float]) -> Figure:
@@ -62,11 +62,11 @@ def _figure(values: list[float]) -> Figure:
     )
 
 
-def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str]:
+def table(figures: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str]:
     """The lines of a table of `over_seeds`, one number per line."""
-    width = max(len(name) for numbers in found.values() for name in numbers)
+    width = max(len(name) for numbers in figures.values() for name in numbers)
     lines = [f"mean and standard deviation over seeds {', '.join(map(str, seeds))}", ""]
-    for category, numbers in found.items():
+    for category, numbers in figures.items():
         lines += [
             f"{category:24}{name:{width}}{mean:12.3f} ± {std:.3f}" + (f" ({note})" if note else "")
             for name, (mean, std, note) in numbers.items()
@@ -75,10 +75,10 @@ def table(found: dict[str, dict[str, Figure]], seeds: Sequence[int]) -> list[str
 
 
 def _numbers(content: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key} ")
+            numbers |= _numbers(value, f"{prefix}{key} ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = float(value)
-    return found
+            numbers[f"{prefix}{key}"] = float(value)
+    return numbers

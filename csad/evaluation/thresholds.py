@@ -17,108 +17,108 @@ class Threshold(NamedTuple):
 
     Attributes:
         value: the score.
-        asked: the share of good images that may lie over it.
-        promised: the share that so many validation images can promise, in expectation over their choice.
+        target_fpr: the fraction of good images that may lie over it.
+        guaranteed_fpr: the fraction that so many validation images guarantee, in expectation over their choice.
         images: number of validation images.
     """
 
     value: float
-    asked: float
-    promised: float
+    target_fpr: float
+    guaranteed_fpr: float
     images: int
 
     @property
-    def kept(self) -> bool:
-        """Whether what was asked for is promised."""
-        return self.promised <= self.asked + 1e-12
+    def is_met(self) -> bool:
+        """Whether the target is guaranteed."""
+        return self.guaranteed_fpr <= self.target_fpr + 1e-12
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What the threshold promises, for people; in expectation over the choice of the validation images."""
-        count, of = _ratio(self.promised)
+        count, of = _ratio(self.guaranteed_fpr)
         text = f"about {count} good part{'s' * (count > 1)} in {of} may be rejected"
-        if self.promised >= 1:
+        if self.guaranteed_fpr >= 1:
             text = "every good part may be rejected"
-        if self.kept:
+        if self.is_met:
             return text
-        if not self.asked:
+        if not self.target_fpr:
             return f"{text}; no number of good validation pictures would allow none"
-        count, of = _ratio(self.asked)
-        return f"{text}; {math.ceil(1 / self.asked - 1e-9) - 1} good validation pictures would allow {count} in {of}"
+        count, of = _ratio(self.target_fpr)
+        return f"{text}; {math.ceil(1 / self.target_fpr - 1e-9) - 1} good validation pictures would allow {count} in {of}"
 
 
-def _ratio(share: float) -> tuple[int, int]:
-    """A share, 0 < share <= 1, as people count: 1 in 12, 40 in 100."""
-    of = round(1 / share)
-    return (1, of) if of >= 10 or abs(of * share - 1) < 0.02 else (round(100 * share), 100)
+def _ratio(fraction: float) -> tuple[int, int]:
+    """A fraction, 0 < fraction <= 1, as people count: 1 in 12, 40 in 100."""
+    of = round(1 / fraction)
+    return (1, of) if of >= 10 or abs(of * fraction - 1) < 0.02 else (round(100 * fraction), 100)
 
 
 def choose_threshold(validation: np.ndarray, rate: float = FALSE_POSITIVE_RATE) -> Threshold:
-    """The order statistic of the validation scores over which, in expectation, at most a share ``rate`` of good images lies.
+    """The order statistic of the validation scores over which, in expectation, at most a fraction ``rate`` of good images lies.
 
     With n scores that is the ceil((n + 1)(1 - rate))-th smallest one (split conformal prediction); where n is too small for
     the rate it is the largest, which promises 1 / (n + 1).
 
     Raises:
-        ValueError: no score, one that is not finite, or a rate that is no share.
+        ValueError: no score, one that is not finite, or a rate outside of 0..1.
     """
     scores = np.sort(np.asarray(validation, dtype=np.float64))
     if scores.size == 0 or not np.isfinite(scores).all():
         raise ValueError("a threshold needs at least one validation score, and all of them finite")
     if not 0 <= rate <= 1:
-        raise ValueError(f"a rate of {rate} is no share")
+        raise ValueError(f"a rate of {rate} does not lie between 0 and 1")
     n = scores.size
     rank = min(max(math.ceil((n + 1) * (1 - rate) - 1e-9), 1), n)
     return Threshold(float(scores[rank - 1]), rate, 1 - rank / (n + 1), n)
 
 
 def threshold_of(
-    known: dict[str, Any], given: float | None, rate: float | None, model: str
+    metadata: dict[str, Any], value: float | None, rate: float | None, model: str
 ) -> tuple[float, str | None]:
     """The threshold to judge by, and what it promises in words; None where it was given as a number.
 
     Args:
-        known: the model's metadata.
-        given: a threshold of the user's own.
-        rate: share of good images that may be called anomalous; None: what the model says.
+        metadata: of the model.
+        value: a threshold of the user's own.
+        rate: fraction of good images that may be called anomalous; None: what the model says.
 
     Raises:
-        UserError: a number is not finite, the rate is no share, or the model does not know its validation scores.
+        UserError: a number is not finite, the rate is no fraction, or the model does not know its validation scores.
     """
-    if given is not None:
-        return finite(given, "--threshold"), None
-    if rate is None and known.get("threshold") is not None:
-        return finite(known["threshold"], f"the threshold in {model}"), known.get(
+    if value is not None:
+        return finite(value, "--threshold"), None
+    if rate is None and metadata.get("threshold") is not None:
+        return finite(metadata["threshold"], f"the threshold in {model}"), metadata.get(
             "threshold_words", "set in the model"
         )
-    chosen = promised(
-        known, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model
+    threshold = threshold_for(
+        metadata, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model
     )
-    return chosen.value, chosen.words
+    return threshold.value, threshold.description
 
 
-def promised(known: dict[str, Any], rate: float, model: str) -> Threshold:
+def threshold_for(metadata: dict[str, Any], rate: float, model: str) -> Threshold:
     """The threshold for a rate, from the validation scores in a model's metadata; errors as of `threshold_of`."""
-    if not len(known.get("validation_scores", [])):
+    if not len(metadata.get("validation_scores", [])):
         raise UserError(
             f"{model} does not know the scores of validation images; name a --threshold, set one with "
             "export_model.py --set_threshold, or export it again from the stages' files"
         )
     try:
-        return choose_threshold(np.array(known["validation_scores"]), rate)
+        return choose_threshold(np.array(metadata["validation_scores"]), rate)
     except ValueError as problem:
         raise UserError(f"{model}: {problem}; export it again") from problem
 
 
 def fraction(rate: float, what: str) -> float:
-    """The rate itself; UserError where it is none."""
+    """The rate itself; UserError if it does not lie between 0 and 1."""
     if not 0 < rate < 1:
         raise UserError(f"{what} is {rate}; it must lie between 0 and 1")
     return rate
 
 
 def finite(value: float, what: str) -> float:
-    """The value itself; UserError where it is none that one can compare with."""
+    """The value itself; UserError if it is not finite."""
     if not math.isfinite(value):
         raise UserError(f"{what} is {value}; it must be a finite number")
     return value

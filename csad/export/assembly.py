@@ -146,7 +146,7 @@ def fused_state(
                 evidence.load_parameters(files.read_arrays(workspace.evidence_parameters(name)))
         except ValueError as problem:
             raise UserError(
-                f"{fitted} does not fit {workspace.segmentor(name)}: {problem}; "
+                f"{fitted} does not fit {workspace.checkpoint(name, 'patchhist')}: {problem}; "
                 "run train_segmentor.py --overwrite"
             ) from problem
         if unknown := [component for component in names or {} if component >= detector.classes]:

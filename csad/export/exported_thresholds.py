@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from csad.data import files
 from csad.errors import UserError
-from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, promised
+from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, threshold_for
 from csad.inference.engines import METADATA_KEY
 from csad.inference.runtimes import open_model
 
@@ -72,14 +72,14 @@ def _with_threshold(
 ) -> dict[str, Any]:
     scores = np.array(metadata.get("validation_scores", []))
     if value is None:
-        threshold = promised(metadata, fraction(rate, "--set_false_positive_rate"), model)
-        value, rate, description = threshold.value, threshold.promised, threshold.words
+        threshold = threshold_for(metadata, fraction(rate, "--set_false_positive_rate"), model)
+        value, rate, description = threshold.value, threshold.guaranteed_fpr, threshold.description
     else:
         finite(value, "--set_threshold")
         rate, description = None, "set in the model"
         if len(scores):
             rate = 1 - int((scores <= value).sum()) / (len(scores) + 1)
-            description = f"{description}: {Threshold(value, rate, rate, len(scores)).words}"
+            description = f"{description}: {Threshold(value, rate, rate, len(scores)).description}"
     return metadata | {"threshold": value, "threshold_rate": rate, "threshold_words": description}
 
 

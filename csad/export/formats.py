@@ -70,9 +70,9 @@ def export_onnx(job: ExportJob, path: Path) -> TorchEngine:
         metadata = OnnxEngine(plain, device).metadata
         calibration = calibration_images(category, metadata)
 
-        def build(kept: tuple[str, ...]) -> tuple[bytes, Engine]:
+        def build(fp32_prefixes: tuple[str, ...]) -> tuple[bytes, Engine]:
             quantised = exporters.with_metadata(
-                exporters.int8_onnx(plain, calibration, kept), metadata | {"precision": "int8"}
+                exporters.int8_onnx(plain, calibration, fp32_prefixes), metadata | {"precision": "int8"}
             )
             return quantised, OnnxEngine(quantised, device)
 
@@ -110,8 +110,8 @@ def export_openvino(job: ExportJob, path: Path) -> TorchEngine:
     if args.precision == "int8":
         calibration, plain = calibration_images(category, metadata), model
 
-        def build(kept: tuple[str, ...]) -> tuple[object, Engine]:
-            quantised = exporters.int8_openvino(plain, calibration, kept)
+        def build(fp32_prefixes: tuple[str, ...]) -> tuple[object, Engine]:
+            quantised = exporters.int8_openvino(plain, calibration, fp32_prefixes)
             exporters.note_metadata(quantised, metadata | {"precision": "int8"})
             return quantised, OpenVinoEngine(quantised)
 

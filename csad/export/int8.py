@@ -21,10 +21,8 @@ def calibration_images(category: layouts.Category, metadata: dict[str, Any]) -> 
     """Training images, evenly spread over the sorted list, as the model takes them."""
     paths = category.train
     spread = paths[:: math.ceil(len(paths) / CALIBRATION_IMAGES)]
-    views = images.read_views(
-        spread, metadata["input_size"], f"{category.name}: read training images", metadata.get("white_level")
-    )
-    return as_input(views, metadata)
+    view = images.View(metadata["input_size"], metadata.get("white_level"))
+    return as_input(view.read(spread, f"{category.name}: read training images"), metadata)
 
 
 def choose_int8(

@@ -35,7 +35,7 @@ FALLBACK_ORDER = (
     ("autoencoder", ("/lgst/autoencoder/",)),
 )
 TOLERATED_POINTS = 0.2  # of AUROC between good images and made anomalies
-TOLERATED_SHARE = 0.2  # of the good images' spread, by which scores near the threshold may move on average
+TOLERATED_MOVEMENT = 0.2  # of the good images' spread, by which scores near the threshold may move on average
 NEAR = 0.25  # of the images: those whose scores are nearest to the threshold, where a verdict could change
 
 
@@ -68,14 +68,14 @@ class Agreement(NamedTuple):
     """How far the scores of a quantised model are from those of fp32; infinitely where one is not finite."""
 
     points: float  # of AUROC
-    share: float  # mean difference of the scores near the threshold, in standard deviations of the good images' scores
+    movement: float  # mean difference of the scores near the threshold, in standard deviations of the good images' scores
 
     @property
     def suffices(self) -> bool:
-        return self.points <= TOLERATED_POINTS and self.share <= TOLERATED_SHARE
+        return self.points <= TOLERATED_POINTS and self.movement <= TOLERATED_MOVEMENT
 
     def __str__(self) -> str:
-        return f"AUROC moves by {self.points:.2f} points, scores near the threshold by {self.share:.2f} standard deviations"
+        return f"AUROC moves by {self.points:.2f} points, scores near the threshold by {self.movement:.2f} standard deviations"
 
 
 def quantise(

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from csad.branches import PAPER_BRANCHES
-from csad.data.images import read_views
+from csad.data.images import View
 from csad.errors import UserError, require_version
 
 import numpy as np
@@ -124,7 +124,7 @@ def in_words(networks: dict[str, str]) -> str:
 
 def read_for(engine: Engine, paths: Sequence[Path], description: str = "") -> np.ndarray:
     """Images on disk as an engine takes them, (B, 3, size, size) uint8 RGB; with a progress bar where there is a description."""
-    return read_views(paths, engine.size, description, engine.metadata.get("white_level"))
+    return View(engine.size, engine.metadata.get("white_level")).read(paths, description)
 
 
 def as_input(images: np.ndarray, metadata: dict[str, Any]) -> np.ndarray:

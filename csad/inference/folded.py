@@ -18,6 +18,7 @@ and scores stay in fp32.
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from csad.branches import BRANCHES
 from csad.inference.engines import NODES
@@ -31,11 +32,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.backbone import Encoder, resize, to_grids
 from models.constants import MAP_SIZE, SIZE
 from models.fused import FusedModel, to_rgb
-from models.lgst import LGST, Student
+from models.lgst import LGST, LgstMap, Student
+from models.lgst_on_features import FeatureLGST
 from models.prediction import Prediction
 from models.segmentor import ConvBnRelu, Segmentor
 
 SCORE_ONLY = Prediction._fields[:1]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class FoldedEncoder(nn.Module):
@@ -55,7 +58,7 @@ class FoldedEncoder(nn.Module):
 class FoldedTeacher(nn.Module):
     """Two encoder maps -> normalised teacher features (B, channels, 64, 64)."""
 
-    def __init__(self, projection: nn.Conv2d, mean: Tensor, std: Tensor, channels: tuple[int, int]):
+    def __init__(self, projection: nn.Conv2d, mean: Tensor, std: Tensor, channels: tuple[int, ...]):
         super().__init__()
         weight = projection.weight / std.view(-1, 1, 1, 1)
         self.eighth, self.sixteenth = (
@@ -64,7 +67,8 @@ class FoldedTeacher(nn.Module):
         self.eighth.weight.data, self.sixteenth.weight.data = (
             part.contiguous() for part in weight.split(channels, dim=1)
         )
-        self.bias = nn.Parameter(((projection.bias - mean.flatten()) / std.flatten()).view(1, -1, 1, 1))
+        bias = (projection.get_parameter("bias") - mean.flatten()) / std.flatten()
+        self.bias = nn.Parameter(bias.view(1, -1, 1, 1))
 
     def forward(self, eighth: Tensor, sixteenth: Tensor) -> Tensor:
         size = (MAP_SIZE, MAP_SIZE)
@@ -89,13 +93,13 @@ class FoldedStudent(nn.Module):
         return self.heads(self.trunk.trunk(images))
 
 
-class FoldedLgst(nn.Module):
+class FoldedLgst(LgstMap):
     """The anomaly map of LGST; its networks in any precision, its output in fp32."""
 
-    on_features = False
-    scaled = staticmethod(LGST.scaled)
+    scale: Tensor
+    offset: Tensor
 
-    def __init__(self, lgst: LGST, channels: tuple[int, int], dtype: torch.dtype):
+    def __init__(self, lgst: LGST, channels: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.normalise, self.dtype = lgst.normalise, dtype
         self.teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels).to(
@@ -141,6 +145,10 @@ class FoldedModel(FusedModel):
         dtype: of the networks; float32, float16 or bfloat16.
     """
 
+    encoder: FoldedEncoder
+    segmentor: FoldedSegmentor | None
+    lgst: FoldedLgst | FeatureLGST | None
+
     def __init__(
         self,
         model: FusedModel,
@@ -149,17 +157,13 @@ class FoldedModel(FusedModel):
         dtype: torch.dtype = torch.float32,
     ):
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        lgst = (
-            FoldedLgst(model.lgst, model.encoder.channels[1:], dtype)
-            if isinstance(model.lgst, LGST)
-            else model.lgst
-        )
-        segmentor = None if model.segmentor is None else FoldedSegmentor(model.segmentor, dtype)
+        encoder, segmentor, lgst = model.encoder, model.segmentor, model.lgst
+        assert isinstance(encoder, Encoder) and isinstance(segmentor, Segmentor | None)  # not folded yet
         super().__init__(
-            FoldedEncoder(model.encoder, dtype),
-            segmentor,
+            FoldedEncoder(encoder, dtype),
+            None if segmentor is None else FoldedSegmentor(segmentor, dtype),
             model.patch_hist_detector,
-            lgst,
+            FoldedLgst(lgst, encoder.channels[1:], dtype) if isinstance(lgst, LGST) else lgst,
             model.memory,
             model.size,
             model.roi,
@@ -169,7 +173,7 @@ class FoldedModel(FusedModel):
             model.dfm,
             model.weights,
         )
-        if segmentor is not None:
+        if self.patch_hist_detector is not None:
             self.patch_hist_detector.whiten()
         for branch in self.branches:
             for name in (f"{BRANCHES[branch].statistics}_{end}" for end in ("mean", "std")):
@@ -177,20 +181,20 @@ class FoldedModel(FusedModel):
         self.with_map, self.raw_input = with_map, raw_input
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor | Prediction:
+    def forward(self, images: Tensor) -> Tensor | Prediction:  # type: ignore[override]  # a whole Prediction on request
         rgb = images.float() if self.raw_input else to_rgb(images, self.image_mean, self.image_std, self.size)
         prediction = self.analyse(rgb)
         return prediction if self.with_map else prediction.score
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The type in which each network runs, by its name in `csad.inference.engines.NODES`."""
-        parts = {
+        parts: dict[str, nn.Module | None] = {
             "encoder": self.encoder.network,
             "segmentor": self.segmentor and self.segmentor.network,
             "memory": self.memory,
         }
         if self.lgst is not None:
-            student = self.lgst.local_st if self.lgst.on_features else self.lgst.student
+            student = self.lgst.student if isinstance(self.lgst, FoldedLgst) else self.lgst.local_st
             parts |= {
                 "LGST teacher": self.lgst.teacher,
                 "LGST student": student,
@@ -210,11 +214,12 @@ class _Tracer(fx.Tracer):
         return module.__module__.startswith("timm.layers") or super().is_leaf_module(module, qualified_name)
 
 
-def fold_blocks(module: nn.Module) -> nn.Module:
+def fold_blocks(module: Network) -> Network:
     """Fold the batch norm of every `ConvBnRelu` in a module."""
     for block in module.modules():
         if isinstance(block, ConvBnRelu):
-            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+            block.set_submodule("bn", nn.Identity())
     return module
 
 
@@ -246,12 +251,14 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
 
 def _with_fixed_padding(conv: Conv2dSame) -> nn.Sequential:
     """The same convolution for sides that its stride divides, as ours are: then its padding does not depend on them."""
-    padding = []
-    for kernel, stride in zip(conv.kernel_size[::-1], conv.stride[::-1]):
-        total = max(kernel - stride, 0)
-        padding += [total // 2, total - total // 2]
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups
-    )
+    totals = (max(kernel - stride, 0) for kernel, stride in zip(conv.kernel_size, conv.stride))
+    (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+    size, stride, dilation = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.dilation)
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, size, stride, 0, dilation, conv.groups)
     plain.weight, plain.bias = conv.weight, conv.bias
-    return nn.Sequential(nn.ZeroPad2d(padding), plain)
+    return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), plain)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    first, second = values
+    return first, second

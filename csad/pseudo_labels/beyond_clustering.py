@@ -144,8 +144,8 @@ def split_similar_parts(
 def _cooccurrence(first: np.ndarray, second: np.ndarray) -> float:
     """How regularly two groups, lists of image numbers, appear together, 0..1.
 
-    Of the images that show the usual number of both together (proposals failed in the others), the share in which each
-    group has its usual number, at least one.
+    Of the images that show the most common number of both together (proposals failed in the others), the fraction in
+    which each group has its own most common number, at least one.
     """
     counts = np.stack(
         [np.bincount(group, minlength=max(first.max(), second.max()) + 1) for group in (first, second)], 1

@@ -17,7 +17,7 @@ MAX_STEPS, TOLERANCE = 300, 1e-3  # of MeanShift's climb; bandwidths
 SEEDS_AT_ONCE = 1000  # of MeanShift
 MIN_GROUP = 0.1  # of the number of images: HDBSCAN's min_cluster_size to begin with
 TRUSTED = 0.5  # of the number of a group's images
-MIN_AREA = 0.001  # mean share of the image that a label takes in the largest group, or it is dropped
+MIN_AREA = 0.001  # mean fraction of the image that a label takes in the largest group, or it is dropped
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SemanticLabels:
     Attributes:
         clusters: (components,) cluster of each component, 1..K, or 0 for no label.
         labels: (components,) the same after labels too small were dropped and the rest renumbered, 1..L, or 0.
-        raw_histogram: (images, K) share of each image that each cluster takes; 0 for clusters that are no label.
-        filtered_histogram: (images, L) share that each label takes.
+        raw_histogram: (images, K) fraction of each image that each cluster takes; 0 for clusters that are no label.
+        filtered_histogram: (images, L) fraction that each label takes.
         groups: (images,) group of each image, 0.. from the most frequent on, or -1 for none.
         trusted: indices of the images whose label maps are trusted, ascending.
     """
@@ -58,7 +58,7 @@ def semantic_labels(
 
     Args:
         features: (components, D).
-        areas: (components,) shares of the image, 0..1.
+        areas: (components,) fractions of the image, 0..1.
         image_of: (components,) index of each component's image.
         images: how many there are.
         bandwidth: of MeanShift, in units of ``features``.
@@ -136,7 +136,7 @@ def drop_rare_clusters(clusters: np.ndarray, min_members: int) -> np.ndarray:
 
 
 def label_histograms(labels: np.ndarray, areas: np.ndarray, image_of: np.ndarray, images: int) -> np.ndarray:
-    """Share of each image that each label takes, (images, K); column k belongs to label k + 1."""
+    """Fraction of each image that each label takes, (images, K); column k belongs to label k + 1."""
     histograms = np.zeros((images, int(labels.max(initial=0)) + 1))
     np.add.at(histograms, (image_of, labels), areas)
     return histograms[:, 1:]

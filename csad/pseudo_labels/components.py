@@ -18,7 +18,7 @@ SHALLOW = {"area": 1, "color": 1, "position": 2, "shape_hu": 7, "lab": 3}
 
 
 def area(mask: np.ndarray) -> np.ndarray:
-    """Share of the image that the mask covers, (1,)."""
+    """Fraction of the image that the mask covers, (1,)."""
     return np.array([np.count_nonzero(mask) / mask.size])
 
 
@@ -38,7 +38,7 @@ def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def position(mask: np.ndarray) -> np.ndarray:
-    """Centre of the bounding box as shares of width and height, (2,): x, y."""
+    """Centre of the bounding box as fractions of width and height, (2,): x, y."""
     x, y, width, height = cv2.boundingRect((mask != 0).astype(np.uint8))
     return np.array([(x + width / 2) / mask.shape[1], (y + height / 2) / mask.shape[0]])
 

@@ -17,7 +17,7 @@ MAX_BOX = 0.95  # of the image; a component's bounding box has to be smaller
 SMALL = 0.001  # of the image; masks up to this area are dropped
 BACKGROUND_RATIO = 0.95  # intersect ratio from which a mask is background
 GROUNDING_RATIO = 0.9  # intersect ratio over which a mask is inside the grounding mask
-COVERED = 0.9  # intersect ratio, or covered share, from which a mask adds nothing to a union
+COVERED = 0.9  # intersect ratio, or covered fraction, from which a mask adds nothing to a union
 MAX_LABELS = 255  # what an 8-bit label map holds beside 0
 
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)

@@ -34,8 +34,10 @@ def choose_side(tested: list[TestImage]) -> tuple[int, list[TestImage], int]:
         )
         if size * len(tested) <= PICTURES_LIMIT:
             return side, tested, 0
-    kept = sorted(tested, key=lambda image: (not image.error, -image.score))[: int(PICTURES_LIMIT / size)]
-    return side, kept, len(tested) - len(kept)
+    most_telling = sorted(tested, key=lambda image: (not image.error, -image.score))[
+        : int(PICTURES_LIMIT / size)
+    ]
+    return side, most_telling, len(tested) - len(most_telling)
 
 
 def card(tested: TestImage, side: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
 
 
 def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -> Markup:
-    """Share of images over score, one outline per kind; the keys become CSS classes.
+    """Fraction of images over score, one outline per kind; the keys become CSS classes.
 
     The axis is wide at the threshold and closer the farther away (asinh), so that one score of 640 leaves the others apart.
     """

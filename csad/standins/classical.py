@@ -169,7 +169,7 @@ def merge_thin(regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
 def merge_enclosed(regions: np.ndarray, lab: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Let regions that lie mostly in a neighbour join it when they differ from it only moderately.
 
-    The difference is discounted by the share of a region's outline that it has in common with the neighbour.
+    The difference is discounted by the fraction of a region's outline that it has in common with the neighbour.
 
     Args:
         regions: (H, W) labels 0..n-1.

@@ -23,7 +23,7 @@ class Options:
 
     Attributes:
         threshold: call higher scores anomalous, whatever the model says.
-        false_positive_rate: share of good images that may be called anomalous; None: what each model suggests.
+        false_positive_rate: fraction of good images that may be called anomalous; None: what each model suggests.
         batch_size: pictures scored together at most; smaller than what comes at a time, so that some are decoded meanwhile.
         batch_wait_ms: for which an incomplete batch waits for pictures that are on their way.
         queue_length: pictures that may wait for each model.

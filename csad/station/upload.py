@@ -99,7 +99,7 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) 
 
 
 def decoded_alone(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
-    """`decoded`, then give freed memory back to the system, which glibc else keeps: for large pictures."""
+    """`decoded`, then give freed memory back to the system, which glibc would keep: for large pictures."""
     try:
         return decoded(content, name, engine, shown_side)
     finally:

@@ -183,7 +183,9 @@ def _confirm(path: Path, state: Mapping[str, Tensor], wanted: str, named: bool =
         UserError: it holds other weights that are recognised.
     """
     digest = sha256(path)
-    published = {one.sha256: name for name, one in PUBLISHED_WEIGHTS.items() if one.sha256} | {V1_SHA256: V1}
+    published = {
+        checkpoint.sha256: name for name, checkpoint in PUBLISHED_WEIGHTS.items() if checkpoint.sha256
+    } | {V1_SHA256: V1}
     origin = next((name for start, name in published.items() if digest.startswith(start)), None)
     if origin is None and all(
         torch.equal(values.half().float(), values.float()) for values in state.values() if values.ndim == 4

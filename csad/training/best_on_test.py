@@ -107,7 +107,9 @@ class BestOnTest(Generic[Network]):
         self.evaluations.append([step, value])
         if value > best:
             self.step = step
-            self.weights = {key: one.detach().cpu().clone() for key, one in network.state_dict().items()}
+            self.weights = {
+                key: values.detach().cpu().clone() for key, values in network.state_dict().items()
+            }
 
     def restore(self, network: Network, name: str) -> None:
         """Give a network its best weights back, and say which they are; as it is where no evaluation gave a number."""
@@ -122,7 +124,10 @@ class BestOnTest(Generic[Network]):
 
     def noted(self) -> dict[str, Any]:
         """For the checkpoint: the step whose weights were kept, and every evaluation."""
-        return {"selected_step": self.step, "evaluations": [list(one) for one in self.evaluations]}
+        return {
+            "selected_step": self.step,
+            "evaluations": [list(evaluation) for evaluation in self.evaluations],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "evaluations": self.evaluations, "weights": self.weights}

@@ -68,6 +68,7 @@ class BranchRun:
         steps: int,
         schedule: Callable[[int, int], float],
         best: WeightSelection | None = None,
+        workers: int = 0,
         **network: nn.Module,
     ) -> NetworkTraining:
         """The training of a network on the job's device, from the last saved step if there is one.
@@ -76,6 +77,7 @@ class BranchRun:
             title: of the progress bar, behind the category.
             schedule: (step, steps) -> fraction of the first learning rate.
             best: what chooses the weights; without it the last step's are kept.
+            workers: processes that draw samples ahead of the step.
             network: the one, by the name that it has in the progress file.
         """
         job = self.job
@@ -93,6 +95,7 @@ class BranchRun:
             adam(trained, self.settings, job.device),
             schedule,
             best,
+            workers,
         )
 
     def diverged(self, symptom: str) -> UserError:

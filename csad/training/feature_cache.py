@@ -41,13 +41,13 @@ class FeatureCache:
         sample = self.compute(images[indices[:1]])
         if len(indices) * sum(maps.nbytes for maps in sample) > CACHE_BYTES:
             return
-        kept = tuple(maps.new_empty(len(indices), *maps.shape[1:]) for maps in sample)
-        for rows, found in zip(
+        cached = tuple(maps.new_empty(len(indices), *maps.shape[1:]) for maps in sample)
+        for rows, maps_of_batch in zip(
             torch.arange(len(indices), device=images.device).split(BATCH), self._computed()
         ):
-            for space, maps in zip(kept, found):
+            for space, maps in zip(cached, maps_of_batch):
                 space[rows] = maps
-        self._kept = kept
+        self._kept = cached
         self._row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self._row[indices] = torch.arange(len(indices), device=images.device)
 

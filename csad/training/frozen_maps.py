@@ -50,6 +50,6 @@ def pooled_maps(job: Job, paths: Sequence[Path], what: str) -> Tensor:
     for first in ProgressBar(
         range(0, len(paths), DFM_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
     ):
-        views = torch.from_numpy(job.view.read_small(paths[first : first + DFM_BATCH])).to(job.device).float()
+        views = torch.from_numpy(job.view.read_256(paths[first : first + DFM_BATCH])).to(job.device).float()
         pooled.append(dfm.pool(job.backbone.encoder(views)))
     return torch.cat(pooled)

@@ -34,13 +34,11 @@ def run_jobs(
         results, failures = on_a_cluster(args, jobs) if args.ray else one_after_another(jobs(args))
         summarise(results)
     if failures:
-        total, told = (
-            len(results) + len(failures),
-            "; ".join(f"{name}: {reason}" for name, reason in failures.items()),
-        )
-        raise UserError(
-            told if total == 1 else f"{len(failures)} of {total} failed, the others are finished; {told}"
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        total = len(results) + len(failures)
+        if total > 1:
+            reasons = f"{len(failures)} of {total} failed, the others are finished; {reasons}"
+        raise UserError(reasons)
 
 
 def on_a_cluster(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:

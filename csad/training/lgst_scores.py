@@ -29,7 +29,7 @@ def differences(
         pictures: loaded, (N, 3, S, S) uint8 as the model sees them, or on disk.
     """
     batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64, device=job.device),) * 2]
-    read = job.view.read_middle if model.on_features else job.view.read_small
+    read = job.view.read_tile_sized if model.on_features else job.view.read_256
     for first in ProgressBar(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
         few = pictures[first : first + SCORING_BATCH]
         batch = (few if isinstance(few, Tensor) else torch.from_numpy(read(few))).to(job.device).float()
@@ -43,7 +43,7 @@ def differences(
 def best_on_test(job: Job) -> BestOnTest[LGST | FeatureLGST]:
     """What chooses the weights by the AUROC of LGST on the test images, which are read once."""
     settings = job.settings.lgst
-    read = job.view.read_small if settings.student == "pixels" else job.view.read_middle
+    read = job.view.read_256 if settings.student == "pixels" else job.view.read_tile_sized
     pictures = {name: torch.from_numpy(images) for name, images in read_scored(job, read).items()}
 
     def measure(model: LGST | FeatureLGST) -> float:

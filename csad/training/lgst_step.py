@@ -96,7 +96,7 @@ class EncodedImages:
     ):
         self.paths, self.view, self.encoder, self.device = paths, view, encoder, device
         self.kept: list[tuple[Tensor, ...]] | None = None
-        if len(paths) * sum(one.nbytes for one in self._encode([0])) <= CACHE_BYTES:
+        if len(paths) * sum(level.nbytes for level in self._encode([0])) <= CACHE_BYTES:
             self.kept = [
                 self._encode([index])
                 for index in ProgressBar(range(len(paths)), desc=description, leave=False)
@@ -125,7 +125,7 @@ class EncodedImages:
         return maps[0], model.teacher(maps), maps[2]
 
     def _all(self) -> Iterator[tuple[Tensor, ...]]:
-        return (tuple(one.float() for one in self._maps(index)) for index in range(len(self.paths)))
+        return (tuple(level.float() for level in self._maps(index)) for index in range(len(self.paths)))
 
     def _maps(self, index: int) -> tuple[Tensor, ...]:
         return self._encode([index]) if self.kept is None else self.kept[index]
@@ -133,11 +133,11 @@ class EncodedImages:
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         views = (
-            torch.from_numpy(self.view.read_middle([self.paths[index] for index in indices]))
+            torch.from_numpy(self.view.read_tile_sized([self.paths[index] for index in indices]))
             .to(self.device)
             .float()
         )
-        return tuple(one.half() for one in self.encoder(views))
+        return tuple(level.half() for level in self.encoder(views))
 
 
 class Batches:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +23,15 @@ from typing import Any, Protocol, TypeVar
 
 from csad.data import files, records
 from csad.errors import UserError, defer_interrupts
+from csad.processes import cores
 from csad.progress import ProgressBar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 SAVE_EVERY_SECONDS = 60
+MAX_WORKERS = 8  # processes that draw ahead of the step
 LOOK_EVERY_STEPS = 10  # at the losses, which makes a GPU wait
 
 Sample = TypeVar("Sample")
@@ -41,6 +46,7 @@ class TrainingLoop:
         provenance: everything that decides the result; a progress file made with something else is refused.
         description: of the progress bar, beginning with the category.
         lower: what to lower where training diverges, for example "--lgst.lr".
+        workers: processes that draw samples ahead of the step; 0: a thread does, one step ahead.
         overwrites: of a run with ``--overwrite``, which result it replaces (`records.Record.superseded`): it goes on from its own
             progress, and starts over from any other.
         parts: networks and optimizers, whose states are saved and restored.
@@ -60,9 +66,10 @@ class TrainingLoop:
         description: str,
         lower: str,
         overwrites: str | None = None,
+        workers: int = 0,
         **parts: Any,
     ):
-        self.overwrites = overwrites
+        self.overwrites, self.workers = overwrites, workers
         self.steps, self.progress_file, self.provenance, self.parts = steps, progress_file, provenance, parts
         self.description, self.lower = description, lower
         self.done = 0
@@ -99,8 +106,8 @@ class TrainingLoop:
     def samples(self, draw: Callable[[int], Sample]) -> Iterator[tuple[int, Sample]]:
         """Yield (step, ``draw(step)``) for every step that is left.
 
-        A draw happens in a thread of its own one step early, so that reading and pasting pictures hide behind the networks'
-        work. It may depend on its step only: then a resumed run sees what an uninterrupted one would have.
+        Draws happen ahead of the step, so that reading and pasting pictures hide behind the networks' work. They may depend
+        on their step only: then a resumed run, and any number of workers, see what an uninterrupted one would have.
 
         Raises:
             UserError: a loss is not finite.
@@ -109,16 +116,11 @@ class TrainingLoop:
         last_saved = time.monotonic()
         with (
             defer_interrupts() as interrupted,
-            ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch,
             ProgressBar(total=self.steps, initial=self.done, desc=self.description, unit="step") as bar,
         ):
-            if self.done >= self.steps:
-                return
-            waiting = prefetch.submit(draw, self.done)
-            for step in range(self.done, self.steps):
-                sample = waiting.result()
-                if step + 1 < self.steps:
-                    waiting = prefetch.submit(draw, step + 1)
+            steps = range(self.done, self.steps)
+            drawn = _by_processes(draw, steps, self.workers) if self.workers else _by_a_thread(draw, steps)
+            for step, sample in zip(steps, drawn, strict=True):
                 yield step, sample
                 self.done = step + 1
                 bar.update()
@@ -148,6 +150,60 @@ class TrainingLoop:
         return {name: f"{value:.3f}" for name, value in values.items()}
 
 
+def _by_a_thread(draw: Callable[[int], Sample], steps: range) -> Iterator[Sample]:
+    """One step early."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetch:
+        waiting = prefetch.submit(draw, steps.start)
+        for step in steps:
+            sample = waiting.result()
+            if step + 1 in steps:
+                waiting = prefetch.submit(draw, step + 1)
+            yield sample
+
+
+def _by_processes(draw: Callable[[int], Sample], steps: range, workers: int) -> Iterator[Sample]:
+    """In order, whichever process is first; in pinned memory where there is a GPU, from which copies need not be waited for."""
+    loader = DataLoader(
+        _Draws(draw),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_interrupts_to_the_loop,
+        multiprocessing_context="fork",  # pictures and labels are shared, not copied
+    )
+    for sample in loader:
+        if isinstance(sample, UserError):
+            raise sample
+        yield sample
+
+
+class _Draws(Dataset):
+    def __init__(self, draw: Callable[[int], Any]):
+        self.draw = draw
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.draw(step)
+        except UserError as problem:  # the loader would wrap it in a traceback
+            return problem
+
+
+def _unchanged(sample: Any) -> Any:
+    return sample
+
+
+def _leave_interrupts_to_the_loop(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def drawing_workers(device: torch.device) -> int:
+    """How many processes should draw ahead: a GPU waits for pasted pictures, and CPU networks need the cores themselves."""
+    return min(MAX_WORKERS, cores() - 1) if device.type == "cuda" and os.name == "posix" else 0
+
+
 class WeightSelection(Protocol):
     """What chooses the weights of a training (csad.training.best_on_test.BestOnTest)."""
 
@@ -167,6 +223,7 @@ class NetworkTraining(TrainingLoop):
         network: by the name that it has in the progress file; on its device, in training mode.
         schedule: (step, steps) -> fraction of the optimizer's first learning rate.
         best: what chooses the weights; without it the last step's are kept.
+        workers: see `TrainingLoop`.
 
     The others are those of `TrainingLoop`.
     """
@@ -184,6 +241,7 @@ class NetworkTraining(TrainingLoop):
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int, int], float],
         best: WeightSelection | None = None,
+        workers: int = 0,
     ):
         self.category, self.optimizer, self.schedule, self.best = category, optimizer, schedule, best
         (self.network,) = network.values()
@@ -195,6 +253,7 @@ class NetworkTraining(TrainingLoop):
             f"{category}: {title}",
             lower,
             overwrites,
+            workers,
             **network,
             optimizer=optimizer,
             **({"best": best} if best is not None else {}),

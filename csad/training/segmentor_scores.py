@@ -37,7 +37,7 @@ def label_maps(
     ):
         batch = pictures[first : first + SCORING_BATCH]
         if not isinstance(batch, Tensor):
-            batch = torch.from_numpy(job.view.read_small(batch))
+            batch = torch.from_numpy(job.view.read_256(batch))
         yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
 
 
@@ -118,7 +118,7 @@ def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: 
     """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
     settings = job.settings.segmentor
     pictures = {
-        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_small).items()
+        name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_256).items()
     }
 
     def measure(segmentor: Segmentor) -> float:
