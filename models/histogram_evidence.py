@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from models.constants import MAP_SIZE, SIZE
 from models.fusion import EXPORTED_STD_FLOOR, fit_z
-from models.patch_histogram import sample_covariance
-from models.statistics import folds
+from models.statistics import folds, sample_covariance
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
 FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side

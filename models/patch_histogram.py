@@ -15,7 +15,6 @@ Index 0, the background, is kept as an entry, so that shapes follow the number o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +22,8 @@ from torch import Tensor, nn
 
 from models.constants import QUARTERS
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
-from models.statistics import FOLDS, folds
+from models.statistics import folds, regularised_covariance, sample_covariance
 
-FEW_IMAGES = 50  # covariances of fewer images are shrunk, by cross-validation
-SHRINKAGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 PARAMETER_NAMES = (
     "hist_mean",
     "hist_invcov",
@@ -259,75 +256,6 @@ def fit_parameters(
 
 def _distances(histograms: np.ndarray, mean: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     return mahalanobis(*(torch.from_numpy(values) for values in (histograms, mean, inverse))).numpy()
-
-
-def sample_covariance(samples: np.ndarray) -> np.ndarray:
-    """Of (n, d) samples, divisor n - 1, (d, d); zeros for a single one."""
-    if len(samples) < 2:
-        return np.zeros((samples.shape[1],) * 2)
-    return np.cov(samples, rowvar=False).reshape(samples.shape[1], -1)
-
-
-def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """Sample covariance plus what is known besides; of few samples, shrunk towards its diagonal.
-
-    Args:
-        samples: (n, d).
-        added: (d, d), positive definite.
-
-    Returns:
-        (d, d). Of fewer than `FEW_IMAGES` samples, by that of `SHRINKAGES` with which held-out samples are likeliest
-        (five folds, Gaussian).
-    """
-
-    def shrunk(some: np.ndarray, shrinkage: float) -> np.ndarray:
-        covariance = sample_covariance(some)
-        return (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)) + added
-
-    def log_likelihood(shrinkage: float) -> float:
-        total = 0.0
-        for others, left_out in folds(len(samples)):
-            covariance = shrunk(samples[others], shrinkage)
-            difference = samples[left_out] - samples[others].mean(0)
-            total -= len(left_out) * np.linalg.slogdet(covariance)[1]
-            total -= (difference * np.linalg.solve(covariance, difference.T).T).sum()
-        return total
-
-    if not 2 * FOLDS <= len(samples) < FEW_IMAGES:
-        return shrunk(samples, 0.0 if len(samples) >= FEW_IMAGES else 1.0)
-    return shrunk(samples, max(SHRINKAGES, key=log_likelihood))
-
-
-def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[str, list[Any]]:
-    """Mean and std of every class's area fraction on the training images, background included, for people to read.
-
-    They follow from the detector's parameters alone, so that published parameter files have them, too: the covariance is
-    the pseudo-inverse of its pseudo-inverse, and background is what the components leave.
-
-    Args:
-        parameters: the arrays of `fit_parameters`.
-        classes: components and background.
-
-    Returns:
-        ``mean`` and ``std``, C fractions of the image each; ``quarter_mean`` and ``quarter_std``, 4 lists of C
-        fractions of each quarter, in docs/method.md's order.
-    """
-    statistics = {}
-    for name, title, groups in (("hist", "", 1), ("patch_hist", "quarter_", QUARTERS)):
-        mean = np.array(parameters[f"{name}_mean"], dtype=np.float64).reshape(groups, classes)
-        mean[:, 0] = 1 - mean[:, 1:].sum(1)
-        covariance = np.linalg.pinv(
-            np.asarray(parameters[f"{name}_invcov"], dtype=np.float64), hermitian=True
-        )
-        blocks = [
-            covariance[first : first + classes, first : first + classes]
-            for first in range(0, groups * classes, classes)
-        ]
-        variance = np.array([[block[1:, 1:].sum(), *np.diag(block)[1:]] for block in blocks])
-        std = np.sqrt(variance.clip(min=0))
-        for kind, values in (("mean", mean), ("std", std)):
-            statistics[f"{title}{kind}"] = (values if groups > 1 else values[0]).tolist()
-    return statistics
 
 
 def fitted_detector(

@@ -12,6 +12,7 @@ from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import export_tables
+from csad.evaluation.areas import area_statistics
 from csad.export import exporters, onnx_graphs, quantisation
 from csad.export.assembly import require_finite
 from csad.inference.engines import as_input
@@ -32,7 +33,7 @@ from models.fused import FusedModel, attach_metadata, from_state, metadata, publ
 from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
-from models.patch_histogram import PatchHistogramDetector, area_statistics, fit_parameters, label_histograms
+from models.patch_histogram import PatchHistogramDetector, fit_parameters, label_histograms
 from models.patch_memory import PatchMemory
 from models.segmentor import Segmentor
 

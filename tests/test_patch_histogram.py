@@ -1,5 +1,6 @@
 """The patch histogram against the published values (docs/method.md section 2)."""
 
+from csad.evaluation.areas import area_statistics
 from csad.evaluation.deviations import area_fractions
 
 import numpy as np
@@ -11,14 +12,12 @@ from hypothesis.extra.numpy import arrays
 
 from models.patch_histogram import (
     PatchHistogramDetector,
-    area_statistics,
     fit_parameters,
     fitted_detector,
     label_histograms,
     mahalanobis,
-    regularised_covariance,
-    sample_covariance,
 )
+from models.statistics import regularised_covariance, sample_covariance
 
 CLASSES = 5
 label_maps = arrays(

@@ -62,7 +62,7 @@ def disagreement(
     )
     names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
     if scored.branch_scores is not None:
-        if exactly and "patchhist" in reference.branches:
+        if exactly and "patchhist" in reference.branches and scored.label_map is not None:
             moved = (scored.label_map != label_maps).mean((1, 2)).max()
             if moved > TOLERATED_PIXELS:
                 return f"up to {100 * moved:.3g} % of a label map differ"

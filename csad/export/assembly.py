@@ -14,6 +14,7 @@ from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
 from csad.data.workspace import Workspace
 from csad.errors import UserError
+from csad.evaluation.areas import area_statistics
 from csad.evaluation.scores import normalisation
 
 import torch
@@ -32,7 +33,6 @@ from models.fused import (
 )
 from models.fusion import EXPORTED_STD_FLOOR
 from models.histogram_evidence import HistogramEvidence
-from models.patch_histogram import area_statistics
 from models.patch_memory import PatchMemory
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
@@ -230,7 +230,7 @@ def fused_state(
         }
         | (
             {}
-            if detector is None
+            if detector is None or parameters is None
             else {
                 "classes": detector.classes,
                 "histogram": area_statistics(parameters, detector.classes),

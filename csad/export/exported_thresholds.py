@@ -72,6 +72,7 @@ def _with_threshold(
 ) -> dict[str, Any]:
     scores = np.array(metadata.get("validation_scores", []))
     if value is None:
+        assert rate is not None  # one of the two is given
         threshold = threshold_for(metadata, fraction(rate, "--set_false_positive_rate"), model)
         value, rate, description = threshold.value, threshold.guaranteed_fpr, threshold.description
     else:
@@ -97,5 +98,5 @@ def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
         files.write_bytes(path, with_metadata(path.read_bytes(), metadata))
     else:  # OpenVINO itself would write the weights anew, too, and two files are not replaced at once
         model = ElementTree.fromstring(path.read_bytes())
-        model.find(f"rt_info/{METADATA_KEY}").set("value", json.dumps(metadata))
+        next(model.iterfind(f"rt_info/{METADATA_KEY}")).set("value", json.dumps(metadata))
         files.write_bytes(path, b'<?xml version="1.0"?>\n' + ElementTree.tostring(model))

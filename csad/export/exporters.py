@@ -80,7 +80,7 @@ def networks_of(content: bytes) -> dict[str, str]:
 def to_onnx(model: torch.nn.Module, metadata: dict[str, Any], outputs: tuple[str, ...]) -> bytes:
     """Trace a model of images (B, 3, size, size) with B left open; the metadata, which names the size, goes along as JSON."""
     onnx = require_package("onnx")
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()  # the tracing exporter takes one, whatever its hint says
     # Two images, so that nothing of size 1 is mistaken for a constant.
     dtype = torch.uint8 if metadata["raw_input"] else torch.float32
     example = torch.zeros(2, 3, metadata["input_size"], metadata["input_size"], dtype=dtype)
@@ -97,10 +97,10 @@ def to_onnx(model: torch.nn.Module, metadata: dict[str, Any], outputs: tuple[str
             output_names=list(outputs),
             dynamic_axes={name: {0: "batch"} for name in ("images", *outputs)},
         )
-    model = onnx.load_from_string(buffer.getvalue())
-    own_weights(model.graph)
-    own_padding(model)
-    content = with_metadata(model.SerializeToString(), metadata)
+    exported = onnx.load_from_string(buffer.getvalue())
+    own_weights(exported.graph)
+    own_padding(exported)
+    content = with_metadata(exported.SerializeToString(), metadata)
     onnx.checker.check_model(content, full_check=True)
     return content
 
@@ -158,8 +158,9 @@ def int8_onnx(
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
     images = iter(calibration)
+    base: Any = quantization.CalibrationDataReader
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(base):
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(images, None)
             return None if image is None else {"images": image[None]}

@@ -56,8 +56,7 @@ def own_padding(model: Any) -> None:
     by_output = {name: node for node in graph.node for name in node.output}
     for conv in [node for node in graph.node if node.op_type == "Conv"]:
         pad = by_output.get(conv.input[0])
-        padding = None if pad is None or pad.op_type != "Pad" else _zeros_around(model, pad)
-        if padding is None:
+        if pad is None or pad.op_type != "Pad" or (padding := _zeros_around(model, pad)) is None:
             continue
         attributes = {attribute.name: attribute for attribute in conv.attribute}
         attributes["pads"].ints[:] = [own + more for own, more in zip(attributes["pads"].ints, padding)]
@@ -80,7 +79,8 @@ def _zeros_around(model: Any, pad: Any) -> list[int] | None:
 def _constant(model: Any, name: str) -> np.ndarray | None:
     """The value of a name in a graph, where it depends on no image."""
     onnx, reference = require_package("onnx"), require_package("onnx.reference")
-    needed, nodes = {name}, []
+    needed = {name}
+    nodes: list[Any] = []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             needed.update(node.input)
@@ -115,7 +115,7 @@ def half_networks(content: bytes) -> bytes:
     model = onnx.load_from_string(content)
     outside = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights that become 0 in fp16 are said one by one
+        warnings.simplefilter("ignore")  # it warns of each weight that becomes 0 in fp16
         model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=outside)
     tools.OnnxModel(model).topological_sort()
     onnx.checker.check_model(model, full_check=True)

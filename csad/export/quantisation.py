@@ -91,7 +91,8 @@ def quantise(
         The first model that agrees (else the last one), the names of the parts in higher
         precision, and how well its scores agree.
     """
-    in_higher_precision, prefixes = [], ()
+    in_higher_precision: list[str] = []
+    prefixes: tuple[str, ...] = ()
     for name, beginnings in FALLBACK_ORDER:
         in_higher_precision, prefixes = [*in_higher_precision, name], prefixes + beginnings
         model, engine = build(prefixes)

@@ -90,7 +90,7 @@ def contributions_on_defects(
         good.append(prediction.branch_scores)
         label_maps += list(prediction.label_map)
     rng, defects = np.random.default_rng(seed), {}
-    for name, kinds in {"structural": STRUCTURAL, "logical": LOGICAL}.items():
+    for name, kinds in {"structural": [*STRUCTURAL], "logical": [*LOGICAL]}.items():
         # Each kind at all strengths, on images spread over the list.
         order = rng.permutation(SYNTHETIC_DEFECTS)
         strengths = (order + rng.random(SYNTHETIC_DEFECTS)) / SYNTHETIC_DEFECTS
@@ -106,7 +106,7 @@ def contributions_on_defects(
                 chosen = int(rng.integers(len(paths)))
                 image = read_for(engine, [paths[chosen]])[0].transpose(1, 2, 0)
                 changed = synthesise_defect(
-                    image, label_maps[chosen], list(kinds)[index % len(kinds)], strengths[index], rng
+                    image, label_maps[chosen], kinds[index % len(kinds)], strengths[index], rng
                 )
                 if not np.array_equal(changed, image):  # a defect too faint for whole numbers is none
                     defective.append(changed.transpose(2, 0, 1))

@@ -108,7 +108,8 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
 def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
     """Verdicts on pictures, in order; unreadable ones get theirs without the model."""
     readable = [picture for picture in pictures if picture.view is not None]
-    verdicts = iter(_judge_readable(readable, engine, threshold) if readable else [])
+    views = [picture.view for picture in pictures if picture.view is not None]
+    verdicts = iter(_judge_readable(readable, np.stack(views), engine, threshold) if readable else [])
     return [
         next(verdicts)
         if picture.view is not None
@@ -117,8 +118,9 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
     ]
 
 
-def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
-    batch = np.stack([picture.view for picture in pictures])
+def _judge_readable(
+    pictures: Sequence[Picture], batch: np.ndarray, engine: Engine, threshold: float
+) -> list[Verdict]:
     if not engine.has_maps:
         return [
             _undecided(picture, score, threshold)
@@ -140,7 +142,7 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
             verdicts.append(_undecided(picture, score, threshold))
             continue
         verdict = ANOMALOUS if score > threshold else NORMAL
-        alarm = max(contributions, key=contributions.get)
+        alarm = max(contributions, key=contributions.__getitem__)
         shown_map = prediction.branch_maps[index, engine.branches.index(alarm)]
         if not shown_map.any():
             shown_map = prediction.anomaly_map[index]
@@ -150,7 +152,8 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
             None
             if picture.shown is None
             else _drawing(
-                picture,
+                picture.shown,
+                picture.size,
                 prediction.label_map[index],
                 dict(zip(engine.branches, prediction.branch_maps[index])),
                 contributions,
@@ -177,22 +180,26 @@ def _judge_readable(pictures: Sequence[Picture], engine: Engine, threshold: floa
 
 
 def _drawing(
-    picture: Picture,
+    image: np.ndarray,
+    size: tuple[int, int],
     label_map: np.ndarray,
     maps: dict[str, np.ndarray],
     contributions: dict[str, float],
     verdict: str,
     spot: tuple[int, int] | None,
 ) -> np.ndarray:
-    """Image, components and map of what explains the score, a ring around the ``spot`` that is pointed at."""
-    image = picture.shown
+    """Image, components and map of what explains the score, a ring around the ``spot`` that is pointed at.
+
+    Args:
+        size: see `Picture`.
+    """
     parts = [
         image,
         label_overlay(image, label_map),
         heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS),
     ]
     if spot is not None:
-        parts[0], parts[2] = (ring(part, spot, picture.size) for part in (parts[0], parts[2]))
+        parts[0], parts[2] = (ring(part, spot, size) for part in (parts[0], parts[2]))
     return side_by_side(*parts)
 
 

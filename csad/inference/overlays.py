@@ -157,8 +157,8 @@ def captioned(
     """
     size = int(np.clip(picture.shape[0] / 26, 12, 30))
     margin, width = size // 2, max(picture.shape[1], _MIN_WIDTH)
-    large, small = (ImageFont.load_default(pixels) for pixels in (round(1.25 * size), size))
-    placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, int, int] | None]] = []
+    large, small = _font(round(1.25 * size)), _font(size)
+    placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, ...] | None]] = []
     y = float(margin)
     for text, font in ((title, large), *((line, small) for line in lines)):
         for wrapped in _wrap(text, font, width - 2 * margin):
@@ -183,6 +183,12 @@ def captioned(
             x += 1.4 * size
         pen.text((x, y), text, fill=_TEXT if font is small else _RED if red else _GREEN, font=font)
     return np.asarray(canvas)
+
+
+def _font(pixels: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(pixels)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # the other one has no size to ask for
+    return font
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:

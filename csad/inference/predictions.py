@@ -84,15 +84,16 @@ class Output:
             except (ValueError, KeyError, TypeError):
                 continue
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.csv.close()
         self.lines.close()
         self.lock.release()
 
     def write(self, verdict: Verdict) -> None:
-        if verdict.drawing is not None:
+        path, captioned = Path(verdict.name), verdict.captioned_drawing
+        if captioned is not None:
             # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
-            name = Path(os.path.relpath(verdict.name.parent.resolve() / verdict.name.name, self.top))
+            name = Path(os.path.relpath(path.parent.resolve() / path.name, self.top))
             if name.parts[0] == os.pardir:
                 raise UserError(
                     f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
@@ -100,7 +101,7 @@ class Output:
                 )
             drawing = f"{short_name(name.name, MAX_NAME)}.map.png"
             try:
-                files.write_image(self.folder / "maps" / name.with_name(drawing), verdict.captioned_drawing)
+                files.write_image(self.folder / "maps" / name.with_name(drawing), captioned)
             except OSError as problem:
                 if problem.errno not in UNUSABLE:
                     raise
@@ -125,7 +126,7 @@ class Output:
                 files.to_csv_text("; ".join(verdict.findings)),
             ]
         )
-        self.lines.write(as_line(verdict, state_of(verdict.name)))
+        self.lines.write(as_line(verdict, state_of(path)))
         self.csv.flush()
         self.lines.flush()
         self.counts[verdict.verdict] += 1

@@ -64,7 +64,7 @@ class TorchEngine(Engine):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         self.networks = {name: names[dtype] for name, dtype in model.dtypes().items()}
         self.precision = in_words(self.networks)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         if device.startswith("cpu"):
             keep_freed_memory()
 
@@ -100,9 +100,10 @@ class OnnxEngine(Engine):
 
     def __init__(self, model: bytes, device: str):
         onnxruntime = require_package("onnxruntime")
-        providers, available = ["CPUExecutionProvider"], onnxruntime.get_available_providers()
+        providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
+        available = onnxruntime.get_available_providers()
         if device == "auto":
-            providers = [name for name in ACCELERATORS if name in available] + providers
+            providers = [*(name for name in ACCELERATORS if name in available), *providers]
         elif device.startswith("cuda") and "CUDAExecutionProvider" in available:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
         options = onnxruntime.SessionOptions()
