@@ -1,4 +1,4 @@
-"""What the stages will see in a data set, and what they will not: looked at before it costs an hour.
+"""What the stages will see in a data set, and what they will not, before it costs an hour.
 
 Says for every category its layout, the images of every folder and how they are stored, and names whatever is odd: unreadable
 files, copies between training and test, masks that fit no image, what is left out and why.

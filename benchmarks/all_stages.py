@@ -11,7 +11,6 @@ made of the same checkpoints: how good and how fast each is without the others.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from csad.data.workspace import EXPORTED, Workspace
 from csad.errors import run_script
 from csad.progress import ProgressBar
 
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
 from models.backbone import PACKAGED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +41,7 @@ Timings = dict[str, dict[str, dict[str, float]]]  # category -> stage -> Usage's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--dataset_root", type=files.path_argument, required=True)
     parser.add_argument("--workspace", type=files.path_argument, required=True)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")

@@ -11,7 +11,6 @@ so few images is told in the table.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from csad.progress import ProgressBar
 import numpy as np
 
 from benchmarks import all_stages, machine
+from benchmarks.processes import options_of
 
 IMAGES, DRAWS = (10, 20, 50, 100, 200), 3
 KINDS = ("logical", "structural")
@@ -34,9 +34,7 @@ COLUMNS = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: FUSE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--dataset_root", type=files.path_argument, required=True)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument(

@@ -44,7 +44,7 @@ from tabulate import tabulate
 from benchmarks import machine
 from benchmarks.peers_timing import ANOMALIES, Server, exported, in_turns
 from benchmarks.peers_worker import PEERS
-from benchmarks.processes import measured
+from benchmarks.processes import measured, options_of
 from models.backbone import PACKAGED, TIMM_NAMES, Backbone
 from models.constants import SIZE
 
@@ -54,9 +54,7 @@ PACKAGES = ("anomalib", "torch!=2.13.*", "torchvision")  # of 2.13 there is a bu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     parser.add_argument("--set_up", action="store_true", help="make the environment, and nothing else")
     parser.add_argument(
         "--environment", type=files.path_argument, default=Path(".venv_peers"), help="that has anomalib"

@@ -15,7 +15,6 @@ figures was committed since, or had changes that were not committed.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import re
 import shlex
@@ -32,6 +31,7 @@ from csad.errors import UserError, run_script
 
 from benchmarks import machine
 from benchmarks.peers_worker import PEERS
+from benchmarks.processes import options_of
 from benchmarks.results_tables import TABLES, Inputs, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +42,7 @@ MARKS = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end of \2 -->\n)", re
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
         "--list", action="store_true", help="say what each table needs, and how long it takes"

@@ -40,7 +40,7 @@ def kept_checkpoint(interval: str) -> Any:
     """The setting of which weights a stage keeps, its test scores measured every ``interval``."""
     return Field(
         "last",
-        description="which weights are kept: the last step's, or those with the best AUROC on the test images, looked at "
+        description="which weights are kept: the last step's, or those with the best AUROC on the test images, measured "
         f"every {interval}, as published; what these score is no estimate of performance",
     )
 
@@ -152,7 +152,7 @@ class SegmentorSettings(Section):
         0.0,
         ge=0,
         description="minimum standard deviation of an area fraction in the patch histogram's "
-        "covariance (published: 0, where a fraction that never varies is not looked at)",
+        "covariance (published: 0, where a fraction that never varies does not count)",
     )
     reliability: bool = Field(
         False,

@@ -24,8 +24,11 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
 STANDARD_ERRORS, RESAMPLINGS = 2.0, 200  # of the gain by which other weights than the settings' replace these
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
-MAX_COST = 2.5  # of the same points, which the patch histogram may take away
-MIN_NOTICED = 85.0  # percent; see `parts_noticed`
+MAX_COST, MIN_NOTICED = (
+    2.5,
+    85.0,
+)  # of the same points, which the patch histogram may take away if it notices parts
+MAX_COST_UNNOTICED = 1.0  # the same of one that does not notice so many (`parts_noticed`)
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
 
 
@@ -97,7 +100,7 @@ def choose(
     the kinds of defects, by `STANDARD_ERRORS` of the difference: what a few synthetic defects say of a category is
     uncertain. The patch histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
     traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at most
-    `MAX_COST`.
+    `MAX_COST`, or `MAX_COST_UNNOTICED` if it would often not notice that a part is missing.
 
     Args:
         good: (n, K), what each branch adds to the score of each good image at weight 1.
@@ -130,11 +133,9 @@ def choose(
         best = usual
     if HISTOGRAM in branches:
         position = list(branches).index(HISTOGRAM)
-        allowed = WEIGHTS[::-1] if noticed is None or noticed >= MIN_NOTICED or not any(best) else (0.0,)
-        options = [(*best[:position], weight, *best[position + 1 :]) for weight in allowed]
-        best = next(
-            weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
-        )
+        options = [(*best[:position], weight, *best[position + 1 :]) for weight in WEIGHTS[::-1]]
+        cost = MAX_COST if noticed is None or noticed >= MIN_NOTICED else MAX_COST_UNNOTICED
+        best = next(weights for weights in options if not any(best) or value(weights) >= value(best) - cost)
     named = {branch: np.eye(len(branches))[index] for index, branch in enumerate(branches)}
     named |= {EQUAL: np.ones(len(branches)), FUSED: np.array(best)}
     measured = {name: aurocs(weights) for name, weights in named.items()}

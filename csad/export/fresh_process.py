@@ -26,7 +26,7 @@ MEMORY_IS_FILLED = {"MALLOC_PERTURB_": "170"}
 
 
 class Scored(NamedTuple):
-    """What an exported model says about pictures, of which n were looked at closely; K branches, see `models.prediction`."""
+    """What an exported model says about pictures, of which n were scored with maps; K branches, see `models.prediction`."""
 
     scores: np.ndarray  # (N,), of all; not always finite, as the next two
     score: np.ndarray  # (n,)
@@ -39,13 +39,13 @@ class Scored(NamedTuple):
 
 
 def score(
-    model: Path, pictures: Sequence[Path], closely: Sequence[int], device: str, description: str
+    model: Path, pictures: Sequence[Path], with_maps: Sequence[int], device: str, description: str
 ) -> Scored:
     """Open an exported model in a new process, as `open_model` does, and let it score pictures one by one.
 
     Args:
         pictures: read there as the model's metadata says, (N,).
-        closely: indices of those to look at closely, (n,), rising.
+        with_maps: indices of those to score with maps, (n,), rising.
         description: of the progress bar.
 
     Raises:
@@ -56,7 +56,7 @@ def score(
             "model": str(model.resolve()),
             "pictures": [str(path.resolve()) for path in pictures],
             "device": device,
-            "closely": list(closely),
+            "with_maps": list(with_maps),
             "description": description,
             "answer": str(Path(folder) / "answer.npz"),
         }
@@ -79,7 +79,7 @@ def score(
         raise UserError(fields["problem"])
     return Scored(
         arrays["score"],
-        arrays["score"][list(closely)],
+        arrays["score"][list(with_maps)],
         arrays.get("branch_scores"),
         arrays.get("label_map"),
         fields["metadata"],
@@ -105,15 +105,15 @@ def main() -> None:
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     engine = open_model(Path(request["model"]), request["device"])
-    closely = set(request["closely"]) if engine.has_maps else set()
+    with_maps = set(request["with_maps"]) if engine.has_maps else set()
     arrays: dict[str, list[np.ndarray]] = {"score": []}
-    if closely:
+    if with_maps:
         arrays |= {"branch_scores": [], "label_map": []}
     for index, path in enumerate(
         ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
     ):
         picture = read_for(engine, [Path(path)])
-        output = engine.predict(picture)._asdict() if index in closely else {"score": engine.score(picture)}
+        output = engine.predict(picture)._asdict() if index in with_maps else {"score": engine.score(picture)}
         for name in arrays.keys() & output.keys():
             arrays[name].append(output[name])
     return (

@@ -115,7 +115,7 @@ def half_networks(content: bytes) -> bytes:
     model = onnx.load_from_string(content)
     outside = [node.name for node in model.graph.node if not node.name.startswith(NETWORKS)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights that become 0 in fp16 are said one by one
+        warnings.simplefilter("ignore")  # it warns of each weight that becomes 0 in fp16
         model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=outside)
     tools.OnnxModel(model).topological_sort()
     onnx.checker.check_model(model, full_check=True)

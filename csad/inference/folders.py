@@ -14,7 +14,7 @@ from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
 
 State = tuple[int, int]  # bytes and time of change of a file
-# Of what cannot be looked at: links to nothing, pipes, folders that cannot be listed.
+# Of what cannot be read: links to nothing, pipes, folders that cannot be listed.
 NO_STATE: State = (0, 0)
 
 
@@ -59,7 +59,7 @@ def no_images(paths: Sequence[Path | str]) -> UserError:
 def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]]:
     """All images below a folder with their states, sorted by path, and all other files; links are followed, once each.
 
-    What cannot be looked at, folders too, is listed with `NO_STATE`, so that nobody takes it for judged.
+    What cannot be read, folders too, is listed with `NO_STATE`, so that it does not pass for judged.
     """
     own = output.resolve()
     states, left_out, seen = {}, [], set()

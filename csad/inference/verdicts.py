@@ -1,4 +1,4 @@
-"""What is said about an image that a model has scored: verdict, contributions, findings in words."""
+"""The verdict on an image that a model has scored: contributions, and findings in words."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def findings_of(
 
     Args:
         components: deviations of one image, the farthest off first.
-        otherwise: what sums up where the deviations do not; where they do, it is said next.
-        spot: what is said next instead, "" for nothing.
+        otherwise: the summary if the deviations give none; else the first detail.
+        spot: the first detail instead, "" for none.
         quarter: see `csad.evaluation.deviations.summarise`.
     """
     summary = summarise(components, quarter)

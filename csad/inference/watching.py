@@ -1,4 +1,4 @@
-"""Folders that are watched: which files are new or changed, and finished; what comes and goes is said once."""
+"""Folders that are watched: which files are new or changed, and finished; each change is reported once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_REMEMBERED = 200_000  # files that --watch remembers beside as many as were 
 def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> Iterator[list[Path]]:
     """Once per poll the files that are new or changed, and finished: neither empty nor different from one poll ago.
 
-    What goes away is remembered, as it may come back; what is amiss with the folders is said once on stderr.
+    What goes away is remembered, as it may come back; problems of the folders are reported once on stderr.
 
     Args:
         scored: what was scored, by name, the latest last; kept up to date. What is taken out is given out again.
@@ -54,7 +54,7 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
 
 
 def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The folder's `identity`; said on stderr where it is not what it was ``before``."""
+    """The folder's `identity`; a change since ``before`` is reported on stderr."""
     now = identity(folder)
     if now is None and before is not None:
         print(

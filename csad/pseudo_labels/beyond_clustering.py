@@ -19,7 +19,7 @@ MAX_SEEDS = 1500  # of MeanShift, drawn from all components; every one is the st
 NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwidth
 # Spreads within the lookalikes; of the images, see _cooccurrence.
 LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8
-TAIL = 0.05  # of a cluster's values at either end, not looked at for where to split it
+TAIL = 0.05  # of a cluster's values at either end, ignored in the search for a split
 TRUSTED = 0.5  # of a group's images
 
 # Features of different kinds in comparable units, so that a MeanShift bandwidth of 1 suits them all. Chosen by trying

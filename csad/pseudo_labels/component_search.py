@@ -76,7 +76,7 @@ def _find_in_processes(
         one_picture.find_components,
         proposer=proposer,
         view=view,
-        chosen=settings,
+        settings=settings,
         with_features=with_features,
     )
     pending = [(path, folder) for path, folder in zip(paths, folders) if not (folder / last_written).exists()]

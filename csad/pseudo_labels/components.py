@@ -87,7 +87,7 @@ def shallow_features(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        masks: N of them, (H, W) each, looked at one after the other.
+        masks: N of them, (H, W) each, processed one after the other.
 
     Returns:
         {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64,

@@ -1,7 +1,7 @@
 """The mask algebra of docs/method.md, section 1, on the masks of one picture at its native size.
 
 Two hundred masks of a picture of 1600x1280 would take half a gigabyte as an array and several as numbers to multiply, so
-they are kept bit-packed and looked at one at a time. A single mask is an array (H, W) in which any non-zero pixel is inside.
+they are kept bit-packed and unpacked one at a time. A single mask is an array (H, W) in which any non-zero pixel is inside.
 Nothing here changes its arguments.
 """
 

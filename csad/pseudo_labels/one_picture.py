@@ -23,7 +23,7 @@ def find_components(
     picture: tuple[Path, Path],
     proposer: Proposer,
     view: images.View,
-    chosen: PseudoLabelSettings,
+    settings: PseudoLabelSettings,
     with_features: bool,
 ) -> None:
     """Propose the components of one picture and, ``with_features``, describe them by the shallow ones.
@@ -33,9 +33,9 @@ def find_components(
     """
     path, folder = picture
     pixels = read(path, view, proposer.working_size)
-    propose(pixels, folder, proposer, chosen)
+    propose(pixels, folder, proposer, settings)
     if with_features:
-        files.write_arrays(folder / COMPONENTS, **describe(pixels, clustered_map(folder, chosen))[0])
+        files.write_arrays(folder / COMPONENTS, **describe(pixels, clustered_map(folder, settings))[0])
 
 
 def read(path: Path, view: images.View, size: int | None) -> np.ndarray:
