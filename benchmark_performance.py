@@ -19,11 +19,12 @@ from csad.evaluation.measures import measure
 from csad.evaluation.score_tables import by_category, details, overview, stand_ins_of
 from csad.evaluation.scores import MANY, said_of_choice
 from csad.progress import ProgressBar
+from csad.synthetic.writer import components_root
 
 
 def main() -> None:
     args = with_branches(with_seeds(common_options(__doc__))).parse_args()
-    workspace, _, categories, settings_of = select(args)
+    workspace, dataset, categories, settings_of = select(args)
     workspaces = workspace.of_seeds(args.seeds).values()
     with workspace.lock_with(workspaces):
         runs, missing = [], []
@@ -42,10 +43,11 @@ def main() -> None:
             for name, content in runs[-1].items():
                 files.write_json(seed_workspace.metrics(name), content)
             target = seed_workspace.combined_scores
-            lines = [*by_category(runs[-1]), *overview(runs[-1]), *details(runs[-1]), *missing]
+            summary = overview(runs[-1], with_published=not components_root(dataset.root).exists())
+            lines = [*by_category(runs[-1]), *summary, *details(runs[-1]), *missing]
             files.write_text(target, "\n".join(lines) + "\n")
             if len(runs[-1]) > MANY:
-                lines = overview(runs[-1])
+                lines = summary
         if args.seeds:
             target, lines = workspace.over_seeds(target.stem), over_seeds(runs, args.seeds)
             files.write_text(target, "\n".join(lines) + "\n")

@@ -21,7 +21,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import export_tables
 from csad.evaluation.scores import FUSED, MANY, fused_mean, lowest_first
-from csad.export.assembly import versions
+from csad.export.versions import versions
 from csad.progress import ProgressBar
 from csad.report import page
 from csad.report.cards import card, choose_side

@@ -5,8 +5,8 @@
 For each number and draw, training images are drawn at random (of one draw, the smaller sets are part of the larger) and
 linked into a data set of their own; validation and test images are all that there are. Every stage then runs anew
 in a process of its own, with the draw for a seed. A number over what a category has stands for all it has.
-Writes few_images.json and few_images.svg to --output; the same command continues where it stopped. A stage that refuses
-so few images is told in the table.
+Writes few_images.json to --output (benchmarks.results plots it); the same command continues where it stopped. A stage
+that refuses so few images is named in the table.
 """
 
 from __future__ import annotations
@@ -68,9 +68,6 @@ def main() -> None:
             }
             files.write_json(args.output / "few_images.json", content)
     print("\n".join(table(rows)))
-    from benchmarks import results_plots  # needs matplotlib
-
-    files.write_bytes(args.output / "few_images.svg", results_plots.few_images(content))
 
 
 def measure(

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from csad.export.assembly import versions
+from csad.export.versions import versions
 
 import torch
 

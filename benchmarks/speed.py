@@ -20,7 +20,7 @@ from pathlib import Path
 from csad.data import files, images
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
-from csad.export.assembly import versions
+from csad.export.versions import versions
 from csad.progress import ProgressBar
 
 import numpy as np

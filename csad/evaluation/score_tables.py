@@ -26,8 +26,12 @@ def by_category(measured: dict[str, dict]) -> list[str]:
     return lines
 
 
-def overview(measured: dict[str, dict]) -> list[str]:
-    """What concerns all categories together; of many, the lowest by name."""
+def overview(measured: dict[str, dict], with_published: bool = True) -> list[str]:
+    """What concerns all categories together; of many, the lowest by name.
+
+    Args:
+        with_published: published figures stand below categories of MVTec LOCO AD's names; not if others bear these.
+    """
     contents = list(measured.values())
     lines = ["", f"data set: {contents[0]['dataset']}"]
     for branches in [
@@ -53,9 +57,9 @@ def overview(measured: dict[str, dict]) -> list[str]:
     ]
     if stand_ins := stand_ins_of([measured]):
         lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    elif LOCO & {content["category"] for content in contents}:
-        lines.append(PUBLISHED)
     lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
+    if with_published and LOCO & {content["category"] for content in contents}:
+        lines.append(PUBLISHED)
     if len(contents) > MANY:
         lines += [
             "",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import csad
 from csad import settings
 from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
@@ -17,6 +14,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.areas import area_statistics
 from csad.evaluation.scores import normalisation
+from csad.export.versions import versions
 
 import torch
 
@@ -35,8 +33,6 @@ from models.fused import (
 from models.fusion import EXPORTED_STD_FLOOR
 from models.histogram_evidence import HistogramEvidence
 from models.patch_memory import PatchMemory
-
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "openvino", "nncf")
 
 
 def sources(category: str, workspace: Workspace, branches: list[str]) -> dict[str, str]:
@@ -303,14 +299,3 @@ def _require_same(name: str, saved: dict[str, dict]) -> None:
                     f"{name}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {words}"
                     f"{told}; run both with the same options and data"
                 )
-
-
-def versions() -> dict[str, str]:
-    """Of this code, of Python, and of the packages that make or run exported models, those that are installed."""
-    found = {"csad": csad.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
