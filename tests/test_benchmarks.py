@@ -14,7 +14,7 @@ from csad.synthetic.writer import components_root
 import numpy as np
 import pytest
 
-from benchmarks import label_quality, many_categories, speed, training_speed
+from benchmarks import label_quality, many_categories, pseudo_label_speed, speed, training_speed
 from models import fused
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,33 @@ def test_each_runs_as_a_module_and_needs_no_tests(name):
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(pseudo_label_speed, "ROTATIONS", 2)
+    monkeypatch.setattr(pseudo_label_speed, "PUBLISHED", "efficientnet_lite0")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "pseudo_label_speed",
+            "--device",
+            "cpu",
+            "--sam",
+            "--grounding_dino",
+            "--components",
+            "120",
+            "--scikit_learn",
+        ],
+    )
+    pseudo_label_speed.main()
+    rows = [
+        line.split("|")[1:4]
+        for line in capsys.readouterr().out.splitlines()
+        if re.search(r"\| +\d+\.\d+ \|", line)
+    ]
+    assert len(rows) == 7 and all(float(seconds) >= 0 for _, seconds, _ in rows)
+    assert {what.strip() for _, _, what in rows} == {"image", "component"}
 
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
