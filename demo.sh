@@ -20,6 +20,7 @@ while [ $# -gt 0 ]; do
             images="--train 60 --validation 20 --test_good 20 --test_logical 20 --test_structural 20" ;;
         --workspace) workspace="${2:?--workspace needs a folder}"; shift ;;
         --seed) seed="${2:?--seed needs a number}"; shift ;;
+        -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' demo.sh; exit ;;
         *) echo "error: unknown option $1; there are --all, --small, --workspace FOLDER and --seed N" >&2; exit 2 ;;
     esac
     shift

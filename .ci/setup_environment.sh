@@ -8,7 +8,7 @@ if [ "$(cat "$environment/.installed" 2>/dev/null || true)" != "$lock" ]; then
         echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
         exit 2
     }
-    echo "Setting up $environment (first time: several GB of packages, a few minutes) ..."
+    echo "Setting up $environment by requirements.lock (the first time several GB of packages; interrupted, again) ..."
     "${PYTHON:-python3}" -m venv "$environment" || {
         echo "error: python3 -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2
         exit 2

@@ -95,7 +95,10 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
     assert not workspace.progress(CATEGORY, "segmentor").exists()
 
     parameters = files.read_arrays(workspace.patch_histogram_parameters(CATEGORY))
-    assert parameters.keys() == set(PARAMETER_NAMES)
+    held_out = {
+        f"{name}_{kind}_score" for name in ("hist", "patch_hist") for kind in ("held_out", "incomplete")
+    }
+    assert parameters.keys() == {*PARAMETER_NAMES, *held_out}
     assert parameters["patch_hist_invcov"].shape == (4 * (PARTS + 1),) * 2
     scores = {
         part: files.read_array(workspace.scores(CATEGORY, "patchhist", part))
