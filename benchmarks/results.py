@@ -201,7 +201,7 @@ def older(root: Path, made: dict[str, Any], sources: Sequence[str]) -> str | Non
             return "git does not know its commit here."
         if last and git(root, "merge-base", "--is-ancestor", last, commit) is None:
             date = git(root, "log", "-1", "--format=%cs", last)
-            return f"files that decide its figures changed since, last in `{last[:7]}` of {date}."
+            return f"its files changed since, last in `{last[:7]}` of {date}."
     return None
 
 
