@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE, OUTSIDE, SIZE
 from models.dfm import DeepFeatureModel, model_from_state, pool
+from models.fusion import MAXIMUM_EXPONENT, STRENGTH_EXPONENT
 from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST, LgstMap
 from models.lgst_on_features import FeatureLGST
@@ -125,16 +126,12 @@ class FusedModel(nn.Module):
             scores.append(self.dfm.score(errors))
             branch_maps.append(self.dfm.scaled(errors))
         branch_scores = torch.stack([self.contribution(*each) for each in zip(self.branches, scores)], 1)
-        # A branch that hardly counts in the score does not paint over the others either.
-        weighted = [
-            branch_map if self.weights[branch] == 1 else self.weights[branch] * branch_map
-            for branch, branch_map in zip(self.branches, branch_maps)
-        ]
+        stacked = torch.stack(branch_maps, 1)
         return Prediction(
             branch_scores.sum(1),
             branch_scores,
-            torch.stack(weighted, 1).amax(1),
-            torch.stack(branch_maps, 1),
+            fused_map(stacked, branch_scores, self.rule),
+            stacked,
             label_map.to(torch.uint8),
         )
 
@@ -152,6 +149,14 @@ class FusedModel(nn.Module):
         mean, std = (getattr(self, f"{BRANCHES[branch].statistics}_{end}") for end in ("mean", "std"))
         z = (score - mean) / std
         return self.weights[branch] * (F.softplus(z) if self.rule == "softplus" else z)
+
+
+def fused_map(branch_maps: Tensor, contributions: Tensor, rule: str) -> Tensor:
+    """As `models.fusion.fused_map`: branch maps (B, K, h, w), contributions (B, K) -> (B, h, w)."""
+    positive = branch_maps.clamp(min=0)
+    strengths = contributions if rule == "softplus" else F.softplus(contributions)
+    heights = strengths**STRENGTH_EXPONENT / positive.amax((2, 3)).clamp(min=1) ** MAXIMUM_EXPONENT
+    return (positive * heights[:, :, None, None]).sum(1)
 
 
 def to_rgb(normalised: Tensor, mean: Tensor, std: Tensor, size: int) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
 SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS
+# The fused map: powers of what a branch adds to the score, and of its map's maximum, by which the map is divided.
+STRENGTH_EXPONENT, MAXIMUM_EXPONENT = 0.1, 0.75
 DEAD_ZONE = 1.5  # stds over the mean from which softplus counts: what good images reach adds next to nothing
 
 
@@ -72,3 +74,20 @@ def share(normalised: np.ndarray, rule: str) -> np.ndarray:
 def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], rule: str) -> np.ndarray:
     """The weighted sum of the branches' shares, (n,); a branch without a weight is left out."""
     return np.sum([weight * share(scores[branch], rule) for branch, weight in weights.items()], axis=0)
+
+
+def fused_map(branch_maps: np.ndarray, contributions: np.ndarray, rule: str) -> np.ndarray:
+    """The sum of the branches' maps, brought closer to each other in height (docs/beyond.md, fusion).
+
+    Args:
+        branch_maps: (N, K, h, w), scaled so that of good images' values 0.5 % lie over 1; what lies below 0 is taken as 0.
+        contributions: (N, K), each branch's weight times its share of the score (`share`).
+
+    Returns:
+        (N, h, w): sum over branches of strength^0.1 times map / max(1, the map's maximum)^0.75. The strength is the contribution
+        or, as a plain sum's may be negative, log(1 + exp of it).
+    """
+    positive = np.maximum(branch_maps, 0)
+    strengths = share(contributions, "softplus") if rule == "sum" else contributions
+    heights = strengths**STRENGTH_EXPONENT / np.maximum(positive.max((2, 3)), 1) ** MAXIMUM_EXPONENT
+    return (positive * heights[:, :, None, None]).sum(1)

@@ -6,9 +6,11 @@ from csad.evaluation.thresholds import choose_threshold
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import fused
 from models.fusion import (
     EXPORTED_STD_FLOOR,
     apply_z,
@@ -16,6 +18,7 @@ from models.fusion import (
     fit_trimmed_z,
     fit_z,
     fuse,
+    fused_map,
     share,
 )
 
@@ -175,3 +178,29 @@ def test_words_say_what_is_promised_and_what_it_would_take():
 def test_a_threshold_of_nothing_is_refused(values, rate):
     with pytest.raises(ValueError):
         choose_threshold(np.array(values), rate)
+
+
+# The fused map
+
+
+def test_a_branch_that_adds_little_does_not_paint_over_the_others():
+    """DFM's map is three times as high, but the score is the memory's: what the memory points at stays the highest."""
+    memory, dfm = [[9.0, 0.0]], [[0.0, 27.0]]
+    drawn = fused_map(np.array([[memory, dfm]]), np.array([[20.0, 0.01]]), "softplus")[0, 0]
+    assert drawn[0] == pytest.approx(20**0.1 * 9**0.25) and drawn[1] == pytest.approx(0.01**0.1 * 27**0.25)
+    assert drawn[0] > drawn[1]
+
+
+def test_what_is_usual_in_good_images_is_not_made_higher():
+    maps = np.array([[[[0.2, -3.0]]]])
+    np.testing.assert_allclose(fused_map(maps, np.array([[1.0]]), "softplus"), [[[0.2, 0]]])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from(["sum", "softplus"]))
+@settings(deadline=None, max_examples=30)
+def test_the_model_and_stage_5_fuse_maps_alike(seed, branches, rule):
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(0, 3, (2, branches, 5, 4)).astype(np.float32)
+    contributions = share(rng.normal(0, 5, (2, branches)), rule).astype(np.float32)
+    of_model = fused.fused_map(torch.from_numpy(maps), torch.from_numpy(contributions), rule)
+    np.testing.assert_allclose(of_model, fused_map(maps, contributions, rule), rtol=1e-5)

@@ -8,7 +8,7 @@ import time
 from csad.data import layouts
 from csad.errors import UserError
 from csad.evaluation import metrics
-from csad.evaluation.localisation import enlarge, fused_maps, measure, read_regions, read_saturations
+from csad.evaluation.localisation import enlarge, measure, read_regions, read_saturations
 from csad.evaluation.spro import FPR_LIMITS, Region, SproCurve, area_up_to, by_definition
 
 import cv2
@@ -263,9 +263,3 @@ def test_lossy_masks_are_measured_by_what_was_drawn_and_named_once(category, cap
     for _ in range(2):
         assert measure(layouts.Category(category.root), maps, layouts.LOGICAL) == expected
     assert capsys.readouterr().err.count("lossy format") == 1
-
-
-def test_a_branch_that_hardly_counts_does_not_paint_over_the_others():
-    maps = {"memory": {"val": np.array([[[1.0, 0.0]]])}, "DFM": {"val": np.array([[[2.0, 3.0]]])}}
-    fused = fused_maps(maps, {"memory": 1.0, "DFM": 0.25})
-    np.testing.assert_array_equal(fused["val"], [[[1.0, 0.75]]])

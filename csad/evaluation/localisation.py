@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from csad.data import defects, files, image_files, images, layouts
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from models.constants import MAP_SIZE
+from models.fusion import fused_map
 
 _said_lossy: set[Path] = set()  # categories whose lossy masks were named
 
@@ -36,18 +37,40 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def fused_maps(maps: dict[str, dict[str, np.ndarray]], weights: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The largest of the branches' maps at each pixel, each times its branch's weight, by split, as in the exported model.
+def fused_maps(
+    category: layouts.Category,
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+    contributions: Mapping[str, Mapping[str, np.ndarray]],
+    rule: str,
+    splits: Iterable[str],
+) -> dict[str, np.ndarray]:
+    """The fused maps (N, h, w) of each split's test images, as in the exported model (`models.fusion.fused_map`).
 
     Args:
         maps: by branch, then by split, (N, h, w).
+        contributions: to the scores, by branch, then by split, (N,).
+
+    Raises:
+        UserError: maps and images differ in number.
     """
-    splits = set.intersection(*(set(by_split) for by_split in maps.values()))
-    return {
-        split: np.max([weights[branch] * by_split[split] for branch, by_split in maps.items()], axis=0)
-        for split in next(iter(maps.values()))
-        if split in splits
-    }
+    fused = {}
+    for split in splits:
+        for of_branch in maps.values():
+            _require_maps(category, split, of_branch)
+        stacked = np.stack([of_branch[split] for of_branch in maps.values()], 1)
+        fused[split] = fused_map(
+            stacked, np.stack([contributions[branch][split] for branch in maps], 1), rule
+        )
+    return fused
+
+
+def _require_maps(category: layouts.Category, split: str, maps: Mapping[str, np.ndarray]) -> None:
+    images, count = len(category.test(split)), len(maps.get(split, ()))
+    if count != images:
+        raise UserError(
+            f"{category.name}: there are {count} anomaly maps of {split} test images, but {images} images; "
+            "run the stages that drew them with --overwrite"
+        )
 
 
 def measure(
@@ -66,13 +89,8 @@ def measure(
     curve = SproCurve()
     saturations, left_out = read_saturations(category), without_masks(category, split)
     for measured in (layouts.GOOD, split):
-        paths = category.test(measured)
-        if len(maps.get(measured, ())) != len(paths):
-            raise UserError(
-                f"{category.name}: there are {len(maps.get(measured, ()))} anomaly maps of {measured} test images, "
-                f"but {len(paths)} images; run the stages that drew them with --overwrite"
-            )
-        for path, small in zip(paths, maps[measured]):
+        _require_maps(category, measured, maps)
+        for path, small in zip(category.test(measured), maps[measured]):
             if _test_folder(category, path) in left_out:
                 continue
             size = category.displayed_size(path)

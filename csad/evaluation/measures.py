@@ -29,7 +29,7 @@ from csad.progress import ProgressBar
 import numpy as np
 
 from models.constants import SIZE
-from models.fusion import fuse
+from models.fusion import fuse, share
 
 NO_COMPONENT_MAP = (
     "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
@@ -66,7 +66,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
         "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
         "defects": single_defects(category, sums),
         "localisation": {
-            name: localisation_metrics(category, workspace, sum_weights, roi)
+            name: localisation_metrics(category, workspace, scores, rule, sum_weights, roi)
             for name, sum_weights in (
                 {branch: {branch: 1.0} for branch in branches} | {FUSED: weights}
             ).items()
@@ -130,11 +130,15 @@ def single_defects(
 
 
 def localisation_metrics(
-    category: layouts.Category, workspace: Workspace, weights: dict[str, float], roi: np.ndarray | None
+    category: layouts.Category,
+    workspace: Workspace,
+    scores: Scores,
+    rule: str,
+    weights: dict[str, float],
+    roi: np.ndarray | None,
 ) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
-    branches = list(weights)
-    drawing = [branch for branch in branches if has_map(category, workspace, branch)]
+    drawing = [branch for branch in weights if has_map(category, workspace, branch)]
     if not drawing:
         return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
     for branch in drawing:
@@ -142,24 +146,29 @@ def localisation_metrics(
         if not path.exists():
             why = f"{path.relative_to(workspace.root)} is missing; {BRANCHES[branch].stage} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
-    by_branch = {
+    maps = {
         branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing
     }
-    for branch in set(branches) - set(drawing):  # as in the exported model
-        by_branch[branch] = {split: np.zeros_like(values) for split, values in by_branch[drawing[0]].items()}
-    maps = localisation.fused_maps(by_branch, weights)
+    contributions = {
+        branch: {
+            split: weights[branch] * share(values, rule)
+            for split, values in by_split(category, scores[branch]).items()
+        }
+        for branch in drawing
+    }
     metrics = {}
     for name, split in ANOMALIES.items():
         try:
             if not category.test(split):
                 raise UserError(f"{category.name} has no {name} test images")
-            measured = localisation.measure(category, maps, split, roi)
+            fused = localisation.fused_maps(category, maps, contributions, rule, (layouts.GOOD, split))
+            measured = localisation.measure(category, fused, split, roi)
             metrics[name] = {
                 "spro": {str(limit): area for limit, area in measured.spro.items()},
                 "pixel_auroc": measured.pixel_auroc,
                 "pixel_f1_max": measured.pixel_f1_max,
                 "left_out": sorted(localisation.without_masks(category, split)),
-                "note": NO_COMPONENT_MAP if len(drawing) < len(branches) else "",
+                "note": NO_COMPONENT_MAP if len(drawing) < len(weights) else "",
             }
         except UserError as problem:  # image-level figures are worth having without it
             # Metrics and report go to other people, whose folders are others.
