@@ -84,7 +84,8 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     backbone = agreed_backbone(args, workspace, device, with_deepest)
     tasks = {}
     for category in categories:
-        workers = 1 if args.ray else args.workers  # a cluster fills its cores by itself
+        # Categories side by side share the cores, and a cluster fills its own by itself.
+        workers = 1 if args.ray else max(1, args.workers // min(args.jobs, len(categories)))
         cfg = settings_of[category.name]
         stage = PseudoLabelStage(category, workspace, cfg, backbone, device, args, workers)
         if not args.ray:

@@ -13,6 +13,7 @@ from csad.data import data_sets, layouts
 from csad.data.files import path_argument
 from csad.data.workspace import Workspace
 from csad.errors import UserError
+from csad.processes import number_of_processes
 
 import yaml
 
@@ -137,7 +138,15 @@ def training_options(description: str) -> argparse.ArgumentParser:
 
 
 def with_cluster(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--ray`` and ``--dry_run``, for the stages that work category by category."""
+    """Add ``--jobs``, ``--ray`` and ``--dry_run``, for the stages that work category by category."""
+    parser.add_argument(
+        "--jobs",
+        type=number_of_processes,
+        default=1,
+        metavar="N",
+        help="categories and seeds side by side in N processes, each with its share of the cores (default: 1); "
+        "the last digits of scores depend on the number of threads",
+    )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",

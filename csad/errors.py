@@ -129,7 +129,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     _note_signal(signal.SIGINT)
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             main()
     except KeyboardInterrupt as problem:
         _stop(
@@ -157,7 +157,7 @@ def _note_signal(number: int) -> None:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, like Ctrl-C: locks and temporary files are removed, and the user is told what is kept."""
 
     def terminate(number: int, frame: object) -> None:

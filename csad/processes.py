@@ -42,14 +42,14 @@ def workers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, me
     """The option ``--workers``."""
     parser.add_argument(
         "--workers",
-        type=_number,
+        type=number_of_processes,
         default=cores(),
         metavar="N",
         help=f"{meaning}; the results do not depend on it, by default one for each core",
     )
 
 
-def _number(text: str) -> int:
+def number_of_processes(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of processes; it must be 1 or more")
     return int(text)
@@ -99,22 +99,31 @@ def _circumstances_of_workers() -> Iterator[None]:
     Ctrl-C reaches all processes of a terminal, and is for their parent to handle.
     """
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    threads = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
     before = None
     if hasattr(signal, "pthread_sigmask"):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        yield
+        with threads_of_children(cores()):
+            yield
     finally:
         sys.modules["__main__"] = script
-        for name, value in threads.items():
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def threads_of_children(count: int) -> Iterator[None]:
+    """What ``count`` processes that are started meanwhile inherit: each its share of the cores, as many threads."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // count))))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
@@ -124,14 +133,18 @@ def _begin(work: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "cv2" in sys.modules:  # heeds no variable; a work without OpenCV needs not load it
         sys.modules["cv2"].setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed outright cannot tell its workers, which would wait for ever."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+def end_with_parent() -> None:
+    """End this process where its parent is killed outright: that one cannot tell its children, which would wait for ever."""
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _do(picture: Any) -> Any:

@@ -1,14 +1,23 @@
-"""What a stage has to do, job by job, for whatever does it: one process (csad.training.jobs) or a cluster (csad.cluster)."""
+"""What a stage has to do, job by job, for whatever does it: this machine (csad.training.jobs) or a cluster (csad.cluster)."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from csad.data import layouts
-from csad.errors import user_message
+from csad.data.records import digest_lines
+from csad.errors import disk_is_full, user_message
+from csad.progress import ProgressBar
+
+MAX_BARS = 20  # shown at a time
 
 
 class Task(NamedTuple):
@@ -40,3 +49,79 @@ def one_line(problem: Exception) -> str:
 def traceback_if_bug(problem: Exception) -> str:
     """The traceback of a programming error; nothing where a sentence tells all."""
     return "" if user_message(problem) else "".join(traceback.format_exception(problem))
+
+
+class Outcome(NamedTuple):
+    """What came of a job in another process: what it printed and returned, or why it failed."""
+
+    printed: str = ""
+    result: Any = None
+    failure: str | None = None
+    disk_full: bool = False
+
+
+def outcome_of(do: Callable[[], Any]) -> Outcome:
+    """Do a job; what it prints is kept for the process that asked for it."""
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            return Outcome(result=do(), printed=printed.getvalue())
+        except Exception as problem:
+            return Outcome(
+                printed.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
+            )
+
+
+def narrowed(args: argparse.Namespace, task: Task) -> argparse.Namespace:
+    """The command line's arguments for one category and seed alone."""
+    seeds = {} if task.seed is None else {"seeds": [task.seed]}
+    return argparse.Namespace(**vars(args) | {"categories": [task.category.name]} | seeds)
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """The path, but for its suffix, of a job's files in a folder."""
+    return folder / digest_lines([name])
+
+
+def tell_progress_in(path: Path) -> None:
+    """Write this process's progress bars as lines into a file that `Bars` reads, once a second."""
+    last = 0.0
+
+    def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
+
+    ProgressBar.display = display
+
+
+class Bars:
+    """One bar for all jobs and, in a terminal, the bar of each that runs (`tell_progress_in`)."""
+
+    def __init__(self, folder: Path, total: int):
+        self.folder = folder
+        self.all = ProgressBar(total=total, desc="jobs", unit="job")
+        self.lines = [
+            ProgressBar(bar_format="{desc}", position=index + 1, leave=False)
+            for index in range(min(MAX_BARS, total) if sys.stderr.isatty() else 0)
+        ]
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for line in (*self.lines, self.all):
+            line.close()
+
+    def finished(self, printed: str) -> None:
+        if printed:
+            ProgressBar.write(printed, end="")
+        self.all.update()
+
+    def show(self, names: Iterable[str]) -> None:
+        if not self.lines:
+            return
+        bar_files = [path_of(self.folder, name).with_suffix(".bar") for name in names]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in bar_files if path.exists()]
+        for line, text in zip(self.lines, texts + [""] * len(self.lines)):
+            line.set_description_str(text[: line.ncols or 100])

@@ -7,22 +7,14 @@ itself, and continues from the progress file on the shared workspace.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Iterable
-from contextlib import redirect_stdout
-from io import StringIO
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from csad.cluster.connection import Driver, connected, environment, most, node_resources
 from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
-from csad.data.records import digest_lines
 from csad.data.workspace import Workspace
-from csad.errors import UserError, defer_interrupts, disk_is_full
-from csad.progress import ProgressBar
-from csad.tasks import Jobs, Task, one_line, traceback_if_bug
+from csad.errors import UserError, defer_interrupts
+from csad.tasks import Bars, Jobs, Outcome, Task, narrowed, outcome_of, path_of, tell_progress_in
 
 RETRIES = 20  # of a job whose node or worker died
 # For which a job waits until its predecessor, whose driver or node was lost, has ended.
@@ -30,16 +22,6 @@ TAKE_OVER_SECONDS = STALE_SECONDS + 60
 SAVE_SECONDS = 30  # given to jobs that are interrupted, to save their progress
 MEMORY_BYTES = 3 * 2**29  # of a job without images
 COPIES = 8  # of its images, that a job may hold at once in one form or another
-MAX_BARS = 20  # shown at a time
-
-
-class Outcome(NamedTuple):
-    """What came of a job: what it printed and returned, or why it failed."""
-
-    printed: str = ""
-    result: Any = None
-    failure: str | None = None
-    disk_full: bool = False
 
 
 def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
@@ -63,12 +45,9 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
         remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
         started: dict[str, Any] = {}
         for name, task in tasks.items():
-            narrowed = {"categories": [task.category.name]} | (
-                {} if task.seed is None else {"seeds": [task.seed]}
-            )
             started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
                 jobs,
-                argparse.Namespace(**vars(args) | narrowed),
+                narrowed(args, task),
                 name,
                 driver,
                 *(started[predecessor] for predecessor in task.after),
@@ -130,71 +109,19 @@ def perform(jobs: Jobs, args: argparse.Namespace, name: str, driver: Driver, *be
     for outcome in before:
         if outcome.failure or outcome.result is False:
             return outcome._replace(printed="")
-    with redirect_stdout(StringIO()) as printed:
+
+    def do() -> Any:
+        driver.enter()
+        path = path_of(driver.folder, name)
         try:
-            driver.enter()
-            path = place_of(driver.folder, name)
-            try:
-                lock = FileLock(path.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
-            except LockHeld as problem:
-                raise UserError(
-                    f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
-                    "the same command again"
-                ) from problem
-            with lock:
-                tell_progress_in(path.with_suffix(".bar"))
-                return Outcome(result=jobs(args)[name].do(), printed=printed.getvalue())
-        except Exception as problem:
-            return Outcome(
-                printed.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
-            )
+            lock = FileLock(path.with_suffix(".lock")).acquire(TAKE_OVER_SECONDS)
+        except LockHeld as problem:
+            raise UserError(
+                f"an earlier attempt is still at work ({problem.owner}) on a node that was lost; end it, and run "
+                "the same command again"
+            ) from problem
+        with lock:
+            tell_progress_in(path.with_suffix(".bar"))
+            return jobs(args)[name].do()
 
-
-def place_of(folder: Path, name: str) -> Path:
-    """The path, but for its suffix, of a job's files in the driver's folder."""
-    return folder / digest_lines([name])
-
-
-def tell_progress_in(path: Path) -> None:
-    """Write this process's progress bars as lines into a file that the driver reads, once a second."""
-    last = 0.0
-
-    def display(bar: ProgressBar, msg: str | None = None, pos: int | None = None) -> None:
-        nonlocal last
-        if time.monotonic() - last > 1:
-            last = time.monotonic()
-            path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
-
-    ProgressBar.display = display
-
-
-class Bars:
-    """One bar for all jobs and, in a terminal, the bar of each that runs."""
-
-    def __init__(self, folder: Path, total: int):
-        self.folder = folder
-        self.all = ProgressBar(total=total, desc="jobs", unit="job")
-        self.lines = [
-            ProgressBar(bar_format="{desc}", position=index + 1, leave=False)
-            for index in range(min(MAX_BARS, total) if sys.stderr.isatty() else 0)
-        ]
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for line in (*self.lines, self.all):
-            line.close()
-
-    def finished(self, printed: str) -> None:
-        if printed:
-            ProgressBar.write(printed, end="")
-        self.all.update()
-
-    def show(self, names: Iterable[str]) -> None:
-        if not self.lines:
-            return
-        bar_files = [place_of(self.folder, name).with_suffix(".bar") for name in names]
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in bar_files if path.exists()]
-        for line, text in zip(self.lines, texts + [""] * len(self.lines)):
-            line.set_description_str(text[: line.ncols or 100])
+    return outcome_of(do)

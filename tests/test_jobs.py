@@ -1,0 +1,109 @@
+"""Categories and seeds side by side in processes of this machine (--jobs): the same bytes, whatever ends them meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_discs
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256")
+NARROW = ("--lgst.width", "16", "--lgst.teacher_channels", "16")
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("bolts", "damaged", "discs"):
+        make_discs(folder, name, train=6, validation=2, test=2)
+    (folder / "damaged/train/good/003.png").write_bytes(b"no picture")
+    return folder
+
+
+def start(workspace: Path, dataset: Path, *extra: str) -> subprocess.Popen:
+    """Stage 3, with one thread for each process."""
+    threads = str(len(os.sched_getaffinity(0)) // 2) if "--jobs" not in extra else "8"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "CSAD.py",
+            "--workspace",
+            workspace,
+            "--dataset_root",
+            dataset,
+            *TINY,
+            *NARROW,
+            *extra,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+    )
+
+
+def contents(workspace: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(workspace)): path.read_bytes()
+        for path in workspace.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
+)
+def test_side_by_side_gives_the_same_bytes_and_a_failure_does_not_stop_the_others(dataset, tmp_path):
+    arguments = ("--lgst.steps", "20", "--seeds", "0")
+    said = start(tmp_path / "one", dataset, *arguments).communicate(timeout=PATIENCE)[0]
+    driver = start(tmp_path / "two", dataset, *arguments, "--jobs", "2")
+    said_by_two = driver.communicate(timeout=PATIENCE)[0]
+    assert driver.returncode == 2
+    assert "error: 1 of 3 failed, the others are finished; damaged, seed 0: " in said_by_two
+    assert said.splitlines()[-1] == said_by_two.splitlines()[-1]
+    found, expected = contents(tmp_path / "two"), contents(tmp_path / "one")
+    assert found == expected and any(name.endswith("_LGST_val_score.npy") for name in found)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_every_job_save_its_progress(dataset, tmp_path, number, status):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("the signal is ignored here")
+    arguments = ("--categories", "bolts", "discs", "--lgst.steps", "100000", "--jobs", "2")
+    driver = start(tmp_path, dataset, *arguments)
+    deadline = time.monotonic() + PATIENCE
+    while len(children := working(driver.pid)) < 2:
+        assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
+        time.sleep(0.2)
+    time.sleep(3)
+    driver.send_signal(number)
+    said = driver.communicate(timeout=PATIENCE)[0]
+    assert driver.returncode == status and "everything finished so far is kept" in said
+    assert "Traceback" not in said
+    assert len(list(tmp_path.glob("ckpt/*_lgst_progress.pth"))) == 2
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def working(parent: int) -> list[int]:
+    """Processes that have a parent, and more than a second of processor time: those that train."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and int(fields[11]) / os.sysconf("SC_CLK_TCK") > 6:
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_a_cluster_and_processes_of_this_machine_are_not_for_one_run(dataset, tmp_path):
+    driver = start(tmp_path, dataset, "--jobs", "2", "--ray", "local")
+    said = driver.communicate(timeout=PATIENCE)[0]
+    assert driver.returncode == 2 and "--jobs is for this machine, --ray for a cluster; take one" in said
