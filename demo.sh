@@ -31,13 +31,14 @@ done
 # Stand-ins by name, so that the demo is the same on every machine, with or without downloads.
 dataset="$workspace/datasets/synthetic_loco"
 stage=(--workspace "$workspace" --dataset_root "$dataset" --categories $categories --preset quick --seed "$seed")
+side_by_side=(--jobs 2)
 
 "$python" make_synthetic_loco.py --dataset_root "$dataset" --categories $categories --seed "$seed" $images
-"$python" pseudo_label.py "${stage[@]}" --backbone efficientnet_lite0 --pseudo_labels.proposer classical
-"$python" train_segmentor.py "${stage[@]}" --backbone efficientnet_lite0
-"$python" CSAD.py "${stage[@]}" --backbone efficientnet_lite0
-"$python" patch_memory.py "${stage[@]}" --backbone efficientnet_lite0
-"$python" export_model.py "${stage[@]}" --format torch
+"$python" pseudo_label.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0 --pseudo_labels.proposer classical
+"$python" train_segmentor.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+"$python" CSAD.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+"$python" patch_memory.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+"$python" export_model.py "${stage[@]}" "${side_by_side[@]}" --format torch
 "$python" benchmark_performance.py "${stage[@]}" > /dev/null
 "$python" report.py "${stage[@]}"
 
