@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import csad
 from csad.data.files import path_argument
-from csad.errors import UserError, defer_interrupts, run_script
+from csad.errors import OptionParser, UserError, defer_interrupts, run_script
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.folders import input_images, no_images, path_or_url
 from csad.inference.inspection import Picture, read_picture, verdicts_on
@@ -43,7 +43,7 @@ MAX_LISTED = 5  # files left out that are named
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")

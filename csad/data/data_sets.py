@@ -9,7 +9,7 @@ from pathlib import Path
 from csad.data.conventions import advice_on_other_layout
 from csad.data.layouts import Category
 from csad.data.listing import CLUTTER, Unused, entries, reason_to_skip, walk
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Dataset:
             if name not in roots:
                 raise UserError(
                     f"there is no category '{name}' in {self.root}; it has {', '.join(sorted(roots))}"
+                    f"{did_you_mean(name, roots)}"
                 )
         selected = dict.fromkeys(names or sorted(roots))
         return [Category(roots[name], tuple((logical_defects or {}).get(name, ()))) for name in selected]
