@@ -112,6 +112,7 @@ def export_and_evaluate(job: ExportJob) -> dict | None:
     engine = open_model(path, job.device)
     if not args.inference_only:
         exported_thresholds.write_beside(path, engine.metadata)
+        print(f"{category.name}: {export_tables.threshold_line(engine.metadata)}")
     exporters.require_category(engine.metadata, category.name, path)
     if not category.tested:
         print(f"{category.name}: there are no good test images, so nothing to evaluate")

@@ -81,7 +81,7 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**options, allow_abbrev=False)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         # Before argparse looks: it would first miss the --model of somebody who wrote --modle.
         for argument in given[: given.index("--")] if "--" in given else given:

@@ -16,7 +16,7 @@ from csad.data import data_sets, files, label_colours, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import measures, score_tables, seeds
 from csad.inference import overlays
-from csad.report import cards, figures
+from csad.report import cards, cautions, figures
 from csad.report.page import Outcome
 
 import numpy as np
@@ -152,6 +152,41 @@ def test_the_page_begins_with_how_good_it_is_and_what_went_wrong(page):
 )
 def test_what_a_threshold_does_in_words(outcome, words):
     assert Outcome(*outcome).words == words
+
+
+AREAS = np.full((20, 3), 0.1)
+CLIP_IN_12 = AREAS * ((np.arange(20) >= 8)[:, None] | np.array([[True, False, True]]))
+
+
+@pytest.mark.parametrize(
+    ("areas", "is_left_out", "noticed", "words"),
+    [
+        (AREAS, False, 98.0, ""),
+        (None, False, None, ""),
+        (AREAS[:, :1], False, 98.0, "only one component"),
+        (AREAS, True, 98.0, "do not count in the score"),
+        (AREAS, False, 71.4, "71 times in 100, and 50 is chance"),
+        (CLIP_IN_12, False, None, "20 good pictures (clip in 8)"),
+        (CLIP_IN_12[5:], False, None, ""),  # in 3 of 15
+        (CLIP_IN_12, False, 97.0, ""),  # of products that differ it was tried that a missing part is noticed
+    ],
+)
+def test_poor_components_are_told_in_a_sentence_with_what_to_try(areas, is_left_out, noticed, words):
+    said = cautions.caution(areas, is_left_out, noticed, {2: "clip"})
+    assert words in said and bool(said) == bool(words)
+    assert not said or said.endswith('docs/own_data.md says what to try under "Poor components"')
+
+
+def test_the_first_screen_says_that_components_are_poor_and_names_the_picture_of_the_threshold(results, run):
+    work, dataset = results
+    workspace = Workspace(work)
+    files.write_array(workspace.pseudo_labels("discs <b>").histogram, np.full((12, 1), 0.1))
+    assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
+    text = (work / "report.html").read_text(encoding="utf-8")
+    first_screen = text[text.index('id="good"') : text.index('id="wrong"')]
+    assert "only one component was found" in first_screen
+    last = sorted((dataset / "discs <b>/validation/good").iterdir())[-1].name  # of the rising scores
+    assert f"whose score is the threshold: validation/good/{last}" in text
 
 
 def test_published_figures_stand_under_their_own_categories_alone(results, run):

@@ -97,6 +97,15 @@ def threshold_of(
     return threshold.value, threshold.description
 
 
+def threshold_image(metadata: dict[str, Any]) -> str | None:
+    """The validation image whose score is the threshold in a model's metadata, from its category's folder on.
+
+    None where the threshold is no image's score, or the model does not know the images.
+    """
+    by_score = dict(zip(metadata.get("validation_scores", []), metadata.get("validation_images", [])))
+    return by_score.get(metadata.get("threshold"))
+
+
 def threshold_for(metadata: dict[str, Any], rate: float, model: str) -> Threshold:
     """The threshold for a rate, from the validation scores in a model's metadata; errors as of `threshold_of`."""
     if not len(metadata.get("validation_scores", [])):

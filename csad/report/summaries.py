@@ -14,6 +14,7 @@ from csad.evaluation.scores import FUSED
 from csad.inference import overlays
 from csad.report import figures
 from csad.report.cards import QUALITY
+from csad.report.cautions import component_caution
 from csad.report.measured import Measured
 
 import numpy as np
@@ -35,6 +36,8 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
         "name": category.name,
         "metrics": measured.metrics,
         "threshold": measured.threshold,
+        "caution": component_caution(measured),
+        "threshold_image": threshold_image(measured),
         "note": measured.histogram[1],
         "outcome": measured.outcome(),
         "branches": measured.branches,
@@ -54,6 +57,16 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
         "records": records_of(category, workspace),
         "models": [evaluated for evaluated in models if evaluated["category"] == category.name],
     }
+
+
+def threshold_image(measured: Measured) -> tuple[str, str] | None:
+    """Name and picture, as an address that needs no file, of the validation image that sets the threshold."""
+    path = measured.threshold_image
+    if path is None:
+        return None
+    image = overlays.shrink(images.read_rgb(path, white_level=measured.white_level), PSEUDO_LABEL_SIDE)
+    name = path.relative_to(measured.category.root).as_posix()
+    return name, overlays.data_uri(image, QUALITY)
 
 
 def pseudo_labels(
