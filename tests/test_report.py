@@ -145,7 +145,7 @@ def test_the_page_begins_with_how_good_it_is_and_what_went_wrong(page):
     ("outcome", "words"),
     [
         ((1, 15, 0, 20), "at this threshold 1 of 15 good pictures is rejected, 0 of 20 defects are missed"),
-        ((0, 1, 1, 1), "at this threshold 0 of 1 good pictures are rejected, 1 of 1 defects is missed"),
+        ((0, 1, 1, 1), "at this threshold 0 of 1 good picture is rejected, 1 of 1 defect is missed"),
         ((2, 5, 0, 0), "at this threshold 2 of 5 good pictures are rejected"),
         ((0, 0, 0, 0), "no test images"),
     ],
@@ -381,7 +381,7 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
     assert run("report", *many) == 0
     page = (many[0] / "report.html").read_text()  # of so many, the lowest in full
     assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(
-        rf"<td>fused</td><td>{own:.1f}</td>", page
+        rf"<td>all together</td><td>{own:.1f}</td>", page
     )
 
 

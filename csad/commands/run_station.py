@@ -45,9 +45,7 @@ def main() -> None:
             f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
         ) from problem
     default = Options()
-    parser = OptionParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
         "--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py"

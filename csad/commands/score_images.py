@@ -43,9 +43,7 @@ MAX_LISTED = 5  # files left out that are named
 
 
 def main() -> None:
-    parser = OptionParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
         "images",

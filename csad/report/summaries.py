@@ -20,7 +20,7 @@ from csad.report.measured import Measured
 import numpy as np
 
 PSEUDO_LABELS = 8  # training images shown per category
-PSEUDO_LABEL_SIDE = 160
+PSEUDO_LABEL_SIDE, THRESHOLD_SIDE = 160, 250
 
 
 def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def threshold_image(measured: Measured) -> tuple[str, str] | None:
     path = measured.threshold_image
     if path is None:
         return None
-    image = overlays.shrink(images.read_rgb(path, white_level=measured.white_level), PSEUDO_LABEL_SIDE)
+    image = overlays.shrink(images.read_rgb(path, white_level=measured.white_level), THRESHOLD_SIDE)
     name = path.relative_to(measured.category.root).as_posix()
     return name, overlays.data_uri(image, QUALITY)
 
