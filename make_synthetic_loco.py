@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from csad.data.files import path_argument
+from csad.data.listing import count
 from csad.errors import OptionParser, run_script
 from csad.processes import workers_option
 from csad.synthetic import CATEGORIES
@@ -57,7 +58,7 @@ def main() -> None:
         arguments.dataset_root, arguments.categories, settings, arguments.workers, arguments.overwrite
     )
     print(
-        f"{rendered} pictures rendered into {arguments.dataset_root}, "
+        f"{count(rendered, 'picture')} rendered into {arguments.dataset_root}, "
         f"their component label maps into {components_root(arguments.dataset_root)}"
     )
 

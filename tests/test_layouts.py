@@ -576,3 +576,16 @@ def test_lists_are_read_in_sorted_order_whatever_the_disk_says(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "scandir", Shuffled)
     assert (category.train, category.validation) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "words"),
+    [
+        (1, "label", "1 label"),
+        (0, "image", "0 images"),
+        (2, "good picture", "2 good pictures"),
+        (3, "category", "3 categories"),
+    ],
+)
+def test_one_of_a_kind_is_no_plural(number, thing, words):
+    assert listing.count(number, thing) == words

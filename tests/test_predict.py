@@ -127,7 +127,7 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "component 1 and component 2 are missing" in said
     assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
-    assert "1 files were left out because they are not images" in said and "notes.txt" in said
+    assert "1 file was left out because it is not an image: " in said and "notes.txt" in said
 
 
 def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):

@@ -224,11 +224,17 @@ def test_branches_stand_in_the_order_of_the_result_file(page):
         r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE
     )
     branches = [
-        line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ")
+        line.replace("'", "")
+        .rstrip(",")
+        .replace("patchhist", "patch histogram")
+        .replace(", ", " + ")
+        .replace("fused", "all together")
         for line in listed
     ]
-    assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "fused"]
-    assert re.findall(r"<td>((?:patch histogram|LGST|fused)[^<]*)</td>", page.read_text())[:4] == branches
+    assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "all together"]
+    assert (
+        re.findall(r"<td>((?:patch histogram|LGST|all together)[^<]*)</td>", page.read_text())[:4] == branches
+    )
 
 
 def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
@@ -380,7 +386,7 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
     assert "fused: patchhist 0.25 (sum) in same" in said
     assert run("report", *many) == 0
     page = (many[0] / "report.html").read_text()  # of so many, the lowest in full
-    assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(
+    assert "discs &lt;b&gt;: patch histogram 1, LGST 1." in page and re.search(
         rf"<td>all together</td><td>{own:.1f}</td>", page
     )
 

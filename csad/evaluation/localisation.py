@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from csad.data import defects, files, image_files, images, layouts
+from csad.data.listing import count
 from csad.errors import UserError
 from csad.evaluation.spro import Localisation, Region, SproCurve
 from csad.progress import ProgressBar
@@ -70,7 +71,7 @@ def measure(
         if len(maps.get(measured, ())) != len(paths):
             raise UserError(
                 f"{category.name}: there are {len(maps.get(measured, ()))} anomaly maps of {measured} test images, "
-                f"but {len(paths)} images; run the stages that drew them with --overwrite"
+                f"but {count(len(paths), 'image')}; run the stages that drew them with --overwrite"
             )
         for path, small in zip(paths, maps[measured]):
             if _test_folder(category, path) in left_out:

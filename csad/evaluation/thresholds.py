@@ -44,7 +44,8 @@ class Threshold(NamedTuple):
         if not self.target_fpr:
             return f"{text}; no number of good validation pictures would allow none"
         count, of = _ratio(self.target_fpr)
-        return f"{text}; {math.ceil(1 / self.target_fpr - 1e-9) - 1} good validation pictures would allow {count} in {of}"
+        needed = math.ceil(1 / self.target_fpr - 1e-9) - 1
+        return f"{text}; {needed} good validation picture{'s' * (needed != 1)} would allow {count} in {of}"
 
 
 def _ratio(fraction: float) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from typing import Any
 from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
 from csad.data.workspace import Workspace
-from csad.evaluation import branch_weights
 from csad.evaluation.deviations import title_of
 from csad.evaluation.scores import FUSED
 from csad.inference import overlays
@@ -41,7 +40,6 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
         "note": measured.histogram[1],
         "outcome": measured.outcome(),
         "branches": measured.branches,
-        "weights": branch_weights.describe(measured.weights),
         "images": {split: len(scores[FUSED]) for split, scores in splits.items()},
         "curves": {
             split: figures.roc(splits["good"], scores, f"ROC curves of {category.name}, {split}")

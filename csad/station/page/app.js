@@ -84,7 +84,7 @@ async function work() {
 
 // Every picture gets a row: with the station's verdict, or with the reason why there is none.
 async function score(file, name = file.name || `picture-${stamp()}`) {
-  say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more wait` : ""} …`);
+  say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more to come` : ""} …`);
   const begun = performance.now(), asked = model.name;
   const answer = await answerOn(file, name, asked);
   if (!answer) return waiting.unshift(file); // until the token is right
@@ -396,7 +396,7 @@ function say(text, wrong = false) {
 // What was not inspected is said as long as the list holds it.
 function showMissed() {
   const missed = entries.filter((entry) => entry.verdict === NOT_INSPECTED), last = missed.at(-1);
-  setText("missed", last ? `${missed.length} of ${entries.length} pictures not inspected, the last one ${last.image}: ${last.problem}.` : "");
+  setText("missed", last ? `${missed.length} of ${entries.length} ${entries.length === 1 ? "picture" : "pictures"} not inspected, the last one ${last.image}: ${last.problem}.` : "");
 }
 
 async function showText(link) {
