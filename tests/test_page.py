@@ -235,6 +235,15 @@ def test_the_scores_axis_has_numbers(opened):
     assert shown.locator("#axis-high").inner_text() == ""  # the threshold's number stands there
 
 
+def test_a_score_far_away_leaves_the_others_apart(opened):
+    scores = [float(value) for value in range(1, 11)]
+    shown = opened({"bright": BrightEngine(validation_scores=scores)})
+    drop(shown, 250, "bad.png")
+    assert float(shown.locator("#axis-threshold").inner_text()) == 10
+    assert float(shown.locator("#threshold").get_attribute("max")) < 40
+    assert shown.locator("#axis-high").inner_text() == "250 →"
+
+
 def test_what_is_no_picture_is_listed_as_unreadable(opened):
     shown = opened()
     shown.locator("#file").set_input_files([{"name": "x.png", "mimeType": "image/png", "buffer": b"text"}])

@@ -2,6 +2,7 @@
 
 const SHOWN_ROWS = 200;   // of the list; the download has all
 const KEPT_PICTURES = 40; // whose overlays can be looked at again
+const FAR = 2;             // times the range of good scores and threshold: from there on a score stands at the bar's end
 const BAR = { width: 1000, height: 90 };
 const MAX_TRIES = 4;       // of a picture while the station is busy
 const MAX_WAIT = 30;       // seconds between two of them, whatever the station asks for
@@ -191,8 +192,10 @@ function setText(id, text) { // what a screen reader reads aloud changes only wh
 
 function axis() {
   const values = [...model.validation_scores, model.threshold, thresholds.get(model.name)];
+  const usual = Math.max(...values) - Math.min(...values) || 1;
+  const far = [Math.min(...values) - FAR * usual, Math.max(...values) + FAR * usual];
   const scored = shown?.score ?? null;
-  if (scored !== null) values.push(scored);
+  if (scored !== null) values.push(Math.min(far[1], Math.max(far[0], scored))); // farther ones stand at the end
   const low = Math.min(...values), high = Math.max(...values), margin = (high - low || 1) * 0.06;
   return [low - margin, high + margin];
 }
@@ -224,7 +227,8 @@ function showGauge(keepAxis = false) {
 // The numbers under the bar: its ends, and the threshold under its line; an end that this would cover is left out.
 function showAxis(low, high, share) {
   setText("axis-low", share < 0.2 ? "" : round(low, 3));
-  setText("axis-high", share > 0.8 ? "" : round(high, 3));
+  const beyond = shown && shown.score !== null && shown.score > high;
+  setText("axis-high", beyond ? `${round(shown.score, 3)} →` : share > 0.8 ? "" : round(high, 3));
   setText("axis-threshold", round(thresholds.get(model.name)));
   at("axis-threshold").style.left = `${100 * share}%`;
   at("axis-threshold").style.transform = `translateX(${-100 * share}%)`; // stays within the bar
