@@ -181,6 +181,7 @@ function showVerdict() {
   at("batch").hidden = !shown || batch.length < 2 || !batch.includes(shown);
   setText("batch", picked ? `One of the ${batch.length} pictures that came together.`
     : `The worst of the ${batch.length} pictures that came together; the list below has the others, click one to see it.`);
+  setText("note", shown?.note ? `${shown.note[0].toUpperCase()}${shown.note.slice(1)}.` : "");
   const findings = shown ? findingsOf(shown) : [];
   if (at("findings").innerText !== findings.join("\n")) at("findings").replaceChildren(...findings.map((text) => made("li", text)));
   showGauge();
