@@ -13,9 +13,11 @@ from csad.commands import run_station, score_images
 from csad.data.data_sets import Dataset
 from csad.data.workspace import Workspace
 from csad.errors import OptionParser, UserError, did_you_mean
+from csad.standins.proposer_choice import choose_proposer
 from csad.training.best_on_test import with_checkpoint
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,3 +139,24 @@ def test_an_interruption_of_the_imports_is_one_quiet_line(tmp_path, script, wrap
         text=True,
     )
     assert (done.returncode, done.stderr) == (130, "interrupted; the same command starts again\n")
+
+
+# Settings without effect
+
+
+def test_a_setting_without_effect_is_told_only_to_who_set_it(capsys, tmp_path):
+    """The files for MVTec LOCO AD's categories set some; a first run should not have to explain them."""
+    names = ("bandwidth", "no_sam", "inside_grounding")
+    for category in ("pushpins", "cup"):
+        untouched = settings.load(category, "quick").pseudo_labels
+        assert settings.set_by_a_person(category, untouched, names) == []
+        changed = {"pseudo_labels.bandwidth": 5.0, "pseudo_labels.no_sam": category == "cup"}
+        touched = settings.load(category, "quick", changed).pseudo_labels
+        assert settings.set_by_a_person(category, touched, names) == ["bandwidth", "no_sam"]
+        for cfg in (untouched, touched):
+            cfg = cfg.model_copy(update={"proposer": "classical"})
+            choose_proposer(category, cfg, tmp_path, torch.device("cpu"), False)
+            said = capsys.readouterr().out
+            is_told = category == "cup" and cfg.no_sam  # switched off it changes nothing
+            assert ("--pseudo_labels.no_sam has no effect" in said and "leave it out" in said) == is_told
+            assert is_told or not said
