@@ -136,7 +136,9 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     ("size", "grey", "words"),
     [
         ((640, 480), False, ""),
-        ((320, 240), False, ""),  # another size of the same shape does no harm
+        ((1280, 960), False, ""),
+        ((600, 450), False, ""),  # the model sees 256 x 256 of either
+        ((320, 240), False, "smaller (320 x 240 pixels, not 640 x 480) and so less sharp"),
         ((480, 640), False, "of another shape (480 x 640 pixels, not like 640 x 480) and so is stretched"),
         ((640, 480), True, "grey and not in colour: the score may be too high"),
         ((512, 512), True, "stretched, and grey and not in colour"),
@@ -144,8 +146,8 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
 )
 def test_a_picture_unlike_the_training_pictures_is_told(size, grey, words):
     training = {"size": [640, 480], "grey": False}
-    said = unlike_training(size, grey, training)
-    assert words in said and bool(said) == bool(words) and unlike_training(size, grey, None) == ""
+    said = unlike_training(size, grey, training, 256)
+    assert words in said and bool(said) == bool(words) and unlike_training(size, grey, None, 256) == ""
     verdict = Verdict("a.png", "normal", 1.0, 0.5, note=said)
     assert str(verdict).endswith(f"\n           {said}") == bool(words) and verdict.as_json()["note"] == (
         said or None

@@ -106,17 +106,20 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
         return Picture(name, problem=str(problem))
     view = images.resize(image, engine.size).transpose(2, 0, 1)
     size = image.shape[1::-1]
-    note = unlike_training(size, is_grey(image), engine.metadata.get("training_pictures"))
+    note = unlike_training(size, is_grey(image), engine.metadata.get("training_pictures"), engine.size)
     return Picture(name, view, None if shown_side is None else shrink(image, shown_side), size, note=note)
 
 
-def unlike_training(size: tuple[int, int], grey: bool, training: dict[str, Any] | None) -> str:
+def unlike_training(
+    size: tuple[int, int], grey: bool, training: dict[str, Any] | None, view_side: int
+) -> str:
     """What is different about a picture, where that raises its score; "" where nothing is.
 
     Args:
         size: width and height.
         grey: whether it has no colours.
         training: the same of most training pictures, as the model's metadata says; None: a model that does not know.
+        view_side: width and height in pixels of what the model sees; of larger pictures it sees no more.
     """
     if training is None:
         return ""
@@ -125,6 +128,10 @@ def unlike_training(size: tuple[int, int], grey: bool, training: dict[str, Any] 
     if abs(size[0] * height / (size[1] * width) - 1) > ASPECT_TOLERANCE:
         differences.append(
             f"of another shape ({size[0]} x {size[1]} pixels, not like {width} x {height}) and so is stretched"
+        )
+    elif min(size) < min(height, width, view_side):
+        differences.append(
+            f"smaller ({size[0]} x {size[1]} pixels, not {width} x {height}) and so less sharp"
         )
     if grey != training["grey"]:
         differences.append("grey and not in colour" if grey else "in colour and not grey")
