@@ -441,7 +441,10 @@ def test_a_full_queue_is_a_503_with_a_sentence(station):
         answers = list(clients.map(lambda _: client.post("/score", content=picture()), range(6)))
     refused = [answer for answer in answers if answer.status_code == 503]
     assert refused and len(refused) < 6
-    assert refused[0].headers["retry-after"] == "1" and "wait for bright" in refused[0].json()["error"]
+    assert (
+        refused[0].headers["retry-after"] == "1"
+        and "1 picture waits for bright" in refused[0].json()["error"]
+    )
     client = station({"bright": BrightEngine(seconds=0.3)}, max_requests=2)
     with ThreadPoolExecutor(6) as clients:
         answers = list(clients.map(lambda _: client.post("/score", content=picture()), range(6)))

@@ -173,7 +173,7 @@ def create_app(
                 future = station.batcher.submit(picture)
             except QueueFull:
                 raise overloaded(
-                    f"{station.name} has {count(options.queue_length, 'picture')} waiting already"
+                    f"{count(options.queue_length, 'picture')} wait{'s' * (options.queue_length == 1)} for {station.name} already"
                 ) from None
         verdict = await asyncio.wrap_future(future)
         answer = await loop.run_in_executor(decoders, finish, verdict)
