@@ -41,7 +41,9 @@ IMPOSSIBLE = {
 
 def main() -> None:
     parser = with_cluster(with_branches(with_seeds(common_options(__doc__))))
-    parser.add_argument("--format", default="torch", help=f"of the exported model: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--format", default="torch", choices=FORMATS, help=f"of the exported model: {', '.join(FORMATS)}"
+    )
     parser.add_argument(
         "--precision", default="fp32", choices=PRECISIONS, help="of the networks; the score is fp32 always"
     )
@@ -71,8 +73,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.set_threshold is not None or args.set_false_positive_rate is not None:
         return change_thresholds(args)
-    if args.format not in FORMATS:
-        raise UserError(f"there is no format '{args.format}'; choose from {', '.join(FORMATS)}")
     if (args.format, args.precision) in IMPOSSIBLE:
         raise UserError(IMPOSSIBLE[args.format, args.precision])
     if args.format == "torch" and (args.with_map or args.raw_input):
@@ -112,6 +112,7 @@ def export_and_evaluate(job: ExportJob) -> dict | None:
     engine = open_model(path, job.device)
     if not args.inference_only:
         exported_thresholds.write_beside(path, engine.metadata)
+        print(f"{category.name}: {export_tables.threshold_line(engine.metadata)}")
     exporters.require_category(engine.metadata, category.name, path)
     if not category.tested:
         print(f"{category.name}: there are no good test images, so nothing to evaluate")

@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from csad.data.files import path_argument
-from csad.errors import run_script
+from csad.data.listing import count
+from csad.errors import OptionParser, run_script
 from csad.processes import workers_option
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, components_root, write_dataset
@@ -25,7 +26,7 @@ picture goes into {dataset_root}_components, with the names of the classes and o
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
@@ -57,7 +58,7 @@ def main() -> None:
         arguments.dataset_root, arguments.categories, settings, arguments.workers, arguments.overwrite
     )
     print(
-        f"{rendered} pictures rendered into {arguments.dataset_root}, "
+        f"{count(rendered, 'picture')} rendered into {arguments.dataset_root}, "
         f"their component label maps into {components_root(arguments.dataset_root)}"
     )
 

@@ -21,6 +21,7 @@ from functools import partial
 from csad.cli import common_options, select, with_cluster
 from csad.data import files, layouts
 from csad.data.checks import header_check
+from csad.data.listing import count as counted
 from csad.data.overview import layout_line
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
@@ -188,8 +189,8 @@ class PseudoLabelStage:
             save_info(run.unfinished.info, provenance, features, vectors, image_of, bandwidth, labels)
         stand_ins = ", ".join(provenance["stand_ins"])
         print(
-            f"{name}: {labels.filtered_histogram.shape[1]} labels, {len(labels.trusted)} of {count} images "
-            f"trusted, {labels.groups.max() + 1} kinds of images"
+            f"{name}: {counted(labels.filtered_histogram.shape[1], 'label')}, {len(labels.trusted)} of "
+            f"{counted(count, 'image')} trusted, {counted(labels.groups.max() + 1, 'kind')} of images"
             + (f" (stand-ins: {stand_ins})" if stand_ins else "")
         )
 

@@ -90,7 +90,7 @@ def write_page(
         categories=summaries,
         cards=sorted(cards, key=lambda card: -card["score"]),
         side=side,
-        titles={FUSED: FUSED} | {branch.name: branch.title for branch in BRANCHES.values()},
+        titles={FUSED: "all together"} | {branch.name: branch.title for branch in BRANCHES.values()},
         left_out=left_out,
         versions=versions(),
         rendered=components_root(root).exists(),

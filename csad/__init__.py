@@ -1,6 +1,7 @@
 """What has to happen before anything else is imported: scripts import this first, and nothing but Python itself is needed for it.
 
-Packages that are not installed: instead of a traceback, a sentence with the lines that help.
+How a script ends while it imports, which `csad.errors.run_script` cannot see: Ctrl-C with one line, and where a package is not
+installed with a sentence that has the lines that help, instead of tracebacks.
 
 How a thread of PyTorch's waits for the others: OpenMP looks once, when PyTorch is loaded. By default GNU's OpenMP waits in a
 loop, some milliseconds long, before it sleeps. Where something else wants the same cores it takes them from the very threads
@@ -29,10 +30,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def explain_missing_package(
-    kind: type[BaseException], problem: BaseException, traceback: TracebackType | None
-) -> None:
-    """As `sys.excepthook`: a missing package gets a sentence and exit status 2, all else its traceback."""
+def explain(kind: type[BaseException], problem: BaseException, traceback: TracebackType | None) -> None:
+    """As `sys.excepthook`: Ctrl-C gets a line and status 130, a missing package a sentence and 2, all else its traceback."""
+    if _was_interrupted(problem):
+        print("interrupted; the same command starts again", file=sys.stderr)
+        sys.stderr.flush()
+        raise SystemExit(130)
     package = (problem.name or "").partition(".")[0] if isinstance(problem, ModuleNotFoundError) else ""
     if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
         sys.__excepthook__(kind, problem, traceback)
@@ -50,4 +53,13 @@ def explain_missing_package(
     raise SystemExit(2)
 
 
-sys.excepthook = explain_missing_package
+def _was_interrupted(problem: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it; packages make an ImportError of their own of what interrupts them."""
+    while problem is not None and not isinstance(problem, KeyboardInterrupt):
+        if not isinstance(problem, ImportError):
+            return False
+        problem = problem.__cause__ or problem.__context__
+    return problem is not None
+
+
+sys.excepthook = explain

@@ -12,7 +12,7 @@ from csad.branches import BRANCHES
 from csad.data import data_sets, layouts
 from csad.data.files import path_argument
 from csad.data.workspace import Workspace
-from csad.errors import UserError
+from csad.errors import OptionParser, UserError
 from csad.processes import number_of_processes
 
 import yaml
@@ -53,7 +53,7 @@ def logical_defects(preset: str) -> dict[str, list[str]]:
 
 def common_options(description: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=description,
         usage="%(prog)s [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import errno
 import io
 import os
@@ -11,9 +13,9 @@ import struct
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import csad
 from csad.progress import ProgressBar
@@ -35,8 +37,84 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
 
 
+MAX_SUGGESTED = 3  # names like a misspelt one
+
+
 class UserError(Exception):
     """A mistake that the user can fix; the message says what was expected, where, and what to do."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question after the first half of a sentence, "; did you mean --seed or --seeds?"; "" where no name is like this one.
+
+    Case, dashes and underscores do not count. Of a name of several parts, like --lgst.steps, the last one is enough, and of any
+    its beginning.
+    """
+    alike = {known: _plain(known) for known in names}
+    wanted = _plain(name)
+    if not wanted:
+        return ""
+    suggested = [known for known, plain in alike.items() if wanted in (plain, plain.rpartition(".")[2])]
+    if not suggested and len(wanted) > 1:
+        suggested = [known for known, plain in alike.items() if plain.startswith(wanted)]
+    if not suggested:
+        close = difflib.get_close_matches(wanted, alike.values(), 1)
+        last_parts = {plain: plain.rpartition(".")[2] for plain in alike.values()}
+        if not close:
+            close = difflib.get_close_matches(wanted, last_parts.values(), 1, 0.75)
+        suggested = [
+            known for known, plain in alike.items() if close and close[0] in (plain, last_parts[plain])
+        ]
+    return f"; did you mean {' or '.join(suggested[:MAX_SUGGESTED])}?" if suggested else ""
+
+
+def _plain(name: str) -> str:
+    return name.strip("-_. ").lower().replace("-", "_")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose every error is one sentence, with the option or value that was probably meant.
+
+    Options have to be written in full: half of one would mean another as soon as a script gets a new option.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        # Before argparse looks: it would first miss the --model of somebody who wrote --modle.
+        for argument in given[: given.index("--")] if "--" in given else given:
+            name = argument.partition("=")[0]
+            if self._looks_like_option(argument) and name not in self._option_string_actions:
+                self._refuse(f"there is no option {name}", name)
+        parsed, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            self._refuse(f"'{unknown[0]}' belongs to no option", unknown[0])
+        return parsed
+
+    def _looks_like_option(self, argument: str) -> bool:
+        """As argparse decides: negative numbers and texts with spaces are values."""
+        return (
+            len(argument) > 1
+            and argument[0] == "-"
+            and " " not in argument
+            and not self._negative_number_matcher.match(argument)
+        )
+
+    def _refuse(self, what: str, name: str) -> NoReturn:
+        self.error(what + (did_you_mean(name, self._option_string_actions) or "; --help lists the options"))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices: Sequence[str] = [str(choice) for choice in action.choices]
+            name = action.option_strings[-1] if action.option_strings else action.dest
+            self.error(
+                f"{name} {value}: choose one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 
 import timm
 import torch
@@ -165,7 +165,7 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     if not timm.is_model(TIMM_NAMES.get(name, name)):
         raise UserError(
             f"unknown backbone '{name}'; choose one of auto, {PUBLISHED}, {PACKAGED} or timm's networks (resnet18, "
-            "mobilenetv3_large_100, ...)"
+            f"mobilenetv3_large_100, ...){did_you_mean(name, [PUBLISHED, PACKAGED, *timm.list_models()])}"
         )
     problem = UserError(
         f"backbone {name} has no feature maps at 1/4, 1/8 and 1/16 of the image; choose a convolutional "

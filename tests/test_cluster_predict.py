@@ -134,7 +134,7 @@ def test_the_same_lines_as_without(nodes, run, photos, tmp_path, capsys):
     assert content(tmp_path) == plain and len(parts(tmp_path)) == 3
     said = capsys.readouterr().out
     assert counted in said and "1 undecided, 1 unreadable" in said
-    assert "1 files were left out because they are not images" in said and "notes.txt" in said
+    assert "1 file was left out because it is not an image: " in said and "notes.txt" in said
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["found"] == 13 and summary["images"] == 12 and summary["undecided"] == 1
 

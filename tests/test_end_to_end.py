@@ -487,6 +487,11 @@ def test_the_threshold_is_from_the_written_file_in_a_process_of_its_own(finished
     ]
     np.testing.assert_allclose(known["validation_scores"], sorted(scores), rtol=1e-4, atol=1e-4)
     row = json.loads((work / "export_report.json").read_text())[0]
+    # The picture that sets the threshold can be looked at.
+    name = sorted((dataset / "discs/validation/good").iterdir())[int(np.argmax(scores))].name
+    assert row["threshold_image"] == f"validation/good/{name}" and known["threshold"] == max(
+        known["validation_scores"]
+    )
     assert row["ran_in"] == "fp32" and row["networks"] == known["networks"]
 
 

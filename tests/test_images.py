@@ -550,3 +550,14 @@ def test_lossless_masks_keep_their_values(tmp_path, name, options):
     Image.fromarray(labels).save(tmp_path / name, **options)
     assert not image_files.is_lossy(tmp_path / name)
     np.testing.assert_array_equal(images.read_mask(tmp_path / name), labels)
+
+
+def test_what_most_pictures_are_like(tmp_path):
+    grey, red = Image.new("RGB", (30, 20), (9, 9, 9)), Image.new("RGB", (30, 20), (200, 9, 9))
+    for index in range(5):
+        grey.save(tmp_path / f"{index}.png")
+    Image.new("L", (20, 20)).save(tmp_path / "5.png")
+    paths = sorted(tmp_path.iterdir())
+    assert images.usual_picture(paths, None) == {"size": [30, 20], "grey": True}
+    red.save(paths[0])
+    assert images.usual_picture(paths, None) == {"size": [30, 20], "grey": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +58,43 @@ def test_missing_data_set_and_misspelt_category(make_dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no category in"):
         Dataset(tmp_path / "empty").select(None)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("data/cup/train", "inside the category cup; name --dataset_root {}/data/cup for this"),
+        ("data/cup/train/good", "or --dataset_root {}/data for all that lie beside it"),
+        ("data/cup/test/good", "inside the category cup"),
+        ("high", r"they lie in {}/high/sets/loco \(cup, pen\); name --dataset_root {}/high/sets/loco"),
+        ("high/sets", "name --dataset_root {}/high/sets/loco"),
+        ("flat", "{}/flat/cup has 3 pictures and no train; .* name --dataset_root {}/flat/cup"),
+        ("empty", "no category in .*: the folder is empty"),
+        ("packed", "it holds the archive loco.tar.xz; unpack it there"),
+        ("packed/loco.tar.xz", "is an archive; unpack it"),
+        ("data/cup/train/good/000.png", "a single picture; name .*: --dataset_root {}/data/cup/train/good"),
+        ("packed/notes.txt", "notes.txt is a file; name the folder"),
+        ("dta", r"does not exist; did you mean data\?"),
+    ],
+)
+def test_a_wrong_folder_names_the_right_one(tmp_path, named, words):
+    write(tmp_path / "data/cup", "train/good/{5}.png", "test/good/{1}.png", "test/crack/{1}.png")
+    for name in ("cup", "pen"):
+        write(tmp_path / "high/sets/loco" / name, "train/good/{5}.png")
+    write(tmp_path / "flat", "cup/{3}.png")
+    for folder in ("empty", "packed"):
+        (tmp_path / folder).mkdir()
+    for name in ("loco.tar.xz", "notes.txt"):
+        (tmp_path / "packed" / name).touch()
+    with pytest.raises(UserError, match=words.replace("{}", re.escape(str(tmp_path)))):
+        Dataset(tmp_path / named).select(None)
+
+
+def test_the_right_folder_may_lie_in_one_called_train(tmp_path):
+    write(tmp_path / "train/cup", "train/good/{5}.png")
+    write(tmp_path / "train/pen", "{5}.png")
+    for root, name in (("train", "cup"), ("train/cup", "cup"), ("train/pen", "pen")):
+        assert [category.name for category in Dataset(tmp_path / root).select(None)] == [name]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp", ".JPG"])
@@ -538,3 +576,16 @@ def test_lists_are_read_in_sorted_order_whatever_the_disk_says(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "scandir", Shuffled)
     assert (category.train, category.validation) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "words"),
+    [
+        (1, "label", "1 label"),
+        (0, "image", "0 images"),
+        (2, "good picture", "2 good pictures"),
+        (3, "category", "3 categories"),
+    ],
+)
+def test_one_of_a_kind_is_no_plural(number, thing, words):
+    assert listing.count(number, thing) == words

@@ -202,6 +202,48 @@ def test_the_list_counts_and_can_be_downloaded(opened):
     assert verdict(shown) == "No picture yet" and not shown.locator("#list tr").count()
 
 
+def test_of_pictures_that_come_together_the_worst_is_shown_and_another_can_be_clicked(opened):
+    shown = opened()
+    values = {"good.png": 50, "bad.png": 180, "worst.png": 220, "last.png": 60}
+    shown.evaluate(DROP, [[name, list(picture(value))] for name, value in values.items()])
+    api.expect(shown.locator("#list tr")).to_have_count(4)
+    api.expect(shown.locator("#name")).to_have_text("worst.png")
+    assert verdict(shown) == "Anomalous" and "worst of the 4 pictures" in shown.locator("#batch").inner_text()
+    shown.locator("#list button", has_text="last.png").click()
+    assert shown.locator("#name").inner_text() == "last.png" and verdict(shown) == "Normal"
+    assert "One of the 4" in shown.locator("#batch").inner_text()
+    # What could not be judged may be anything: it comes before all others. A picture alone is shown whatever came before it.
+    shown.evaluate(
+        DROP, [[name, list(picture(value))] for name, value in [("black.png", 0), ("bad2.png", 250)]]
+    )
+    api.expect(shown.locator("#list tr")).to_have_count(6)
+    api.expect(shown.locator("#name")).to_have_text("black.png")
+    assert verdict(shown) == "Undecided"
+    drop(shown, 40, "alone.png")
+    assert shown.locator("#batch").is_hidden()
+
+
+def test_the_scores_axis_has_numbers(opened):
+    shown = opened()
+    drop(shown, 200, "bad.png")
+    low, threshold, high = (
+        shown.locator(f"#axis-{end}").inner_text() for end in ("low", "threshold", "high")
+    )
+    assert float(threshold) == 100 and float(low) < 1 and float(high) > 200
+    slide(shown, 204)
+    assert float(shown.locator("#axis-threshold").inner_text()) == pytest.approx(204, abs=1)
+    assert shown.locator("#axis-high").inner_text() == ""  # the threshold's number stands there
+
+
+def test_a_score_far_away_leaves_the_others_apart(opened):
+    scores = [float(value) for value in range(1, 11)]
+    shown = opened({"bright": BrightEngine(validation_scores=scores)})
+    drop(shown, 250, "bad.png")
+    assert float(shown.locator("#axis-threshold").inner_text()) == 10
+    assert float(shown.locator("#threshold").get_attribute("max")) < 40
+    assert shown.locator("#axis-high").inner_text() == "250 →"
+
+
 def test_what_is_no_picture_is_listed_as_unreadable(opened):
     shown = opened()
     shown.locator("#file").set_input_files([{"name": "x.png", "mimeType": "image/png", "buffer": b"text"}])
@@ -220,6 +262,13 @@ def test_pasting_and_the_camera(opened):
         [["pasted.png", list(picture(50))]],
     )
     api.expect(shown.locator("#name")).to_have_text("pasted.png")
+    shown.evaluate(
+        DROP.replace("drop", "paste")
+        .replace("DragEvent", "ClipboardEvent")
+        .replace("dataTransfer", "clipboardData"),
+        [["image.png", list(picture(50))]],
+    )
+    api.expect(shown.locator("#name")).to_contain_text(re.compile(r"pasted-\d{4}-"))
     shown.locator("#camera").click()
     shown.locator("#shoot").click()
     api.expect(shown.locator("#name")).to_contain_text("camera-")

@@ -18,6 +18,8 @@ from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, WHOLE, Deviation, deviations, summarise
 from csad.inference import inspection, overlays, predictions, verdicts, watching
 from csad.inference.engines import Engine
+from csad.inference.inspection import unlike_training
+from csad.inference.verdicts import Verdict
 
 import cv2
 import numpy as np
@@ -127,7 +129,29 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "component 1 and component 2 are missing" in said
     assert "2 normal, 1 anomalous, 0 undecided, 0 unreadable" in said
-    assert "1 files were left out because they are not images" in said and "notes.txt" in said
+    assert "1 file was left out because it is not an image: " in said and "notes.txt" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "grey", "words"),
+    [
+        ((640, 480), False, ""),
+        ((1280, 960), False, ""),
+        ((600, 450), False, ""),  # the model sees 256 x 256 of either
+        ((320, 240), False, "smaller (320 x 240 pixels, not 640 x 480) and so less sharp"),
+        ((480, 640), False, "of another shape (480 x 640 pixels, not like 640 x 480) and so is stretched"),
+        ((640, 480), True, "grey and not in colour: the score may be too high"),
+        ((512, 512), True, "stretched, and grey and not in colour"),
+    ],
+)
+def test_a_picture_unlike_the_training_pictures_is_told(size, grey, words):
+    training = {"size": [640, 480], "grey": False}
+    said = unlike_training(size, grey, training, 256)
+    assert words in said and bool(said) == bool(words) and unlike_training(size, grey, None, 256) == ""
+    verdict = Verdict("a.png", "normal", 1.0, 0.5, note=said)
+    assert str(verdict).endswith(f"\n           {said}") == bool(words) and verdict.as_json()["note"] == (
+        said or None
+    )
 
 
 def test_all_normal_is_status_0_and_thresholds_can_be_chosen(engine, run, photos, tmp_path):

@@ -16,7 +16,7 @@ from csad.data import data_sets, files, label_colours, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import measures, score_tables, seeds
 from csad.inference import overlays
-from csad.report import cards, figures
+from csad.report import cards, cautions, figures
 from csad.report.page import Outcome
 
 import numpy as np
@@ -145,13 +145,48 @@ def test_the_page_begins_with_how_good_it_is_and_what_went_wrong(page):
     ("outcome", "words"),
     [
         ((1, 15, 0, 20), "at this threshold 1 of 15 good pictures is rejected, 0 of 20 defects are missed"),
-        ((0, 1, 1, 1), "at this threshold 0 of 1 good pictures are rejected, 1 of 1 defects is missed"),
+        ((0, 1, 1, 1), "at this threshold 0 of 1 good picture is rejected, 1 of 1 defect is missed"),
         ((2, 5, 0, 0), "at this threshold 2 of 5 good pictures are rejected"),
         ((0, 0, 0, 0), "no test images"),
     ],
 )
 def test_what_a_threshold_does_in_words(outcome, words):
     assert Outcome(*outcome).words == words
+
+
+AREAS = np.full((20, 3), 0.1)
+CLIP_IN_12 = AREAS * ((np.arange(20) >= 8)[:, None] | np.array([[True, False, True]]))
+
+
+@pytest.mark.parametrize(
+    ("areas", "is_left_out", "noticed", "words"),
+    [
+        (AREAS, False, 98.0, ""),
+        (None, False, None, ""),
+        (AREAS[:, :1], False, 98.0, "only one component"),
+        (AREAS, True, 98.0, "do not count in the score"),
+        (AREAS, False, 71.4, "71 times in 100, and 50 is chance"),
+        (CLIP_IN_12, False, None, "20 good pictures (clip in 8)"),
+        (CLIP_IN_12[5:], False, None, ""),  # in 3 of 15
+        (CLIP_IN_12, False, 97.0, ""),  # of products that differ it was tried that a missing part is noticed
+    ],
+)
+def test_poor_components_are_told_in_a_sentence_with_what_to_try(areas, is_left_out, noticed, words):
+    said = cautions.caution(areas, is_left_out, noticed, {2: "clip"})
+    assert words in said and bool(said) == bool(words)
+    assert not said or said.endswith('docs/own_data.md says what to try under "Poor components"')
+
+
+def test_the_first_screen_says_that_components_are_poor_and_names_the_picture_of_the_threshold(results, run):
+    work, dataset = results
+    workspace = Workspace(work)
+    files.write_array(workspace.pseudo_labels("discs <b>").histogram, np.full((12, 1), 0.1))
+    assert run("benchmark_performance", *results) == 0 and run("report", *results) == 0
+    text = (work / "report.html").read_text(encoding="utf-8")
+    first_screen = text[text.index('id="good"') : text.index('id="wrong"')]
+    assert "only one component was found" in first_screen
+    last = sorted((dataset / "discs <b>/validation/good").iterdir())[-1].name  # of the rising scores
+    assert f"whose score is the threshold: validation/good/{last}" in text
 
 
 def test_published_figures_stand_under_their_own_categories_alone(results, run):
@@ -189,11 +224,17 @@ def test_branches_stand_in_the_order_of_the_result_file(page):
         r"^\((.*)\) AUC", (page.parent / "score_combine_result.txt").read_text(), re.MULTILINE
     )
     branches = [
-        line.replace("'", "").rstrip(",").replace("patchhist", "patch histogram").replace(", ", " + ")
+        line.replace("'", "")
+        .rstrip(",")
+        .replace("patchhist", "patch histogram")
+        .replace(", ", " + ")
+        .replace("fused", "all together")
         for line in listed
     ]
-    assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "fused"]
-    assert re.findall(r"<td>((?:patch histogram|LGST|fused)[^<]*)</td>", page.read_text())[:4] == branches
+    assert branches == ["patch histogram", "LGST", "patch histogram + LGST", "all together"]
+    assert (
+        re.findall(r"<td>((?:patch histogram|LGST|all together)[^<]*)</td>", page.read_text())[:4] == branches
+    )
 
 
 def test_annotations_of_several_sizes_or_unreadable_leave_a_page(results, run, page):
@@ -345,8 +386,8 @@ def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, r
     assert "fused: patchhist 0.25 (sum) in same" in said
     assert run("report", *many) == 0
     page = (many[0] / "report.html").read_text()  # of so many, the lowest in full
-    assert "discs &lt;b&gt;: patchhist 1, LGST 1." in page and re.search(
-        rf"<td>fused</td><td>{own:.1f}</td>", page
+    assert "discs &lt;b&gt;: patch histogram 1, LGST 1." in page and re.search(
+        rf"<td>all together</td><td>{own:.1f}</td>", page
     )
 
 

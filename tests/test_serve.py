@@ -347,8 +347,6 @@ def test_hostile_requests_get_a_sentence(station, headers, body, status):
     [
         ("../../etc/passwd", "passwd"),
         ("C:\\a\\b.png", "b.png"),
-        ("", "unnamed"),
-        ("..", "unnamed"),
         ("a/", "a"),
         ("a\r\nSet-Cookie: x\0.png", "aSet-Cookie: x.png"),
         ("\u202egnp.exe", "gnp.exe"),
@@ -359,6 +357,12 @@ def test_hostile_requests_get_a_sentence(station, headers, body, status):
 )
 def test_names_of_pictures_are_names_alone(given, name):
     assert str(plain_name(given)) == name
+
+
+@pytest.mark.parametrize("given", ["", "..", "\n"])
+def test_pictures_without_a_name_are_called_by_their_time(given):
+    names = [str(plain_name(given)) for _ in range(2)]
+    assert all(re.fullmatch(r"picture-\d{8}-\d{6}-\d{6}", name) for name in names) and names == sorted(names)
 
 
 def test_other_addresses_and_methods_get_a_sentence(station):
@@ -437,7 +441,10 @@ def test_a_full_queue_is_a_503_with_a_sentence(station):
         answers = list(clients.map(lambda _: client.post("/score", content=picture()), range(6)))
     refused = [answer for answer in answers if answer.status_code == 503]
     assert refused and len(refused) < 6
-    assert refused[0].headers["retry-after"] == "1" and "wait for bright" in refused[0].json()["error"]
+    assert (
+        refused[0].headers["retry-after"] == "1"
+        and "1 picture waits for bright" in refused[0].json()["error"]
+    )
     client = station({"bright": BrightEngine(seconds=0.3)}, max_requests=2)
     with ThreadPoolExecutor(6) as clients:
         answers = list(clients.map(lambda _: client.post("/score", content=picture()), range(6)))

@@ -9,7 +9,8 @@ from csad.commands import score_images as predict
 from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
-from csad.evaluation.thresholds import threshold_of
+from csad.evaluation.export_tables import FIELDS, table_of, threshold_line
+from csad.evaluation.thresholds import threshold_image, threshold_of
 from csad.export import exported_thresholds, exporters
 from csad.inference import openvino_engine
 from csad.inference.runtimes import OnnxEngine, open_model
@@ -61,6 +62,28 @@ def test_what_an_export_suggests():
     assert exported_thresholds.with_validation_scores({}, np.arange(99.0), "discs")["threshold"] == 98
     with pytest.raises(UserError, match="not finite on validation images"):
         exported_thresholds.with_validation_scores({}, np.array([1.0, np.nan]), "discs")
+
+
+def test_the_picture_whose_score_is_the_threshold_is_named():
+    scores, images = np.array([3.0, 7.0, 5.0]), [f"validation/good/{name}.png" for name in "abc"]
+    known = exported_thresholds.with_validation_scores({}, scores, "discs", images)
+    assert threshold_image(known) == "validation/good/b.png"
+    assert "threshold 7, " in threshold_line(known)
+    assert "the score of validation/good/b.png: look at that picture" in threshold_line(known)
+    assert known["validation_images"] == [images[0], images[2], images[1]]  # as the scores are sorted
+    # Neither a threshold of somebody's own nor an older model has one.
+    assert threshold_image(known | {"threshold": 6.0}) is None
+    assert threshold_image(exported_thresholds.with_validation_scores({}, scores, "discs")) is None
+    report = dict.fromkeys(FIELDS, 1.0) | {"category": "discs", "format": "torch", "precision": "fp32"}
+    report |= {
+        "ran_in": "fp32",
+        "stand_ins": [],
+        "threshold": 7.0,
+        "threshold_image": "validation/good/b.png",
+    }
+    assert "discs, torch fp32: threshold 7, the score of the good picture validation/good/b.png" in table_of(
+        [report]
+    )
 
 
 def test_a_threshold_is_changed_in_every_format_and_judged_by(exported, run, capsys):

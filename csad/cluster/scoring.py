@@ -23,6 +23,7 @@ from csad.cluster.connection import Driver, connected, environment, most, node_r
 from csad.cluster.shards import Shard, Shards, shards_of
 from csad.cluster.sources import ClusterInputs, is_passing, source_of
 from csad.data import files, records
+from csad.data.listing import count
 from csad.errors import UserError, user_message
 from csad.inference.engines import Engine
 from csad.inference.folders import only_writer, state_of
@@ -90,7 +91,7 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         if pending:
             first = json.loads(next(iter(pending.values())).images)[0][0]
             raise UserError(
-                f"{len(pending)} of {len(shards)} parts are not scored, because their workers died {TRIES} times "
+                f"{len(pending)} of {count(len(shards), 'part')} are not scored, because their workers died {TRIES} times "
                 f"(the first of them begins with {first}); the others are in {written.folder}, and the same "
                 "command tries those again"
             )

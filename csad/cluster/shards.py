@@ -118,6 +118,7 @@ def as_parquet(lines: bytes) -> bytes:
             "findings": pyarrow.list_(text),
             "components": pyarrow.list_(pyarrow.struct(component)),
             "problem": text,
+            "note": text,
             "bytes": whole,
             "changed_ns": whole,
         }

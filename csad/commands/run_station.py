@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import csad
-from csad.errors import UserError, run_script
+from csad.errors import OptionParser, UserError, run_script
 from csad.inference.engines import Engine
 from csad.inference.runtimes import device_name, open_model
 from csad.station.daily_log import DailyLog
@@ -45,9 +45,7 @@ def main() -> None:
             f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
         ) from problem
     default = Options()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
         "--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py"

@@ -29,7 +29,8 @@ from typing import NoReturn
 
 import csad
 from csad.data.files import path_argument
-from csad.errors import UserError, defer_interrupts, run_script
+from csad.data.listing import count
+from csad.errors import OptionParser, UserError, defer_interrupts, run_script
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.folders import input_images, no_images, path_or_url
 from csad.inference.inspection import Picture, read_picture, verdicts_on
@@ -40,12 +41,15 @@ from csad.inference.watching import is_put_off, watch
 
 MAP_SIDE = 768  # longer side of each picture that --save_maps draws
 MAX_LISTED = 5  # files left out that are named
+OF_ONE = {  # reasons why files are left out, where it is a single one
+    "they are not images": "it is not an image",
+    "they are named more than once": "it is named more than once",
+    "their row in the list is empty": "its row in the list is empty",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
         "images",
@@ -165,11 +169,12 @@ def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str
 
 def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]], table: Path) -> NoReturn:
     """Say what came of the run, and leave with its exit status."""
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; see {table}")
+    print(", ".join(f"{number} {verdict}" for verdict, number in counts.items()) + f"; see {table}")
     for reason, names in left_out.items():
         if names:
             print(
-                f"{len(names)} files were left out because {reason}: {', '.join(map(str, names[:MAX_LISTED]))}"
+                f"{count(len(names), 'file')} {'was' if len(names) == 1 else 'were'} left out because "
+                f"{OF_ONE.get(reason, reason) if len(names) == 1 else reason}: {', '.join(map(str, names[:MAX_LISTED]))}"
                 f"{' and others' if len(names) > MAX_LISTED else ''}"
             )
     raise SystemExit(3 if counts[UNREADABLE] + counts[UNDECIDED] else 4 if counts[ANOMALOUS] else 0)

@@ -188,7 +188,7 @@ def check_rate(validation: int, rate: float | None, findings: Findings) -> None:
         return
     mean, sure = 1 / (validation + 1), 1 - (1 - CONFIDENCE) ** (1 / validation)
     findings.notes.append(
-        f"a threshold from {validation} validation image{'s' * (validation > 1)} can promise "
+        f"a threshold from {count(validation, 'validation image')} can promise "
         f"{100 * mean:.1f} % false positives on average, {100 * sure:.1f} % with 95 % confidence"
     )
     if rate is not None:
@@ -196,6 +196,6 @@ def check_rate(validation: int, rate: float | None, findings: Findings) -> None:
         for_sure = math.ceil(round(math.log(1 - CONFIDENCE) / math.log(1 - rate), 6))
         if validation < on_average:
             findings.warnings.append(
-                f"a false-positive rate of {rate:g} needs {on_average} validation images on average and "
+                f"a false-positive rate of {rate:g} needs {count(on_average, 'validation image')} on average and "
                 f"{for_sure} for 95 % confidence; there {'is' if validation == 1 else 'are'} {validation}"
             )

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from csad.data.image_files import SUFFIXES
 from csad.data.listing import image_files, subfolders
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 
 GOOD, LOGICAL, STRUCTURAL = "good", "logical_anomalies", "structural_anomalies"
 SPLITS = (GOOD, LOGICAL, STRUCTURAL)
@@ -122,7 +122,7 @@ class FolderPerDefect:
             if name not in folders:
                 raise UserError(
                     f"there is no defect '{name}' in {root / 'test'} to count as logical; it has "
-                    f"{', '.join(folders) or 'none'}"
+                    f"{', '.join(folders) or 'none'}{did_you_mean(name, folders)}"
                 )
         return tests | {
             LOGICAL: [path for name, path in folders.items() if name in logical],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from csad.data.deep_pixels import deep_pixels, white_is_zero
-from csad.data.image_files import bits_of, holds_lossy, opened
+from csad.data.image_files import bits_of, displayed_size, holds_lossy, opened
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
@@ -22,6 +23,7 @@ from models.constants import OUTSIDE, SIZE
 
 # What shows through transparent pixels: white, like paper or a web page.
 TRANSPARENCY_BACKGROUND = (255, 255, 255)
+ASPECT_TOLERANCE = 0.02  # relative difference of width / height that no one sees
 _LARGEST_OF_12_BITS = 4095
 _LOSSY_BLACK = 16  # of 255: what a lossy format makes of black is darker
 _BLOCK_PIXELS = 1 << 20
@@ -262,3 +264,19 @@ def _say_transparent(path: str | Path | BinaryIO) -> None:
             f"transparent pixels are seen as white ({path} is the first picture that has some)",
             file=sys.stderr,
         )
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether an image (H, W, 3) has no colours, looked at in at most 512 x 512 of its pixels."""
+    few = image[:: max(1, image.shape[0] // 512), :: max(1, image.shape[1] // 512)]
+    return bool((few == few[..., :1]).all())
+
+
+def usual_picture(paths: Sequence[Path], white_level: float | None) -> dict[str, Any]:
+    """Size (width, height) that most pictures have, and whether those that were looked at are grey: a few, spread evenly."""
+    sizes = Counter(displayed_size(path) for path in paths)
+    sample = [paths[index] for index in sorted({0, len(paths) // 3, 2 * len(paths) // 3, len(paths) - 1})]
+    return {
+        "size": list(sizes.most_common(1)[0][0]),
+        "grey": all(is_grey(read_rgb(path, white_level=white_level)) for path in sample),
+    }

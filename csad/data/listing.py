@@ -123,4 +123,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
+    """A number of things: 1 image, 2 images, 3 categories, 0 ROC curves; also of one that is described: 1 good picture."""
+    if number == 1:
+        return f"{number} {thing}"
+    return f"{number} {thing[:-1]}ies" if thing.endswith("y") else f"{number} {thing}s"

@@ -17,7 +17,9 @@ def layout_line(category: Category) -> str:
     train, validation = category.train, category.validation
     parts = [count(len(train), "training image"), count(len(validation), "validation image")]
     if category.validation_is_held_out:
-        parts[1] += f" (set aside from {len(train) + len(validation)} training images, there are no others)"
+        parts[1] += (
+            f" (set aside from {count(len(train) + len(validation), 'training image')}, there are no others)"
+        )
     test_folders = [folder for split in SPLITS for folder in category.test_folders.get(split, [])]
     test_images = [
         f"{len(category.images_in(folder))} {folder.name}"

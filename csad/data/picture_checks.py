@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from csad.data.findings import Findings, file_names, some_of
+from csad.data.images import ASPECT_TOLERANCE
 from csad.data.pictures import ImageInfo, near_copies
 
 from models.constants import SIZE
-
-ASPECT_TOLERANCE = 0.02
 
 
 def describe(pictures: Mapping[str, Sequence[ImageInfo]]) -> list[str]:

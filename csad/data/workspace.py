@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csad.branches import BRANCHES
 from csad.data.locks import FileLock, LockHeld
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 
 HELD_OUT = "held_out"  # training images, each by a fit to others
 SCORE_PARTS = ("logi", "struc", "val")  # test good + logical, test good + structural, validation
@@ -162,7 +162,8 @@ class Workspace:
         for category in categories or ():
             if not stems & _with_precisions(category):
                 raise UserError(
-                    f"there is no exported model of {category} in {self.root / 'ckpt'}; run export_model.py first"
+                    f"there is no exported model of {category} in {self.root / 'ckpt'}"
+                    + (did_you_mean(category, stems) or "; run export_model.py first")
                 )
         if not models:
             raise UserError(

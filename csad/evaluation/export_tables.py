@@ -9,6 +9,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.metrics import counted, mean_known
 from csad.evaluation.scores import MANY, said_of_choice
+from csad.evaluation.thresholds import threshold_image
 
 from tabulate import tabulate
 
@@ -99,6 +100,12 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
                 f"\n{report['category']}, {report['format']} int8: in higher precision besides label map and score: "
                 f"{', '.join(higher) or 'nothing'}"
             )
+    for report in [] if short else reports:
+        if report.get("threshold_image"):
+            text.append(
+                f"\n{report['category']}, {report['format']} {report['precision']}: threshold "
+                f"{report['threshold']:.4g}, the score of the good picture {report['threshold_image']}"
+            )
     stand_ins = sorted({name for report in reports for name in report["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
@@ -109,6 +116,18 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
         )
     ]
     return "\n".join(text) + "\n"
+
+
+def threshold_line(metadata: dict[str, Any]) -> str:
+    """What an export says of its threshold, and the picture to look at."""
+    text = f"threshold {metadata['threshold']:.4g}, {metadata['threshold_words']}"
+    image = threshold_image(metadata)
+    if image is None:
+        return text
+    return (
+        f"{text}; it is the score of {image}: look at that picture, and if it is not a good one, take it out and "
+        "run the stages again"
+    )
 
 
 def _cell(name: str, value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from csad.data import defects, files, image_files, images, layouts
+from csad.data.listing import count
 from csad.errors import UserError
 from csad.evaluation.spro import Localisation, Region, SproCurve
 from csad.progress import ProgressBar
@@ -65,11 +66,11 @@ def fused_maps(
 
 
 def _require_maps(category: layouts.Category, split: str, maps: Mapping[str, np.ndarray]) -> None:
-    images, count = len(category.test(split)), len(maps.get(split, ()))
-    if count != images:
+    images, drawn = len(category.test(split)), len(maps.get(split, ()))
+    if drawn != images:
         raise UserError(
-            f"{category.name}: there are {count} anomaly maps of {split} test images, but {images} images; "
-            "run the stages that drew them with --overwrite"
+            f"{category.name}: there are {count(drawn, 'anomaly map')} of {split} test images, "
+            f"but {count(images, 'image')}; run the stages that drew them with --overwrite"
         )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from csad.data.listing import count
 from csad.evaluation.metrics import mean_known
 
 import numpy as np
@@ -49,7 +50,9 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
             for run in flat
         ]
         if min(counts) < len(flat[0]) - 1:
-            figures["average"][name] = figure._replace(note=f"{min(counts)} of {len(flat[0]) - 1} categories")
+            figures["average"][name] = figure._replace(
+                note=f"{min(counts)} of {count(len(flat[0]) - 1, 'category')}"
+            )
     return figures
 
 
@@ -58,7 +61,7 @@ def _figure(values: list[float]) -> Figure:
     return Figure(
         mean_known(measured),
         float(np.std(measured, ddof=1)) if len(measured) > 1 else float("nan"),
-        f"{len(measured)} of {len(values)} seeds" if len(measured) < len(values) else "",
+        f"{len(measured)} of {count(len(values), 'seed')}" if len(measured) < len(values) else "",
     )
 
 

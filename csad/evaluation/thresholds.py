@@ -44,7 +44,8 @@ class Threshold(NamedTuple):
         if not self.target_fpr:
             return f"{text}; no number of good validation pictures would allow none"
         count, of = _ratio(self.target_fpr)
-        return f"{text}; {math.ceil(1 / self.target_fpr - 1e-9) - 1} good validation pictures would allow {count} in {of}"
+        needed = math.ceil(1 / self.target_fpr - 1e-9) - 1
+        return f"{text}; {needed} good validation picture{'s' * (needed != 1)} would allow {count} in {of}"
 
 
 def _ratio(fraction: float) -> tuple[int, int]:
@@ -95,6 +96,15 @@ def threshold_of(
         metadata, FALSE_POSITIVE_RATE if rate is None else fraction(rate, "--false_positive_rate"), model
     )
     return threshold.value, threshold.description
+
+
+def threshold_image(metadata: dict[str, Any]) -> str | None:
+    """The validation image whose score is the threshold in a model's metadata, from its category's folder on.
+
+    None where the threshold is no image's score, or the model does not know the images.
+    """
+    by_score = dict(zip(metadata.get("validation_scores", []), metadata.get("validation_images", [])))
+    return by_score.get(metadata.get("threshold"))
 
 
 def threshold_for(metadata: dict[str, Any], rate: float, model: str) -> Threshold:

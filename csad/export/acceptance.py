@@ -21,7 +21,8 @@ def accept(path: Path, reference: TorchEngine, category: layouts.Category, devic
     scored = fresh_process.score(path, paths, compared, device, f"{category.name}: score validation images")
     metadata = {"networks": scored.networks} | scored.metadata
     # First, as it is the stages that are to be trained again where PyTorch's scores are not finite, either.
-    metadata = exported_thresholds.with_validation_scores(metadata, scored.scores, category.name)
+    names = [path.relative_to(category.root).as_posix() for path in paths]
+    metadata = exported_thresholds.with_validation_scores(metadata, scored.scores, category.name, names)
     exactly = metadata.get("precision", "fp32") == "fp32" and scored.device.startswith("cpu")
     if problem := agreement.disagreement(reference, [paths[index] for index in compared], scored, exactly):
         raise UserError(

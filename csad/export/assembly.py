@@ -209,6 +209,7 @@ def fused_state(
             "input_size": view.size,
             "tiles": view.tiles,
             "white_level": view.white_level,
+            "training_pictures": images.usual_picture(category.train, view.white_level),
             "raw_input": False,
             "with_map": True,
             "mean": list(IMAGENET_MEAN),

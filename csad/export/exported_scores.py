@@ -11,6 +11,7 @@ from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.metrics import auroc, mean_known
+from csad.evaluation.thresholds import threshold_image
 from csad.inference.engines import Engine, read_for
 from csad.progress import ProgressBar
 
@@ -67,6 +68,8 @@ def evaluate(
         "largest_difference": largest_difference(rows, engine, workspace, category.name, format, precision),
         "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
         "images": len(rows),
+        "threshold": engine.metadata.get("threshold"),
+        "threshold_image": threshold_image(engine.metadata),
         "dataset": category.root.resolve().parent.name,
         "device": engine.device,
         "stand_ins": engine.metadata.get("stand_ins", []),

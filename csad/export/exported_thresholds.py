@@ -10,15 +10,28 @@ from xml.etree import ElementTree
 
 from csad.data import files
 from csad.errors import UserError
-from csad.evaluation.thresholds import FALSE_POSITIVE_RATE, Threshold, finite, fraction, threshold_for
+from csad.evaluation.thresholds import (
+    FALSE_POSITIVE_RATE,
+    Threshold,
+    finite,
+    fraction,
+    threshold_for,
+    threshold_image,
+)
 from csad.inference.engines import METADATA_KEY
 from csad.inference.runtimes import open_model
 
 import numpy as np
 
 
-def with_validation_scores(metadata: dict[str, Any], scores: np.ndarray, category: str) -> dict[str, Any]:
+def with_validation_scores(
+    metadata: dict[str, Any], scores: np.ndarray, category: str, images: Sequence[str] = ()
+) -> dict[str, Any]:
     """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
+
+    Args:
+        scores: (n,), in any order.
+        images: what people call the images, in the same order.
 
     Raises:
         UserError: a score is not finite.
@@ -28,9 +41,12 @@ def with_validation_scores(metadata: dict[str, Any], scores: np.ndarray, categor
             f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "
             "train the stages again, or take another format or precision"
         )
-    return _with_threshold(
-        metadata | {"validation_scores": sorted(map(float, scores))}, None, FALSE_POSITIVE_RATE, category
-    )
+    order = np.argsort(scores, kind="stable").tolist()
+    validation = {
+        "validation_scores": [float(scores[index]) for index in order],
+        "validation_images": [images[index] for index in order] if images else [],
+    }
+    return _with_threshold(metadata | validation, None, FALSE_POSITIVE_RATE, category)
 
 
 def change(
@@ -63,6 +79,7 @@ def write_beside(path: Path, metadata: dict[str, Any]) -> None:
             "false_positive_rate": metadata.get("threshold_rate"),
             "words": metadata.get("threshold_words"),
             "validation_images": len(metadata.get("validation_scores", [])),
+            "validation_image_of_the_threshold": threshold_image(metadata),
         },
     )
 

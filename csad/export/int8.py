@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from csad.data import images, layouts
+from csad.data.listing import count as counted
 from csad.errors import UserError
 from csad.export import quantisation
 from csad.inference.engines import Engine, as_input, read_for
@@ -92,6 +93,6 @@ def paste_component(
 def say_left_out(category: layouts.Category, count: int, of: int) -> None:
     if count:
         print(
-            f"{category.name}: in {count} of {of} pictures no component could be pasted elsewhere; they are left out "
-            "of the made anomalies"
+            f"{category.name}: in {count} of {counted(of, 'picture')} no component could be pasted elsewhere, so no "
+            "synthetic defect is made of them"
         )

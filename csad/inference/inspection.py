@@ -9,11 +9,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from csad.data import images
+from csad.data.images import ASPECT_TOLERANCE, is_grey
 from csad.errors import UserError
 from csad.evaluation.deviations import deviations
 from csad.inference.engines import Engine
@@ -56,6 +57,7 @@ class Picture:
         shown: (H, W, 3) uint8, made smaller, where something is to be drawn.
         size: width and height of the image in pixels.
         problem: why there is no view.
+        note: see `csad.inference.verdicts.Verdict`.
     """
 
     name: Path | str
@@ -63,6 +65,7 @@ class Picture:
     shown: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
     problem: str = ""
+    note: str = ""
 
 
 def verdicts_on(
@@ -102,7 +105,39 @@ def read_picture(source: Any, name: Path | str, engine: Engine, shown_side: int 
     except UserError as problem:
         return Picture(name, problem=str(problem))
     view = images.resize(image, engine.size).transpose(2, 0, 1)
-    return Picture(name, view, None if shown_side is None else shrink(image, shown_side), image.shape[1::-1])
+    size = image.shape[1::-1]
+    note = unlike_training(size, is_grey(image), engine.metadata.get("training_pictures"), engine.size)
+    return Picture(name, view, None if shown_side is None else shrink(image, shown_side), size, note=note)
+
+
+def unlike_training(
+    size: tuple[int, int], grey: bool, training: dict[str, Any] | None, view_side: int
+) -> str:
+    """What is different about a picture, where that raises its score; "" where nothing is.
+
+    Args:
+        size: width and height.
+        grey: whether it has no colours.
+        training: the same of most training pictures, as the model's metadata says; None: a model that does not know.
+        view_side: width and height in pixels of what the model sees; of larger pictures it sees no more.
+    """
+    if training is None:
+        return ""
+    differences = []
+    width, height = training["size"]
+    if abs(size[0] * height / (size[1] * width) - 1) > ASPECT_TOLERANCE:
+        differences.append(
+            f"of another shape ({size[0]} x {size[1]} pixels, not like {width} x {height}) and so is stretched"
+        )
+    elif min(size) < min(height, width, view_side):
+        differences.append(
+            f"smaller ({size[0]} x {size[1]} pixels, not {width} x {height}) and so less sharp"
+        )
+    if grey != training["grey"]:
+        differences.append("grey and not in colour" if grey else "in colour and not grey")
+    if not differences:
+        return ""
+    return f"unlike the training pictures it is {', and '.join(differences)}: the score may be too high"
 
 
 def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
@@ -111,7 +146,7 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
     views = [picture.view for picture in pictures if picture.view is not None]
     verdicts = iter(_judge_readable(readable, np.stack(views), engine, threshold) if readable else [])
     return [
-        next(verdicts)
+        replace(next(verdicts), note=picture.note)
         if picture.view is not None
         else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
         for picture in pictures

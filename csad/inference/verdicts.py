@@ -34,6 +34,7 @@ class Verdict:
         legend: index and what people call it, of each component that the model knows.
         drawing: (H, W, 3) uint8: image, components, anomaly map; a ring where an anomalous image is most unusual.
         problem: why there is no verdict.
+        note: why the score may be too high though nothing is wrong with the part.
     """
 
     name: Path | str
@@ -48,6 +49,7 @@ class Verdict:
     legend: Sequence[tuple[int, str]] = ()
     drawing: np.ndarray | None = None
     problem: str = ""
+    note: str = ""
 
     @property
     def findings(self) -> list[str]:
@@ -105,6 +107,7 @@ class Verdict:
             "findings": self.findings,
             "components": [deviation._asdict() | {"words": deviation.words} for deviation in self.components],
             "problem": self.problem or None,
+            "note": self.note or None,
         }
 
     def __str__(self) -> str:
@@ -117,7 +120,7 @@ class Verdict:
                 f"{BRANCHES[branch].title} {value:.2f}" for branch, value in self.contributions.items()
             )
         text = f"{self.verdict:10} {name}  score {score}, threshold {self.threshold:.2f}"
-        return text + "".join(f"\n           {finding}" for finding in self.findings)
+        return text + "".join(f"\n           {line}" for line in (*self.findings, self.note) if line)
 
 
 def findings_of(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from csad.data.listing import count
 from csad.errors import UserError
 from csad.pseudo_labels import beyond_clustering, clustering, masks
 from csad.pseudo_labels.crop_embedding import random_projection
-from csad.settings import PseudoLabelSettings
+from csad.settings import PseudoLabelSettings, set_by_a_person
 
 import numpy as np
 
@@ -43,10 +44,12 @@ def feature_space(
         )
         print(f"{category}: {reason}; estimated {bandwidth:.3g}")
         return vectors, bandwidth
-    print(
-        f"{category}: clustering {', '.join(settings.features)} with bandwidth {beyond_clustering.UNIT_BANDWIDTH} in units of "
-        "their own; a configured one is for wide_resnet50_2's cnn_image alone"
-    )
+    print(f"{category}: parts are told apart by {', '.join(settings.features)}")
+    if set_by_a_person(category, settings, ("bandwidth",)):
+        print(
+            f"{category}: --pseudo_labels.bandwidth has no effect, because it is about the feature cnn_image of "
+            f"{PUBLISHED} alone; leave it out, or take --pseudo_labels.features '[cnn_image]' --backbone {PUBLISHED}"
+        )
     return beyond_clustering.comparable(
         {name: features[name] for name in settings.features}
     ), beyond_clustering.UNIT_BANDWIDTH
@@ -66,6 +69,14 @@ def label_components(
     Raises:
         UserError: no label is left, or more than a label map can hold.
     """
+
+    def remedy(direction: str) -> str:
+        if (
+            bandwidth == beyond_clustering.UNIT_BANDWIDTH
+        ):  # of features in units of their own, where no other can be set
+            return "other --pseudo_labels.features, such as '[lab, area, shape_hu, position]'"
+        return f"{direction} --pseudo_labels.bandwidth than {bandwidth:.3g}"
+
     arguments = vectors, areas, image_of, images, bandwidth, settings.one_histogram_cluster
     labels = (
         beyond_clustering.semantic_labels(*arguments, settings.variants, settings.lookalikes)
@@ -74,27 +85,27 @@ def label_components(
     )
     if not labels.filtered_histogram.shape[1]:
         raise UserError(
-            f"{category}: clustering the {len(vectors)} components left no label (bandwidth {bandwidth:.3g}); "
-            "try a larger --pseudo_labels.bandwidth or other --pseudo_labels.features"
+            f"{category}: clustering the {count(len(vectors), 'component')} left no label, as none is alike in half of the "
+            f"pictures; try {remedy('a larger')}"
         )
     if labels.clusters.max() > masks.MAX_LABELS:
         raise UserError(
             f"{category}: the components fall into {labels.clusters.max()} clusters (bandwidth {bandwidth:.3g}), and "
-            f"a label map holds {masks.MAX_LABELS}; try a larger --pseudo_labels.bandwidth"
+            f"a label map holds {masks.MAX_LABELS}; try {remedy('a larger')}"
         )
-    count = labels.number_of_clusters
+    clusters = labels.number_of_clusters
     advice = (
-        "; where pictures show several kinds of parts, try a smaller --pseudo_labels.bandwidth"
-        if count == 1
+        f"; where pictures show several kinds of parts, try {remedy('a smaller')}"
+        if clusters == 1
         else (
-            "; if pictures show fewer kinds of parts, try a larger --pseudo_labels.bandwidth"
-            if count > MAX_CLUSTERS
+            f"; if pictures show fewer kinds of parts, try {remedy('a larger')}"
+            if clusters > MAX_CLUSTERS
             else ""
         )
     )
     print(
-        f"{category}: {'warning: ' if advice else ''}{len(vectors)} components make {count} "
-        f"cluster{'s' * (count != 1)}{advice}"
+        f"{category}: {'warning: ' if advice else ''}{count(len(vectors), 'component')} make "
+        f"{count(clusters, 'cluster')}{advice}"
     )
     return labels
 

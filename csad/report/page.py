@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csad.data.label_colours import label_colour
+from csad.data.listing import count
 from csad.evaluation.metrics import LOCO, counted, mean_known
 
 import jinja2
@@ -20,7 +21,7 @@ PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {
-    "fused": "all of them together: the score that decides",
+    "fused": "the sum of those that count: the score that decides",
     "patchhist": "is the usual amount of every component there, where it usually is?",
     "LGST": "does a network that knows good pictures alone see each place as its teacher does?",
     "memory": "does each patch look like one of a good picture?",
@@ -39,10 +40,10 @@ class Outcome(NamedTuple):
     @property
     def words(self) -> str:
         parts = [
-            f"{count} of {of} {what} {'is' if count == 1 else 'are'} {how}"
-            for count, of, what, how in (
-                (self.rejected, self.good, "good pictures", "rejected"),
-                (self.missed, self.defects, "defects", "missed"),
+            f"{number} of {count(of, what)} {'is' if 1 in (number, of) else 'are'} {how}"
+            for number, of, what, how in (
+                (self.rejected, self.good, "good picture", "rejected"),
+                (self.missed, self.defects, "defect", "missed"),
             )
             if of
         ]
@@ -60,6 +61,8 @@ def render(**content: Any) -> str:
     )
     environment.filters["percent"] = percent
     environment.filters["mean"] = mean
+    environment.filters["number_of"] = count
+    environment.filters["breakable"] = breakable
     detections = [metrics["detection"] for metrics in content["metrics"]]
     of_loco = not content["rendered"] and any(metrics["category"] in LOCO for metrics in content["metrics"])
     components = {component for card in content["cards"] for component, _ in card["legend"]} | {
@@ -94,6 +97,11 @@ def render(**content: Any) -> str:
             "script": Markup((HERE / "page.js").read_text(encoding="utf-8")),
         }
     )
+
+
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break after its underscores, and nowhere else if it need not."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def percent(value: float | None) -> str:

@@ -8,18 +8,18 @@ from typing import Any
 from csad.branches import BRANCHES
 from csad.data import files, images, layouts, records
 from csad.data.workspace import Workspace
-from csad.evaluation import branch_weights
 from csad.evaluation.deviations import title_of
 from csad.evaluation.scores import FUSED
 from csad.inference import overlays
 from csad.report import figures
 from csad.report.cards import QUALITY
+from csad.report.cautions import component_caution
 from csad.report.measured import Measured
 
 import numpy as np
 
 PSEUDO_LABELS = 8  # training images shown per category
-PSEUDO_LABEL_SIDE = 160
+PSEUDO_LABEL_SIDE, THRESHOLD_SIDE = 160, 250
 
 
 def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -35,10 +35,11 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
         "name": category.name,
         "metrics": measured.metrics,
         "threshold": measured.threshold,
+        "caution": component_caution(measured),
+        "threshold_image": threshold_image(measured),
         "note": measured.histogram[1],
         "outcome": measured.outcome(),
         "branches": measured.branches,
-        "weights": branch_weights.describe(measured.weights),
         "images": {split: len(scores[FUSED]) for split, scores in splits.items()},
         "curves": {
             split: figures.roc(splits["good"], scores, f"ROC curves of {category.name}, {split}")
@@ -54,6 +55,16 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
         "records": records_of(category, workspace),
         "models": [evaluated for evaluated in models if evaluated["category"] == category.name],
     }
+
+
+def threshold_image(measured: Measured) -> tuple[str, str] | None:
+    """Name and picture, as an address that needs no file, of the validation image that sets the threshold."""
+    path = measured.threshold_image
+    if path is None:
+        return None
+    image = overlays.shrink(images.read_rgb(path, white_level=measured.white_level), THRESHOLD_SIDE)
+    name = path.relative_to(measured.category.root).as_posix()
+    return name, overlays.data_uri(image, QUALITY)
 
 
 def pseudo_labels(

@@ -9,7 +9,7 @@ from csad.errors import UserError
 from csad.pseudo_labels import checkpoints
 from csad.pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from csad.pseudo_labels.proposers import Proposer
-from csad.settings import PseudoLabelSettings
+from csad.settings import PseudoLabelSettings, set_by_a_person
 from csad.standins.classical import ClassicalProposer
 
 import torch
@@ -47,10 +47,13 @@ def choose_proposer(
                 f"{' and '.join(checkpoint.file for checkpoint in missing)} into {folder}, or let --download do it "
                 f"({sum(checkpoint.megabytes for checkpoint in missing):g} MB)"
             )
-    if kind != "grounded_sam" and (settings.no_sam or settings.inside_grounding):
-        print(
-            f"{category}: no_sam and inside_grounding are for Grounding DINO and do not apply to {kind} proposals"
-        )
+    if kind != "grounded_sam":
+        for name in set_by_a_person(category, settings, ("no_sam", "inside_grounding")):
+            if getattr(settings, name):
+                print(
+                    f"{category}: --pseudo_labels.{name} has no effect, because it is about parts that a text prompt finds, "
+                    "and here none does; leave it out, or take --proposer grounded_sam"
+                )
     if kind == "classical":
         return ClassicalProposer(settings.container)
     if kind == "sam":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from csad.data.label_colours import label_colour
+from csad.data.listing import count
 from csad.inference.engines import Engine
 from csad.inference.verdicts import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
@@ -171,7 +172,9 @@ def create_app(
             try:
                 future = station.batcher.submit(picture)
             except QueueFull:
-                raise overloaded(f"{options.queue_length} pictures wait for {station.name} already") from None
+                raise overloaded(
+                    f"{count(options.queue_length, 'picture')} wait{'s' * (options.queue_length == 1)} for {station.name} already"
+                ) from None
         verdict = await asyncio.wrap_future(future)
         answer = await loop.run_in_executor(decoders, finish, verdict)
         metrics.latency.labels(station.name).observe(time.perf_counter() - begun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 from csad.data import image_files
@@ -22,10 +23,12 @@ MAX_NAME = 200  # characters of a picture's name
 
 
 def plain_name(text: str) -> Path:
-    """What a sender calls a picture, without folders and whatever does not print."""
+    """What a sender calls a picture, without folders and whatever does not print; of one without a name, when it came (UTC)."""
     last = text.replace("\\", "/").rstrip("/").rpartition("/")[2]
     name = "".join(letter for letter in last if letter.isprintable())[-MAX_NAME:].strip()
-    return Path(name if name not in ("", ".", "..") else "unnamed")
+    if name in ("", ".", ".."):
+        name = f"picture-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"
+    return Path(name)
 
 
 async def received_from(request: Request) -> tuple[bytes, str]:

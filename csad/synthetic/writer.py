@@ -22,7 +22,7 @@ from pathlib import Path
 from csad.data.files import read_json, write_image, write_json
 from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL
 from csad.data.workspace import Workspace
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 from csad.processes import map_pictures
 from csad.progress import ProgressBar
 from csad.synthetic import CATEGORIES
@@ -156,7 +156,10 @@ def write_dataset(
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in CATEGORIES:
-            raise UserError(f"there is no category '{name}' to render; choose from {', '.join(CATEGORIES)}")
+            raise UserError(
+                f"there is no category '{name}' to render; choose from {', '.join(CATEGORIES)}"
+                f"{did_you_mean(name, CATEGORIES)}"
+            )
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be 1 or more")
     with Workspace(components_root(root)).lock():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from csad.data import files, image_files, images, layouts, records
+from csad.data.listing import count as counted
 from csad.data.workspace import PseudoLabels, Workspace
 from csad.errors import UserError
 from csad.progress import ProgressBar
@@ -36,7 +37,7 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
     if trusted.min() < 0 or trusted.max() >= count:
         stray = trusted[(trusted < 0) | (trusted >= count)][0]
         raise UserError(
-            f"{trusted_file} names image number {stray}, but {category.root / 'train'} has {count} images; "
+            f"{trusted_file} names image number {stray}, but {category.root / 'train'} has {counted(count, 'image')}; "
             f"run {MADE_BY} --overwrite on these images"
         )
     if histogram.ndim != 2 or histogram.shape[1] == 0:
@@ -117,7 +118,7 @@ def training_data(
         if label_map.max() >= classes:
             raise UserError(
                 f"{path} has label {label_map.max()}, but filtered_component_histogram.npy knows "
-                f"{classes - 1} components; run {MADE_BY} --overwrite"
+                f"{counted(classes - 1, 'component')}; run {MADE_BY} --overwrite"
             )
         own_size = image_files.displayed_size(category.train[index])[::-1]
         require_size(path, label_map, own_size, SQUEEZED)

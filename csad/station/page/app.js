@@ -2,6 +2,7 @@
 
 const SHOWN_ROWS = 200;   // of the list; the download has all
 const KEPT_PICTURES = 40; // whose overlays can be looked at again
+const FAR = 2;             // times the range of good scores and threshold: from there on a score stands at the bar's end
 const BAR = { width: 1000, height: 90 };
 const MAX_TRIES = 4;       // of a picture while the station is busy
 const MAX_WAIT = 30;       // seconds between two of them, whatever the station asks for
@@ -14,6 +15,8 @@ const models = new Map();     // name -> what /models says
 const thresholds = new Map(); // name -> the threshold chosen here
 const entries = [];           // answers of /score in order, oldest first
 let model = null, shown = null, waiting = [], working = false, locked = false, stream = null, timer = 0;
+let batch = [];     // entries since there was last nothing to do: what came together
+let picked = false; // whether a person looks at one of the list meanwhile
 
 async function ask(path, options = {}) {
   const token = sessionStorage.getItem("token");
@@ -74,22 +77,35 @@ function take(files) {
 async function work() {
   if (working) return;
   working = true;
+  batch = [];
+  picked = false;
   while (waiting.length && model && !locked) await score(waiting.shift());
   working = false;
 }
 
 // Every picture gets a row: with the station's verdict, or with the reason why there is none.
-async function score(file, name = file.name || "pasted") {
-  say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more wait` : ""} …`);
+async function score(file, name = file.name || `picture-${stamp()}`) {
+  say(`Looking at ${name}${waiting.length ? `, ${waiting.length} more to come` : ""} …`);
   const begun = performance.now(), asked = model.name;
   const answer = await answerOn(file, name, asked);
   if (!answer) return waiting.unshift(file); // until the token is right
   const entry = answer.entry ?? { image: name, verdict: answer.verdict, score: null, model: asked, findings: [answer.reason], problem: answer.reason };
   entry.time = new Date().toISOString();
   entries.push(entry);
-  if (entries.length > KEPT_PICTURES) delete entries[entries.length - 1 - KEPT_PICTURES].overlay;
+  batch.push(entry);
+  const worst = worstOf(batch.filter((other) => other.model === model.name)) ?? entry;
+  const drawings = entries.filter((other) => other.overlay && other !== worst && other !== shown);
+  if (drawings.length > KEPT_PICTURES) delete drawings[0].overlay;
   say(entry.verdict === NOT_INSPECTED ? "" : `${entry.image}: answered in ${Math.round(performance.now() - begun)} ms`);
-  show(entry);
+  if (picked) return showList();
+  if (worst.model !== model.name) return showList(); // the model was changed meanwhile
+  show(worst);
+}
+
+// What has no score comes first: nobody knows whether it is good. Of the others the farthest over the threshold.
+function worstOf(candidates) {
+  const rank = (entry) => entry.score === null || entry.problem ? Infinity : entry.score - thresholds.get(entry.model);
+  return candidates.reduce((worst, entry) => worst && rank(worst) >= rank(entry) ? worst : entry, undefined);
 }
 
 // {entry} from the station, {verdict, reason} without one, or null where a token is wanted.
@@ -147,7 +163,7 @@ function findingsOf(entry) {
 
 const slug = (verdict) => verdict.replaceAll(" ", "-");
 
-const round = (value) => Number(value.toPrecision(4)).toString();
+const round = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
 
 function show(entry) {
   shown = entry;
@@ -162,6 +178,10 @@ function showVerdict() {
   at("icon").setAttribute("href", `#icon-${slug(verdict)}`);
   setText("verdict", WORDS[verdict] ?? "No picture yet");
   setText("name", shown ? shown.image : "");
+  at("batch").hidden = !shown || batch.length < 2 || !batch.includes(shown);
+  setText("batch", picked ? `One of the ${batch.length} pictures that came together.`
+    : `The worst of the ${batch.length} pictures that came together; the list below has the others, click one to see it.`);
+  setText("note", shown?.note ? `${shown.note[0].toUpperCase()}${shown.note.slice(1)}.` : "");
   const findings = shown ? findingsOf(shown) : [];
   if (at("findings").innerText !== findings.join("\n")) at("findings").replaceChildren(...findings.map((text) => made("li", text)));
   showGauge();
@@ -173,8 +193,10 @@ function setText(id, text) { // what a screen reader reads aloud changes only wh
 
 function axis() {
   const values = [...model.validation_scores, model.threshold, thresholds.get(model.name)];
+  const usual = Math.max(...values) - Math.min(...values) || 1;
+  const far = [Math.min(...values) - FAR * usual, Math.max(...values) + FAR * usual];
   const scored = shown?.score ?? null;
-  if (scored !== null) values.push(scored);
+  if (scored !== null) values.push(Math.min(far[1], Math.max(far[0], scored))); // farther ones stand at the end
   const low = Math.min(...values), high = Math.max(...values), margin = (high - low || 1) * 0.06;
   return [low - margin, high + margin];
 }
@@ -193,6 +215,7 @@ function showGauge(keepAxis = false) {
   if (shown && shown.score !== null) bar.push(stroke("mark", place(shown.score), 22, BAR.height));
   bar.push(stroke("threshold", place(threshold), 0, BAR.height));
   at("bar").replaceChildren(at("bar").querySelector("title"), ...bar);
+  showAxis(low, high, place(threshold) / BAR.width);
   const scored = shown && shown.score !== null;
   at("score-words").textContent = scored ? `Score ${round(shown.score)} ${shown.score > threshold ? "is over" : "is not over"} the threshold ${round(threshold)}` : "";
   at("bar-words").textContent = scored ? at("score-words").textContent : `Threshold ${round(threshold)}`;
@@ -202,7 +225,17 @@ function showGauge(keepAxis = false) {
   at("promise").textContent = own ? promise(threshold) : `${model.threshold_words}.`.replace(/^./, (letter) => letter.toUpperCase());
 }
 
-// models/fusion.py, choose_threshold: the k-th smallest of n scores of good pictures promises 1 - k / (n + 1).
+// The numbers under the bar: its ends, and the threshold under its line; an end that this would cover is left out.
+function showAxis(low, high, share) {
+  setText("axis-low", share < 0.2 ? "" : round(low, 3));
+  const beyond = shown && shown.score !== null && shown.score > high;
+  setText("axis-high", beyond ? `${round(shown.score, 3)} →` : share > 0.8 ? "" : round(high, 3));
+  setText("axis-threshold", round(thresholds.get(model.name)));
+  at("axis-threshold").style.left = `${100 * share}%`;
+  at("axis-threshold").style.transform = `translateX(${-100 * share}%)`; // stays within the bar
+}
+
+// csad/evaluation/thresholds.py, choose_threshold: the k-th smallest of n scores of good pictures promises 1 - k / (n + 1).
 function promisedRate(threshold, scores) {
   return 1 - scores.filter((score) => score <= threshold).length / (scores.length + 1);
 }
@@ -270,7 +303,7 @@ function row(entry) {
   const verdict = judged(entry), line = made("tr"), again = made("button", entry.image);
   line.classList.toggle("shown", entry === shown);
   again.type = "button";
-  again.addEventListener("click", () => { if (models.size > 1) { shown = entry; choose(entry.model); } else show(entry); at("result").focus(); });
+  again.addEventListener("click", () => { picked = true; if (models.size > 1) { shown = entry; choose(entry.model); } else show(entry); at("result").focus(); });
   const cells = [pill(verdict, verdict), again, entry.model, entry.score === null ? "–" : round(entry.score), round(thresholds.get(entry.model)), findingsOf(entry).join("; ")];
   line.append(...cells.map((content, index) => {
     const cell = made("td");
@@ -340,7 +373,7 @@ async function shoot() {
   Object.assign(canvas, { width: video.videoWidth, height: video.videoHeight });
   canvas.getContext("2d").drawImage(video, 0, 0);
   const content = await new Promise((done) => canvas.toBlob(done, "image/png"));
-  waiting.push(new File([content], `camera-${new Date().toISOString().slice(0, 23).replaceAll(":", "")}.png`));
+  waiting.push(new File([content], `camera-${stamp()}.png`));
   await work();
 }
 
@@ -357,6 +390,8 @@ async function repeat() {
 
 // Small things
 
+const stamp = () => new Date().toISOString().slice(0, 23).replaceAll(":", "");
+
 function say(text, wrong = false) {
   setText("progress", text);
   at("progress").classList.toggle("wrong", wrong);
@@ -366,7 +401,7 @@ function say(text, wrong = false) {
 // What was not inspected is said as long as the list holds it.
 function showMissed() {
   const missed = entries.filter((entry) => entry.verdict === NOT_INSPECTED), last = missed.at(-1);
-  setText("missed", last ? `${missed.length} of ${entries.length} pictures not inspected, the last one ${last.image}: ${last.problem}.` : "");
+  setText("missed", last ? `${missed.length} of ${entries.length} ${entries.length === 1 ? "picture" : "pictures"} not inspected, the last one ${last.image}: ${last.problem}.` : "");
 }
 
 async function showText(link) {
@@ -407,7 +442,7 @@ at("threshold").addEventListener("change", showList);
 at("reset").addEventListener("click", () => { thresholds.set(model.name, model.threshold); show(shown); at("threshold").focus(); });
 at("csv").addEventListener("click", () => download(asCsv(), "text/csv", "csv"));
 at("jsonl").addEventListener("click", () => download(exported().map((one) => JSON.stringify(one) + "\n").join(""), "application/jsonl", "jsonl"));
-at("clear").addEventListener("click", () => { entries.length = 0; say(""); show(null); at("file").focus(); });
+at("clear").addEventListener("click", () => { entries.length = 0; batch = []; say(""); show(null); at("file").focus(); });
 at("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const token = at("token").value.trim();
@@ -417,7 +452,10 @@ at("token-form").addEventListener("submit", (event) => {
 });
 for (const link of at("links").querySelectorAll("a")) link.addEventListener("click", (event) => { event.preventDefault(); showText(link); });
 for (const button of document.querySelectorAll(".zoom")) button.addEventListener("click", () => enlarge(button.querySelector("canvas")));
-document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
+document.addEventListener("paste", (event) => { // browsers call every copied picture image.png
+  const files = [...event.clipboardData.files].map((file) => file.name === "image.png" ? new File([file], `pasted-${stamp()}.png`) : file);
+  if (files.length) take(files);
+});
 document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dragging"); });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
 document.addEventListener("drop", (event) => {
