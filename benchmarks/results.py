@@ -29,12 +29,10 @@ from typing import Any
 from csad.data import files
 from csad.errors import UserError, run_script
 
-from benchmarks import machine
+from benchmarks.measuring import ROOT, describe_machine, machine_in_words, options_of
 from benchmarks.peers_worker import PEERS
-from benchmarks.processes import options_of
 from benchmarks.results_tables import TABLES, Inputs, Table
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = ROOT / "docs/results.md", ROOT / "docs/results"
 OLDER = "**Made by an older state of the code:**"  # how the line begins that git's history decides
 WIDTH = 108
@@ -145,7 +143,7 @@ def make(name: str, table: Table, inputs: Inputs) -> None:
         "commits_before": [state["commit"] for state in states[1:]],
         "modified": sorted({path for state in states for path in state["modified"]}),
         "date": datetime.date.today().isoformat(),
-        "machine": machine.describe(),
+        "machine": describe_machine(),
         "seeds": list(table.seeds(inputs)),
         "commands": [printed(command, inputs) for command in commands],
         "content": table.collect(inputs),
@@ -256,7 +254,7 @@ def section(name: str, folder: Path, root: Path) -> list[str]:
     seeds = f"seed{'s' * (len(made['seeds']) > 1)} {', '.join(map(str, made['seeds']))}"
     commit = (made["commit"] or "unknown")[:7]
     sentence = (
-        f"Commit `{commit}`, measured on {made['date']}, {seeds}; {machine.in_words(made['machine'])}; "
+        f"Commit `{commit}`, measured on {made['date']}, {seeds}; {machine_in_words(made['machine'])}; "
     )
     sentence += f"{', '.join(versions)}:"
     lines += ["", *textwrap.wrap(sentence, WIDTH), ""]
