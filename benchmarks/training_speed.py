@@ -5,8 +5,7 @@ one run, so that whatever else the machine does strikes them alike; the median c
 the encoder has random weights, because neither changes the time: nothing is downloaded. Prints a table and
 writes benchmark_training_{stage}.json into the workspace: milliseconds per step (by the clock, and of all
 processor cores together, which other work on the machine stretches less), hours for all steps of the preset,
-the memory that a step takes on top of what is held between steps, and the floor: the step's multiply-adds at
-the rate of this machine's large matrix products.
+the memory that a step takes on top of what is held between steps, and its multiply-adds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from csad import settings
 from csad.cli import common_options, overrides
@@ -42,10 +41,11 @@ from models.segmentor import Segmentor
 IMAGES = 16  # training images; how many there are does not change the time of a step
 CLASSES = 8  # of the segmentor
 PLAIN = "plain fp32"
-MATRIX = {"cpu": 2048}  # side of the matrix product whose rate is the floor; elsewhere
-LARGE_MATRIX = 8192
 
 Step = Callable[[], None]
+Losses = dict[str, torch.Tensor]
+LossesOfStep = Callable[[int], Losses]  # by its number
+LossesOf = Callable[[Any, str, bool], LossesOfStep]  # of a model, in a precision, plain or not
 
 
 def main() -> None:
@@ -71,7 +71,6 @@ def main() -> None:
     multiply_adds = {name: count_multiply_adds(step) for name, step in variants.items()}  # and warm up
     runs = [lambda step=step: measured_step(step, device) for step in variants.values()]
     costs = dict(zip(variants, in_turns(runs, args.timed_steps, "time", warm_ups=0)))
-    rates = {precision: matrix_rate(device, precision) for precision in precisions}
     plain = float(np.median([cost.seconds for cost in costs[PLAIN]]))
     report = {
         "stage": args.stage,
@@ -82,7 +81,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "settings": getattr(cfg, args.stage).model_dump(),
-        "matrix_multiply_adds_per_second": rates,
         "variants": {},
     }
     for name, of_variant in costs.items():
@@ -97,14 +95,13 @@ def main() -> None:
             "hours_of_preset": middle * steps / 3600,
             "step_memory_mib": None if None in memory else max(memory),
             "multiply_adds": multiply_adds[name],
-            "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]],
         }
     target = workspace.root / f"benchmark_training_{args.stage}.json"
     with workspace.lock():
         files.write_json(target, report)
     print(
-        f"one training step of {args.stage}, preset {args.preset}, {device}, {torch.get_num_threads()} threads; hours: "
-        f"all {steps} steps; floor: the multiply-adds at the rate of a large matrix product"
+        f"one training step of {args.stage}, preset {args.preset}, {device}, {torch.get_num_threads()} threads; hours of "
+        f"all {steps} steps"
     )
     rows = [
         {"step": name} | {key: value for key, value in row.items() if key != "ms_all"}
@@ -122,33 +119,54 @@ class Cost(NamedTuple):
     memory_mib: float | None
 
 
+def variants_of(
+    first: torch.nn.Module, losses_of: LossesOf, cfg: Any, precisions: list[str], device: torch.device
+) -> dict[str, Step]:
+    """Name -> a function that trains a copy of a network for one step, plain and in each precision."""
+
+    def variant(precision: str, plain: bool) -> Step:
+        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = not plain and device.type != "mps"
+        optimizer = torch.optim.Adam(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+        losses_of_step, numbers = losses_of(model, precision, plain), itertools.count()
+
+        def step() -> None:
+            parts = losses_of_step(next(numbers))
+            optimizer.zero_grad()
+            sum(parts.values()).backward()
+            optimizer.step()
+
+        return step
+
+    fast = {f"fast {precision}": variant(precision, plain=False) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | fast
+
+
 def lgst_variants(
     cfg: settings.LgstSettings, encoder: Encoder, precisions: list[str], device: torch.device
 ) -> dict[str, Step]:
-    """Name -> a function that trains one step, plain and in each precision."""
+    """Variants of stage 3's step."""
     cfg = cfg.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
     penalties = PenaltyPictures(cfg.penalty_images)
-    first = LGST(encoder.channels, cfg.width, cfg.teacher_channels).train()
 
-    def variant(precision: str, plain: bool = False) -> Step:
-        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+    def losses_of(model: LGST, precision: str, plain: bool) -> LossesOfStep:
         batches = lgst_step.Batches(pictures, model, encoder, device, precision, "teacher features")
-        optimizer = adam(model, cfg, plain, device)
-        numbers = itertools.count()
 
-        def step() -> None:
-            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, cfg, next(numbers), "", 0))
+        def losses_of_step(number: int) -> Losses:
+            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, cfg, number, "", 0))
             if plain:
                 with torch.no_grad():
                     batch = batch._replace(teacher=model.teacher_features(encoder(batch.images)))
             with autocast(device, precision):
                 features = model.training_features(*batch)
-            descend(losses(features, cfg.hard_quantile), optimizer)
+            return losses(features, cfg.hard_quantile)
 
-        return step
+        return losses_of_step
 
-    return {PLAIN: variant("fp32", plain=True)} | {f"fast {name}": variant(name) for name in precisions}
+    first = LGST(encoder.channels, cfg.width, cfg.teacher_channels).train()
+    return variants_of(first, losses_of, cfg, precisions, device)
 
 
 def segmentor_variants(
@@ -157,49 +175,29 @@ def segmentor_variants(
     """Variants of stage 2's step with all losses, as after the epoch in which the unsupervised ones join; plain has no cache."""
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
-    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(
-        np.uint8
+    labels = (
+        rng.integers(0, CLASSES, (IMAGES, 8, 8), dtype=np.uint8).repeat(SIZE // 8, 1).repeat(SIZE // 8, 2)
     )
     indices = np.arange(IMAGES)
     data = segmentor_step.TrainingData(
         pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool), indices[::2], indices[1::2]
     )
-    first = Segmentor(encoder.channels, cfg.width, CLASSES).train()
 
-    def variant(precision: str, plain: bool = False) -> Step:
-        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+    def losses_of(model: Segmentor, precision: str, plain: bool) -> LossesOfStep:
         batches = segmentor_step.Batches(data, encoder, device, precision, "encode")
-        optimizer = adam(model, cfg, plain, device)
-        numbers = itertools.count()
 
-        def step() -> None:
-            sample = segmentor_step.draw_sample(data, cfg, next(numbers), True, "", 0)
+        def losses_of_step(number: int) -> Losses:
+            sample = segmentor_step.draw_sample(data, cfg, number, True, "", 0)
             batch = batches.batch(sample)
             if plain:
                 unlabelled = pictures[sample.unlabelled].to(device)
                 batch = batch._replace(unlabelled=segmentor_step.encode(encoder, unlabelled, precision))
-            descend(segmentor_step.step_losses(model, encoder, batch, cfg, precision), optimizer)
+            return segmentor_step.step_losses(model, encoder, batch, cfg, precision)
 
-        return step
+        return losses_of_step
 
-    return {PLAIN: variant("fp32", plain=True)} | {f"fast {name}": variant(name) for name in precisions}
-
-
-def adam(
-    model: torch.nn.Module,
-    cfg: settings.LgstSettings | settings.SegmentorSettings,
-    plain: bool,
-    device: torch.device,
-) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = not plain and device.type != "mps"
-    return torch.optim.Adam(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-
-
-def descend(parts: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    sum(parts.values()).backward()
-    optimizer.step()
+    first = Segmentor(encoder.channels, cfg.width, CLASSES).train()
+    return variants_of(first, losses_of, cfg, precisions, device)
 
 
 def count_multiply_adds(step: Step) -> float:
@@ -237,22 +235,6 @@ def start_memory(device: torch.device) -> float | None:
 def peak_memory(device: torch.device) -> float:
     """Most MiB held since `start_memory`."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory_mb("VmHWM")
-
-
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Multiply-adds per second of a large matrix product, best of five."""
-    side = MATRIX.get(device.type, LARGE_MATRIX)
-    matrix = torch.randn(
-        side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
-    )
-    seconds = []
-    for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return side**3 / min(seconds[1:])
 
 
 if __name__ == "__main__":
