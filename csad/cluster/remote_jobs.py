@@ -63,16 +63,12 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
         remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
         started: dict[str, Any] = {}
         for name, task in tasks.items():
-            narrowed = {"categories": [task.category.name]} | (
-                {} if task.seed is None else {"seeds": [task.seed]}
-            )
-            started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
-                jobs,
-                argparse.Namespace(**vars(args) | narrowed),
-                name,
-                driver,
-                *(started[predecessor] for predecessor in task.after),
-            )
+            narrowed = argparse.Namespace(**vars(args) | {"categories": [task.category.name]})
+            if task.seed is not None:
+                narrowed.seeds = [task.seed]
+            before = [started[predecessor] for predecessor in task.after]
+            options = always | resources(ray, task, args, threads)
+            started[name] = remote.options(**options).remote(jobs, narrowed, name, driver, *before)
         running = {reference: name for name, reference in started.items()}
         try:
             with defer_interrupts() as interrupted, Bars(driver.folder, len(tasks)) as bars:
@@ -86,9 +82,8 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                             raise UserError(outcome.failure)
                         bars.finished(outcome.printed)
                         if name not in waited_for:
-                            (failures if outcome.failure else results)[name] = (
-                                outcome.failure or outcome.result
-                            )
+                            came = failures if outcome.failure else results
+                            came[name] = outcome.failure or outcome.result
                     bars.show(running.values())
         except BaseException:
             for reference in running:
@@ -165,7 +160,7 @@ def tell_progress_in(path: Path) -> None:
             last = time.monotonic()
             path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
 
-    ProgressBar.display = display
+    ProgressBar.display = display  # type: ignore[method-assign, assignment]  # of every bar of this process
 
 
 class Bars:
@@ -182,7 +177,7 @@ class Bars:
     def __enter__(self) -> Bars:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for line in (*self.lines, self.all):
             line.close()
 
