@@ -11,7 +11,6 @@ made of the same checkpoints: how good and how fast each is without the others.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ from csad.data.workspace import EXPORTED, Workspace
 from csad.errors import run_script
 from csad.progress import ProgressBar
 
-from benchmarks.processes import measured, options_of
+from benchmarks.measuring import markdown, measured_script, options_of
 from models.backbone import PACKAGED
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAINING = ("pseudo_label", "train_segmentor", "CSAD", "patch_memory", "export_model")
 EVALUATION = "benchmark_performance"
 TITLES = {
@@ -60,7 +58,7 @@ def main() -> None:
         run(category.name, args.workspace, names, args.formats)
         if args.single_branches:
             export_branches(category.name, args.workspace, names, args.formats)
-    print(table(read(args.workspace)))
+    print("\n".join(table(seconds(read(args.workspace)))))
 
 
 def run(
@@ -73,26 +71,28 @@ def run(
     """
     for stage in TRAINING:
         more = ["--pseudo_labels.proposer", "classical"] if stage == "pseudo_label" else []
-        run_stage(stage, stage, category, workspace, [*options, *more])
+        run_stage(stage, category, workspace, [*options, *more])
     export(category, workspace, options, [name for name in formats if name != "torch"])
-    run_stage(EVALUATION, EVALUATION, category, workspace, options)
+    run_stage(EVALUATION, category, workspace, options)
 
 
 def export(category: str, workspace: Path, options: Sequence[object], formats: Sequence[str]) -> None:
     """Export further models, with maps, as those of `torch` always have them."""
     for name in formats:
         more = ["--format", name] + (["--with_map"] if name != "torch" else [])
-        run_stage(f"export_model_{name}", "export_model", category, workspace, [*options, *more])
+        run_stage("export_model", category, workspace, [*options, *more], f"export_model_{name}")
 
 
-def run_stage(key: str, script: str, category: str, workspace: Path, options: Sequence[object]) -> None:
-    timings = read(workspace)
+def run_stage(
+    script: str, category: str, workspace: Path, options: Sequence[object], name: str | None = None
+) -> None:
+    """Run a script unless it was run before under this name (default: its own)."""
+    timings, key = read(workspace), name or script
     if key in timings.get(category, {}):
         return
     log = workspace / "logs" / f"{category}_{key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / f"{script}.py", "--workspace", workspace, "--backbone", PACKAGED]
-    usage = measured([*command, *options], log)
+    usage = measured_script(script, workspace, ["--backbone", PACKAGED, *options], log)
     timings.setdefault(category, {})[key] = usage._asdict()
     files.write_json(workspace / "all_stages.json", timings)
 
@@ -129,13 +129,21 @@ def training_seconds(timings: dict[str, dict[str, float]]) -> float | None:
     return sum(timings[stage]["seconds"] for stage in TRAINING) if set(TRAINING) <= set(timings) else None
 
 
-def table(timings: Timings) -> str:
-    """Seconds of each stage, in Markdown."""
-    lines = [f"| category | {' | '.join(TITLES.values())} |", "|---|" + "---|" * len(TITLES)]
-    for category, stages in timings.items():
-        cells = [f"{stages[stage]['seconds']:.0f}" if stage in stages else "" for stage in TITLES]
-        lines.append(f"| {category} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def seconds(timings: Timings) -> dict[str, dict[str, float]]:
+    """Category -> stage -> seconds."""
+    return {
+        category: {stage: usage["seconds"] for stage, usage in stages.items()}
+        for category, stages in timings.items()
+    }
+
+
+def table(seconds_by_category: dict[str, dict[str, float]]) -> list[str]:
+    """Seconds of each stage, in lines of Markdown."""
+    rows = [
+        [category, *(f"{stages[stage]:.0f}" if stage in stages else "" for stage in TITLES)]
+        for category, stages in seconds_by_category.items()
+    ]
+    return markdown(["category", *TITLES.values()], rows)
 
 
 def metrics(category: str, workspace: Path) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from csad.synthetic.writer import Settings, write_dataset
 import numpy as np
 from PIL import Image
 
-from benchmarks.many_categories import run
-from benchmarks.processes import options_of
+from benchmarks.measuring import measured_script, options_of
 
 RENDERED = 8
 
@@ -30,22 +29,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=1024, help="in pixels")
     args = parser.parse_args()
-    write_dataset(
-        args.workspace / "rendered",
-        ["pushpins"],
-        Settings(args.side, RENDERED, 0, 0, 0, 0),
-        2,
-        overwrite=False,
-    )
-    write_shifted(
-        sorted((args.workspace / "rendered").rglob("train/good/*.png")),
-        args.workspace / "dataset",
-        args.images,
-    )
+    rendered, dataset = args.workspace / "rendered", args.workspace / "dataset"
+    write_dataset(rendered, ["pushpins"], Settings(args.side, RENDERED, 0, 0, 0, 0), 2, overwrite=False)
+    write_shifted(sorted(rendered.rglob("train/good/*.png")), dataset, args.images)
+    log = args.workspace / "check_dataset.log"
     # 4: small shifts are copies.
-    seconds, of_processor, peak = run("check_dataset.py", args.workspace, (), accepted=(0, 4))
+    usage = measured_script(
+        "check_dataset", args.workspace, ["--dataset_root", dataset], log, accepted=(0, 4)
+    )
     print(
-        f"{args.images} images of {args.side} pixels: {seconds:.1f} s, {of_processor:.1f} s of processor time, {peak:.0f} MB"
+        f"{args.images} images of {args.side} pixels: {usage.seconds:.1f} s, "
+        f"{usage.processor_seconds:.1f} s of processor time, {usage.peak_mb:.0f} MB"
     )
 
 
@@ -54,10 +48,8 @@ def write_shifted(rendered: list[Path], folder: Path, count: int) -> None:
     sources, rng = [images.read_rgb(path) for path in rendered], np.random.default_rng(0)
     for index in ProgressBar(range(count), desc="write pictures", unit="image", leave=False):
         source = sources[index % len(sources)]
-        target, distance = (
-            folder / "photos" / "train" / "good" / f"{index:05d}.png",
-            rng.integers(len(source), size=2),
-        )
+        target = folder / "photos" / "train" / "good" / f"{index:05d}.png"
+        distance = rng.integers(len(source), size=2)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             Image.fromarray(np.roll(source, distance, (0, 1))).save(target, compress_level=1)

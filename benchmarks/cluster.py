@@ -23,8 +23,8 @@ from pathlib import Path
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
-from benchmarks.many_categories import QUICK, ROOT
-from benchmarks.processes import options_of
+from benchmarks.many_categories import QUICK
+from benchmarks.measuring import ROOT, options_of
 
 OPTIONS = (*QUICK, *"--lgst.width 16 --lgst.teacher_channels 16".split())
 SMALL = Settings(image_size=128, train=8, validation=3, test_good=3, test_logical=3, test_structural=3)
@@ -35,24 +35,14 @@ def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=10, help="of random nodes (default: 10)")
     parser.add_argument(
-        "--pause",
-        type=float,
-        nargs=2,
-        default=[5, 25],
-        help="seconds between two kills, drawn from this range",
+        "--pause", type=float, nargs=2, default=[5, 25], help="range of the seconds between two kills"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overhead", action="store_true", help="compare times instead")
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=10,
-        choices=range(2, 11, 2),
-        help="with --overhead: in one run (default: 10)",
+        "--jobs", type=int, default=10, choices=range(2, 11, 2), help="with --overhead: in one run"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="with --overhead: runs of each kind (default: 2)"
-    )
+    parser.add_argument("--rounds", type=int, default=2, help="with --overhead: runs of each kind")
     parser.add_argument(
         "--steps", type=int, help="of each job (default: 60; with --overhead 6000, about a minute)"
     )
@@ -60,13 +50,13 @@ def main() -> None:
     # A job of Ray's takes as many CPUs as it has threads: with all of them there is one worker.
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count()) if args.overhead else "1"
     with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder) / "data", list(CATEGORIES), SMALL, 2, False)
         overhead(Path(folder), args) if args.overhead else kills(Path(folder), args)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> None:
     from ray.cluster_utils import Cluster
 
-    write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
     start(folder, "sequential", args.steps or 60, "--seeds", "0", "1").wait()
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
     try:
@@ -74,9 +64,8 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
         rng, killed, runs = random.Random(args.seed), 0, 0
         while killed < args.kills:  # a run that ends before all kills is made again from the start
             runs += 1
-            driver = start(
-                folder, f"ray{runs}", args.steps or 60, "--seeds", "0", "1", "--ray", cluster.address
-            )
+            options = ("--seeds", "0", "1", "--ray", cluster.address)
+            driver = start(folder, f"ray{runs}", args.steps or 60, *options)
             while driver.poll() is None:
                 try:
                     driver.wait(rng.uniform(*args.pause))
@@ -96,7 +85,6 @@ def kills(folder: Path, args: argparse.Namespace) -> None:
 
 
 def overhead(folder: Path, args: argparse.Namespace) -> None:
-    write_dataset(folder / "data", list(CATEGORIES), SMALL, 2, False)
     options_of_kind: dict[str, tuple[str, ...]] = {"sequential": (), "ray": ("--ray", "local")}
     seconds: dict[str, list[float]] = {kind: [] for kind in options_of_kind}
     jobs = ("--seeds", "0", "1", "--categories", *list(CATEGORIES)[: args.jobs // 2])
@@ -125,19 +113,19 @@ def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Pope
 
 def different(first: Path, second: Path) -> list[str]:
     """Files that are not the same in both, or only in one of them."""
-    contents = [
-        {
-            str(path.relative_to(root)): path.read_bytes()
-            for path in root.rglob("*")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        }
-        for root in (first, second)
-    ]
-    return sorted(
-        name
-        for name in contents[0].keys() | contents[1].keys()
-        if contents[0].get(name) != contents[1].get(name)
-    )
+    contents = [contents_of(root) for root in (first, second)]
+    names = contents[0].keys() | contents[1].keys()
+    return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
+
+
+def contents_of(root: Path) -> dict[str, bytes]:
+    """By path of all files, but for hidden ones."""
+    paths = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for name, path in paths.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
 
 
 if __name__ == "__main__":

@@ -20,24 +20,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import csad
 from csad.data import files
 from csad.data.files import path_argument
 from csad.errors import UserError, run_script
-from csad.inference.engines import METADATA_KEY, require_package
+from csad.export.exporters import to_onnx
+from csad.inference.engines import require_package
 from csad.progress import ProgressBar
 
 import numpy as np
+import torch
 from PIL import Image
 
-from benchmarks.processes import options_of, resident
+from benchmarks.measuring import ROOT, memory_mb, options_of, tell_missed
+from models.constants import SIZE
 from models.prediction import Prediction
 
 SIDE = 64  # pixels of each picture
 STORE_BYTES = 80 * 2**20  # Ray's object store of each node
 PART = 500  # images in a file of the output
 GROWTH = 0.05  # of memory, from a quarter of the run to its end
-ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -66,23 +67,18 @@ def main() -> None:
         for _ in range(args.nodes):
             nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         began = time.monotonic()
-        driver = subprocess.Popen(
-            [
-                sys.executable,
-                "predict.py",
-                str(args.workspace.resolve() / "pictures"),
-                "--model",
-                str(model.resolve()),
-                "--output",
-                str(output.resolve()),
-                "--ray",
-                nodes.address,
-                "--shard_size",
-                str(PART),
-                *options,
-            ],
-            cwd=ROOT,
-        )
+        pictures = (args.workspace / "pictures").resolve()
+        command = [
+            sys.executable,
+            "predict.py",
+            pictures,
+            "--model",
+            model.resolve(),
+            "--output",
+            output.resolve(),
+        ]
+        command += ["--ray", nodes.address, "--shard_size", PART, *options]
+        driver = subprocess.Popen([str(word) for word in command], cwd=ROOT)
         memory, killed = watched(driver, nodes, output / "parts", args.images, args.kill)
         seconds = time.monotonic() - began
     finally:
@@ -105,9 +101,7 @@ def main() -> None:
             f"{name}: {start:.0f} MB after a quarter, {middle:.0f} MB in the middle, {end:.0f} MB at the end"
         )
         missed += [] if end <= (1 + GROWTH) * start else [f"flat memory of the {name}"]
-    if missed:
-        print(f"missed: {', '.join(missed)}")
-        raise SystemExit(1)
+    tell_missed(missed)
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -132,8 +126,8 @@ def watched(
         done = sum(1 for _ in parts.glob("part-*"))
         if not done or not workers:
             continue
-        memory["driver"].append(resident(driver.pid) or 0.0)
-        memory["largest worker"].append(max(resident(pid) or 0.0 for pid in workers))
+        memory["driver"].append(memory_mb(pid=driver.pid) or 0.0)
+        memory["largest worker"].append(max(memory_mb(pid=pid) or 0.0 for pid in workers))
         if kill and not killed and done * PART >= count / 2:
             os.kill(workers[0], signal.SIGKILL)
             killed = True
@@ -159,60 +153,37 @@ def workers_of(nodes: Any) -> list[int]:
     return workers
 
 
-def tiny_model(**metadata: object) -> bytes:
-    """An ONNX model with all outputs; it scores an image by its mean brightness, times 100 / 255, all of it contributed by LGST.
+class Brightness(torch.nn.Module):
+    """Scores an image by its mean brightness, times 100 / 255, all of it contributed by LGST.
 
     That of a black one is not a number.
     """
-    onnx = require_package("onnx")
-    node, kinds = onnx.helper.make_node, onnx.TensorProto
-    constants = {
-        "scale": np.float32(100 / 255),
-        "zero": np.float32(0),
-        "all": np.array([1, 2, 3]),
-        "one": np.array([1]),
-        "bright": np.float32(128),
-    }
-    nodes = [
-        node("Cast", ["images"], ["values"], to=kinds.FLOAT),
-        node("Mul", ["values", "scale"], ["scaled"]),
-        node("ReduceMean", ["scaled", "all"], ["mean"], keepdims=0),
-        node("Mul", ["mean", "mean"], ["square"]),
-        node("Div", ["square", "mean"], ["score"]),
-        node("Unsqueeze", ["score", "one"], ["contribution"]),
-        node("Mul", ["contribution", "zero"], ["nothing"]),
-        node("Concat", ["nothing", "contribution"], ["branch_scores"], axis=1),
-        node("AveragePool", ["scaled"], ["small"], kernel_shape=[4, 4], strides=[4, 4]),
-        node("ReduceMean", ["small", "one"], ["anomaly_map"], keepdims=0),
-        node("Unsqueeze", ["anomaly_map", "one"], ["map"]),
-        node("Mul", ["map", "zero"], ["no_map"]),
-        node("Concat", ["no_map", "map"], ["branch_maps"], axis=1),
-        node("ReduceMean", ["values", "one"], ["grey"], keepdims=0),
-        node("Greater", ["grey", "bright"], ["over"]),
-        node("Cast", ["over"], ["label_map"], to=kinds.UINT8),
-    ]
-    outputs = [
-        onnx.helper.make_tensor_value_info(name, kinds.UINT8 if name == "label_map" else kinds.FLOAT, None)
-        for name in Prediction._fields
-    ]
-    images = onnx.helper.make_tensor_value_info("images", kinds.UINT8, ["batch", 3, 256, 256])
-    graph = onnx.helper.make_graph(
-        nodes,
-        "tiny",
-        [images],
-        outputs,
-        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    metadata = {
-        "format_version": csad.FORMAT_VERSION,
+
+    def forward(self, images: torch.Tensor) -> Prediction:
+        values = images.float()
+        percent = values * (100 / 255)
+        mean = percent.mean((1, 2, 3))
+        score = mean * mean / mean
+        contribution = score[:, None]
+        map_of_lgst = torch.nn.functional.avg_pool2d(percent, 4).mean(1, keepdim=True)
+        return Prediction(
+            score,
+            torch.cat([0 * contribution, contribution], 1),
+            map_of_lgst[:, 0],
+            torch.cat([0 * map_of_lgst, map_of_lgst], 1),
+            (values.mean(1) > 128).to(torch.uint8),
+        )
+
+
+def tiny_model(**metadata: object) -> bytes:
+    """`Brightness` as an ONNX model with all outputs."""
+    defaults = {
         "with_map": True,
         "raw_input": True,
+        "input_size": SIZE,
         "validation_scores": list(range(101)),
-        **metadata,
     }
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
-    return model.SerializeToString()
+    return to_onnx(Brightness(), defaults | metadata, Prediction._fields)
 
 
 if __name__ == "__main__":

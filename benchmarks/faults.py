@@ -36,9 +36,8 @@ from typing import NamedTuple
 
 from csad.errors import UserError, run_script
 
-from benchmarks.processes import options_of
+from benchmarks.measuring import ROOT, options_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "torch timm cv2 sklearn.cluster onnx onnxruntime openvino skimage.segmentation uvicorn.logging logging.config "
     "encodings.idna csad.station.server csad.synthetic.writer pseudo_label train_segmentor CSAD patch_memory "

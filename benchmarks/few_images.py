@@ -25,8 +25,8 @@ from csad.progress import ProgressBar
 
 import numpy as np
 
-from benchmarks import all_stages, machine
-from benchmarks.processes import options_of
+from benchmarks import all_stages
+from benchmarks.measuring import describe_machine, markdown, options_of
 
 IMAGES, DRAWS = (10, 20, 50, 100, 200), 3
 KINDS = ("logical", "structural")
@@ -64,7 +64,7 @@ def main() -> None:
                 "dataset": args.dataset_root.name,
                 "preset": args.preset,
                 "draws": args.draws,
-                "machine": machine.describe(),
+                "machine": describe_machine(),
             }
             files.write_json(args.output / "few_images.json", content)
     print("\n".join(table(rows)))
@@ -143,22 +143,15 @@ def spread(rows: list[dict[str, Any]], branch: str, kind: str) -> tuple[float, f
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: mean and standard deviation over the draws, logical / structural."""
-    lines = [
-        f"| category | training images | {' | '.join(COLUMNS.values())} |",
-        "|---|---|" + "---|" * len(COLUMNS),
-    ]
+    lines = []
     for category, count in dict.fromkeys((row["category"], row["images"]) for row in rows):
         of_count = [row for row in rows if (row["category"], row["images"]) == (category, count)]
-        cells = []
-        for branch in COLUMNS:
-            spreads = [spread(of_count, branch, kind) for kind in KINDS]
-            cells.append(
-                " / ".join("-" if both is None else f"{both[0]:.1f} ± {both[1]:.1f}" for both in spreads)
-            )
         failed = [row["failed"] for row in of_count if "failed" in row]
         note = f" ({len(failed)} of {len(of_count)} failed: {failed[0]})" if failed else ""
-        lines.append(f"| {category} | {count}{note} | {' | '.join(cells)} |")
-    return lines
+        spreads = [[spread(of_count, branch, kind) for kind in KINDS] for branch in COLUMNS]
+        cells = [" / ".join(f"{s[0]:.1f} ± {s[1]:.1f}" if s else "-" for s in by_kind) for by_kind in spreads]
+        lines.append([category, f"{count}{note}", *cells])
+    return markdown(["category", "training images", *COLUMNS.values()], lines)
 
 
 if __name__ == "__main__":

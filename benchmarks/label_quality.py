@@ -19,6 +19,8 @@ from csad.synthetic.writer import components_root
 import cv2
 import numpy as np
 
+from benchmarks.measuring import markdown
+
 
 def main() -> None:
     args = common_options(__doc__).parse_args()
@@ -30,12 +32,9 @@ def main() -> None:
         )
     qualities = {}
     for category in categories:
-        trusted = files.read_array(
-            files.require(workspace.pseudo_labels(category.name).trusted, "pseudo_label.py")
-        )
+        made, good = workspace.pseudo_labels(category.name), category.test(layouts.GOOD)
+        trusted = files.read_array(files.require(made.trusted, "pseudo_label.py"))
         paths = [category.train[index] for index in trusted]
-        good = category.test(layouts.GOOD)
-        made = workspace.pseudo_labels(category.name)
         labelled = [made.image(category.key(path)) / "filtered_cluster_map.png" for path in paths]
         segmented = [
             workspace.segmentation_output(category.name, layouts.GOOD, category.key(path)) for path in good
@@ -45,22 +44,18 @@ def main() -> None:
             "segmentor": compare(segmented, true_maps(truth, dataset.root, good), "train_segmentor.py"),
         }
 
+    content = {
+        name: {
+            what: {"mean_iou": match.mean_iou, "per_class": match.per_class} for what, match in parts.items()
+        }
+        for name, parts in qualities.items()
+    }
     with workspace.lock():
-        files.write_json(
-            workspace.root / "label_quality.json",
-            {
-                name: {
-                    what: {"mean_iou": match.mean_iou, "per_class": match.per_class}
-                    for what, match in parts.items()
-                }
-                for name, parts in qualities.items()
-            },
-        )
-    print("| category | trusted pseudo-labels | segmentor |\n|---|---|---|")
-    for name, parts in qualities.items():
-        print(f"| {name} | " + " | ".join(f"{match.mean_iou:.3f}" for match in parts.values()) + " |")
-    means = np.mean([[match.mean_iou for match in parts.values()] for parts in qualities.values()], axis=0)
-    print("| average | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+        files.write_json(workspace.root / "label_quality.json", content)
+    means = {name: [match.mean_iou for match in parts.values()] for name, parts in qualities.items()}
+    means["average"] = np.mean(list(means.values()), axis=0).tolist()
+    rows = [[name, *(f"{mean:.3f}" for mean in of_category)] for name, of_category in means.items()]
+    print("\n".join(markdown(["category", "trusted pseudo-labels", "segmentor"], rows)))
 
 
 def true_maps(truth: Path, root: Path, paths: Sequence[Path]) -> list[Path]:

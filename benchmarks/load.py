@@ -31,15 +31,12 @@ from csad.inference.runtimes import device_name, open_model
 import httpx
 import numpy as np
 
-from benchmarks.processes import options_of, resident
+from benchmarks.measuring import memory_mb, options_of, tell_missed
 
 BATCH_SIZES = (1, 2, 4, 8)
 BARE_PICTURES = 48  # scored for each batch size
-SLOWEST, GROWTH, FRACTION = (
-    10,
-    0.05,
-    0.9,
-)  # p99 in single latencies; of memory; of the bare engine's throughput
+SLOWEST = 10  # p99 in single latencies
+GROWTH, FRACTION = 0.05, 0.9  # of memory; of the bare engine's throughput
 
 
 def main() -> None:
@@ -57,9 +54,8 @@ def main() -> None:
     parser.add_argument("--disturb", action="store_true", help="add a slow client and one that sends garbage")
     args = parser.parse_args()
     require_loopback(args.url)
-    pictures = [
-        path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in SUFFIXES
-    ]
+    paths = [path for path in sorted(args.images.iterdir()) if path.suffix.lower() in SUFFIXES]
+    pictures = [path.read_bytes() for path in paths]
     if not pictures:
         raise UserError(f"no images in {args.images}")
 
@@ -77,34 +73,27 @@ def main() -> None:
             f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; one client alone {1000 * single:.0f} ms; "
             f"p99 is {p99 / 1000 / single:.1f} times that"
         )
-        missed += (
-            [] if p99 / 1000 < SLOWEST * single else [f"p99 under {SLOWEST} times the latency of one client"]
-        )
+        if p99 / 1000 >= SLOWEST * single:
+            missed.append(f"p99 under {SLOWEST} times the latency of one client")
     if all(memory):
         print(
             f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
             f"({100 * (memory[1] / memory[0] - 1):+.1f} %)"
         )
-        missed += (
-            [] if memory[1] / memory[0] - 1 <= GROWTH else [f"memory that grows by {GROWTH:.0%} at most"]
-        )
+        if memory[1] / memory[0] - 1 > GROWTH:
+            missed.append(f"memory that grows by {GROWTH:.0%} at most")
 
     speeds = bare(open_model(args.model, device_name("auto", args.model)), pictures)
-    print(
-        "bare engine, pictures/s: "
-        + ", ".join(
-            f"batch {size} {alone:.2f} ({decoding:.2f} with decoding)"
-            for size, (alone, decoding) in speeds.items()
-        )
-    )
+    of_batches = [
+        f"batch {size} {alone:.2f} ({both:.2f} with decoding)" for size, (alone, both) in speeds.items()
+    ]
+    print(f"bare engine, pictures/s: {', '.join(of_batches)}")
     best = [max(column) for column in zip(*speeds.values())]
     print(
         f"the station reaches {rate / best[0]:.2f} of the best, {rate / best[1]:.2f} of the best with decoding"
     )
     missed += [] if rate >= FRACTION * best[0] else [f"{FRACTION} of the bare engine's best"]
-    if missed:
-        print(f"missed: {', '.join(missed)}")
-        raise SystemExit(1)
+    tell_missed(missed)
 
 
 def require_loopback(url: str) -> None:
@@ -147,13 +136,10 @@ async def load(
                 else:
                     errors[answer.status_code] += 1
                 if number == args.requests // 10:
-                    early = resident(args.pid)
+                    early = memory_mb(pid=args.pid)
 
-        disturbers = (
-            [asyncio.create_task(one(url, client, pictures[0])) for one in (slow, garbage)]
-            if args.disturb
-            else []
-        )
+        disturbing = (slow, garbage) if args.disturb else ()
+        disturbers = [asyncio.create_task(disturb(url, client, pictures[0])) for disturb in disturbing]
         begun = time.perf_counter()
         await asyncio.gather(*(one_client() for _ in range(args.clients)))
         seconds = time.perf_counter() - begun
@@ -161,7 +147,7 @@ async def load(
             if task.done():
                 raise RuntimeError("a disturber gave up") from task.exception()
             task.cancel()
-        return statistics.median(alone), latencies, errors, seconds, [early, resident(args.pid)]
+        return statistics.median(alone), latencies, errors, seconds, [early, memory_mb(pid=args.pid)]
 
 
 async def slow(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
@@ -193,12 +179,11 @@ def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]
         decoding = scoring = 0.0
         for start in range(-size, len(sent), size):  # the first batch warms up
             begun = time.perf_counter()
-            views = np.stack(
-                [
-                    read_picture(io.BytesIO(picture), Path("picture"), engine, None).view
-                    for picture in sent[max(start, 0) : max(start, 0) + size]
-                ]
-            )
+            batch = sent[max(start, 0) : max(start, 0) + size]
+            views = [
+                read_picture(io.BytesIO(picture), Path("picture"), engine, None).view for picture in batch
+            ]
+            views = np.stack(views)
             decoded = time.perf_counter()
             (engine.predict if engine.has_maps else engine.score)(views)
             if start >= 0:

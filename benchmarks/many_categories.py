@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from csad.data import files
@@ -22,23 +20,19 @@ from csad.synthetic.writer import Settings, write_dataset
 
 from tabulate import tabulate
 
-from benchmarks.processes import Usage, measured, options_of
+from benchmarks.measuring import measured_script, options_of
 
-ROOT = Path(__file__).parent.parent
 CATEGORY = "pushpins"
 QUICK = "--preset quick --backbone efficientnet_lite0 --device cpu --images.size 256".split()
-TINY = [
-    *QUICK,
-    *"--segmentor.epochs 3 --segmentor.unsupervised_from_epoch 1 --segmentor.width 16 --memory.rows 50".split(),
-]
-TRAINING = ("pseudo_label.py", "train_segmentor.py", "patch_memory.py")
-MEASURED = ("export_model.py", "benchmark_performance.py", "report.py")
-WRITTEN = {
+TINY = (
+    "--segmentor.epochs 3 --segmentor.unsupervised_from_epoch 1 --segmentor.width 16 --memory.rows 50".split()
+)
+TRAINING = ("pseudo_label", "train_segmentor", "patch_memory")
+MEASURED = {  # script -> its largest table
     "export_model.py": "export_report.json",
     "benchmark_performance.py": "score_combine_result.txt",
     "report.py": "report.html",
 }
-
 HEADERS = ("categories", "script", "seconds", "processor ms each", "peak MB", "MB of its largest table")
 
 
@@ -54,8 +48,8 @@ def main() -> None:
     parser.add_argument(
         "--scripts",
         nargs="+",
-        default=MEASURED,
-        choices=MEASURED,
+        default=list(MEASURED),
+        choices=list(MEASURED),
         metavar="SCRIPT",
         help=f"what is measured, in this order: {', '.join(MEASURED)}; exports take 14 MB a category",
     )
@@ -63,16 +57,22 @@ def main() -> None:
     trained = args.workspace / "1"
     write_dataset(trained / "dataset", [CATEGORY], Settings(128, 12, 6, 4, 4, 4), workers=2, overwrite=False)
     for script in TRAINING:
-        run(script, trained)
+        measured_script(script, trained, options(trained), trained / f"{script}.log")
     rows = []
     for number in args.numbers:
         many = args.workspace / str(number)
         multiply(trained, many, number)
         for script in args.scripts:
-            seconds, of_processor, peak = run(script, many)
-            written = (many / WRITTEN[script]).stat().st_size / 1e6
-            rows.append((number, script, seconds, 1000 * of_processor / number, peak, written))
+            name = script.removesuffix(".py")
+            usage = measured_script(name, many, options(many), many / f"{name}.log")
+            written = (many / MEASURED[script]).stat().st_size / 1e6
+            of_processor = 1000 * usage.processor_seconds / number
+            rows.append((number, script, usage.seconds, of_processor, usage.peak_mb, written))
             print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=".2f"), flush=True)
+
+
+def options(workspace: Path) -> list[object]:
+    return ["--dataset_root", workspace / "dataset", *QUICK, *TINY]
 
 
 def multiply(trained: Path, many: Path, number: int) -> None:
@@ -92,26 +92,6 @@ def multiply(trained: Path, many: Path, number: int) -> None:
             else:
                 os.link(path, target)
     files.write_bytes(many / "ckpt/backbone.json", (trained / "ckpt/backbone.json").read_bytes())
-
-
-def run(
-    script: str, workspace: Path, options: Sequence[str] = TINY, accepted: tuple[int, ...] = (0,)
-) -> Usage:
-    """What one script takes over all categories of ``workspace``/dataset.
-
-    Raises:
-        UserError: its exit status is none of those that are accepted.
-    """
-    command = [
-        sys.executable,
-        ROOT / script,
-        "--workspace",
-        workspace,
-        "--dataset_root",
-        workspace / "dataset",
-        *options,
-    ]
-    return measured(command, workspace / f"{script}.log", accepted)
 
 
 if __name__ == "__main__":

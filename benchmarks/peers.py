@@ -22,7 +22,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ from csad.training.backbone_weights import build_backbone
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
-from benchmarks import machine
-from benchmarks.peers_timing import ANOMALIES, Server, exported, in_turns
+from benchmarks import results_content
+from benchmarks.measuring import describe_machine, in_turns, measured, options_of
+from benchmarks.peers_timing import ANOMALIES, PAUSE, Server, exported
 from benchmarks.peers_worker import PEERS
-from benchmarks.processes import measured, options_of
 from models.backbone import PACKAGED, TIMM_NAMES, Backbone
 from models.constants import SIZE
 
@@ -59,9 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--environment", type=files.path_argument, default=Path(".venv_peers"), help="that has anomalib"
     )
-    parser.add_argument(
-        "--dataset_root", type=files.path_argument, help="data set in any layout that CSAD reads"
-    )
+    parser.add_argument("--dataset_root", type=files.path_argument, help="in any layout that CSAD reads")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument(
@@ -100,10 +96,10 @@ def main() -> None:
             "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
             "seed": args.seed,
             "turns": args.turns,
-            "machine": machine.describe(),
+            "machine": describe_machine(),
         }
         files.write_json(args.output / "peers.json", content)
-    print(table(rows, args.batches))
+    print("\n".join(results_content.render_peers(content)))
 
 
 def python_of(environment: Path) -> Path:
@@ -144,24 +140,24 @@ def compare(
         except UserError as problem:
             rows[-1]["failed"] = str(problem)
             ProgressBar.write(f"{category.name}: {problem}", file=sys.stderr)
-    variants: list[Callable[[int], float]] = []
     timed = [row for row in rows if "failed" not in row]
     server = None
     if timed and args.turns:
         paths = [Path(jobs[row["method"]]["target"]) / "job.json" for row in timed]
         command = [python_of(args.environment).absolute(), WORKER, "serve", *paths]
         server = Server(command, args.output / category.name / "serve.log")
-    for row in timed if server else []:
-        variants.append(lambda batch, method=row["method"]: server.seconds(method, batch))
+    runs = [lambda batch, method=row["method"]: server.seconds(method, batch) for row in timed if server]
     for workspace in args.workspace:
         for row, run in exported(category, Workspace(workspace), args.batches):
             rows.append(row)
             timed.append(row)
-            variants.append(run)
+            runs.append(run)
     try:
         for batch in args.batches if args.turns else ():
-            for row, seconds in zip(timed, in_turns(variants, batch, args.turns, category.name)):
-                row.setdefault("ms_per_image", {})[str(batch)] = 1000 * seconds / batch
+            variants = [lambda run=run, batch=batch: run(batch) for run in runs]
+            seconds = in_turns(variants, args.turns, f"{category.name}: time batch {batch}", pause=PAUSE)
+            for row, of_row in zip(timed, seconds):
+                row.setdefault("ms_per_image", {})[str(batch)] = 1000 * float(np.median(of_row)) / batch
     finally:
         if server:
             server.close()
@@ -232,10 +228,8 @@ def fitted(category: layouts.Category, job: dict[str, Any], args: argparse.Names
         for kind, split in ANOMALIES.items():
             result[f"pixel_auroc_{kind}"] = pixel_auroc(category, maps, split, roi)
         (target / "maps.npy").unlink()
-    row = {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in result.items()
-    }
+    is_nan = {key: isinstance(value, float) and math.isnan(value) for key, value in result.items()}
+    row = {key: None if is_nan[key] else value for key, value in result.items()}
     files.write_json(target / "measured.json", {"made_of": made_of, "row": row})
     return row
 
@@ -254,32 +248,6 @@ def pixel_auroc(
         return localisation.measure(category, maps, split, roi).pixel_auroc if category.test(split) else None
     except UserError:
         return None
-
-
-def table(rows: list[dict[str, Any]], batches: list[int]) -> str:
-    """All rows, for a terminal."""
-    columns = [f"{what}_{kind}" for what in ("auroc", "pixel_auroc") for kind in ANOMALIES]
-    columns += ["training_seconds", "peak_mb"]
-    cells = [
-        [
-            row["category"],
-            row["title"],
-            *([row["failed"]] if "failed" in row else [row.get(key) for key in columns]),
-        ]
-        + [row.get("ms_per_image", {}).get(str(batch)) for batch in batches if "failed" not in row]
-        for row in rows
-    ]
-    heads = [
-        "category",
-        "method",
-        "logical",
-        "structural",
-        "pixels, log.",
-        "pixels, struct.",
-        "training s",
-        "peak MB",
-    ]
-    return tabulate(cells, [*heads, *(f"ms, batch {batch}" for batch in batches)], floatfmt=".1f")
 
 
 if __name__ == "__main__":

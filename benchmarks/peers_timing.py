@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from csad.errors import UserError
 from csad.evaluation.scores import FUSED
 from csad.inference.engines import Engine, read_for
 from csad.inference.runtimes import open_model
-from csad.progress import ProgressBar
 
 import numpy as np
 
 from benchmarks import all_stages
+from benchmarks.measuring import seconds_of
 
 PAUSE = 0.05  # seconds between timed runs: a runtime's threads may still wait in a loop
 ANOMALIES = {"logical": layouts.LOGICAL, "structural": layouts.STRUCTURAL}
@@ -67,12 +66,7 @@ def timer(engine: Engine, pictures: np.ndarray) -> Callable[[int], float]:
 
     def run(batch: int) -> float:
         views = np.resize(pictures, (batch, *pictures.shape[1:]))
-        start = time.perf_counter()
-        if engine.has_maps:
-            engine.predict(views)
-        else:
-            engine.score(views)
-        return time.perf_counter() - start
+        return seconds_of(lambda: (engine.predict if engine.has_maps else engine.score)(views))()
 
     return run
 
@@ -105,15 +99,3 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
         self._log.close()
-
-
-def in_turns(variants: list[Callable[[int], float]], batch: int, turns: int, name: str) -> list[float]:
-    """Median seconds of each variant; all take turns, so that other work on the machine hits all alike."""
-    seconds: list[list[float]] = [[] for _ in variants]
-    for turn in ProgressBar(range(turns + 1), desc=f"{name}: time batch {batch}", unit="turn", leave=False):
-        for variant, times in zip(variants, seconds):
-            time.sleep(PAUSE)
-            elapsed = variant(batch)
-            if turn:  # the first is to warm up
-                times.append(elapsed)
-    return [float(np.median(times)) for times in seconds]

@@ -12,6 +12,7 @@ by the validation images' range, and what is clamped has lost its order.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ class Peer(NamedTuple):
     Attributes:
         title: for tables.
         module: under anomalib.models.image.
+        model: class in its torch_model.
         size: side in pixels of the pictures that it takes.
         strides: of the backbone's maps that it looks at; its authors' layers of a ResNet have the same.
         rows: fraction of the patches that PatchCore's coreset keeps.
@@ -37,18 +39,19 @@ class Peer(NamedTuple):
 
     title: str
     module: str
+    model: str
     size: int
     strides: tuple[int, ...]
     rows: float = 0.0
 
 
 PEERS = {
-    "patchcore_256": Peer("PatchCore 256, 10 % of rows", "patchcore", 256, (8, 16), 0.1),
-    "patchcore_256_1": Peer("PatchCore 256, 1 % of rows", "patchcore", 256, (8, 16), 0.01),
-    "patchcore_512": Peer("PatchCore 512, 1 % of rows", "patchcore", 512, (8, 16), 0.01),
-    "padim_256": Peer("PaDiM 256", "padim", 256, (4, 8, 16)),
-    "dfm_256": Peer("DFM 256", "dfm", 256, (16,)),
-    "dfkde_256": Peer("DFKDE 256", "dfkde", 256, (32,)),
+    "patchcore_256": Peer("PatchCore 256, 10 % of rows", "patchcore", "PatchcoreModel", 256, (8, 16), 0.1),
+    "patchcore_256_1": Peer("PatchCore 256, 1 % of rows", "patchcore", "PatchcoreModel", 256, (8, 16), 0.01),
+    "patchcore_512": Peer("PatchCore 512, 1 % of rows", "patchcore", "PatchcoreModel", 512, (8, 16), 0.01),
+    "padim_256": Peer("PaDiM 256", "padim", "PadimModel", 256, (4, 8, 16)),
+    "dfm_256": Peer("DFM 256", "dfm", "DFMModel", 256, (16,)),
+    "dfkde_256": Peer("DFKDE 256", "dfkde", "DfkdeModel", 256, (32,)),
 }
 
 
@@ -173,25 +176,12 @@ def build(job: dict[str, Any]) -> Any:
     info = timm.create_model(backbone, features_only=True).feature_info
     layers = dict(zip(info.reduction(), info.module_name()))  # of several maps of one size the last
     named = [layers[stride] for stride in peer.strides]
-    common = {"backbone": backbone, "pre_trained": False}
-    if peer.module == "patchcore":
-        from anomalib.models.image.patchcore.torch_model import PatchcoreModel
-
-        model = PatchcoreModel(layers=named, **common)
-    elif peer.module == "padim":
-        from anomalib.models.image.padim.torch_model import PadimModel
-
+    options = {"layer": named[0]} if peer.module == "dfm" else {"layers": named}
+    if peer.module == "padim":
         channels = dict(zip(info.reduction(), info.channels()))
-        features = min(PADIM_FEATURES, sum(channels[stride] for stride in peer.strides))
-        model = PadimModel(layers=named, n_features=features, **common)
-    elif peer.module == "dfm":
-        from anomalib.models.image.dfm.torch_model import DFMModel
-
-        model = DFMModel(layer=named[0], **common)
-    else:
-        from anomalib.models.image.dfkde.torch_model import DfkdeModel
-
-        model = DfkdeModel(layers=named, **common)
+        options["n_features"] = min(PADIM_FEATURES, sum(channels[stride] for stride in peer.strides))
+    module = importlib.import_module(f"anomalib.models.image.{peer.module}.torch_model")
+    model = getattr(module, peer.model)(backbone=backbone, pre_trained=False, **options)
     extractor = model.feature_extractor.feature_extractor
     extractor.load_state_dict({key: weights["state"][key] for key in extractor.state_dict()})
     return model

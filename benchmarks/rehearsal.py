@@ -31,22 +31,29 @@ from typing import Any
 from csad.data import files, layouts
 from csad.errors import run_script
 from csad.pseudo_labels import checkpoints, crop_embedding, grounded_sam, grounding_dino, one_picture, sam_hq
+from csad.pseudo_labels.grounding_dino import build_grounding_dino
+from csad.pseudo_labels.sam_hq import build_sam
 
 import numpy as np
+import timm
 import torch
 from tabulate import tabulate
 
-from benchmarks.processes import measured, options_of
-from benchmarks.random_weights import write_grounding_dino, write_sam, write_wide_resnets
+from benchmarks.measuring import measured, options_of
 from models.device import choose_device
 
-ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "breakfast_box"
 SIZE = (1280, 1600)  # height and width of its pictures in MVTec LOCO AD
 PICTURES = 2
 BOXES, BORDER = 8, 10
 STAGES = ("pseudo_label", "train_segmentor", "CSAD", "export_model", "benchmark_performance")
 TRAINING, WEIGHTS = STAGES[:3], "weights"
+# fmt: off
+SPECIAL_TOKENS = {
+    0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?", 1011: "-", 1010: ",",
+}
+# fmt: on
+VOCABULARY = 30522
 
 
 def main() -> None:
@@ -54,17 +61,14 @@ def main() -> None:
     parser.add_argument("--workspace", type=files.path_argument, default=Path("rehearsal"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sam", default="vit_h", choices=sorted(checkpoints.SAM))
-    parser.add_argument(
-        "--points_per_side", type=int, default=4, help="of the automatic masks (published: 32)"
-    )
-    parser.add_argument("--crop_n_layers", type=int, default=0, help="of the automatic masks (published: 1)")
-    parser.add_argument(
-        "--rotations", type=int, default=2, help="over which cnn_image is averaged (published: 60)"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=2, help="of the segmentor; from the second one on all losses"
-    )
-    parser.add_argument("--lgst_steps", type=int, default=3)
+    for name, default, meaning in (
+        ("points_per_side", 4, "of the automatic masks (published: 32)"),
+        ("crop_n_layers", 0, "of the automatic masks (published: 1)"),
+        ("rotations", 2, "over which cnn_image is averaged (published: 60)"),
+        ("epochs", 2, "of the segmentor; from the second one on all losses"),
+        ("lgst_steps", 3, "of stage 3"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument(
         "--side_share", type=float, default=1, help="smaller pictures, to try the script itself"
     )
@@ -132,25 +136,15 @@ def write_pictures(root: Path, size: tuple[int, int]) -> None:
     height, width = size
     y, x = np.mgrid[:height, :width] / min(size)
     rng = np.random.default_rng(0)
-    for folder in (
-        "train/good",
-        "validation/good",
-        "test/good",
-        "test/logical_anomalies",
-        "test/structural_anomalies",
-    ):
+    for folder in ("train/good", "validation/good", *(f"test/{split}" for split in layouts.SPLITS)):
         for index in range(PICTURES):
             picture = rng.normal(120, 6, (height, width, 3))
             for _ in range(8):
-                centre, radius, colour = (
-                    rng.uniform(0.1, 0.9, 2),
-                    rng.uniform(0.04, 0.12),
-                    rng.uniform(0, 255, 3),
-                )
-                picture[(y - centre[0]) ** 2 + (x - centre[1] * width / height) ** 2 < radius**2] = colour
-            files.write_image(
-                root / CATEGORY / folder / f"{index:03d}.png", picture.clip(0, 255).astype(np.uint8)
-            )
+                centre, radius = rng.uniform(0.1, 0.9, 2), rng.uniform(0.04, 0.12)
+                inside = (y - centre[0]) ** 2 + (x - centre[1] * width / height) ** 2 < radius**2
+                picture[inside] = rng.uniform(0, 255, 3)
+            path = root / CATEGORY / folder / f"{index:03d}.png"
+            files.write_image(path, picture.clip(0, 255).astype(np.uint8))
 
 
 def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
@@ -164,20 +158,13 @@ def perform(stage: str, workspace: Path, device: str, rest: list[str]) -> None:
         run_script(importlib.import_module(stage).main)
     finally:
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-        files.write_json(
-            workspace / f"{stage}.rehearsal.json",
-            {
-                # What is loaded is kept: later calls take no time.
-                "steps": {
-                    name: (len(seconds), sum(seconds))
-                    for name, seconds in (
-                        (name, seconds[:1] if name.startswith("load") else seconds)
-                        for name, seconds in steps.items()
-                    )
-                },
-                "gpu_peak_mb": peak,
-            },
-        )
+        # What is loaded is kept: later calls take no time.
+        kept = {name: seconds[: 1 if name.startswith("load") else None] for name, seconds in steps.items()}
+        content = {
+            "steps": {name: (len(seconds), sum(seconds)) for name, seconds in kept.items()},
+            "gpu_peak_mb": peak,
+        }
+        files.write_json(workspace / f"{stage}.rehearsal.json", content)
 
 
 def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
@@ -239,6 +226,43 @@ def only_border(mask: np.ndarray) -> np.ndarray:
     border = mask.copy()
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     return border
+
+
+# Random weights of the published shapes, under the published names
+
+
+def write_sam(size: str, folder: Path) -> None:
+    """SAM-HQ of a size: vit_h, vit_l, vit_b or vit_tiny."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(build_sam(size).state_dict(), folder / checkpoints.SAM[size].file)
+
+
+def write_grounding_dino(folder: Path) -> None:
+    """Grounding DINO and its text encoder: its file holds BERT's weights, too, and it is built from BERT's folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(1)
+    encoder = folder / checkpoints.TEXT_ENCODER
+    encoder.mkdir(parents=True, exist_ok=True)
+    BertModel(BertConfig()).save_pretrained(encoder)
+    vocabulary = [SPECIAL_TOKENS.get(index, f"[unused{index}]") for index in range(VOCABULARY)]
+    vocabulary[2000:2026] = [f"##{chr(letter)}" for letter in range(ord("a"), ord("z") + 1)]
+    vocabulary[2100:2126] = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    (encoder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(encoder / "vocab.txt")).save_pretrained(encoder)
+    state = build_grounding_dino("swint_ogc", encoder).state_dict()
+    torch.save(
+        {"model": {f"module.{key}": values for key, values in state.items()}},
+        folder / checkpoints.GROUNDING_DINO["swint_ogc"].file,
+    )
+
+
+def write_wide_resnets(folder: Path) -> None:
+    """The encoder, and the network of cnn_image."""
+    for seed, name in enumerate(("wide_resnet50_2", "wide_resnet50_2.racm_in1k")):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("wide_resnet50_2").state_dict(), folder / f"{name}.pth")
 
 
 if __name__ == "__main__":

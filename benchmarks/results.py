@@ -29,12 +29,10 @@ from typing import Any
 from csad.data import files
 from csad.errors import UserError, run_script
 
-from benchmarks import machine
+from benchmarks.measuring import ROOT, describe_machine, machine_in_words, options_of
 from benchmarks.peers_worker import PEERS
-from benchmarks.processes import options_of
 from benchmarks.results_tables import TABLES, Inputs, Table
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = ROOT / "docs/results.md", ROOT / "docs/results"
 OLDER = "**Made by an older state of the code:**"  # how the line begins that git's history decides
 WIDTH = 108
@@ -47,18 +45,14 @@ def main() -> None:
     action.add_argument(
         "--list", action="store_true", help="say what each table needs, and how long it takes"
     )
+    action.add_argument("--render", action="store_true", help="run nothing, render the page and its plots")
     action.add_argument(
-        "--render", action="store_true", help="run nothing, render docs/results.md and the plots"
-    )
-    action.add_argument(
-        "--only", nargs="+", choices=list(TABLES), metavar="NAME", help="make these, once more"
+        "--only", nargs="+", choices=list(TABLES), metavar="NAME", help="make these once more"
     )
     parser.add_argument(
         "--work", type=files.path_argument, default=Path("results_work"), help="where commands write"
     )
-    parser.add_argument(
-        "--dataset_root", type=files.path_argument, help="photographs, for the tables that need some"
-    )
+    parser.add_argument("--dataset_root", type=files.path_argument, help="photographs, for tables of some")
     parser.add_argument(
         "--environment", type=files.path_argument, default=Path(".venv_peers"), help="of the peers"
     )
@@ -69,13 +63,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the detection tables")
     args = parser.parse_args()
     inputs = Inputs(
-        args.work.resolve(),
-        args.dataset_root.resolve() if args.dataset_root else None,
-        args.environment.absolute(),
-        tuple(args.categories) if args.categories else None,
-        tuple(args.few_categories),
-        tuple(args.methods),
-        tuple(args.seeds),
+        work=args.work.resolve(),
+        photographs=args.dataset_root and args.dataset_root.resolve(),
+        environment=args.environment.absolute(),
+        categories=args.categories and tuple(args.categories),
+        few_categories=tuple(args.few_categories),
+        methods=tuple(args.methods),
+        seeds=tuple(args.seeds),
     )
     if args.list:
         return print("\n".join(describe(name, table) for name, table in TABLES.items()))
@@ -131,7 +125,7 @@ def make(name: str, table: Table, inputs: Inputs) -> None:
             raise UserError(f"{name} goes on from {other}; make that with --only {other} first")
     if not (begun / f"{name}.json").exists():
         files.write_json(begun / f"{name}.json", state_of_code(ROOT, table.sources))
-    commands = table.commands(inputs)
+    commands = table.commands(inputs, table.dataset(inputs))
     for command in commands:
         print(f"\n$ python {shlex.join(map(str, command))}", flush=True)
         if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
@@ -145,7 +139,7 @@ def make(name: str, table: Table, inputs: Inputs) -> None:
         "commits_before": [state["commit"] for state in states[1:]],
         "modified": sorted({path for state in states for path in state["modified"]}),
         "date": datetime.date.today().isoformat(),
-        "machine": machine.describe(),
+        "machine": describe_machine(),
         "seeds": list(table.seeds(inputs)),
         "commands": [printed(command, inputs) for command in commands],
         "content": table.collect(inputs),
@@ -248,17 +242,12 @@ def section(name: str, folder: Path, root: Path) -> list[str]:
         if (folder / file).exists():
             lines += ["", f"![{file.removesuffix('.svg').replace('_', ' ')}](results/{file})"]
     packages = made["machine"]["packages"]
-    versions = [
-        f"{package} {packages[package]}"
-        for package in ("torch", "onnxruntime", "openvino")
-        if package in packages
-    ]
+    shown = [package for package in ("torch", "onnxruntime", "openvino") if package in packages]
+    versions = ", ".join(f"{package} {packages[package]}" for package in shown)
     seeds = f"seed{'s' * (len(made['seeds']) > 1)} {', '.join(map(str, made['seeds']))}"
     commit = (made["commit"] or "unknown")[:7]
-    sentence = (
-        f"Commit `{commit}`, measured on {made['date']}, {seeds}; {machine.in_words(made['machine'])}; "
-    )
-    sentence += f"{', '.join(versions)}:"
+    machine = machine_in_words(made["machine"])
+    sentence = f"Commit `{commit}`, measured on {made['date']}, {seeds}; {machine}; {versions}:"
     lines += ["", *textwrap.wrap(sentence, WIDTH), ""]
     for command in made["commands"]:
         lines += wrapped(command)

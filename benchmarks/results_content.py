@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from csad.evaluation.scores import FUSED, SPLIT_OF_PART, by_split
 import numpy as np
 
 from benchmarks import all_stages, few_images
+from benchmarks.measuring import markdown
 
 KINDS = ("logical", "structural")
 RATES = np.linspace(0, 1, 41)  # false-positive rates at which ROC curves are averaged
@@ -45,10 +46,7 @@ def detection(dataset: Path, workspaces: dict[int, Path]) -> dict[str, Any]:
             for category, metrics in measured.items()
         }
         content["weights"][str(seed)] = {category: row["weights"] for category, row in measured.items()}
-        content["seconds"][str(seed)] = {
-            category: {stage: usage["seconds"] for stage, usage in of_category.items()}
-            for category, of_category in timings.items()
-        }
+        content["seconds"][str(seed)] = all_stages.seconds(timings)
     first = next(iter(workspaces.values()))
     return content | {"false_positive_rates": RATES.tolist(), "roc": roc(dataset, first)}
 
@@ -109,14 +107,6 @@ def true_positive_rates(good: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
 # Markdown
 
 
-def row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def header(cells: Sequence[str]) -> list[str]:
-    return [row(cells), "|" + "---|" * len(cells)]
-
-
 def percent(value: float | None) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.1f}"
 
@@ -130,59 +120,46 @@ def render_detection(content: dict[str, Any]) -> list[str]:
     seeds = list(content["aurocs"])
     first = content["aurocs"][seeds[0]]
     names = [name for name in TITLES if any(name in by_name for by_name in first.values())]
-    lines = [f"Image AUROC in percent, logical / structural, seed {seeds[0]}:", ""]
-    lines += header(["category", *(TITLES[name] for name in names), "weights"])
-    for category, by_name in first.items():
-        cells = [both(by_name[name]) if name in by_name else "" for name in names]
-        lines.append(row([category, *cells, describe(content["weights"][seeds[0]][category])]))
+    titles = [TITLES[name] for name in names]
+    rows = [
+        [category, *(both(by_name[name]) if name in by_name else "" for name in names)]
+        + [describe(content["weights"][seeds[0]][category])]
+        for category, by_name in first.items()
+    ]
     if len(first) > 1:
-        lines.append(row(["average", *(both(average(first, name)) for name in names), ""]))
+        rows.append(["average", *(both(average(first, name)) for name in names), ""])
+    lines = [f"Image AUROC in percent, logical / structural, seed {seeds[0]}:", ""]
+    lines += markdown(["category", *titles, "weights"], rows)
     if len(seeds) > 1:
-        lines += [
-            "",
-            f"Average of the categories, mean ± standard deviation over seeds {', '.join(seeds)}:",
-            "",
-        ]
-        lines += header(["", *(TITLES[name] for name in names)])
-        lines.append(row(["average", *(over_seeds(content["aurocs"].values(), name) for name in names)]))
-    return lines + ["", *render_localisation(content), "", *render_seconds(content)]
+        averages = ["average", *(over_seeds(content["aurocs"].values(), name) for name in names)]
+        over = f"Average of the categories, mean ± standard deviation over seeds {', '.join(seeds)}:"
+        lines += ["", over, "", *markdown(["", *titles], [averages])]
+    lines += ["", "Localisation by the fused map, in percent, logical / structural:", ""]
+    lines += render_localisation(content["localisation"][seeds[0]])
+    lines += ["", "Seconds of each stage, in a process of its own:", ""]
+    return lines + all_stages.table(content["seconds"][seeds[0]])
 
 
-def render_localisation(content: dict[str, Any]) -> list[str]:
-    lines = ["Localisation by the fused map, in percent, logical / structural:", ""]
-    lines += header(["category", "sPRO 0.05", "pixel AUROC"])
-    measured = next(iter(content["localisation"].values()))
-    columns = ("spro", "pixel_auroc")
+def render_localisation(by_category: dict[str, Any]) -> list[str]:
+    columns = {"spro": "sPRO 0.05", "pixel_auroc": "pixel AUROC"}
     by_column = {
         category: {column: {kind: by_kind[kind][column] for kind in KINDS} for column in columns}
-        for category, by_kind in measured.items()
+        for category, by_kind in by_category.items()
     }
-    lines += [row([category, *map(both, cells.values())]) for category, cells in by_column.items()]
+    rows = [[category, *map(both, cells.values())] for category, cells in by_column.items()]
     if len(by_column) > 1:
-        lines.append(row(["average", *(both(average(by_column, column)) for column in columns)]))
-    return lines
-
-
-def render_seconds(content: dict[str, Any]) -> list[str]:
-    """Of the first seed."""
-    seconds = next(iter(content["seconds"].values()))
-    lines = ["Seconds of each stage, in a process of its own:", ""]
-    lines += header(["category", *all_stages.TITLES.values()])
-    for category, stages in seconds.items():
-        lines.append(
-            row(
-                [
-                    category,
-                    *(f"{stages[stage]:.0f}" if stage in stages else "" for stage in all_stages.TITLES),
-                ]
-            )
-        )
-    return lines
+        rows.append(["average", *(both(average(by_column, column)) for column in columns)])
+    return markdown(["category", *columns.values()], rows)
 
 
 def average(by_category: dict[str, Any], name: str) -> dict[str, float]:
-    """Of a branch over the categories that have it, by kind; what was not measured does not count."""
-    values = [by_name[name] for by_name in by_category.values() if name in by_name]
+    """Of a branch over the categories that have it, by kind."""
+    return mean_by_kind(by_name[name] for by_name in by_category.values() if name in by_name)
+
+
+def mean_by_kind(rows: Iterable[dict[str, float | None]]) -> dict[str, float]:
+    """What was not measured does not count."""
+    values = list(rows)
     return {kind: mean_known(value[kind] for value in values) for kind in KINDS}
 
 
@@ -201,53 +178,38 @@ def render_peers(content: dict[str, Any]) -> list[str]:
     rows = content["rows"]
     categories = list(dict.fromkeys(entry["category"] for entry in rows))
     batches = sorted({int(batch) for entry in rows for batch in entry.get("ms_per_image", {})})
-    lines = [
+    head = ["method", *categories, *(["average"] if len(categories) > 1 else [])]
+    head += ["pixel AUROC", "training s", "peak MB", *(f"ms, batch {batch}" for batch in batches)]
+    lines = []
+    for method in dict.fromkeys(entry["method"] for entry in rows):
+        entries = [entry for entry in rows if entry["method"] == method]
+        by_category = {entry["category"]: values_by_kind(entry, "auroc") for entry in entries}
+        cells = [both(by_category[category]) if category in by_category else "-" for category in categories]
+        if len(categories) > 1:
+            cells.append(both(mean_by_kind(by_category.values())))
+        cells.append(both(mean_by_kind(values_by_kind(entry, "pixel_auroc") for entry in entries)))
+        numbers = [[entry.get(key) for entry in entries] for key in ("training_seconds", "peak_mb")]
+        numbers += [[entry.get("ms_per_image", {}).get(str(batch)) for entry in entries] for batch in batches]
+        lines.append([title(entries[0]), *cells, *(whole(mean_known(values)) for values in numbers)])
+    failures = dict.fromkeys(entry["title"] + ": " + entry["failed"] for entry in rows if "failed" in entry)
+    return [
         "Image AUROC in percent, logical / structural; pixel AUROC and the rest are means over the categories:",
         "",
+        *markdown(head, lines),
+        *([""] * bool(failures)),
+        *(f"Failed: {failure}" for failure in failures),
     ]
-    lines += header(
-        [
-            "method",
-            *categories,
-            *(["average"] if len(categories) > 1 else []),
-            "pixel AUROC",
-            "training s",
-            "peak MB",
-        ]
-        + [f"ms, batch {batch}" for batch in batches]
-    )
-    for method in dict.fromkeys(entry["method"] for entry in rows):
-        of_method = {entry["category"]: entry for entry in rows if entry["method"] == method}
-        aurocs = {
-            category: {kind: entry.get(f"auroc_{kind}") for kind in KINDS}
-            for category, entry in of_method.items()
-        }
-        cells = [both(aurocs[category]) if category in aurocs else "-" for category in categories]
-        if len(categories) > 1:
-            cells.append(both({kind: mean_known(value[kind] for value in aurocs.values()) for kind in KINDS}))
-        entries = list(of_method.values())
-        cells.append(
-            both({kind: mean_known(entry.get(f"pixel_auroc_{kind}") for entry in entries) for kind in KINDS})
-        )
-        cells += [
-            whole(mean_known(entry.get(key) for entry in entries)) for key in ("training_seconds", "peak_mb")
-        ]
-        milliseconds = [
-            [entry.get("ms_per_image", {}).get(str(batch)) for entry in entries] for batch in batches
-        ]
-        cells += [whole(mean_known(values)) for values in milliseconds]
-        lines.append(row([title(entries), *cells]))
-    failures = dict.fromkeys(entry["title"] + ": " + entry["failed"] for entry in rows if "failed" in entry)
-    return lines + [""] * bool(failures) + [f"Failed: {failure}" for failure in failures]
 
 
-def title(entries: Sequence[dict[str, Any]]) -> str:
+def values_by_kind(entry: dict[str, Any], name: str) -> dict[str, float | None]:
+    return {kind: entry.get(f"{name}_{kind}") for kind in KINDS}
+
+
+def title(row: dict[str, Any]) -> str:
     """Of a method; ours by the branch, if it is one alone, and the runtime."""
-    first = entries[0]
-    if not first["ours"]:
-        return f"anomalib: {first['title']}"
-    alone = TITLES[first["alone"] or FUSED]
-    return f"CSAD, {alone}, {first['format']} {first['precision']}"
+    if not row["ours"]:
+        return f"anomalib: {row['title']}"
+    return f"CSAD, {TITLES[row['alone'] or FUSED]}, {row['format']} {row['precision']}"
 
 
 def whole(value: float) -> str:
@@ -261,36 +223,31 @@ def render_few_images(content: dict[str, Any]) -> list[str]:
 
 def render_speed(content: dict[str, Any]) -> list[str]:
     """Milliseconds per picture, one line per runtime and precision."""
-    rows = content["results"]
-    batches = sorted({entry["batch"] for entry in rows})
-    columns = [(graph, batch) for graph in ("ours", "published") for batch in batches]
-    lines = [
-        f"Milliseconds per picture of {content['model']}, median of {content['turns']} rounds, in turns:",
-        "",
+    milliseconds = {
+        (row["runtime"], row["precision"], row["graph"], row["batch"]): row["ms_per_image"]
+        for row in content["results"]
+    }
+    batches = sorted({row["batch"] for row in content["results"]})
+    graphs = {"ours": "ours", "published": "the published graph's form"}
+    columns = [(graph, batch) for graph in graphs for batch in batches]
+    rows = [
+        [*engine, *(whole(milliseconds.get((*engine, *column), np.nan)) for column in columns)]
+        for engine in dict.fromkeys((row["runtime"], row["precision"]) for row in content["results"])
     ]
-    names = {"ours": "ours", "published": "the published graph's form"}
-    lines += header(["runtime", "precision", *(f"{names[graph]}, batch {batch}" for graph, batch in columns)])
-    for runtime, precision in dict.fromkeys((entry["runtime"], entry["precision"]) for entry in rows):
-        milliseconds = {
-            (entry["graph"], entry["batch"]): entry["ms_per_image"]
-            for entry in rows
-            if (entry["runtime"], entry["precision"]) == (runtime, precision)
-        }
-        lines.append(
-            row([runtime, precision, *(whole(milliseconds.get(column, np.nan)) for column in columns)])
-        )
-    return lines
+    head = ["runtime", "precision", *(f"{graphs[graph]}, batch {batch}" for graph, batch in columns)]
+    model, turns = content["model"], content["turns"]
+    first = f"Milliseconds per picture of {model}, median of {turns} rounds, in turns:"
+    return [first, "", *markdown(head, rows)]
 
 
 def render_training_speed(content: dict[str, Any]) -> list[str]:
-    lines = ["One step of the published training, batches and networks of preset paper:", ""]
-    lines += header(
-        ["stage", "step", "ms", "times as fast as the plain one", "hours for all steps", "memory MiB"]
-    )
+    rows = []
     for stage, report in content.items():
         for name, figures_of in report["variants"].items():
             memory = figures_of["step_memory_mib"]
             cells = [f"{figures_of['times_plain']:.2f}", f"{figures_of['hours_of_preset']:.1f}"]
             cells.append("-" if memory is None else f"{memory:.0f}")
-            lines.append(row([stage, name, f"{figures_of['ms_per_step']:.0f}", *cells]))
-    return lines
+            rows.append([stage, name, f"{figures_of['ms_per_step']:.0f}", *cells])
+    head = ["stage", "step", "ms", "times as fast as the plain one", "hours for all steps", "memory MiB"]
+    first = "One step of the published training, batches and networks of preset paper:"
+    return [first, "", *markdown(head, rows)]

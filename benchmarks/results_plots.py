@@ -35,6 +35,7 @@ NAMES = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: "fused
 BRANCH_COLOURS = dict(zip(BRANCHES, COLOURS)) | {FUSED: "#000000"}
 MARKERS = {"torch": "o", "onnx": "s", "openvino": "D"}
 RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "openvino": "OpenVINO"}
+RUNTIME_COLOURS = {"torch": "#D55E00", "onnxruntime": "#0072B2", "openvino": "#009E73"}
 PEER_COLOUR = "#555555"
 
 
@@ -127,12 +128,32 @@ def few_images(content: dict[str, Any]) -> bytes:
 
 
 def tradeoff(content: dict[str, Any]) -> bytes:
-    """Image AUROC, mean of both kinds over the categories, against images per second at batch 1, a numbered key beside it.
+    """Image AUROC, mean of both kinds over the categories, against images per second at batch 1.
 
     Args:
         content: rows of benchmarks.peers.
     """
-    points = tradeoff_points(content["rows"])
+    return speed_against_auroc(tradeoff_points(content["rows"]), 1)
+
+
+def speeds(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Mean image AUROC against images per second of rows of benchmarks.speed, which have one batch size; ours are filled."""
+    points = [
+        {
+            "title": f"{row['graph']}, {row['runtime']} {row['precision']}",
+            "speed": row["images_per_second"],
+            "auroc": row["auroc_mean"],
+            "ours": row["graph"] == "ours",
+            "colour": RUNTIME_COLOURS[row["runtime"]],
+            "marker": "o",
+        }
+        for row in rows
+    ]
+    return speed_against_auroc(sorted(points, key=lambda point: -point["speed"]), rows[0]["batch"])
+
+
+def speed_against_auroc(points: Sequence[dict[str, Any]], batch: int) -> bytes:
+    """Points with a numbered key beside them."""
     with figure(10.5, max(4.4, 0.27 * len(points) + 0.8)) as (drawn, (axis,)):
         for number, point in enumerate(points, start=1):
             axis.scatter(
@@ -146,19 +167,14 @@ def tradeoff(content: dict[str, Any]) -> bytes:
                 zorder=3,
                 label=f"{number}  {point['title']}: {point['auroc']:.1f}",
             )
-            above = 8 if number % 2 else -17
+            offset = (0, 8 if number % 2 else -17)
             axis.annotate(
-                str(number),
-                (point["speed"], point["auroc"]),
-                (0, above),
-                textcoords="offset points",
-                ha="center",
+                str(number), (point["speed"], point["auroc"]), offset, textcoords="offset points", ha="center"
             )
-        axis.set(
-            xscale="log", xlabel="images per second, batch 1 (logarithmic)", ylabel="mean image AUROC, %"
-        )
-        speeds = [point["speed"] for point in points]
-        low, high = min(speeds) / 1.3, max(speeds) * 1.3
+        xlabel = f"images per second, batch {batch} (logarithmic)"
+        axis.set(xscale="log", xlabel=xlabel, ylabel="mean image AUROC, %")
+        low = min(point["speed"] for point in points) / 1.3
+        high = max(point["speed"] for point in points) * 1.3
         ticks = [step * 10.0**power for power in range(-2, 5) for step in (1, 2, 5)]
         ticks = [tick for tick in ticks if low <= tick <= high]
         axis.set_xlim(low, high)

@@ -60,8 +60,9 @@ class Inputs(NamedTuple):
     def stages_of(self, dataset: Path, seed: int) -> Path:
         return self.work / f"{self.name_of(dataset)}_seed_{seed}"
 
-    def peers_of(self, dataset: Path) -> Path:
-        return self.work / f"peers_{self.name_of(dataset)}"
+    def categories_of(self, dataset: Path) -> list[str]:
+        """The option that names categories; of photographs all are taken."""
+        return ["--categories", *self.categories] if self.categories and dataset == self.rendered else []
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,50 @@ class Table:
         title: for `--list`.
         minutes: of two cores that do nothing else; for all five rendered categories and one seed.
         commands: of python, to be run one after another in the repository's root; each continues where it stopped.
-        leaves: folders that start over with `--overwrite`; others' are left alone.
-        collect: what the commands left -> what is kept in docs/results/{name}.json.
-        render: that -> lines of Markdown.
+        render: what is kept in docs/results/{name}.json -> lines of Markdown.
         sources: paths in the repository that decide the figures.
+        files: JSON files that the commands write, relative to the work folder, each in a folder of this table alone; one
+            is kept as it is, several by their names' last words; none: what the stages left of each seed.
         needs: tables whose files this one goes on from.
         plots: file name under docs/results/ -> function of `results_plots`.
-        photographs: it needs a folder of photographs.
+        photographs: it is about the photographs, not the rendered categories.
         peers: it needs the peers' environment.
-        seeds: of its figures.
+        draws: number of seeds of its own; 0: those of the run, or with `files` the first of them.
     """
 
     title: str
     minutes: str
-    commands: Callable[[Inputs], list[list[Any]]]
-    leaves: Callable[[Inputs], list[Path]]
-    collect: Callable[[Inputs], dict[str, Any]]
+    commands: Callable[[Inputs, Path], list[list[Any]]]  # the data set goes along
     render: Callable[[dict[str, Any]], list[str]]
     sources: Sequence[str]
+    files: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     plots: dict[str, str] = field(default_factory=dict)
     photographs: bool = False
     peers: bool = False
-    seeds: Callable[[Inputs], Sequence[int]] = lambda inputs: inputs.seeds
+    draws: int = 0
+
+    def dataset(self, inputs: Inputs) -> Path:
+        return inputs.photographs if self.photographs else inputs.rendered
+
+    def seeds(self, inputs: Inputs) -> Sequence[int]:
+        return range(self.draws) if self.draws else inputs.seeds[: 1 if self.files else None]
+
+    def leaves(self, inputs: Inputs) -> list[Path]:
+        """Folders that start over with `--overwrite`."""
+        return [inputs.work / Path(file).parent for file in self.files] or list(self._stages(inputs).values())
+
+    def collect(self, inputs: Inputs) -> dict[str, Any]:
+        """What is kept of what the commands left."""
+        if not self.files:
+            return results_content.detection(self.dataset(inputs), self._stages(inputs))
+        contents = {
+            Path(file).stem.split("_")[-1]: files.read_json(inputs.work / file) for file in self.files
+        }
+        return contents if len(contents) > 1 else contents.popitem()[1]
+
+    def _stages(self, inputs: Inputs) -> dict[int, Path]:
+        return {seed: inputs.stages_of(self.dataset(inputs), seed) for seed in inputs.seeds}
 
 
 # Commands
@@ -102,18 +124,24 @@ class Table:
 
 def stages(inputs: Inputs, dataset: Path, *more: Any) -> list[list[Any]]:
     """All stages on a data set for each seed."""
-    chosen = ["--categories", *inputs.categories] if inputs.categories and dataset == inputs.rendered else []
     return [
-        ["-m", "benchmarks.all_stages", "--dataset_root", dataset]
-        + ["--workspace", inputs.stages_of(dataset, seed), "--seed", seed, *chosen, *more]
+        [
+            "-m",
+            "benchmarks.all_stages",
+            "--dataset_root",
+            dataset,
+            "--workspace",
+            inputs.stages_of(dataset, seed),
+        ]
+        + ["--seed", seed, *inputs.categories_of(dataset), *more]
         for seed in inputs.seeds
     ]
 
 
 def render_pictures(inputs: Inputs) -> list[list[Any]]:
     names = dict.fromkeys([*inputs.categories, *inputs.few_categories]) if inputs.categories else ()
-    chosen = ["--categories", *names] if names else []
-    return [["make_synthetic_loco.py", "--dataset_root", inputs.rendered, "--seed", 0, *chosen]]
+    options = ["--categories", *names] if names else []
+    return [["make_synthetic_loco.py", "--dataset_root", inputs.rendered, "--seed", 0, *options]]
 
 
 def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:
@@ -121,55 +149,39 @@ def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:
     first = inputs._replace(seeds=inputs.seeds[:1])
     workspace = first.stages_of(dataset, first.seeds[0])
     ours = [workspace, *(workspace / f"branch_{branch}" for branch in BRANCHES)]
-    chosen = ["--categories", *inputs.categories] if inputs.categories and dataset == inputs.rendered else []
     return [
         *stages(first, dataset, "--formats", "torch", "onnx", "openvino", "--single_branches"),
         ["-m", "benchmarks.peers", "--environment", inputs.environment, "--dataset_root", dataset]
-        + [*chosen, "--methods", *inputs.methods, "--workspace", *ours]
-        + ["--output", inputs.peers_of(dataset)],
+        + [*inputs.categories_of(dataset), "--methods", *inputs.methods, "--workspace", *ours]
+        + ["--output", inputs.work / f"peers_{inputs.name_of(dataset)}"],
     ]
 
 
-def speed(inputs: Inputs) -> list[list[Any]]:
+def few(inputs: Inputs, dataset: Path) -> list[list[Any]]:
+    command = ["-m", "benchmarks.few_images", "--dataset_root", dataset]
+    command += ["--categories", *inputs.few_categories, "--output", inputs.work / "few_images"]
+    return [*render_pictures(inputs), command]
+
+
+def speed(inputs: Inputs, dataset: Path) -> list[list[Any]]:
     category = inputs.categories[0] if inputs.categories else "screw_bag"
-    model = Workspace(inputs.stages_of(inputs.rendered, inputs.seeds[0])).exported_model(category, "torch")
+    model = Workspace(inputs.stages_of(dataset, inputs.seeds[0])).exported_model(category, "torch")
+    command = ["-m", "benchmarks.speed", "--model", model, "--workspace", inputs.work / "speed"]
+    return [[*command, "--batches", 1, 8, "--turns", 5]]
+
+
+def training_speed(inputs: Inputs, dataset: Path) -> list[list[Any]]:
+    command = ["-m", "benchmarks.training_speed", "--stage"]
     return [
-        ["-m", "benchmarks.speed", "--model", model, "--workspace", inputs.work / "speed"]
-        + ["--batches", 1, 8, "--turns", 5]
+        [*command, stage, "--workspace", inputs.work / "training_speed"] for stage in ("segmentor", "lgst")
     ]
 
 
-def training_speed(inputs: Inputs) -> list[list[Any]]:
-    return [
-        ["-m", "benchmarks.training_speed", "--stage", stage, "--workspace", inputs.work / "training_speed"]
-        for stage in ("segmentor", "lgst")
-    ]
-
-
-# The tables, in the order in which they are made
-
-
-def first_seed(inputs: Inputs) -> Sequence[int]:
-    return inputs.seeds[:1]
-
-
-def left(inputs: Inputs, *parts: str) -> dict[str, Any]:
-    """JSON that a command wrote under the work folder."""
-    return files.read_json(inputs.work.joinpath(*parts))
-
-
-def detection(inputs: Inputs, dataset: Path) -> dict[str, Any]:
-    workspaces = {seed: inputs.stages_of(dataset, seed) for seed in inputs.seeds}
-    return results_content.detection(dataset, workspaces)
-
-
-TABLES = {
+TABLES = {  # in the order in which they are made
     "rendered": Table(
         "rendered categories: AUROC of each branch, localisation, seconds",
         "3 for the pictures, 25 a seed",
-        lambda inputs: [*render_pictures(inputs), *stages(inputs, inputs.rendered)],
-        lambda inputs: [inputs.stages_of(inputs.rendered, seed) for seed in inputs.seeds],
-        lambda inputs: detection(inputs, inputs.rendered),
+        lambda inputs, dataset: [*render_pictures(inputs), *stages(inputs, dataset)],
         results_content.render_detection,
         [*DETECTOR, *RENDERER],
         plots={"roc.svg": "roc", "training_time.svg": "training_time"},
@@ -177,9 +189,7 @@ TABLES = {
     "photographs": Table(
         "the same of a folder of photographs",
         "4 a category and seed",
-        lambda inputs: stages(inputs, inputs.photographs),
-        lambda inputs: [inputs.stages_of(inputs.photographs, seed) for seed in inputs.seeds],
-        lambda inputs: detection(inputs, inputs.photographs),
+        stages,
         results_content.render_detection,
         DETECTOR,
         photographs=True,
@@ -187,67 +197,51 @@ TABLES = {
     "peers": Table(
         "anomalib beside ours on the rendered categories",
         "5 for our models in three formats, 12 a category for the peers (PatchCore's coresets)",
-        lambda inputs: peers(inputs, inputs.rendered),
-        lambda inputs: [inputs.peers_of(inputs.rendered)],
-        lambda inputs: left(inputs, "peers_rendered", "peers.json"),
+        peers,
         results_content.render_peers,
         [*DETECTOR, *RENDERER, *ENGINES, *PEERS],
+        files=("peers_rendered/peers.json",),
         needs=("rendered",),
         plots={"auroc_speed.svg": "tradeoff"},
         peers=True,
-        seeds=first_seed,
     ),
     "peers_photographs": Table(
         "anomalib beside ours on the photographs",
         "2 for our models, 10 a category of 200 pictures",
-        lambda inputs: peers(inputs, inputs.photographs),
-        lambda inputs: [inputs.peers_of(inputs.photographs)],
-        lambda inputs: left(inputs, "peers_photographs", "peers.json"),
+        peers,
         results_content.render_peers,
         [*DETECTOR, *ENGINES, *PEERS],
+        files=("peers_photographs/peers.json",),
         needs=("photographs",),
         plots={"auroc_speed_photographs.svg": "tradeoff"},
         photographs=True,
         peers=True,
-        seeds=first_seed,
     ),
     "few_images": Table(
         "AUROC with 10 to 200 training images, three draws",
         "45 a category",
-        lambda inputs: [
-            *render_pictures(inputs),
-            ["-m", "benchmarks.few_images", "--dataset_root", inputs.rendered]
-            + ["--categories", *inputs.few_categories, "--output", inputs.work / "few_images"],
-        ],
-        lambda inputs: [inputs.work / "few_images"],
-        lambda inputs: left(inputs, "few_images", "few_images.json"),
+        few,
         results_content.render_few_images,
         [*DETECTOR, *RENDERER, "benchmarks/few_images.py"],
+        files=("few_images/few_images.json",),
         plots={"few_images.svg": "few_images"},
-        seeds=lambda inputs: range(few_images.DRAWS),
+        draws=few_images.DRAWS,
     ),
     "speed": Table(
         "milliseconds per picture in every runtime and precision",
         "5",
         speed,
-        lambda inputs: [inputs.work / "speed"],
-        lambda inputs: left(inputs, "speed", "speed.json"),
         results_content.render_speed,
         ENGINES,
+        files=("speed/speed.json",),
         needs=("rendered",),
-        seeds=first_seed,
     ),
     "training_speed": Table(
         "one step of the published training",
         "10",
         training_speed,
-        lambda inputs: [inputs.work / "training_speed"],
-        lambda inputs: {
-            stage: left(inputs, "training_speed", f"benchmark_training_{stage}.json")
-            for stage in ("segmentor", "lgst")
-        },
         results_content.render_training_speed,
         ["benchmarks/training_speed.py", "csad/training", "models", "configs/presets"],
-        seeds=first_seed,
+        files=tuple(f"training_speed/benchmark_training_{stage}.json" for stage in ("segmentor", "lgst")),
     ),
 }

@@ -5,31 +5,26 @@ export_model.py makes, run by the engines that predict.py uses. Weights are rand
 --model names a torch model: they do not change the speed. All variants take turns, so that whatever else the machine does
 hits all of them alike, and the median of the turns counts.
 
-Writes speed.json and benchmark_speed.svg (latency against mean AUROC, of a --model whose category export_report.json
-knows) to --workspace.
+Writes speed.json and benchmark_speed.svg (images per second against mean AUROC, of a --model whose category
+export_report.json knows) to --workspace.
 """
 
 from __future__ import annotations
 
-import platform
-import re
 import tempfile
-import time
 from pathlib import Path
 
 from csad.data import files, images
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.export.versions import versions
-from csad.progress import ProgressBar
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
-from benchmarks.processes import options_of
-from benchmarks.speed_figure import scatter
-from benchmarks.speed_variants import FORMAT_OF, OURS, PUBLISHED_GRAPH, Variant, build_variants
+from benchmarks.measuring import describe_machine, in_turns, options_of, seconds_of
+from benchmarks.speed_variants import FORMAT_OF, PUBLISHED_GRAPH, Variant, build_variants
 from models.backbone import PUBLISHED, empty_encoder
 from models.device import choose_device
 from models.fused import FusedModel, metadata, published_state
@@ -37,7 +32,6 @@ from models.lgst import LGST
 from models.patch_histogram import PatchHistogramDetector
 from models.segmentor import Segmentor
 
-KEYS = ("graph", "runtime", "precision", "ran_in", "batch")  # of a row, besides what is measured
 PAPER_SIZE = {"width": 256, "classes": 7, "student": 512, "channels": 512}
 
 
@@ -66,22 +60,20 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         variants = build_variants(state, args, device, reports, Path(folder))
-        measure(variants, args.batches, args.turns, metadata(state).get("input_size", images.SIZE))
+        seconds = measure(variants, args.batches, args.turns, metadata(state).get("input_size", images.SIZE))
     # Random weights have no AUROC, and that of another model is not theirs.
     category = metadata(state).get("category")
-    rows = results(variants, [report for report in reports if report["category"] == category])
-    print(table(rows))
+    rows = results(variants, seconds, [report for report in reports if report["category"] == category])
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+    content = {
+        "results": rows,
+        "machine": describe_machine(device),
+        "model": str(args.model.name if args.model else "random, paper size"),
+        "turns": args.turns,
+        "versions": versions(),
+    }
     with workspace.lock():
-        files.write_json(
-            workspace.root / "speed.json",
-            {
-                "results": rows,
-                "machine": machine(device),
-                "model": str(args.model.name if args.model else "random, paper size"),
-                "turns": args.turns,
-                "versions": versions(),
-            },
-        )
+        files.write_json(workspace.root / "speed.json", content)
         draw(rows, workspace.root / "benchmark_speed.svg")
 
 
@@ -99,33 +91,33 @@ def random_state() -> dict:
     )
 
 
-def measure(variants: list[Variant], batches: list[int], turns: int, side: int) -> None:
-    """Let the variants take turns; one untimed run first."""
-    rng = np.random.default_rng(1)
+def measure(
+    variants: list[Variant], batches: list[int], turns: int, side: int
+) -> dict[int, list[list[float]]]:
+    """Seconds of each turn of each variant by batch size, of images with `side` pixels a side."""
+    rng, seconds = np.random.default_rng(1), {}
     for size in batches:
         batch = rng.integers(0, 256, (size, 3, side, side), dtype=np.uint8)
-        for turn in ProgressBar(range(turns + 1), desc=f"batch {size}", unit="turn"):
-            for variant in variants:
-                start = time.perf_counter()
-                variant.run(batch)
-                if turn > 0:
-                    variant.seconds.setdefault(size, []).append(time.perf_counter() - start)
+        runs = [seconds_of(lambda run=variant.run: run(batch)) for variant in variants]
+        seconds[size] = in_turns(runs, turns, f"batch {size}")
+    return seconds
 
 
-def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
+def results(
+    variants: list[Variant], seconds: dict[int, list[list[float]]], reports: list[dict]
+) -> list[dict]:
     """One row per variant and batch size; speed-ups are over the published graph in torch fp32, image by image."""
     rows = []
-    for variant in variants:
-        scores = [
+    for number, variant in enumerate(variants):
+        evaluated_in = "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision
+        aurocs = [
             report["auroc_mean"]
             for report in reports
             if report["auroc_mean"] is not None
-            and (report["format"], report["precision"])
-            == (FORMAT_OF[variant.runtime], "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision)
+            and (report["format"], report["precision"]) == (FORMAT_OF[variant.runtime], evaluated_in)
         ]
-        is_evaluated = variant.graph == OURS or variant.precision == "fp32"
-        for size, seconds in variant.seconds.items():
-            milliseconds = 1000 * float(np.median(seconds)) / size
+        for size, of_variants in seconds.items():
+            milliseconds = 1000 * float(np.median(of_variants[number])) / size
             rows.append(
                 {
                     "graph": variant.graph,
@@ -135,8 +127,10 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
                     "batch": size,
                     "ms_per_image": milliseconds,
                     "images_per_second": 1000 / milliseconds,
-                    "fastest_ms_per_image": 1000 * min(seconds) / size,
-                    "auroc_mean": float(np.mean(scores)) if scores and is_evaluated else None,
+                    "fastest_ms_per_image": 1000 * min(of_variants[number]) / size,
+                    "auroc_mean": float(np.mean(aurocs))
+                    if aurocs and variant.precision == evaluated_in
+                    else None,
                 }
             )
     base = {
@@ -149,51 +143,19 @@ def results(variants: list[Variant], reports: list[dict]) -> list[dict]:
     return rows
 
 
-def machine(device: str) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(
-        r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE
-    )
-    name = names[0] if names else platform.processor() or platform.machine()
-    return {
-        "cpu": name,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-    }
-
-
-def table(rows: list[dict]) -> str:
-    cells = [
-        (
-            *(row[key] for key in KEYS),
-            row["ms_per_image"],
-            row["images_per_second"],
-            "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x",
-            row["auroc_mean"],
-        )
-        for row in rows
-    ]
-    headers = (*(key.replace("_", " ") for key in KEYS), "ms/image", "images/s", "speed-up", "mean AUROC")
-    return tabulate(
-        cells, headers, tablefmt="github", floatfmt=("g",) * len(KEYS) + (".1f", ".2f", ".2f", ".2f")
-    )
-
-
 def draw(rows: list[dict], target: Path) -> None:
-    """Latency at the smallest batch against mean AUROC, one mark per variant that has been evaluated."""
-    rows = [
-        row
-        for row in rows
-        if row["batch"] == min(row["batch"] for row in rows) and row["auroc_mean"] is not None
-    ]
-    if not rows:
+    """Speed at the smallest batch against mean AUROC, one mark per variant that has been evaluated."""
+    smallest = min(row["batch"] for row in rows)
+    evaluated = [row for row in rows if row["batch"] == smallest and row["auroc_mean"] is not None]
+    if not evaluated:
         print(
             f"{target.name} is not drawn: no AUROC is known; name a --model that export_model.py has evaluated in this "
             "workspace"
         )
         return
-    files.write_text(target, scatter(rows, filled={OURS}))
+    from benchmarks import results_plots  # matplotlib is needed for nothing else
+
+    files.write_bytes(target, results_plots.speeds(evaluated))
     print(f"wrote {target}")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from csad.export import exporters, onnx_graphs
 from csad.export.quantisation import FALLBACK_ORDER
@@ -23,8 +23,7 @@ PUBLISHED_GRAPH, OURS = "published", "ours"
 CALIBRATION_IMAGES = 4  # of noise; for the speed of int8 it is enough that every layer has a range
 
 
-@dataclass
-class Variant:
+class Variant(NamedTuple):
     """One graph in one runtime and precision; `run` takes (B, 3, size, size) uint8 and waits for the scores."""
 
     graph: str
@@ -32,7 +31,6 @@ class Variant:
     precision: str
     ran_in: str
     run: Callable[[np.ndarray], np.ndarray]
-    seconds: dict[int, list[float]] = field(default_factory=dict)
 
 
 def build_variants(
@@ -73,17 +71,9 @@ def build_variants(
             for graph in (PUBLISHED_GRAPH, OURS):
                 if graph == PUBLISHED_GRAPH and precision == "int8" and model.memory is not None:
                     continue  # quantised as a whole it does not run; with a patch memory nothing was published, either
-                fp32_prefixes = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
-                engine = other_engine(
-                    runtime,
-                    precision,
-                    paths[graph],
-                    graph_metadata,
-                    noise,
-                    fp32_prefixes,
-                    networks[graph],
-                    device,
-                )
+                parts = networks[graph], kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
+                described = graph_metadata | {"precision": precision}
+                engine = other_engine(runtime, paths[graph], described, noise, parts, device)
                 variants.append(Variant(graph, runtime, precision, engine.precision, engine.score))
     return variants
 
@@ -105,16 +95,19 @@ class PublishedTorch:
 
 def other_engine(
     runtime: str,
-    precision: str,
     path: Path,
     graph_metadata: dict,
     calibration: np.ndarray,
-    fp32_prefixes: tuple[str, ...],
-    networks: tuple[str, ...],
+    parts: tuple[tuple[str, ...], tuple[str, ...]],
     device: str,
 ) -> Engine:
-    """A graph in ONNX, made ready for a runtime and precision the way export_model.py does it."""
-    graph_metadata = graph_metadata | {"precision": precision}
+    """A graph in ONNX, made ready for a runtime and the metadata's precision the way export_model.py does it.
+
+    Args:
+        calibration: images for int8.
+        parts: prefixes of the nodes that become int8, and of those among them that stay fp32.
+    """
+    precision, (networks, fp32_prefixes) = graph_metadata["precision"], parts
     if runtime == "onnxruntime":
         content = path.read_bytes()
         if precision == "int8":

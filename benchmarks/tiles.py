@@ -8,7 +8,6 @@ in half of the test pictures. Then patch_memory.py sees them as a whole and in t
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from csad.data import files
@@ -25,20 +24,14 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from benchmarks.processes import measured, options_of
+from benchmarks.measuring import measured_script, options_of
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
-ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     parser = options_of(__doc__)
-    parser.add_argument(
-        "--workspace",
-        type=path_argument,
-        required=True,
-        help="an empty folder; pictures and results go there",
-    )
+    parser.add_argument("--workspace", type=path_argument, required=True, help="for pictures and results")
     parser.add_argument("--category", default="pushpins", help="of the rendered products")
     parser.add_argument("--train", type=int, default=30)
     parser.add_argument("--test", type=int, default=40, help="good pictures; as many get a spot")
@@ -51,9 +44,8 @@ def main() -> None:
     rows = []
     for tiles in args.tiles:
         workspace = Workspace(args.workspace / tiles)
-        folders = ["--workspace", workspace.root, "--dataset_root", dataset]
         options = f"--preset quick --backbone efficientnet_lite0 --tiles {tiles} --overwrite".split()
-        usage = measured([sys.executable, ROOT / "patch_memory.py", *folders, *options])
+        usage = measured_script("patch_memory", workspace.root, ["--dataset_root", dataset, *options])
         scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
         rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), usage.seconds, usage.peak_mb))

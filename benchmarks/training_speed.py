@@ -5,8 +5,7 @@ one run, so that whatever else the machine does strikes them alike; the median c
 the encoder has random weights, because neither changes the time: nothing is downloaded. Prints a table and
 writes benchmark_training_{stage}.json into the workspace: milliseconds per step (by the clock, and of all
 processor cores together, which other work on the machine stretches less), hours for all steps of the preset,
-the memory that a step takes on top of what is held between steps, and the floor: the step's multiply-adds at
-the rate of this machine's large matrix products.
+the memory that a step takes on top of what is held between steps, and its multiply-adds.
 """
 
 from __future__ import annotations
@@ -14,24 +13,25 @@ from __future__ import annotations
 import copy
 import itertools
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from csad import settings
 from csad.cli import common_options, overrides
 from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import run_script
-from csad.progress import ProgressBar
 from csad.standins.penalty_pictures import PenaltyPictures
 from csad.training import lgst_step, segmentor_step
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import in_turns, memory_mb
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import SIZE
 from models.device import autocast, choose_device, choose_precision, forbid_tf32, memory_format
@@ -40,11 +40,12 @@ from models.segmentor import Segmentor
 
 IMAGES = 16  # training images; how many there are does not change the time of a step
 CLASSES = 8  # of the segmentor
-PLAIN, WARM_UP = "plain fp32", 1
-MATRIX = {"cpu": 2048}  # side of the matrix product whose rate is the floor; elsewhere
-LARGE_MATRIX = 8192
+PLAIN = "plain fp32"
 
 Step = Callable[[], None]
+Losses = dict[str, torch.Tensor]
+LossesOfStep = Callable[[int], Losses]  # by its number
+LossesOf = Callable[[Any, str, bool], LossesOfStep]  # of a model, in a precision, plain or not
 
 
 def main() -> None:
@@ -67,25 +68,10 @@ def main() -> None:
         # Of MVTec LOCO AD's categories the average one has 354 training images, of which half are trusted.
         steps = cfg.segmentor.epochs * 177 // cfg.segmentor.batch_size
 
-    multiply_adds = {}
-    for name, step in variants.items():
-        for _ in range(WARM_UP):
-            with FlopCounterMode(display=False) as counter:
-                step()
-        multiply_adds[name] = counter.get_total_flops() / 2
-    seconds, processor_seconds = ({name: [] for name in variants} for _ in range(2))
-    memory = dict.fromkeys(variants, float("nan"))
-    for _ in ProgressBar(range(args.timed_steps), desc="time", unit="round"):
-        for name, step in variants.items():
-            before = start_memory(device)
-            start, processor_start = time.perf_counter(), time.process_time()
-            step()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-            processor_seconds[name].append(time.process_time() - processor_start)
-            memory[name] = np.fmax(memory[name], peak_memory(device) - before)
-
-    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    multiply_adds = {name: count_multiply_adds(step) for name, step in variants.items()}  # and warm up
+    runs = [lambda step=step: measured_step(step, device) for step in variants.values()]
+    costs = dict(zip(variants, in_turns(runs, args.timed_steps, "time", warm_ups=0)))
+    plain = float(np.median([cost.seconds for cost in costs[PLAIN]]))
     report = {
         "stage": args.stage,
         "preset": args.preset,
@@ -95,64 +81,92 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "settings": getattr(cfg, args.stage).model_dump(),
-        "matrix_multiply_adds_per_second": rates,
         "variants": {},
     }
-    plain = statistics.median(seconds[PLAIN])
-    for name, durations in seconds.items():
-        middle = statistics.median(durations)
+    for name, of_variant in costs.items():
+        seconds, processor_seconds, memory = zip(*of_variant)
+        middle = float(np.median(seconds))
         report["variants"][name] = {
             "ms_per_step": 1000 * middle,
-            "ms_fastest": 1000 * min(durations),
-            "ms_all": [1000 * duration for duration in durations],
-            "processor_ms": 1000 * statistics.median(processor_seconds[name]),
+            "ms_fastest": 1000 * min(seconds),
+            "ms_all": [1000 * duration for duration in seconds],
+            "processor_ms": 1000 * float(np.median(processor_seconds)),
             "times_plain": plain / middle,
             "hours_of_preset": middle * steps / 3600,
-            "step_memory_mib": None if np.isnan(memory[name]) else memory[name] / 2**20,
+            "step_memory_mib": None if None in memory else max(memory),
             "multiply_adds": multiply_adds[name],
-            "floor_ms": 1000 * multiply_adds[name] / rates[name.split()[-1]],
         }
     target = workspace.root / f"benchmark_training_{args.stage}.json"
     with workspace.lock():
         files.write_json(target, report)
-    print_table(report)
+    print(
+        f"one training step of {args.stage}, preset {args.preset}, {device}, {torch.get_num_threads()} threads; hours of "
+        f"all {steps} steps"
+    )
+    rows = [
+        {"step": name} | {key: value for key, value in row.items() if key != "ms_all"}
+        for name, row in report["variants"].items()
+    ]
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g", missingval="?"))
     print(f"\nwrote {target}")
+
+
+class Cost(NamedTuple):
+    """Of one step: seconds by the clock and of the processor, and MiB on top of what is held; None where it is not known."""
+
+    seconds: float
+    processor_seconds: float
+    memory_mib: float | None
+
+
+def variants_of(
+    first: torch.nn.Module, losses_of: LossesOf, cfg: Any, precisions: list[str], device: torch.device
+) -> dict[str, Step]:
+    """Name -> a function that trains a copy of a network for one step, plain and in each precision."""
+
+    def variant(precision: str, plain: bool) -> Step:
+        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = not plain and device.type != "mps"
+        optimizer = torch.optim.Adam(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+        losses_of_step, numbers = losses_of(model, precision, plain), itertools.count()
+
+        def step() -> None:
+            parts = losses_of_step(next(numbers))
+            optimizer.zero_grad()
+            sum(parts.values()).backward()
+            optimizer.step()
+
+        return step
+
+    fast = {f"fast {precision}": variant(precision, plain=False) for precision in precisions}
+    return {PLAIN: variant("fp32", plain=True)} | fast
 
 
 def lgst_variants(
     cfg: settings.LgstSettings, encoder: Encoder, precisions: list[str], device: torch.device
 ) -> dict[str, Step]:
-    """Name -> a function that trains one step, plain and in each precision."""
+    """Variants of stage 3's step."""
     cfg = cfg.model_copy(update={"global_every": 1})  # whole steps, whatever the preset leaves out
     pictures = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
     penalties = PenaltyPictures(cfg.penalty_images)
-    first = LGST(encoder.channels, cfg.width, cfg.teacher_channels).train()
 
-    def variant(precision: str, plain: bool = False) -> Step:
-        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+    def losses_of(model: LGST, precision: str, plain: bool) -> LossesOfStep:
         batches = lgst_step.Batches(pictures, model, encoder, device, precision, "teacher features")
-        optimizer = torch.optim.Adam(
-            [one for one in model.parameters() if one.requires_grad],
-            lr=cfg.lr,
-            weight_decay=cfg.weight_decay,
-            fused=not plain and device.type != "mps",
-        )
-        numbers = itertools.count()
 
-        def step() -> None:
-            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, cfg, next(numbers), "", 0))
+        def losses_of_step(number: int) -> Losses:
+            batch = batches.batch(lgst_step.draw_sample(IMAGES, penalties, cfg, number, "", 0))
             if plain:
                 with torch.no_grad():
                     batch = batch._replace(teacher=model.teacher_features(encoder(batch.images)))
             with autocast(device, precision):
                 features = model.training_features(*batch)
-            descend(losses(features, cfg.hard_quantile), optimizer)
+            return losses(features, cfg.hard_quantile)
 
-        return step
+        return losses_of_step
 
-    return {PLAIN: variant("fp32", plain=True)} | {
-        f"fast {precision}": variant(precision) for precision in precisions
-    }
+    first = LGST(encoder.channels, cfg.width, cfg.teacher_channels).train()
+    return variants_of(first, losses_of, cfg, precisions, device)
 
 
 def segmentor_variants(
@@ -161,47 +175,44 @@ def segmentor_variants(
     """Variants of stage 2's step with all losses, as after the epoch in which the unsupervised ones join; plain has no cache."""
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=np.uint8))
-    labels = np.kron(rng.integers(0, CLASSES, (IMAGES, 8, 8)), np.ones((SIZE // 8, SIZE // 8))).astype(
-        np.uint8
+    labels = (
+        rng.integers(0, CLASSES, (IMAGES, 8, 8), dtype=np.uint8).repeat(SIZE // 8, 1).repeat(SIZE // 8, 2)
     )
     indices = np.arange(IMAGES)
     data = segmentor_step.TrainingData(
         pictures, labels, labels.astype(np.uint16), np.zeros(labels.shape, bool), indices[::2], indices[1::2]
     )
-    first = Segmentor(encoder.channels, cfg.width, CLASSES).train()
 
-    def variant(precision: str, plain: bool = False) -> Step:
-        model, numbers = (
-            copy.deepcopy(first).to(device, memory_format=memory_format(precision)),
-            itertools.count(),
-        )
+    def losses_of(model: Segmentor, precision: str, plain: bool) -> LossesOfStep:
         batches = segmentor_step.Batches(data, encoder, device, precision, "encode")
-        optimizer = torch.optim.Adam(
-            model.parameters(),
-            lr=cfg.lr,
-            weight_decay=cfg.weight_decay,
-            fused=not plain and device.type != "mps",
-        )
 
-        def step() -> None:
-            sample = segmentor_step.draw_sample(data, cfg, next(numbers), True, "", 0)
+        def losses_of_step(number: int) -> Losses:
+            sample = segmentor_step.draw_sample(data, cfg, number, True, "", 0)
             batch = batches.batch(sample)
             if plain:
                 unlabelled = pictures[sample.unlabelled].to(device)
                 batch = batch._replace(unlabelled=segmentor_step.encode(encoder, unlabelled, precision))
-            descend(segmentor_step.step_losses(model, encoder, batch, cfg, precision), optimizer)
+            return segmentor_step.step_losses(model, encoder, batch, cfg, precision)
 
-        return step
+        return losses_of_step
 
-    return {PLAIN: variant("fp32", plain=True)} | {
-        f"fast {precision}": variant(precision) for precision in precisions
-    }
+    first = Segmentor(encoder.channels, cfg.width, CLASSES).train()
+    return variants_of(first, losses_of, cfg, precisions, device)
 
 
-def descend(parts: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    sum(parts.values()).backward()
-    optimizer.step()
+def count_multiply_adds(step: Step) -> float:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 2
+
+
+def measured_step(step: Step, device: torch.device) -> Cost:
+    held = start_memory(device)
+    start, processor_start = time.perf_counter(), time.process_time()
+    step()
+    synchronise(device)
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    return Cost(seconds, processor_seconds, None if held is None else peak_memory(device) - held)
 
 
 def synchronise(device: torch.device) -> None:
@@ -209,68 +220,21 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def start_memory(device: torch.device) -> float:
-    """Bytes held now; from here on the peak counts. NaN where there is no way to know."""
+def start_memory(device: torch.device) -> float | None:
+    """MiB held now; from here on the peak counts. None where there is no way to know."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return float("nan")
-    return _status("VmRSS")
+        return None
+    return memory_mb("VmRSS")
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes held since `start_memory`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> float:
-    """A field of Linux's /proc/self/status in bytes."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    return next(
-        1024.0 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)
-    )
-
-
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Multiply-adds per second of a large matrix product, best of five."""
-    side = MATRIX.get(device.type, LARGE_MATRIX)
-    matrix = torch.randn(
-        side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
-    )
-    seconds = []
-    for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return side**3 / min(seconds[1:])
-
-
-def print_table(report: dict) -> None:
-    print(
-        f"\none training step of {report['stage']}, preset {report['preset']}, {report['device']}, "
-        f"{report['threads']} threads, torch {report['torch']}"
-    )
-    print(
-        f"{'':14}{'ms/step':>10}{'fastest':>10}{'CPU ms':>10}{'x plain':>9}{'hours':>8}{'memory MiB':>12}{'10^9 madds':>12}"
-        f"{'floor ms':>10}"
-    )
-    for name, row in report["variants"].items():
-        memory = "?" if row["step_memory_mib"] is None else f"{row['step_memory_mib']:.0f}"
-        print(
-            f"{name:14}{row['ms_per_step']:10.0f}{row['ms_fastest']:10.0f}{row['processor_ms']:10.0f}"
-            f"{row['times_plain']:9.2f}{row['hours_of_preset']:8.1f}{memory:>12}"
-            f"{row['multiply_adds'] / 1e9:12.0f}{row['floor_ms']:10.0f}"
-        )
-    print(
-        f"hours: all {report['steps_of_preset']} steps; floor: the multiply-adds at the rate of a large matrix product"
-    )
+    """Most MiB held since `start_memory`."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory_mb("VmHWM")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def tell_progress_in(path: Path) -> None:
             last = time.monotonic()
             path.write_text(str(bar), encoding="utf-8", errors="backslashreplace")
 
-    ProgressBar.display = display
+    ProgressBar.display = display  # type: ignore[method-assign, assignment]  # of every bar of this process
 
 
 class Bars:
@@ -109,7 +109,7 @@ class Bars:
     def __enter__(self) -> Bars:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for line in (*self.lines, self.all):
             line.close()
 

@@ -14,7 +14,7 @@ from csad.synthetic.writer import components_root
 import numpy as np
 import pytest
 
-from benchmarks import label_quality, many_categories, pseudo_label_speed, speed, training_speed
+from benchmarks import label_quality, many_categories, speed, training_speed
 from models import fused
 
 ROOT = Path(__file__).parent.parent
@@ -30,33 +30,6 @@ def test_each_runs_as_a_module_and_needs_no_tests(name):
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
-
-
-def test_steps_of_stage_1_are_timed(monkeypatch, capsys):
-    monkeypatch.setattr(pseudo_label_speed, "ROTATIONS", 2)
-    monkeypatch.setattr(pseudo_label_speed, "PUBLISHED", "efficientnet_lite0")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "pseudo_label_speed",
-            "--device",
-            "cpu",
-            "--sam",
-            "--grounding_dino",
-            "--components",
-            "120",
-            "--scikit_learn",
-        ],
-    )
-    pseudo_label_speed.main()
-    rows = [
-        line.split("|")[1:4]
-        for line in capsys.readouterr().out.splitlines()
-        if re.search(r"\| +\d+\.\d+ \|", line)
-    ]
-    assert len(rows) == 7 and all(float(seconds) >= 0 for _, seconds, _ in rows)
-    assert {what.strip() for _, _, what in rows} == {"image", "component"}
 
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
@@ -101,33 +74,11 @@ def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_pa
 
 @pytest.mark.parametrize("stage", ["lgst", "segmentor"])
 def test_training_steps_are_timed(stage, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "training_speed",
-            "--stage",
-            stage,
-            "--timed_steps",
-            "1",
-            "--workspace",
-            str(tmp_path),
-            "--backbone",
-            "efficientnet_lite0",
-            "--device",
-            "cpu",
-            "--lgst.width",
-            "8",
-            "--lgst.teacher_channels",
-            "8",
-            "--lgst.batch_size",
-            "1",
-            "--segmentor.width",
-            "8",
-            "--segmentor.batch_size",
-            "2",
-        ],
+    options = (
+        f"--stage {stage} --timed_steps 1 --workspace {tmp_path} --backbone efficientnet_lite0 --device cpu "
+        "--lgst.width 8 --lgst.teacher_channels 8 --lgst.batch_size 1 --segmentor.width 8 --segmentor.batch_size 2"
     )
+    monkeypatch.setattr(sys, "argv", ["training_speed", *options.split()])
     training_speed.main()
     found = json.loads((tmp_path / f"benchmark_training_{stage}.json").read_text())["variants"]
     assert {"plain fp32", "fast fp32"} <= found.keys()
@@ -137,39 +88,22 @@ def test_training_steps_are_timed(stage, tmp_path, monkeypatch, capsys):
 def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "PAPER_SIZE", {"width": 16, "classes": 3, "student": 16, "channels": 16})
     monkeypatch.setattr(speed, "PUBLISHED", "efficientnet_lite0")
-    real = speed.random_state
-
-    def small():
-        state = real()
-        fused.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
-        return state
-
-    monkeypatch.setattr(speed, "random_state", small)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "speed",
-            "--workspace",
-            str(tmp_path),
-            "--turns",
-            "1",
-            "--batches",
-            "1",
-            "--device",
-            "cpu",
-            "--precisions",
-            "fp32",
-        ],
-    )
+    state = speed.random_state()
+    fused.attach_metadata(state, {"backbone": "efficientnet_lite0", "category": "discs"})
+    monkeypatch.setattr(speed, "random_state", lambda: state)
+    report = {"category": "discs", "format": "onnx", "precision": "fp32", "auroc_mean": 87.5}
+    files.write_json(Workspace(tmp_path).export_report, [report])
+    options = f"--workspace {tmp_path} --turns 1 --batches 1 --device cpu --precisions fp32"
+    monkeypatch.setattr(sys, "argv", ["speed", *options.split()])
     speed.main()
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
-    assert {(row["graph"], row["runtime"]) for row in rows} == {
-        (graph, runtime)
+    assert {(row["graph"], row["runtime"], row["auroc_mean"]) for row in rows} == {
+        (graph, runtime, 87.5 if runtime == "onnxruntime" else None)
         for graph in ("published", "ours")
         for runtime in ("torch", "onnxruntime", "openvino")
     }
     assert all(row["ms_per_image"] > 0 for row in rows)
+    assert (tmp_path / "benchmark_speed.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_one_category_becomes_many_under_names_of_their_own(tmp_path):

@@ -10,8 +10,8 @@ from csad.errors import UserError
 import pytest
 import torch
 
-from benchmarks import all_stages, few_images, peers, peers_timing, peers_worker
-from benchmarks.processes import Usage
+from benchmarks import all_stages, few_images, measuring, peers, peers_timing, peers_worker
+from benchmarks.measuring import Usage, in_turns
 
 # Stands in for the worker: scores are mean brightness, so that the order is known; method broken fails.
 WORKER = """
@@ -40,7 +40,7 @@ def worker(tmp_path, monkeypatch):
     path.write_text(WORKER)
     monkeypatch.setattr(peers, "WORKER", path)
     monkeypatch.setattr(peers, "python_of", lambda environment: peers.Path(sys.executable))
-    monkeypatch.setattr(peers_timing, "PAUSE", 0)
+    monkeypatch.setattr(peers, "PAUSE", 0)
     return path
 
 
@@ -115,9 +115,9 @@ def test_our_models_stand_beside_with_what_their_stages_measured(make_dataset, t
 
 def test_all_take_turns():
     calls = []
-    variants = [lambda batch, name=name: calls.append((name, batch)) or float(name == "b") for name in "ab"]
-    assert peers_timing.in_turns(variants, 8, 3, "") == [0, 1]
-    assert calls == [("a", 8), ("b", 8)] * 4
+    variants = [lambda name=name: calls.append(name) or len(calls) for name in "ab"]
+    assert in_turns(variants, 3, "") == [[3, 5, 7], [4, 6, 8]]
+    assert calls == ["a", "b"] * 4
 
 
 # All stages
@@ -130,7 +130,7 @@ def stages(monkeypatch):
     class Stages(list):
         fail = ""
 
-        def __call__(self, command, log):
+        def __call__(self, command, log, accepted):
             name = command[1].name
             if name == self.fail:
                 log.write_text(f"Traceback\nerror: {name} needs more\n")
@@ -139,7 +139,7 @@ def stages(monkeypatch):
             return Usage(2.0, 3.0, 100.0)
 
     noted = Stages()
-    monkeypatch.setattr(all_stages, "measured", noted)
+    monkeypatch.setattr(measuring, "measured", noted)
     return noted
 
 
@@ -160,7 +160,9 @@ def test_stages_run_once_each_and_go_on_where_they_stopped(stages, tmp_path):
     timings = all_stages.read(tmp_path)["discs"]
     assert all_stages.training_seconds(timings) == 10
     assert all_stages.training_seconds({"CSAD": timings["CSAD"]}) is None
-    assert "| discs | 2 | 2 | 2 | 2 | 2 | 2 |" in all_stages.table(all_stages.read(tmp_path))
+    assert "| discs | 2 | 2 | 2 | 2 | 2 | 2 |" in all_stages.table(
+        all_stages.seconds(all_stages.read(tmp_path))
+    )
 
 
 def test_branches_alone_are_exported_beside_and_change_nothing(stages, tmp_path):

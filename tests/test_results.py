@@ -3,6 +3,7 @@
 import argparse
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from csad.data import files, layouts
@@ -89,7 +90,7 @@ def test_changes_that_are_not_committed_and_unknown_commits_are_told(repository,
 
 def test_the_mark_of_age_stands_in_the_page(repository, monkeypatch, tmp_path):
     root, commit = repository
-    table = Table("", "1", None, None, None, lambda content: [f"| {content} |"], ["decides.py"])
+    table = Table("", "1", None, lambda content: [f"| {content} |"], ["decides.py"])
     monkeypatch.setattr(results, "TABLES", {"tiny": table})
     page = "before\n<!-- results: tiny -->\nanything\n<!-- end of tiny -->\nafter\n"
     assert "Not measured yet" in results.rendered(page, tmp_path, root)
@@ -112,42 +113,45 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
     root, commit = repository
     monkeypatch.setattr(results, "ROOT", root)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
-    target = tmp_path / "work" / "left.txt"
-    fails = ["-c", f"open({str(target)!r}, 'a').write('x'); raise SystemExit(2)"]
-    table = Table("", "1", lambda inputs: [fails], None, lambda inputs: {}, None, ["decides.py"])
+    folder = tmp_path / "work" / "left"
+    folder.mkdir(parents=True)
+    fails = ["-c", f"open({str(folder / 'x.json')!r}, 'w').write('[1]'); raise SystemExit(2)"]
+    table = Table("", "1", lambda inputs, dataset: [fails], None, ["decides.py"], files=("left/x.json",))
     first = results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="exit status 2"):
         results.make("tiny", table, inputs(tmp_path / "work"))
     commit("decides.py", "second")
-    works = Table(
-        "",
-        "1",
-        lambda inputs: [["-c", "print()", inputs.work, inputs.photographs]],
-        lambda inputs: [inputs.work / "left"],
-        lambda inputs: {"left": (inputs.work / "left.txt").read_text()},
-        None,
-        ["decides.py"],
-    )
+    works = replace(table, commands=lambda inputs, _: [["-c", "print()", inputs.work, inputs.photographs]])
     results.make("tiny", works, inputs(tmp_path / "work"))
     content = files.read_json(tmp_path / "results" / "tiny.json")
-    assert content["commit"] == first and content["content"] == {"left": "x"}
+    assert content["commit"] == first and content["content"] == [1] and content["seeds"] == [0]
     assert str(tmp_path) not in content["commands"][0] and "results_work" in content["commands"][0]
-    # Started over, it is of the commit of today, and the tables that others made stay.
-    (tmp_path / "work" / "left").mkdir()
+    # Started over, it is of the commit of today, and what other tables made stays.
+    other = tmp_path / "work" / "other.json"
+    other.touch()
     results.start_over("tiny", works, inputs(tmp_path / "work"))
-    assert not (tmp_path / "work" / "left").exists() and target.exists()
+    assert not folder.exists() and other.exists()
+    files.write_json(folder / "x.json", [1])
     results.make("tiny", works, inputs(tmp_path / "work"))
     content = files.read_json(tmp_path / "results" / "tiny.json")
-    assert content["commit"] == results.git(root, "rev-parse", "HEAD") and content["seeds"] == [0, 1]
+    assert content["commit"] == results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="make that with --only other first"):
-        results.make(
-            "next", Table("", "1", None, None, None, None, [], needs=("other",)), inputs(tmp_path / "work")
-        )
+        results.make("next", Table("", "1", None, None, [], needs=("other",)), inputs(tmp_path / "work"))
+
+
+def test_seeds_and_files_of_tables(tmp_path):
+    given = inputs(tmp_path)
+    assert list(TABLES["rendered"].seeds(given)) == [0, 1] and list(TABLES["speed"].seeds(given)) == [0]
+    assert TABLES["photographs"].leaves(given) == [tmp_path / f"photographs_seed_{seed}" for seed in (0, 1)]
+    for stage in ("segmentor", "lgst"):
+        files.write_json(tmp_path / f"training_speed/benchmark_training_{stage}.json", {"stage": stage})
+    content = TABLES["training_speed"].collect(given)
+    assert content == {stage: {"stage": stage} for stage in ("segmentor", "lgst")}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_commands_of_tables_are_understood(name, tmp_path):
-    for command in TABLES[name].commands(inputs(tmp_path)):
+    for command in TABLES[name].commands(inputs(tmp_path), tmp_path / "data"):
         words = [str(word) for word in command]
         script = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
         given = words[2 if words[0] == "-m" else 1 :]

@@ -113,13 +113,8 @@ def _require_answer(address: str) -> None:
     Raises:
         UserError: no cluster answers within `CONNECT_SECONDS`.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "status",
-        *(["--address", address] if address != "auto" else []),
-    ]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status"]
+    command += ["--address", address] if address != "auto" else []
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONNECT_SECONDS)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as problem:

@@ -45,12 +45,10 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
         remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
         started: dict[str, Any] = {}
         for name, task in tasks.items():
-            started[name] = remote.options(**always, **resources(ray, task, args, threads)).remote(
-                jobs,
-                narrowed(args, task),
-                name,
-                driver,
-                *(started[predecessor] for predecessor in task.after),
+            before = [started[predecessor] for predecessor in task.after]
+            options = always | resources(ray, task, args, threads)
+            started[name] = remote.options(**options).remote(
+                jobs, narrowed(args, task), name, driver, *before
             )
         running = {reference: name for name, reference in started.items()}
         try:
@@ -65,9 +63,8 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
                             raise UserError(outcome.failure)
                         bars.finished(outcome.printed)
                         if name not in waited_for:
-                            (failures if outcome.failure else results)[name] = (
-                                outcome.failure or outcome.result
-                            )
+                            came = failures if outcome.failure else results
+                            came[name] = outcome.failure or outcome.result
                     bars.show(running.values())
         except BaseException:
             for reference in running:

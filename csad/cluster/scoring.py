@@ -80,7 +80,10 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         if pending:
             with connected(args.ray, args.output / ".ray") as (ray, driver):
                 for result in scored(ray, driver, work, list(pending.values()), not args.unordered):
-                    _require_success(result)
+                    if result["sentence"]:
+                        raise UserError(result["sentence"])
+                    if result["traceback"]:
+                        raise RuntimeError(f"on a worker:\n{result['traceback']}")
                     if not result["lines"] or result["shard"] not in pending:
                         continue
                     shard = pending.pop(result["shard"])
@@ -95,23 +98,10 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
                 f"(the first of them begins with {first}); the others are in {written.folder}, and the same "
                 "command tries those again"
             )
-        files.write_json(
-            summary,
-            {
-                "found": sources.count,
-                "images": len(sources.images),
-                "left_out": sources.left_out,
-                **{name: counts[name] for name in VERDICTS},
-            },
-        )
-    return {name: counts[name] for name in VERDICTS}, sources.left_out
-
-
-def _require_success(result: dict[str, Any]) -> None:
-    if result["sentence"]:
-        raise UserError(result["sentence"])
-    if result["traceback"]:
-        raise RuntimeError(f"on a worker:\n{result['traceback']}")
+        of_verdicts = {name: counts[name] for name in VERDICTS}
+        content = {"found": sources.count, "images": len(sources.images), "left_out": sources.left_out}
+        files.write_json(summary, content | of_verdicts)
+    return of_verdicts, sources.left_out
 
 
 def model_digest(model: Path) -> str:
@@ -136,9 +126,8 @@ def scored(
     context.execution_options.preserve_order = ordered
     resources, workers = worker_resources(ray, work)
     workers = min(workers, len(shards))
-    rows = ray_data.from_items(
-        [{"shard": shard.index, "images": shard.images} for shard in shards], override_num_blocks=len(shards)
-    )
+    items = [{"shard": shard.index, "images": shard.images} for shard in shards]
+    rows = ray_data.from_items(items, override_num_blocks=len(items))
     pool = ray_data.ActorPoolStrategy(
         min_size=1, initial_size=workers, max_size=workers, max_tasks_in_flight_per_actor=1
     )
@@ -164,12 +153,10 @@ def worker_resources(ray: ModuleType, work: Work) -> tuple[dict[str, float], int
     nodes = node_resources(ray)
     for_gpu = work.model.suffix.lower() != ".xml" and not work.device.startswith("cpu")
     on_gpu = for_gpu and any(node.get("GPU", 0) >= 1 for node in nodes)
-    cpus = max(
-        1, int(most([node for node in nodes if not on_gpu or node.get("GPU", 0) >= 1], "CPU", WORKER_CPUS))
-    )
-    workers = sum(
-        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if on_gpu else float("inf"))) for node in nodes
-    )
+    fitting = [node for node in nodes if not on_gpu or node.get("GPU", 0) >= 1]
+    cpus = max(1, int(most(fitting, "CPU", WORKER_CPUS)))
+    gpus = [node.get("GPU", 0) if on_gpu else float("inf") for node in nodes]
+    workers = sum(int(min(node.get("CPU", 0) // cpus, count)) for node, count in zip(nodes, gpus))
     return {"num_cpus": cpus, "num_gpus": int(on_gpu)}, max(1, workers)
 
 
@@ -185,14 +172,8 @@ class Worker:
 
         No lines: the shard has killed `TRIES` workers, and is given up. Ray itself would try for ever.
         """
-        result = {
-            "shard": row["shard"],
-            "lines": b"",
-            "verdicts": "",
-            "engine": "",
-            "sentence": "",
-            "traceback": "",
-        }
+        result = {"shard": row["shard"], "lines": b""}
+        result |= dict.fromkeys(("verdicts", "engine", "sentence", "traceback"), "")
         try:
             self.driver.enter()
             tries = self.driver.folder / f"{self.driver.token}-{row['shard']}.tries"
@@ -202,32 +183,23 @@ class Worker:
                 handle.write(b".")
             if self.engine is None:
                 self.engine = self._open()
-            states = {
-                name: {"bytes": size, "changed_ns": changed}
-                for name, size, changed in json.loads(row["images"])
-            }
-            verdicts = list(
-                verdicts_on(states, self.engine, self.work.threshold, self.work.batch_size, self._read)
-            )
-            lines = [
-                as_line(
-                    verdict,
-                    state_of(verdict.name) if isinstance(verdict.name, Path) else states[verdict.name],
-                )
-                for verdict in verdicts
-            ]
+            lines, counts = [], Counter[str]()
+            states = {name: {"bytes": size, "changed_ns": ns} for name, size, ns in json.loads(row["images"])}
+            for verdict in verdicts_on(
+                states, self.engine, self.work.threshold, self.work.batch_size, self._read
+            ):
+                name = verdict.name
+                lines.append(as_line(verdict, state_of(name) if isinstance(name, Path) else states[name]))
+                counts[verdict.verdict] += 1
             tries.unlink()
             return result | {
                 "lines": "".join(lines).encode(errors="backslashreplace"),
-                "verdicts": json.dumps(Counter(verdict.verdict for verdict in verdicts)),
+                "verdicts": json.dumps(counts),
                 "engine": f"{self.engine.runtime} on {self.engine.device}, {self.engine.precision}",
             }
         except Exception as problem:
             sentence = user_message(problem)
-            return result | {
-                "sentence": sentence or "",
-                "traceback": "" if sentence else traceback.format_exc(),
-            }
+            return result | ({"sentence": sentence} if sentence else {"traceback": traceback.format_exc()})
 
     def _open(self) -> Engine:
         if model_digest(self.work.model) != self.work.digest:
@@ -236,9 +208,10 @@ class Worker:
             )
         return open_model(self.work.model, device_name(self.work.device, self.work.model))
 
-    def _read(self, name: str) -> Picture:
+    def _read(self, name: Path | str) -> Picture:
+        assert self.engine is not None
         try:
-            source = source_of(name)
+            source = source_of(str(name))
         except UserError as problem:
             if is_passing(problem.__cause__):
                 raise UserError(

@@ -26,8 +26,8 @@ class Shard(NamedTuple):
         digest: of all that decides what its lines say.
     """
 
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples
+    count: int  # type: ignore[assignment]  # as above
     images: str
     digest: str
 

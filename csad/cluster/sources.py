@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -51,13 +52,14 @@ class ClusterInputs:
         self.left_out: dict[str, list[str]] = {}
         self._seen: set[str] = set()
         for path in paths:
-            suffix = PurePosixPath(urlsplit(path).path if is_url(path) else path).suffix.lower()
+            url = str(path) if is_url(path) else None
+            suffix = PurePosixPath(urlsplit(url).path if url else path).suffix.lower()
             if suffix in LISTS:
                 self._add_list(path, suffix, column)
-            elif is_url(path):
-                self._add_url(path)
+            elif url:
+                self._add_url(url)
             else:
-                self._add_path(path, output)
+                self._add_path(Path(path), output)
         del self._seen
         self.count = len(self.images) + sum(map(len, self.left_out.values()))
         if not self.images:
@@ -76,7 +78,7 @@ class ClusterInputs:
     def _add_path(self, path: Path, output: Path) -> None:
         if not path.is_dir():
             if not path.exists() and not path.is_symlink():
-                raise UserError(f"there is no {path}; name an image, a list or a folder of images")
+                raise _missing(path)
             self._add(str(path), *state_of(path).values())
             return
         listed, left_out = images_in(path, output)
@@ -92,15 +94,14 @@ class ClusterInputs:
             files, path = file_system(url)
             info = files.get_file_info(path)
             if info.type == fs.FileType.NotFound:
-                raise UserError(f"there is no {url}; name an image, a list or a folder of images")
+                raise _missing(url)
             if info.type == fs.FileType.File:
                 self._add(url, info.size, info.mtime_ns)
                 return
             below = files.get_file_info(fs.FileSelector(path, recursive=True))
         base, mark, query = url.partition("?")
-        for info in sorted(
-            (entry for entry in below if entry.type == fs.FileType.File), key=lambda entry: entry.path
-        ):
+        below = [entry for entry in below if entry.type == fs.FileType.File]
+        for info in sorted(below, key=lambda entry: entry.path):
             relative = info.path[len(path.rstrip("/")) + 1 :]
             name = f"{base.rstrip('/')}/{quote(relative)}{mark}{query}"
             if relative.lower().endswith(SUFFIXES):
@@ -113,9 +114,14 @@ class ClusterInputs:
         for number, name in enumerate(rows(path, column), 1):
             if name:
                 # Of a URL nothing more is asked: that would be a request for each.
-                self._add(name, *((None, None) if is_url(name) else state_of(Path(name)).values()))
+                state = (None, None) if is_url(name) else state_of(Path(name)).values()
+                self._add(name, *state)
             else:
                 self._leave_out(f"row {number} of {path}", "their row in the list is empty")
+
+
+def _missing(path: Path | str) -> UserError:
+    return UserError(f"there is no {path}; name an image, a list or a folder of images")
 
 
 def source_of(name: str) -> Path | InMemory:
@@ -167,27 +173,22 @@ def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
     return fs.FileSystem.from_uri(f"{scheme}://{host}/" + (f"?{query}" if query else ""))
 
 
-class problems_of:
+@contextmanager
+def problems_of(path: Path | str) -> Iterator[None]:
     """Tell in a sentence why a list or an object store cannot be read; pyarrow's errors are OSError and ValueError."""
-
-    def __init__(self, path: Path | str):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, problem: Any, traceback: Any) -> None:
-        if isinstance(problem, FileNotFoundError):
-            raise UserError(f"{self.path} is missing") from problem
-        if isinstance(problem, (OSError, ValueError, NotImplementedError, csv.Error)):
-            raise UserError(f"{self.path} cannot be read ({str(problem).splitlines()[0][:200]})") from problem
+    try:
+        yield
+    except FileNotFoundError as problem:
+        raise UserError(f"{path} is missing") from problem
+    except (OSError, ValueError, NotImplementedError, csv.Error) as problem:
+        raise UserError(f"{path} cannot be read ({str(problem).splitlines()[0][:200]})") from problem
 
 
 def _opened(path: Path | str) -> Any:
     if not is_url(path):
         return open(path, "rb")
-    files, path = file_system(path)
-    return files.open_input_file(path)
+    files, name = file_system(str(path))
+    return files.open_input_file(name)
 
 
 def _csv(path: Path | str, column: str) -> Iterator[str]:

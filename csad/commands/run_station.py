@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import csad
@@ -44,7 +44,6 @@ def main() -> None:
         raise UserError(
             f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
         ) from problem
-    default = Options()
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
@@ -74,28 +73,22 @@ def main() -> None:
         help="fraction of good images that may be called anomalous (default: what each model suggests)",
     )
     parser.add_argument("--threshold", type=float, help="call higher scores anomalous; for one model alone")
+    defaults = asdict(Options())
+    defaults["max_megabytes"] = defaults["max_body_bytes"] / 2**20
+    defaults["max_megapixels"] = defaults["max_pixels"] / 1e6
     limits = {
-        "batch_size": (default.batch_size, "pictures scored together at most"),
-        "batch_wait_ms": (
-            default.batch_wait_ms,
-            "for which an incomplete batch waits for pictures on their way",
-        ),
-        "queue_length": (default.queue_length, "pictures that may wait for each model"),
-        "max_requests": (default.max_requests, "in work at one time"),
-        "max_connections": (
-            default.max_connections,
-            "open at one time; fewer where this process may open too few files (ulimit -n)",
-        ),
-        "max_megabytes": (default.max_body_bytes / 2**20, "of a request"),
-        "max_megapixels": (default.max_pixels / 1e6, "of a picture"),
-        "header_seconds": (default.header_seconds, "in which a request's headers have to arrive"),
-        "body_seconds": (
-            default.body_seconds,
-            "in which a request's body has to arrive, and its answer has to be read",
-        ),
+        "batch_size": "pictures scored together at most",
+        "batch_wait_ms": "for which an incomplete batch waits for pictures on their way",
+        "queue_length": "pictures that may wait for each model",
+        "max_requests": "in work at one time",
+        "max_connections": "open at one time; fewer where this process may open too few files (ulimit -n)",
+        "max_megabytes": "of a request",
+        "max_megapixels": "of a picture",
+        "header_seconds": "in which a request's headers have to arrive",
+        "body_seconds": "in which a request's body has to arrive, and its answer has to be read",
     }
-    for name, (value, meaning) in limits.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
+    for name, meaning in limits.items():
+        parser.add_argument(f"--{name}", type=type(defaults[name]), default=defaults[name], help=meaning)
     parser.add_argument(
         "--device",
         default="auto",
@@ -111,23 +104,19 @@ def main() -> None:
         raise UserError(f"--batch_wait_ms is {args.batch_wait_ms}; it must be 0 or more")
     if args.threshold is not None and len(args.model) > 1:
         raise UserError("--threshold is for one model alone; the scores of several have different scales")
-    allowed_hosts = [host_and_port(name) for name in args.allowed_hosts]
-    for name, host in zip(args.allowed_hosts, allowed_hosts):
+    allowed_hosts = set()
+    for name in args.allowed_hosts:
+        host = host_and_port(name)
         if host is None or host[1]:
             raise UserError(f"--allowed_hosts names {name}; it must be a host name without http:// and port")
+        allowed_hosts.add(host[0])
     options = Options(
-        args.threshold,
-        args.false_positive_rate,
-        args.batch_size,
-        args.batch_wait_ms,
-        args.queue_length,
-        args.max_requests,
-        int(args.max_megabytes * 2**20),
-        int(args.max_megapixels * 1e6),
-        args.body_seconds,
-        token_of(args.token),
-        args.max_connections,
-        args.header_seconds,
+        threshold=args.threshold,
+        false_positive_rate=args.false_positive_rate,
+        max_body_bytes=int(args.max_megabytes * 2**20),
+        max_pixels=int(args.max_megapixels * 1e6),
+        token=token_of(args.token),
+        **{name: getattr(args, name) for name in limits if not name.startswith("max_mega")},
     )
 
     engines = {
@@ -142,7 +131,7 @@ def main() -> None:
         options = replace(
             options,
             any_address=not local,
-            allowed_hosts=frozenset(own_names | {host for host, _ in allowed_hosts}),
+            allowed_hosts=frozenset(own_names | allowed_hosts),
         )
         app = create_app(engines, options, log)
         server = make_server(app, options)
@@ -155,11 +144,7 @@ def main() -> None:
         )
         print(f"{models} at {address(listening)}", flush=True)
         if not local and options.token is None:
-            print(
-                "other machines can connect without a token; set --token",
-                file=sys.stderr,
-                flush=True,
-            )
+            print("other machines can connect without a token; set --token", file=sys.stderr, flush=True)
         server.run(sockets=[listening])
 
 

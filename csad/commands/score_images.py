@@ -123,8 +123,8 @@ def main() -> None:
         os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images])
     )
 
-    def read(path: Path) -> Picture:
-        return read_picture(path, path, engine, MAP_SIDE if args.save_maps else None)
+    def read(path: Path | str) -> Picture:
+        return read_picture(Path(path), path, engine, MAP_SIDE if args.save_maps else None)
 
     with (
         Output(args.output, top, go_on=args.watch) as output,

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
@@ -37,13 +38,8 @@ class Batcher(Generic[Item, Result]):
         queue_length: int,
         on_batch: Callable[[int], None] = lambda size: None,
     ):
-        self._run, self._batch_size, self._wait_seconds, self._on_batch = (
-            run,
-            batch_size,
-            wait_seconds,
-            on_batch,
-        )
-        self._queue_length = queue_length
+        self._run, self._on_batch = run, on_batch
+        self._batch_size, self._wait_seconds, self._queue_length = batch_size, wait_seconds, queue_length
         self._queue: queue.Queue[tuple[Item, Future[Result]] | None] = queue.Queue()  # None: no more to come
         self._closing = threading.Lock()
         self._closed = False

@@ -35,7 +35,7 @@ def make_server(app: ASGIApp, options: Options) -> uvicorn.Server:
     Raises:
         UserError: this process may open too few files.
     """
-    protocol = partial(TimedProtocol, options=options, max_connections=connection_limit(options))
+    protocol: Any = partial(TimedProtocol, options=options, max_connections=connection_limit(options))
     # A client that is still sending is waited for as long as it may take, and its verdict as long again.
     config = uvicorn.Config(
         app,
@@ -161,7 +161,8 @@ class TimedProtocol(H11Protocol):
         self.abort()
 
     def _make_room(self) -> None:
-        open_connections = [other for other in self.connections if not other.aborted]
+        connections: list[Any] = list(self.connections)
+        open_connections = [other for other in connections if not other.aborted]
         if len(open_connections) <= self._max_connections:
             return
         logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import threading
 from datetime import date, datetime
@@ -13,8 +14,6 @@ from typing import Any
 
 from csad.data.locks import FileLock, LockHeld
 from csad.errors import UserError
-
-_BLOCK = 1 << 16
 
 
 class DailyLog:
@@ -62,33 +61,29 @@ class DailyLog:
 
     def close(self) -> None:
         with self._writing:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._close_file()
             self._lock.release()
 
     def _file_of(self, day: date) -> FileIO:
         if self._file is None or day != self._day:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._close_file()
             path = self.path.with_name(f"{self.path.stem}-{day.isoformat()}{self.path.suffix}")
             if path.exists():
                 _drop_torn_line(path)
             self._file, self._day = FileIO(path, "a"), day
         return self._file
 
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
 
 def _drop_torn_line(path: Path) -> None:
     """Cut a file after its last line feed."""
+    if not path.stat().st_size:
+        return  # and cannot be mapped
     with open(path, "r+b") as file:
-        size = keep = file.seek(0, 2)
-        while keep:
-            start = max(0, keep - _BLOCK)
-            file.seek(start)
-            newline = file.read(keep - start).rfind(b"\n")
-            keep = start + newline + 1
-            if newline >= 0:
-                break
-        if keep < size:
-            file.truncate(keep)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            keep = content.rfind(b"\n") + 1
+        file.truncate(keep)

@@ -25,6 +25,10 @@ HEADERS = {
 }
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECASE)
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
+OUR_WORDS = {  # for what the framework refuses
+    404: "there is nothing at this address; the page is at /, pictures are scored at /score",
+    405: "this address is asked in another way; /openapi.json says how",
+}
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 
 
@@ -40,14 +44,9 @@ def overloaded(why: str) -> RequestError:
 
 
 def answer_of(problem: HTTPException) -> JSONResponse:
-    sentence = (
-        problem.detail
-        if isinstance(problem, RequestError)
-        else {
-            404: "there is nothing at this address; the page is at /, pictures are scored at /score",
-            405: "this address is asked in another way; /openapi.json says how",
-        }.get(problem.status_code, problem.detail)
-    )
+    sentence = problem.detail
+    if not isinstance(problem, RequestError):
+        sentence = OUR_WORDS.get(problem.status_code, sentence)
     return JSONResponse({"error": sentence}, problem.status_code, problem.headers)
 
 
@@ -79,14 +78,9 @@ class RequestLimits:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
-                message["headers"] = [
-                    *message["headers"],
-                    *(
-                        (name.encode(), value.encode())
-                        for name, value in HEADERS.items()
-                        if name.encode() not in present
-                    ),
-                ]
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                added = [header for header in ours if header[0] not in present]
+                message["headers"] = [*message["headers"], *added]
                 if message["status"] >= 400:
                     self.metrics.refusals.labels(str(message["status"])).inc()
             await send(message)

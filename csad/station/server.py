@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -72,7 +72,7 @@ def create_app(
     large_decoder = ThreadPoolExecutor(1, thread_name_prefix="large decoder")
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI):
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         for station in stations.values():
             await asyncio.to_thread(station.batcher.close)
@@ -94,12 +94,8 @@ def create_app(
     )
     # Nobody is there to read it.
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
-    app.add_exception_handler(
-        Exception,
-        lambda *_: answer_of(
-            RequestError(500, "something is wrong with this station; what it is stands in its own output")
-        ),
-    )
+    bug = RequestError(500, "something is wrong with this station; what it is stands in its own output")
+    app.add_exception_handler(Exception, lambda *_: answer_of(bug))
 
     for path, (file, content_type) in PAGE_FILES.items():
         app.add_api_route(path, _fixed((PAGE / file).read_bytes(), content_type), include_in_schema=False)
@@ -192,11 +188,11 @@ def png_uri(picture: np.ndarray) -> str:
 
 def findings_if_anomalous(verdict: Verdict) -> list[str]:
     """What is to be said should a person choose a threshold under this score."""
-    if not verdict.contributions or verdict.problem:
+    contributions = verdict.contributions
+    if not contributions or verdict.problem:
         return verdict.findings
-    return replace(
-        verdict, verdict=ANOMALOUS, alarm=max(verdict.contributions, key=verdict.contributions.get)
-    ).findings
+    largest = max(contributions, key=lambda branch: contributions[branch])
+    return replace(verdict, verdict=ANOMALOUS, alarm=largest).findings
 
 
 def _named(stations: dict[str, Station], name: str | None) -> Station:
@@ -221,33 +217,29 @@ def _fixed(content: bytes, content_type: str) -> Callable[[], Awaitable[Response
     return answer
 
 
+def _of_schema(schema: dict[str, Any], *content_types: str) -> dict[str, Any]:
+    return {"content": {content_type: {"schema": schema} for content_type in content_types}}
+
+
 _PICTURE = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "properties": {"file": _PICTURE}, "required": ["file"]}
 _SCORE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": _PICTURE}, "required": ["file"]}
-            },
-            "application/octet-stream": {"schema": _PICTURE},
-            "image/*": {"schema": _PICTURE},
-        },
-    }
+    "requestBody": {"required": True} | _of_schema(_PICTURE, "application/octet-stream", "image/*")
 }
-_ERROR = {
-    "content": {
-        "application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}
-    }
+_SCORE_BODY["requestBody"]["content"] |= _of_schema(_FORM, "multipart/form-data")["content"]
+_ERROR = _of_schema({"type": "object", "properties": {"error": {"type": "string"}}}, "application/json")
+_REFUSALS = {
+    400: "The request cannot be understood",
+    401: "The token is missing or wrong",
+    403: "Asked under a foreign host name, or by a page of another site",
+    404: "There is no such model",
+    408: "The picture did not arrive in time",
+    413: "Too many bytes or pixels",
+    415: "Not a picture, or its format is not supported",
+    422: "No picture, a damaged one, or no model named where there are several",
+    503: "Too much to do; try again after Retry-After seconds",
 }
 _SCORE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "predict.py's line about it; undecided where the model failed"},
-    400: _ERROR | {"description": "The request cannot be understood"},
-    401: _ERROR | {"description": "The token is missing or wrong"},
-    403: _ERROR | {"description": "Asked under a foreign host name, or by a page of another site"},
-    404: _ERROR | {"description": "There is no such model"},
-    408: _ERROR | {"description": "The picture did not arrive in time"},
-    413: _ERROR | {"description": "Too many bytes or pixels"},
-    415: _ERROR | {"description": "Not a picture, or its format is not supported"},
-    422: _ERROR | {"description": "No picture, a damaged one, or no model named where there are several"},
-    503: _ERROR | {"description": "Too much to do; try again after Retry-After seconds"},
+    **{status: _ERROR | {"description": meaning} for status, meaning in _REFUSALS.items()},
 }

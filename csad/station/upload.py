@@ -70,11 +70,9 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         with image_files.opened(InMemory(content, name), "picture", "send another one") as image:
             (width, height), size = image.size, image_files.decoded_bytes(image)
     except UserError as problem:
-        status = (
-            413
-            if isinstance(problem, image_files.TooLarge)
-            else (415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422)
-        )
+        if isinstance(problem, image_files.TooLarge):
+            raise RequestError(413, str(problem)) from problem
+        status = 415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422
         raise RequestError(status, str(problem)) from problem
     if width * height > max_pixels:
         raise RequestError(

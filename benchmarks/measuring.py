@@ -1,0 +1,159 @@
+"""What benchmarks share: their parser, what a script takes, turns, Markdown tables, and what figures were measured on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from csad.errors import UserError
+from csad.export.versions import versions
+from csad.progress import ProgressBar
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of Linux's names; those that decide how fast networks run.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+
+Value = TypeVar("Value")
+
+
+class Usage(NamedTuple):
+    """Seconds by the clock and of the processor, and the most resident memory in MB."""
+
+    seconds: float
+    processor_seconds: float
+    peak_mb: float
+
+
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser that describes a benchmark by its module's docstring."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def measured(command: Sequence[object], log: Path | None = None, accepted: Sequence[int] = (0,)) -> Usage:
+    """Run a command to its end.
+
+    Args:
+        log: takes what it prints; None: the terminal.
+        accepted: exit statuses that are no failure.
+
+    Raises:
+        UserError: it ended with another one.
+    """
+    start = time.perf_counter()
+    with open(log or os.devnull, "w", encoding="utf-8") as handle:
+        to_log = {"stdout": handle, "stderr": subprocess.STDOUT} if log else {}
+        process = subprocess.Popen([str(part) for part in command], **to_log)
+        _, status, resources = os.wait4(process.pid, 0)  # of this child alone
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in accepted:
+        raise UserError(f"{command[1]} failed" + (f"; {log} says why" if log else ""))
+    return Usage(
+        time.perf_counter() - start, resources.ru_utime + resources.ru_stime, resources.ru_maxrss / 1024
+    )
+
+
+def measured_script(
+    script: str,
+    workspace: Path,
+    options: Sequence[object],
+    log: Path | None = None,
+    accepted: Sequence[int] = (0,),
+) -> Usage:
+    """Run a script of the repository's root on a workspace; see `measured`."""
+    command = [sys.executable, ROOT / f"{script}.py", "--workspace", workspace, *options]
+    return measured(command, log, accepted)
+
+
+def in_turns(
+    variants: Sequence[Callable[[], Value]], turns: int, name: str, warm_ups: int = 1, pause: float = 0
+) -> list[list[Value]]:
+    """What each variant returns in each turn: all take turns, so that other work on the machine hits all alike.
+
+    Args:
+        name: of the progress bar.
+        warm_ups: turns before those that count.
+        pause: seconds before each run.
+    """
+    values: list[list[Value]] = [[] for _ in variants]
+    for turn in ProgressBar(range(-warm_ups, turns), desc=name, unit="turn", leave=False):
+        for variant, of_variant in zip(variants, values):
+            time.sleep(pause)
+            value = variant()
+            if turn >= 0:
+                of_variant.append(value)
+    return values
+
+
+def seconds_of(run: Callable[[], object]) -> Callable[[], float]:
+    """A function that says how many seconds another one takes."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return timed
+
+
+def memory_mb(field: str = "VmRSS", pid: int | str | None = "self") -> float | None:
+    """A process's resident memory: VmRSS now, VmHWM at most; None if it is not available."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024 if f"{field}:" in status else None
+
+
+def tell_missed(missed: Sequence[str]) -> None:
+    """End with status 1, and a line that names what should have been reached, if anything."""
+    if missed:
+        print(f"missed: {', '.join(missed)}")
+        raise SystemExit(1)
+
+
+def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table's lines."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return [first, "|" + "---|" * len(head), *others]
+
+
+# The machine
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, instruction sets, threads, and the packages that this process runs with."""
+    flags = " ".join(_cpuinfo("flags") + _cpuinfo("Features")).split()
+    return {
+        "cpu": (_cpuinfo("model name") or [platform.processor() or platform.machine()])[0],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "system": platform.system(),
+        "packages": versions(),
+    }
+
+
+def machine_in_words(machine: dict[str, Any]) -> str:
+    """In half a line, for people."""
+    sets = f" ({', '.join(machine['instruction_sets'])})" if machine["instruction_sets"] else ""
+    device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    return f"{machine['cpu']}{sets}, {machine['cores']} cores, {machine['threads']} threads{device}"
+
+
+def _cpuinfo(field: str) -> list[str]:
+    """The values of a field of Linux's /proc/cpuinfo on the first processor; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field][:1]
