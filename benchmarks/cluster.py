@@ -23,6 +23,7 @@ from pathlib import Path
 from csad.synthetic import CATEGORIES
 from csad.synthetic.writer import Settings, write_dataset
 
+from benchmarks.faults import differing
 from benchmarks.many_categories import QUICK
 from benchmarks.measuring import ROOT, options_of
 
@@ -113,9 +114,7 @@ def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Pope
 
 def different(first: Path, second: Path) -> list[str]:
     """Files that are not the same in both, or only in one of them."""
-    contents = [contents_of(root) for root in (first, second)]
-    names = contents[0].keys() | contents[1].keys()
-    return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
+    return differing(contents_of(first), contents_of(second))
 
 
 def contents_of(root: Path) -> dict[str, bytes]:

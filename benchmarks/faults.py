@@ -117,10 +117,7 @@ def kill_runs(folder: Path, count: int, rng: random.Random) -> int:
         first = run(command, lab, kill=(by, delay))
         endings["ended before it" if first.status in (0, 4) else by.name] += 1
         again = run(command, lab)
-        left = contents(lab)
-        differ = [
-            name for name in sorted(left.keys() | expected.keys()) if left.get(name) != expected.get(name)
-        ]
+        differ = differing(contents(lab), expected)
         if again.status not in (0, 4) or differ or "Traceback" in first.err + again.err:
             failures += 1
             print(
@@ -183,6 +180,11 @@ def contents(lab: Path) -> dict[str, bytes]:
             content = path.read_bytes()
             files[name] = TIMINGS.sub(b"", content) if name.endswith((".json", ".md")) else content
     return files
+
+
+def differing(first: dict[str, bytes], second: dict[str, bytes]) -> list[str]:
+    """Names of files that are not the same in both `contents`, or only in one of them."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -171,3 +172,19 @@ def initialise_by_he(*networks: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             torch.nn.init.zeros_(module.bias)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, the one on this machine or playwright's own, with a camera that shows a test picture."""
+    api = pytest.importorskip("playwright.sync_api", reason="pages in a browser need playwright (csad[dev])")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((path for name in names if (path := shutil.which(name))), None)
+    arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with api.sync_playwright() as started:
+        try:
+            opened = started.chromium.launch(executable_path=path, args=arguments)
+        except api.Error as problem:
+            pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
+        yield opened
+        opened.close()

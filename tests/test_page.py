@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import threading
 import time
 from urllib.parse import parse_qs, urlsplit
@@ -31,29 +30,6 @@ DROP = """(dropped) => {
   for (const [name, bytes] of dropped) files.items.add(new File([new Uint8Array(bytes)], name));
   document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium with a camera that shows a test picture."""
-    path = next(
-        (
-            found
-            for name in ("chromium", "chromium-browser", "google-chrome")
-            if (found := shutil.which(name))
-        ),
-        None,
-    )
-    with api.sync_playwright() as started:
-        try:
-            opened = started.chromium.launch(
-                executable_path=path,
-                args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
-            )
-        except api.Error as problem:
-            pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

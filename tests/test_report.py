@@ -550,29 +550,6 @@ def test_outlines_and_overlays_keep_the_image_elsewhere():
     assert overlays.shrink(image, 400) is image
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium: the one on this machine, or playwright's own."""
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])"
-    )
-    path = next(
-        (
-            found
-            for name in ("chromium", "chromium-browser", "google-chrome")
-            if (found := shutil.which(name))
-        ),
-        None,
-    )
-    with api.sync_playwright() as started:
-        try:
-            opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except api.Error as problem:
-            pytest.skip(f"no Chromium to be had here: {str(problem).splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def opened(browser, page):
     """Open the report; fails on any message in the console and on any request but for the page itself."""
