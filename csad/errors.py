@@ -40,11 +40,7 @@ class UserError(Exception):
 
 
 def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
-    """Refuse what another version of this code wrote.
-
-    Raises:
-        UserError: the versions differ.
-    """
+    """Refuse (UserError) what another version of this code wrote."""
     version = provenance.get("format_version")
     if version != csad.FORMAT_VERSION:
         raise UserError(

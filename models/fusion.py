@@ -28,14 +28,11 @@ def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float
         ValueError: no score, or one that is not finite.
     """
     validation = np.asarray(validation, dtype=np.float64)
-    if validation.size == 0 or not np.isfinite(validation).all():
-        raise ValueError("trimmed z needs at least one validation score, and all of them finite")
-    low, high = np.quantile(validation, TRIMMED)
-    kept = validation[(validation > low) & (validation < high)]
-    if kept.size == 0:
-        kept = validation
-    std = float(kept.std())
-    return float(kept.mean()), std if std > std_floor else 1.0
+    middle = validation
+    if validation.size and np.isfinite(validation).all():
+        low, high = np.quantile(validation, TRIMMED)
+        middle = validation[(validation > low) & (validation < high)]
+    return fit_z(middle if middle.size else validation, std_floor)
 
 
 def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
@@ -46,7 +43,7 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
     """
     validation = np.asarray(validation, dtype=np.float64)
     if validation.size == 0 or not np.isfinite(validation).all():
-        raise ValueError("z needs at least one validation score, and all of them finite")
+        raise ValueError("normalisation needs at least one validation score, and all of them finite")
     std = float(validation.std())
     return float(validation.mean()), std if std > std_floor else 1.0
 
@@ -64,11 +61,11 @@ def apply_z(scores: np.ndarray, mean: float, std: float) -> np.ndarray:
     return (np.asarray(scores, dtype=np.float64) - mean) / std
 
 
-def share(normalised: np.ndarray, rule: str) -> np.ndarray:
+def contribution(normalised: np.ndarray, rule: str) -> np.ndarray:
     """What a branch's normalised scores (n,) add to the fused ones: themselves (sum), or log(1 + exp z) (softplus)."""
     return np.logaddexp(0, normalised) if rule == "softplus" else normalised
 
 
 def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], rule: str) -> np.ndarray:
-    """The weighted sum of the branches' shares, (n,); a branch without a weight is left out."""
-    return np.sum([weight * share(scores[branch], rule) for branch, weight in weights.items()], axis=0)
+    """The weighted sum of the branches' contributions, (n,); a branch without a weight is left out."""
+    return np.sum([weight * contribution(scores[branch], rule) for branch, weight in weights.items()], axis=0)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from models.fusion import (
     EXPORTED_STD_FLOOR,
     apply_z,
+    contribution,
     fit_normalisation,
     fit_trimmed_z,
     fit_z,
     fuse,
-    share,
 )
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
@@ -100,7 +100,7 @@ def test_the_sum_adds_and_softplus_forgets_what_is_all_too_usual():
 @given(st.lists(st.floats(-700, 700), min_size=2, max_size=20))
 def test_softplus_keeps_the_order_of_one_branch(values):
     values = np.sort(np.array(values))
-    found = share(values, "softplus")
+    found = contribution(values, "softplus")
     assert (np.diff(found) >= 0).all() and (found >= np.maximum(values, 0)).all() and np.isfinite(found).all()
 
 

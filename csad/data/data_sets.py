@@ -36,11 +36,8 @@ class Dataset:
                 f"data set folder {self.root} does not exist; put MVTec LOCO AD there, name another with "
                 "--dataset_root, or render the built-in one with make_synthetic_loco.py"
             )
-        roots = {
-            path.name: path
-            for path in entries(self.root)
-            if not reason_to_skip(path.name) and _folder_is_category(path)
-        }
+        folders = [path for path in entries(self.root) if not reason_to_skip(path.name)]
+        roots = {path.name: path for path in folders if _folder_is_category(path)}
         if not roots and self._is_one_category:
             roots = {Category(self.root).name: self.root}
         if not roots:

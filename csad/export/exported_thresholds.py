@@ -18,11 +18,8 @@ import numpy as np
 
 
 def with_validation_scores(metadata: dict[str, Any], scores: np.ndarray, category: str) -> dict[str, Any]:
-    """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
-
-    Raises:
-        UserError: a score is not finite.
-    """
+    """Metadata with the validation images' scores, by the exported model itself, and the threshold that
+    follows; UserError if a score is not finite."""
     if not np.isfinite(scores).all():
         raise UserError(
             f"{category}: the model gives scores that are not finite on validation images, so it is not exported; "

@@ -109,19 +109,13 @@ class Output:
                     f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}",
                     file=sys.stderr,
                 )
-        contributions = verdict.contributions or {}
+        contributions = map((verdict.contributions or {}).get, BRANCHES)
+        numbers = verdict.score, verdict.threshold, *contributions
         self.rows.writerow(
             [
                 files.to_csv_text(str(verdict.name)),
                 verdict.verdict,
-                *(
-                    "" if value is None else f"{value:.6g}"
-                    for value in (
-                        verdict.score,
-                        verdict.threshold,
-                        *(contributions.get(branch) for branch in BRANCHES),
-                    )
-                ),
+                *("" if value is None else f"{value:.6g}" for value in numbers),
                 *(verdict.unusual or ("", "")),
                 files.to_csv_text("; ".join(verdict.findings)),
             ]

@@ -34,22 +34,18 @@ def feature_space(
         if settings.bandwidth != "auto" and backbone.has_published_crops:
             return vectors, settings.bandwidth
         bandwidth = beyond_clustering.estimate_bandwidth(vectors, images)
-        reason = (
-            "no bandwidth is set for MeanShift"
-            if settings.bandwidth == "auto"
-            else (
-                f"bandwidth {settings.bandwidth} belongs to cnn_image by {CROP_WEIGHTS}, not to that by {backbone.deepest_origin}"
-            )
-        )
+        reason = "no bandwidth is set for MeanShift"
+        if settings.bandwidth != "auto":
+            reason = f"bandwidth {settings.bandwidth} belongs to cnn_image by {CROP_WEIGHTS}, not to that by "
+            reason += backbone.deepest_origin
         print(f"{category}: {reason}; estimated {bandwidth:.3g}")
         return vectors, bandwidth
+    bandwidth = beyond_clustering.UNIT_BANDWIDTH
     print(
-        f"{category}: clustering {', '.join(settings.features)} with bandwidth {beyond_clustering.UNIT_BANDWIDTH} in units of "
+        f"{category}: clustering {', '.join(settings.features)} with bandwidth {bandwidth} in units of "
         "their own; a configured one is for wide_resnet50_2's cnn_image alone"
     )
-    return beyond_clustering.comparable(
-        {name: features[name] for name in settings.features}
-    ), beyond_clustering.UNIT_BANDWIDTH
+    return beyond_clustering.comparable({name: features[name] for name in settings.features}), bandwidth
 
 
 def label_components(
@@ -61,17 +57,13 @@ def label_components(
     bandwidth: float,
     settings: PseudoLabelSettings,
 ) -> clustering.SemanticLabels:
-    """`clustering.semantic_labels` of the published method, or with what the settings add; says how many clusters there are.
-
-    Raises:
-        UserError: no label is left, or more than a label map can hold.
-    """
+    """`clustering.semantic_labels` of the published method, or with what the settings add; says how many
+    clusters there are. UserError if no label is left, or more than a label map can hold."""
     arguments = vectors, areas, image_of, images, bandwidth, settings.one_histogram_cluster
-    labels = (
-        beyond_clustering.semantic_labels(*arguments, settings.variants, settings.lookalikes)
-        if (settings.variants or settings.lookalikes)
-        else clustering.semantic_labels(*arguments)
-    )
+    if settings.variants or settings.lookalikes:
+        labels = beyond_clustering.semantic_labels(*arguments, settings.variants, settings.lookalikes)
+    else:
+        labels = clustering.semantic_labels(*arguments)
     if not labels.filtered_histogram.shape[1]:
         raise UserError(
             f"{category}: clustering the {len(vectors)} components left no label (bandwidth {bandwidth:.3g}); "
@@ -83,19 +75,14 @@ def label_components(
             f"a label map holds {masks.MAX_LABELS}; try a larger --pseudo_labels.bandwidth"
         )
     count = labels.number_of_clusters
-    advice = (
-        "; where pictures show several kinds of parts, try a smaller --pseudo_labels.bandwidth"
-        if count == 1
-        else (
-            "; if pictures show fewer kinds of parts, try a larger --pseudo_labels.bandwidth"
-            if count > MAX_CLUSTERS
-            else ""
+    made = f"{len(vectors)} components make {count} cluster{'s' * (count != 1)}"
+    if count == 1:
+        made = f"warning: {made}; where pictures show several kinds of parts, try a smaller --pseudo_labels.bandwidth"
+    elif count > MAX_CLUSTERS:
+        made = (
+            f"warning: {made}; if pictures show fewer kinds of parts, try a larger --pseudo_labels.bandwidth"
         )
-    )
-    print(
-        f"{category}: {'warning: ' if advice else ''}{len(vectors)} components make {count} "
-        f"cluster{'s' * (count != 1)}{advice}"
-    )
+    print(f"{category}: {made}")
     return labels
 
 
