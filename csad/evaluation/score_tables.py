@@ -105,7 +105,7 @@ def details(measured: dict[str, dict]) -> list[str]:
     ]
     rows, notes = [], []
     for name, content in measured.items():
-        unmeasured, incomplete, general = [], [], {}
+        unmeasured, incomplete, general = [], [], []
         for kind, metrics in content["localisation"][FUSED].items():
             if "missing" in metrics:
                 unmeasured.append(f"{name}, {kind}: not measured: {metrics['missing']}")
@@ -118,8 +118,8 @@ def details(measured: dict[str, dict]) -> list[str]:
                     f"{name}, {kind}: measured without {without}, which has no ground-truth masks"
                 )
             if metrics["note"]:
-                general[f"{name}: {metrics['note']}"] = None
-        notes += [*unmeasured, *incomplete, *general]
+                general.append(f"{name}: {metrics['note']}")
+        notes += [*unmeasured, *incomplete, *dict.fromkeys(general)]
     means: list[tuple[Any, ...]] = [
         ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
         for kind in ANOMALIES

@@ -153,7 +153,8 @@ def _read_checkpoints(
     category: layouts.Category, workspace: Workspace, branches: list[str]
 ) -> dict[str, dict[str, Any]]:
     """The branches' checkpoints; errors as of `fused_state`."""
-    name, saved = category.name, {}
+    name = category.name
+    saved: dict[str, dict[str, Any]] = {}
     digests = {
         "train_images": records.digest_images(category.train),
         "validation": records.digest_images(category.validation),
@@ -188,7 +189,8 @@ def _patch_histogram(
     classes = len(saved["state"][BRANCHES["patchhist"].state_key])
     by_evidence = saved["meta"]["segmentor"]["evidence"]
     fitted, detector = workspace.patch_histogram_parameters(category), PatchHistogramDetector(classes)
-    parameters, buffers = files.read_arrays(fitted), {}
+    parameters = files.read_arrays(fitted)
+    buffers: dict[str, Any] = {}
     try:
         detector.load_parameters(parameters, trimmed=not by_evidence)
         if by_evidence:
@@ -233,7 +235,7 @@ def _encoder_state(category: str, workspace: Workspace, saved: dict[str, dict[st
     wanted = next(iter(saved.values()))["meta"]["backbone_fingerprint"]
     for branch in (*saved, *(branch for branch in BRANCHES if branch not in saved)):
         path = workspace.checkpoint(category, branch)
-        content = saved.get(branch) or (files.read_state(path) if path.exists() else None)
+        content: Any = saved.get(branch) or (files.read_state(path) if path.exists() else None)
         if files.holds(content, {"encoder": dict, "meta": dict}):
             if content["meta"].get("backbone_fingerprint") == wanted:
                 return content["encoder"]

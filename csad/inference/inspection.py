@@ -135,10 +135,11 @@ def _verdict(picture: Picture, prediction: Prediction, engine: Engine, threshold
     unusual = maximum_of(maps[alarm] if maps[alarm].any() else prediction.anomaly_map, picture.size)
     drawing = None
     if (image := picture.shown) is not None:
+        parts = label_overlay(image, prediction.label_map)
         heat = heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS)
         if verdict == ANOMALOUS and unusual is not None:
-            image, heat = (ring(part, unusual, picture.size) for part in (image, heat))
-        drawing = side_by_side(image, label_overlay(picture.shown, prediction.label_map), heat)
+            image, heat = (ring(shown, unusual, picture.size) for shown in (image, heat))
+        drawing = side_by_side(image, parts, heat)
     components = deviations(prediction.label_map, histogram, names_of(engine.metadata)) if histogram else ()
     return Verdict(
         picture.name,

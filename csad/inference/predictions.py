@@ -109,8 +109,8 @@ class Output:
                     f"there is no drawing of {printable(str(verdict.name))}: {problem.strerror}",
                     file=sys.stderr,
                 )
-        contributions = map((verdict.contributions or {}).get, BRANCHES)
-        numbers = verdict.score, verdict.threshold, *contributions
+        contributions = verdict.contributions or {}
+        numbers = [verdict.score, verdict.threshold, *(contributions.get(branch) for branch in BRANCHES)]
         self.rows.writerow(
             [
                 files.to_csv_text(str(verdict.name)),

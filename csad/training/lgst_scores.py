@@ -34,8 +34,10 @@ def differences(
         batch = pictures[few]
         views = (batch if isinstance(batch, Tensor) else torch.from_numpy(read(batch))).to(job.device).float()
         maps = job.backbone.encoder(views)
-        on_features = isinstance(model, FeatureLGST)
-        parts.append(model.differences(maps) if on_features else model.differences(views, maps))
+        if isinstance(model, FeatureLGST):
+            parts.append(model.differences(maps))
+        else:
+            parts.append(model.differences(views, maps))
     return Differences(*(torch.cat(maps) for maps in zip(*parts)))
 
 

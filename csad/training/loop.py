@@ -224,8 +224,8 @@ class NetworkTraining(TrainingLoop):
         self.category, self.optimizer, self.schedule, self.best = category, optimizer, schedule, best
         (self.network,) = network.values()
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        selection = {"best": best} if best is not None else {}
-        super().__init__(**loop, **network, optimizer=optimizer, **selection)
+        parts: dict[str, Any] = {**network, "optimizer": optimizer} | ({} if best is None else {"best": best})
+        super().__init__(**loop, **parts)
 
     def step(self, losses: Mapping[str, Tensor]) -> None:
         """Change the network by the gradient of the sum of a step's losses."""

@@ -98,7 +98,8 @@ def training_data(
     labels = np.zeros((len(train_images), side, side), np.uint8)
     instances, backgrounds = np.zeros(labels.shape, np.uint16), np.zeros(labels.shape, bool)
     without_background = without_instances = 0
-    squeezed = native = None  # a map of each size
+    squeezed: Path | None = None
+    native: Path | None = None
     for index in ProgressBar(trusted, desc=f"{category.name}: read pseudo-labels", unit="image", leave=False):
         path, refined, background = _maps_of(category, workspace, index)
         label_map = images.read_mask(path)
