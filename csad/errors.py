@@ -58,7 +58,7 @@ def user_message(problem: Exception) -> str | None:
     """What to tell the user about a problem that is theirs to fix; None for all others."""
     if isinstance(problem, UserError):
         return str(problem)
-    if disk_is_full(problem):
+    if isinstance(problem, OSError) and disk_is_full(problem):
         return (
             f"the disk is full while writing {problem.filename or 'a file'}; "
             "free some space and run the same command again, finished files are kept"
