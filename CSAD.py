@@ -52,21 +52,17 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     if args.download and not args.dry_run:
         workspace, _, _, settings_of = select(args)
         sources = (penalty_pictures.AUTO, penalty_pictures.TINY_IMAGENET)
-        if any(
-            cfg.lgst.student == "pixels" and cfg.lgst.penalty_images in sources
-            for cfg in settings_of.values()
-        ):
+        on_pixels = [cfg.lgst for cfg in settings_of.values() if cfg.lgst.student == "pixels"]
+        if any(lgst.penalty_images in sources for lgst in on_pixels):
             obtain(penalty_pictures.ARCHIVE, workspace.downloads, download=True)
     return training_jobs(train_category, args)
 
 
 def train_category(job: Job) -> None:
     category, settings = job.category, job.settings.lgst
-    penalties = (
-        PenaltyPictures(settings.penalty_images, job.workspace.downloads)
-        if settings.student == "pixels"
-        else None
-    )
+    penalties = None
+    if settings.student == "pixels":
+        penalties = PenaltyPictures(settings.penalty_images, job.workspace.downloads)
     provenance = {
         "lgst": settings.model_dump(),
         "images": job.view.record,
@@ -81,9 +77,8 @@ def train_category(job: Job) -> None:
             best = best_on_test(job) if settings.checkpoint == BEST_ON_TEST else None
             model, noted = train(run, penalties, best) if penalties else train_on_features(run, best)
         else:
-            model = (LGST if penalties else FeatureLGST)(
-                job.backbone.channels, settings.width, settings.teacher_channels
-            )
+            network = LGST if penalties else FeatureLGST
+            model = network(job.backbone.channels, settings.width, settings.teacher_channels)
             meta = run.load(model)
             noted = {key: meta[key] for key in ("selected_step", "evaluations") if key in meta}
 
@@ -109,16 +104,13 @@ def train(run: BranchRun, penalties: PenaltyPictures, best: BestOnTest | None) -
         The network, and what its checkpoint says of how the weights were chosen.
     """
     job, settings = run.job, run.job.settings.lgst
-    train_images = torch.from_numpy(
-        job.view.read_256(job.category.train, f"{job.name}: read training images")
-    )
+    read_images = job.view.read_256(job.category.train, f"{job.name}: read training images")
+    train_images = torch.from_numpy(read_images)
     torch.manual_seed(job.seed)
     model = LGST(job.backbone.channels, settings.width, settings.teacher_channels)
-    workers = drawing_workers(job.device)
+    workers, what = drawing_workers(job.device), f"{job.name}: teacher features"
     training = run.training("train LGST", settings.steps, step_decay, best, workers, model=model)
-    batches = Batches(
-        train_images, model, job.backbone.encoder, job.device, job.precision, f"{job.name}: teacher features"
-    )
+    batches = Batches(train_images, model, job.backbone.encoder, job.device, job.precision, what)
     if training.done == 0:
         batches.fit_teacher_normalisation()
 
@@ -139,13 +131,8 @@ def train_on_features(run: BranchRun, best: BestOnTest | None) -> tuple[FeatureL
     torch.manual_seed(job.seed)
     model = FeatureLGST(job.backbone.channels, settings.width, settings.teacher_channels)
     training = run.training("train LGST", settings.steps, warm_cosine, best, model=model)
-    maps = EncodedImages(
-        job.category.train,
-        job.view,
-        job.backbone.encoder,
-        job.device,
-        f"{job.name}: encode training images",
-    )
+    what = f"{job.name}: encode training images"
+    maps = EncodedImages(job.category.train, job.view, job.backbone.encoder, job.device, what)
     if training.done == 0:
         maps.fit(model)
 
@@ -154,10 +141,9 @@ def train_on_features(run: BranchRun, best: BestOnTest | None) -> tuple[FeatureL
 
     for step, indices in training.samples(draw):
         stride4, teacher, stride16 = maps.batch(indices, model)
+        is_global = step % settings.global_every == 0
         with autocast(job.device, job.precision):
-            features = model.training_features(
-                stride4, teacher, stride16 if step % settings.global_every == 0 else None
-            )
+            features = model.training_features(stride4, teacher, stride16 if is_global else None)
         training.step(losses(features))
     return model, training.finish()
 

@@ -32,10 +32,8 @@ from models.device import choose_device
 
 IMPOSSIBLE = {
     ("torch", "int8"): "PyTorch has no int8 here; use --format onnx or --format openvino",
-    (
-        "onnx",
-        "bf16",
-    ): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or --precision fp16",
+    ("onnx", "bf16"): "onnxruntime has no bf16 kernels for CPUs; use --format torch, --format openvino, or "
+    "--precision fp16",
 }
 
 
@@ -123,25 +121,17 @@ def export_and_evaluate(job: ExportJob) -> dict | None:
 def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None:
     """Write the table of each seed, and that over all seeds."""
     workspace, _, categories, _ = select(args)
+    figures = (*export_tables.AUROCS, "ms_per_image")
     runs = []
     for seed, seed_workspace in workspace.of_seeds(args.seeds).items():
         reports = [report for category in categories if (report := results.get(job_name(category, seed)))]
         if reports:
             export_tables.write(reports, seed_workspace)
-        runs.append(
-            {
-                report["category"]: {
-                    name: report[name]
-                    for name in ("auroc_logical", "auroc_structural", "auroc_mean", "ms_per_image")
-                }
-                for report in reports
-            }
-        )
+        runs.append({report["category"]: {name: report[name] for name in figures} for report in reports})
     if args.seeds and all(runs):
         lines = seeds.table(seeds.over_seeds(runs), args.seeds)
-        files.write_text(
-            workspace.over_seeds(f"export_report_{args.format}_{args.precision}"), "\n".join(lines) + "\n"
-        )
+        target = workspace.over_seeds(f"export_report_{args.format}_{args.precision}")
+        files.write_text(target, "\n".join(lines) + "\n")
         print("\n" + "\n".join(lines))
 
 
@@ -154,9 +144,8 @@ def change_thresholds(args: argparse.Namespace) -> None:
     workspaces = (workspace := Workspace(args.workspace)).of_seeds(args.seeds).values()
     paths = [path for each in workspaces for path in each.exported_models(args.categories)]
     with workspace.lock_with(workspaces):
-        for path, metadata in exported_thresholds.change(
-            paths, args.set_threshold, args.set_false_positive_rate
-        ):
+        changed = exported_thresholds.change(paths, args.set_threshold, args.set_false_positive_rate)
+        for path, metadata in changed:
             print(f"{path}: threshold {metadata['threshold']:.6g}, {metadata['threshold_words']}")
 
 

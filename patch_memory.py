@@ -12,13 +12,16 @@ Time and memory to fit do not grow with the number of images beyond reading each
 from __future__ import annotations
 
 import zlib
+from functools import partial
 
+from csad.cli import training_options
 from csad.data import layouts, records
 from csad.errors import UserError, run_script
 from csad.progress import ProgressBar
 from csad.training.branch_run import branch_run
 from csad.training.frozen_maps import anomaly_maps, pooled_maps, read_views
-from csad.training.stage import Job, run_stage
+from csad.training.jobs import run_jobs
+from csad.training.stage import Job, training_jobs
 
 import torch
 
@@ -27,11 +30,12 @@ from models.patch_memory import PatchMemory, apply_tiled, greedy_k_centre, patch
 from models.statistics import ChannelMoments
 
 CANDIDATES = 100_000  # patches from which rows are chosen
-USUAL_IMAGES = 34  # training images whose distances say what is usual
+BASELINE_IMAGES = 34  # training images whose distances are the baseline
 
 
 def main() -> None:
-    run_stage(__doc__, fit_category)
+    args = training_options(__doc__).parse_args()
+    run_jobs(args, partial(training_jobs, fit_category))
 
 
 def fit_category(job: Job) -> None:
@@ -104,10 +108,7 @@ def fit_dfm(job: Job) -> None:
 @torch.no_grad()
 def fit(job: Job) -> PatchMemory:
     """One pass over the training images, and a second over a few; the same seed gives the same memory.
-
-    Raises:
-        UserError: there are fewer patches than rows asked for.
-    """
+    UserError if there are fewer patches than rows asked for."""
     settings, paths, side = job.settings.memory, job.category.train, job.view.size // 8
     positions, channels = side * side, sum(job.backbone.channels[1:])
     count = positions * len(paths)
@@ -133,36 +134,30 @@ def fit(job: Job) -> PatchMemory:
     memory.std.copy_(std.view(1, -1, 1, 1))
     candidates = candidates.flatten(0, 1).sub_(mean.float()).div_(std.float())
     owners = torch.arange(len(paths)).repeat_interleave(each)
-    with ProgressBar(
-        total=settings.rows, desc=f"{job.name}: choose patches", unit="patch", leave=False
-    ) as bar:
+    what = f"{job.name}: choose patches"
+    with ProgressBar(total=settings.rows, desc=what, unit="patch", leave=False) as bar:
         rows = greedy_k_centre(candidates, settings.rows, generator, bar.update)
     memory.rows.copy_(candidates[rows])
     memory.to(job.device)
 
     # How far good images lie from the others' patches, place by place.
-    few = range(0, len(paths), -(-len(paths) // USUAL_IMAGES))
+    few = range(0, len(paths), -(-len(paths) // BASELINE_IMAGES))
     distances = []
-    for first, view in zip(few, read_views(job, [paths[index] for index in few], "usual distances", batch=1)):
+    for first, view in zip(
+        few, read_views(job, [paths[index] for index in few], "baseline distances", batch=1)
+    ):
         left_out = (owners[rows] == first).to(job.device)
         if not left_out.all():
             distances.append(memory.image_distances(job.backbone.encoder, view, left_out)[0])
     if distances:  # none where all rows are of the one training image
-        memory.fit_usual(distances)
+        memory.fit_baseline(distances)
     return memory
 
 
 def empty_memory(job: Job) -> PatchMemory:
     """A memory as the settings want it, still without numbers."""
-    settings = job.settings.memory
-    return PatchMemory(
-        sum(job.backbone.channels[1:]),
-        settings.rows,
-        job.view.size // 8,
-        settings.score_share,
-        job.view.tiles,
-        settings.border,
-    )
+    settings, channels, side = job.settings.memory, sum(job.backbone.channels[1:]), job.view.size // 8
+    return PatchMemory(channels, settings.rows, side, settings.score_share, job.view.tiles, settings.border)
 
 
 if __name__ == "__main__":

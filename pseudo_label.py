@@ -28,7 +28,7 @@ from csad.errors import UserError, run_script
 from csad.processes import workers_option
 from csad.progress import ProgressBar
 from csad.pseudo_labels.component_labels import feature_space, label_components, paint
-from csad.pseudo_labels.component_search import find_missing
+from csad.pseudo_labels.component_search import Search
 from csad.pseudo_labels.crop_embedding import CropEmbedding
 from csad.pseudo_labels.label_run import LabelRun, provenance_of
 from csad.pseudo_labels.one_picture import COMPONENTS, clustered_map, save_label_map
@@ -145,23 +145,15 @@ class PseudoLabelStage:
 
     def find_components(self, part: slice) -> None:
         """Propose the components of some images, and describe them by their features."""
-        proposer = self.proposer or self.choose_proposer(
-            proposer=self.label_run.provenance["proposer"].split()[0]
-        )  # not auto once more
+        proposer = self.proposer
+        if proposer is None:  # begun by another process, and not auto once more
+            proposer = self.choose_proposer(proposer=self.label_run.provenance["proposer"].split()[0])
         embedding = None
         if "cnn_image" in self.settings.features:
             embedding = CropEmbedding(self.backbone.deepest, self.settings.rotations).to(self.device)
-        find_missing(
-            self.category.name,
-            self.category.train[part],
-            self.label_run.folders[part],
-            self.view,
-            proposer,
-            embedding,
-            self.settings,
-            self.device,
-            self.workers,
-        )
+        name, pictures, folders = self.category.name, self.category.train[part], self.label_run.folders[part]
+        search = Search(name, pictures, folders, self.view, proposer, self.settings)
+        search.find_missing(embedding, self.device, self.workers)
 
     def cluster(self) -> None:
         """Give the components of all images their labels, and put everything in its place."""
@@ -178,14 +170,12 @@ class PseudoLabelStage:
         vectors, bandwidth = feature_space(name, features, count, settings, self.backbone, self.args.seed)
         labels = label_components(name, vectors, features["area"][:, 0], image_of, count, bandwidth, settings)
         with run.completing() as provenance:
-            for index, folder in enumerate(
-                ProgressBar(folders, desc=f"{name}: write label maps", unit="image")
-            ):
+            bar = ProgressBar(folders, desc=f"{name}: write label maps", unit="image")
+            for index, folder in enumerate(bar):
                 of_image, components = image_of == index, clustered_map(folder, settings)
                 save_label_map(folder / "cluster_map.png", paint(components, labels.clusters[of_image]))
-                save_label_map(
-                    folder / "filtered_cluster_map.png", paint(components, labels.labels[of_image])
-                )
+                final = paint(components, labels.labels[of_image])
+                save_label_map(folder / "filtered_cluster_map.png", final)
             save_info(run.unfinished.info, provenance, features, vectors, image_of, bandwidth, labels)
         stand_ins = ", ".join(provenance["stand_ins"])
         print(

@@ -47,16 +47,14 @@ from csad.training.stage import Job, training_jobs
 
 import torch
 
-from models.histogram_evidence import HistogramEvidence, fit_evidence
+from models.histogram_evidence import fit_evidence, fitted_evidence
 from models.patch_histogram import fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 
 
 def main() -> None:
-    run_jobs(
-        with_checkpoint(training_options(__doc__), "segmentor").parse_args(),
-        partial(training_jobs, train_category),
-    )
+    args = with_checkpoint(training_options(__doc__), "segmentor").parse_args()
+    run_jobs(args, partial(training_jobs, train_category))
 
 
 def train_category(job: Job) -> None:
@@ -76,29 +74,20 @@ def train_category(job: Job) -> None:
     parameter_file = workspace.patch_histogram_parameters(category.name)
     evidence_file = workspace.evidence_parameters(category.name)
     held_out_file = workspace.scores(category.name, "patchhist", HELD_OUT)
-    outputs = [
-        parameter_file,
-        *([evidence_file] if settings.evidence else []),
-        *([held_out_file] if settings.reliability else []),
-    ]
+    outputs = [parameter_file] + [evidence_file] * settings.evidence + [held_out_file] * settings.reliability
     # Without evidence the exported model has no component map either, and what it does not have is not measured.
-    with branch_run(
-        job, "patchhist", provenance, "segmentor is trained", outputs, with_maps=settings.evidence
-    ) as run:
+    done = "segmentor is trained"
+    with branch_run(job, "patchhist", provenance, done, outputs, with_maps=settings.evidence) as run:
         if run.action == records.SKIP:
             return
         require_own_pseudo_labels(category, labels, trusted, provenance["train_images"])
-        train_images = torch.from_numpy(
-            job.view.read_256(category.train, f"{category.name}: read training images")
-        )
+        read_images = job.view.read_256(category.train, f"{category.name}: read training images")
+        train_images = torch.from_numpy(read_images)
         if run.action == records.TRAIN:
             data = training_data(category, workspace, train_images, trusted, classes, settings.fill_holes)
-            each = steps_per_epoch(data, settings.batch_size)
-            best = (
-                best_on_test(job, train_images, classes, each)
-                if settings.checkpoint == BEST_ON_TEST
-                else None
-            )
+            best = None
+            if settings.checkpoint == BEST_ON_TEST:
+                best = best_on_test(job, train_images, classes, steps_per_epoch(data, settings.batch_size))
             segmentor, noted = train(run, data, classes, best)
             if not all(values.isfinite().all() for values in segmentor.state_dict().values()):
                 raise run.diverged("the segmentor's weights are not finite")
@@ -108,9 +97,8 @@ def train_category(job: Job) -> None:
             run.load(segmentor)
 
         train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
-        validation_maps = torch.cat(
-            [train_maps[:0], *label_maps(segmentor, job, category.validation, "segment validation images")]
-        )
+        segmented = label_maps(segmentor, job, category.validation, "segment validation images")
+        validation_maps = torch.cat([train_maps[:0], *segmented])
         twice = incomplete = None
         if settings.reliability:
             twice = segment_twice(segmentor, job, train_images, train_maps)
@@ -123,17 +111,14 @@ def train_category(job: Job) -> None:
         evidence, evidence_parameters = None, {}
         if settings.evidence:
             evidence_parameters = fit_evidence(train_maps, validation_maps, classes, twice)
-            evidence = HistogramEvidence(classes)
-            evidence.load_parameters(evidence_parameters)
+            evidence = fitted_evidence(evidence_parameters, classes)
             files.write_arrays(evidence_file, **evidence_parameters)
 
         scores, maps = {}, {}
         scores["val"], maps["val"] = score(detector, evidence, validation_maps.split(SCORING_BATCH))
         for split, paths in layouts.test_splits(category).items():
             segmented = label_maps(segmentor, job, paths, f"segment test images, {split}")
-            scores[split], maps[split] = score(
-                detector, evidence, written(segmented, category, workspace, split)
-            )
+            scores[split], maps[split] = score(detector, evidence, written(segmented, job, split))
         if settings.reliability:
             scores[HELD_OUT] = held_out_scores(detector, parameters, evidence, evidence_parameters)
         else:  # those of an earlier run would be taken for this one's
@@ -160,13 +145,9 @@ def train(
     torch.manual_seed(job.seed)
     segmentor = Segmentor(job.backbone.channels, settings.width, classes)
     each = steps_per_epoch(data, settings.batch_size)
+    schedule, workers = partial(cosine, final=settings.final_lr_share), drawing_workers(job.device)
     training = run.training(
-        "train segmentor",
-        settings.epochs * each,
-        partial(cosine, final=settings.final_lr_share),
-        best,
-        drawing_workers(job.device),
-        segmentor=segmentor,
+        "train segmentor", settings.epochs * each, schedule, best, workers, segmentor=segmentor
     )
     batches = Batches(data, encoder, job.device, job.precision, f"{job.name}: encode")
 

@@ -10,27 +10,16 @@ BranchName = Literal["patchhist", "LGST", "memory", "DFM"]
 
 @dataclass(frozen=True)
 class Branch:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: in settings, metadata and the names of score files.
-        title: what people call it.
-        stage: the script that trains or fits it.
-        checkpoint: name of the file that this stage writes (csad.data.workspace knows where).
-        state_key: in that file's state dict; no other branch has it.
-        section: of the settings, under which its provenance has them.
-        statistics: how the exported model's buffers begin that normalise its score.
-        alias: a second name under which its scores are written.
-    """
-
-    name: BranchName
-    title: str
-    stage: str
-    checkpoint: str
-    state_key: str
-    section: str
-    statistics: str
-    alias: str = ""
+    name: BranchName  # in settings, metadata and the names of score files
+    title: str  # what people call it
+    stage: str  # the script that trains or fits it
+    checkpoint: str  # name of the file that this stage writes (csad.data.workspace knows where)
+    state_key: str  # in that file's state dict; no other branch has it
+    section: str  # of the settings, under which its provenance has them
+    statistics: str  # how the exported model's buffers begin that normalise its score
+    alias: str = ""  # a second name under which its scores are written
 
     @property
     def score_names(self) -> tuple[str, ...]:

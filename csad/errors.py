@@ -118,11 +118,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def require_version(provenance: Mapping[str, Any], name: str, advice: str) -> None:
-    """Refuse what another version of this code wrote.
-
-    Raises:
-        UserError: the versions differ.
-    """
+    """Refuse (UserError) what another version of this code wrote."""
     version = provenance.get("format_version")
     if version != csad.FORMAT_VERSION:
         raise UserError(
@@ -140,7 +136,7 @@ def user_message(problem: Exception) -> str | None:
     """What to tell the user about a problem that is theirs to fix; None for all others."""
     if isinstance(problem, UserError):
         return str(problem)
-    if disk_is_full(problem):
+    if isinstance(problem, OSError) and disk_is_full(problem):
         return (
             f"the disk is full while writing {problem.filename or 'a file'}; "
             "free some space and run the same command again, finished files are kept"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -30,3 +31,9 @@ class ProgressBar(tqdm):
             self._last_line = time.monotonic()
             print(self, file=sys.stderr, flush=True)
         return True
+
+
+def batches(count: int, size: int, description: str) -> Iterator[slice]:
+    """``count`` things in batches of ``size``, with a bar that goes when they are done."""
+    for first in ProgressBar(range(0, count, size), desc=description, unit="batch", leave=False):
+        yield slice(first, first + size)

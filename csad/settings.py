@@ -241,13 +241,7 @@ class FusionSettings(Section):
 
 
 class Settings(Section):
-    """All sections, and what only a category's file can say.
-
-    Attributes:
-        logical: MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
-        roi: polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
-        names: what people call components, by their numbers in the report's legend; findings then say "capacitor is missing".
-    """
+    """All sections, and what only a category's file can say."""
 
     images: ImageSettings = ImageSettings()
     pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
@@ -255,8 +249,12 @@ class Settings(Section):
     lgst: LgstSettings = LgstSettings()
     memory: MemorySettings = MemorySettings()
     fusion: FusionSettings = FusionSettings()
+    # MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
     logical: list[str] = []
+    # Polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
     roi: list[list[list[Fraction]]] = []
+    # What people call components, by their numbers in the report's legend; findings then say "capacitor is
+    # missing".
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
 
 

@@ -44,11 +44,7 @@ for _tag, _pattern, _first in (
 
 
 def parse(text: str) -> Any:
-    """A YAML document.
-
-    Raises:
-        yaml.YAMLError, ValueError: it is none.
-    """
+    """A YAML document; yaml.YAMLError, ValueError if it is none."""
     loader = _PlainYaml(text)
     try:
         return loader.get_single_data()
@@ -57,11 +53,7 @@ def parse(text: str) -> Any:
 
 
 def read_layer(path: Path, sections: Collection[str]) -> dict[str, Any]:
-    """What a file of configs/ says.
-
-    Raises:
-        UserError: it is no mapping whose ``sections`` are mappings.
-    """
+    """What a file of configs/ says; UserError if it is no mapping whose ``sections`` are mappings."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as problem:

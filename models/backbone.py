@@ -34,23 +34,17 @@ logging.getLogger("timm").setLevel(logging.ERROR)  # which weights it leaves out
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen network, ready to use.
+    """A frozen network, ready to use."""
 
-    Attributes:
-        name: wide_resnet50_2, efficientnet_lite0, or a name of timm's.
-        encoder: see `Encoder`.
-        fingerprint: of the encoder's weights; stages compare it before they combine what they made.
-        deepest: RGB in 0..255 (B, 3, H, W) -> a tuple with the last feature map (B, D, h, w), for component features; None
-            where it was not asked for.
-        is_confirmed: as far as can be told, the encoder's weights are those that its name stands for.
-        deepest_origin: the weights of ``deepest`` in words; `CROP_WEIGHTS` where they are the published ones.
-    """
-
-    name: str
-    encoder: Encoder
-    fingerprint: str
+    name: str  # wide_resnet50_2, efficientnet_lite0, or a name of timm's
+    encoder: Encoder  # see `Encoder`
+    fingerprint: str  # of the encoder's weights; stages compare it before they combine what they made
+    # RGB in 0..255 (B, 3, H, W) -> a tuple with the last feature map (B, D, h, w), for component features;
+    # None where it was not asked for.
     deepest: Encoder | None = None
+    # As far as can be told, the encoder's weights are those that its name stands for.
     is_confirmed: bool = True
+    # The weights of ``deepest`` in words; `CROP_WEIGHTS` where they are the published ones.
     deepest_origin: str = ""
 
     @property
@@ -109,9 +103,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.normalise, self.network, self.reductions = Normalise(mean, std), network, reductions
-        info: Any = (
-            network.feature_info
-        )  # timm's; torch says that every attribute of a module is a tensor or a module
+        info: Any = network.feature_info  # timm's, though torch's hints say: a tensor or a module
         self.channels: tuple[int, ...] = tuple(info.channels())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -129,19 +121,16 @@ def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 def to_grids(maps: Sequence[Tensor], reductions: Sequence[int], size: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Bring maps to exactly their fraction of an image of this size: networks without padding round their sides."""
     return tuple(
-        one
-        if size[0] % reduction or size[1] % reduction
-        else resize(one, (size[0] // reduction, size[1] // reduction))
-        for one, reduction in zip(maps, reductions)
+        level
+        if size[0] % stride or size[1] % stride
+        else resize(level, (size[0] // stride, size[1] // stride))
+        for level, stride in zip(maps, reductions)
     )
 
 
 def empty_encoder(name: str) -> Encoder:
-    """An encoder without weights, to be filled from a state dict.
-
-    Raises:
-        UserError: no such network, or no maps at 1/4, 1/8 and 1/16.
-    """
+    """An encoder without weights, to be filled from a state dict; UserError if no such network, or no maps at
+    1/4, 1/8 and 1/16."""
     return build_encoder(name, feature_taps(name)[0], REDUCTIONS, None)
 
 
@@ -176,20 +165,20 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
         info = network.feature_info
     except (RuntimeError, AttributeError, AssertionError) as reason:
         raise problem from reason
-    found = info.reduction()
-    if not set(REDUCTIONS) <= set(found):
+    strides = info.reduction()
+    if not set(REDUCTIONS) <= set(strides):
         raise problem
-    last = len(found) - 1
+    last = len(strides) - 1
     # Of several maps of one size the last one.
-    return tuple(last - found[::-1].index(reduction) for reduction in REDUCTIONS), (last, found[-1])
+    return tuple(last - strides[::-1].index(stride) for stride in REDUCTIONS), (last, strides[-1])
 
 
 def build_encoder(
     name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None
 ) -> Encoder:
-    loading: dict[str, Any] = (
-        {} if state is None else {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
-    )
+    loading: dict[str, Any] = {}
+    if state is not None:
+        loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}
     network = timm.create_model(TIMM_NAMES.get(name, name), features_only=True, out_indices=taps, **loading)
-    known: Any = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))  # not None: timm has just built it
-    return Encoder(network, known.mean, known.std, reductions).eval().requires_grad_(False)
+    config: Any = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))  # not None: timm has just built it
+    return Encoder(network, config.mean, config.std, reductions).eval().requires_grad_(False)

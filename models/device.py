@@ -11,18 +11,15 @@ from csad.errors import UserError
 import torch
 from torch import Tensor
 
-CACHE_BYTES = (
-    4 * 2**30
-)  # of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes
+# Of features kept during training; the largest LOCO category needs 1.8 GB at the paper's sizes.
+CACHE_BYTES = 4 * 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn ``--device`` into a device: auto takes CUDA, then Apple's MPS, then the CPU, for which memory is kept.
-
-    Raises:
-        UserError: the name means nothing to PyTorch, this machine has no such device, or nothing can be computed on it.
-    """
+    """Turn ``--device`` into a device: auto takes CUDA, then Apple's MPS, then the CPU, for which memory is
+    kept; UserError if the name means nothing to PyTorch, this machine has no such device, or nothing can be
+    computed on it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

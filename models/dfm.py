@@ -7,8 +7,6 @@ Closed form, beyond the paper (docs/beyond.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,17 +27,13 @@ class DeepFeatureModel(nn.Module):
     Args:
         channels: C of the map at 1/16.
         count: K, of the components.
-
-    Attributes:
-        mean (1, C * 64): of the training images' pooled maps.
-        components (K, C * 64): of their PCA, orthonormal rows.
-        baseline (1, 8, 8): mean error at each position of training images that the PCA was not fitted to.
-        q_start, q_end: quantiles of the validation maps.
     """
 
-    mean: Tensor
-    components: Tensor
+    mean: Tensor  # (1, C * 64), of the training images' pooled maps
+    components: Tensor  # (K, C * 64), of their PCA, orthonormal rows
+    # (1, 8, 8), mean error at each position of training images that the PCA was not fitted to.
     baseline: Tensor
+    # Quantiles of the validation maps.
     q_start: Tensor
     q_end: Tensor
 
@@ -86,19 +80,6 @@ def fit(pooled: Tensor, channels: int) -> DeepFeatureModel:
     model.mean.copy_(mean)
     model.components.copy_(components)
     model.baseline.copy_(held_out_errors(pooled).mean(0, keepdim=True))
-    return model
-
-
-def model_from_state(state: Mapping[str, Tensor], channels: int, prefix: str = "") -> DeepFeatureModel:
-    """The model in a state dict, whose keys begin with a prefix.
-
-    Raises:
-        KeyError, RuntimeError: it holds no such model, or one of other shapes.
-    """
-    model = DeepFeatureModel(channels, len(state[f"{prefix}components"]))
-    model.load_state_dict(
-        {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}
-    )
     return model
 
 

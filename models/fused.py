@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import PUBLISHED, Encoder, empty_encoder
+from models.backbone import PUBLISHED, empty_encoder
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE, OUTSIDE, SIZE
-from models.dfm import DeepFeatureModel, model_from_state, pool
+from models.dfm import DeepFeatureModel, pool
 from models.fusion import MAXIMUM_EXPONENT, STRENGTH_EXPONENT
 from models.histogram_evidence import HistogramEvidence
 from models.lgst import LGST, LgstMap
@@ -45,7 +45,7 @@ class FusedModel(nn.Module):
         tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
         roi: (size, size) bool, what is inspected (csad.data.images.View); None: everything.
         evidence: the patch histogram's map, and a part of its score; None: it has neither.
-        rule: how scores are added, see `models.fusion.share`.
+        rule: how scores are added, see `models.fusion.contribution`.
         weights: of the branches in the sum, by their names; None: 1 each.
 
     Attributes:
@@ -96,11 +96,9 @@ class FusedModel(nn.Module):
             rgb = torch.where(self.roi, rgb, OUTSIDE)
         small = block_means(rgb)
         maps = self.encoder(small)
-        large_maps = (
-            self.encoder(block_means(rgb, self.size // self.tiles))
-            if self.sees_large and (self.size // self.tiles > SIZE)
-            else maps
-        )
+        large_maps = maps
+        if self.sees_large and self.size // self.tiles > SIZE:
+            large_maps = self.encoder(block_means(rgb, self.size // self.tiles))
         scores, branch_maps = [], []
         if self.segmentor is not None:
             label_map = self.segmentor(maps).argmax(1)
@@ -114,11 +112,10 @@ class FusedModel(nn.Module):
             scores.append(anomaly_map.amax((1, 2)))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
-            anomaly_map = (
-                self.memory(large_maps)
-                if self.tiles == 1
-                else self.memory.anomaly_map(self.memory.image_distances(self.encoder, rgb))
-            )
+            if self.tiles == 1:
+                anomaly_map = self.memory(large_maps)
+            else:
+                anomaly_map = self.memory.anomaly_map(self.memory.image_distances(self.encoder, rgb))
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         if self.dfm is not None:
@@ -190,38 +187,38 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         UserError: a key is missing, unknown, or has another shape than its neighbours imply, or another version of this code
             wrote the metadata.
     """
-    if known := metadata(state):
-        require_version(known, "this model", "export it again with export_model.py --format torch")
+    if content := metadata(state):
+        require_version(content, "this model", "export it again with export_model.py --format torch")
     try:
-        encoder = empty_encoder(known.get("backbone", PUBLISHED))
+        encoder = empty_encoder(content.get("backbone", PUBLISHED))
         segmentor = detector = lgst = memory = dfm = evidence = None
         if "segmentor.fc2.conv3.weight" in state:
-            segmentor, detector = empty_patch_histogram(encoder, state, "segmentor.")
-            evidence = HistogramEvidence(detector.classes) if "evidence.frequency" in state else None
+            classes, width = state["segmentor.fc2.conv3.weight"].shape[:2]
+            segmentor = Segmentor(encoder.channels, width, classes)
+            detector = PatchHistogramDetector(classes)
+            evidence = HistogramEvidence(classes) if "evidence.frequency" in state else None
         if "local_st.conv_st.weight" in state:
-            lgst = empty_lgst(encoder, state)
+            channels, width = state["local_st.conv_st.weight"].shape[:2]
+            lgst = (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
         if "memory.rows" in state:
-            memory = PatchMemory(
-                *memory_shape(state, "memory."),
-                known["memory_score_share"],
-                known["tiles"],
-                known["memory_border"],
-            )
+            (rows, channels), side = state["memory.rows"].shape, state["memory.usual"].shape[-1]
+            options = content["memory_score_share"], content["tiles"], content["memory_border"]
+            memory = PatchMemory(channels, rows, side, *options)
         if "dfm.components" in state:
-            dfm = model_from_state(state, encoder.channels[2], "dfm.")
+            dfm = DeepFeatureModel(encoder.channels[2], len(state["dfm.components"]))
         model = FusedModel(
             encoder,
             segmentor,
             detector,
             lgst,
             memory,
-            known.get("input_size", SIZE),
+            content.get("input_size", SIZE),
             torch.zeros_like(state["roi"]) if "roi" in state else None,
             evidence,
-            known.get("fusion_rule", "sum"),
-            known.get("tiles", 1),
+            content.get("fusion_rule", "sum"),
+            content.get("tiles", 1),
             dfm,
-            known.get("branch_weights"),
+            content.get("branch_weights"),
         )
         if not model.branches:
             raise KeyError("it has no branch")
@@ -232,30 +229,6 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
             f"this is not a CSAD model's state dict ({reason}); make one with export_model.py --format torch"
         ) from problem
     return model.eval().requires_grad_(False)
-
-
-def empty_patch_histogram(
-    encoder: Encoder, state: Mapping[str, Tensor], prefix: str = ""
-) -> tuple[Segmentor, PatchHistogramDetector]:
-    """A segmentor of the shape that a state dict has, and the detector of its classes, both still without numbers.
-
-    Args:
-        prefix: with which the segmentor's keys begin.
-    """
-    classes, width = state[f"{prefix}fc2.conv3.weight"].shape[:2]
-    return Segmentor(encoder.channels, width, classes), PatchHistogramDetector(classes)
-
-
-def empty_lgst(encoder: Encoder, state: Mapping[str, Tensor]) -> LGST | FeatureLGST:
-    """The same of LGST, whichever form of it the state dict is of."""
-    channels, width = state["local_st.conv_st.weight"].shape[:2]
-    return (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
-
-
-def memory_shape(state: Mapping[str, Tensor], prefix: str = "") -> tuple[int, int, int]:
-    """Channels, rows and side of the patch memory whose keys in a state dict begin with a prefix."""
-    rows, channels = state[f"{prefix}rows"].shape
-    return channels, rows, state[f"{prefix}usual"].shape[-1]
 
 
 def _own_key(key: str) -> str:

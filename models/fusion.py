@@ -30,14 +30,11 @@ def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float
         ValueError: no score, or one that is not finite.
     """
     validation = np.asarray(validation, dtype=np.float64)
-    if validation.size == 0 or not np.isfinite(validation).all():
-        raise ValueError("trimmed z needs at least one validation score, and all of them finite")
-    low, high = np.quantile(validation, TRIMMED)
-    kept = validation[(validation > low) & (validation < high)]
-    if kept.size == 0:
-        kept = validation
-    std = float(kept.std())
-    return float(kept.mean()), std if std > std_floor else 1.0
+    middle = validation
+    if validation.size and np.isfinite(validation).all():
+        low, high = np.quantile(validation, TRIMMED)
+        middle = validation[(validation > low) & (validation < high)]
+    return fit_z(middle if middle.size else validation, std_floor)
 
 
 def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
@@ -48,7 +45,7 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
     """
     validation = np.asarray(validation, dtype=np.float64)
     if validation.size == 0 or not np.isfinite(validation).all():
-        raise ValueError("z needs at least one validation score, and all of them finite")
+        raise ValueError("normalisation needs at least one validation score, and all of them finite")
     std = float(validation.std())
     return float(validation.mean()), std if std > std_floor else 1.0
 
@@ -66,14 +63,14 @@ def apply_z(scores: np.ndarray, mean: float, std: float) -> np.ndarray:
     return (np.asarray(scores, dtype=np.float64) - mean) / std
 
 
-def share(normalised: np.ndarray, rule: str) -> np.ndarray:
+def contribution(normalised: np.ndarray, rule: str) -> np.ndarray:
     """What a branch's normalised scores (n,) add to the fused ones: themselves (sum), or log(1 + exp z) (softplus)."""
     return np.logaddexp(0, normalised) if rule == "softplus" else normalised
 
 
 def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], rule: str) -> np.ndarray:
-    """The weighted sum of the branches' shares, (n,); a branch without a weight is left out."""
-    return np.sum([weight * share(scores[branch], rule) for branch, weight in weights.items()], axis=0)
+    """The weighted sum of the branches' contributions, (n,); a branch without a weight is left out."""
+    return np.sum([weight * contribution(scores[branch], rule) for branch, weight in weights.items()], axis=0)
 
 
 def fused_map(branch_maps: np.ndarray, contributions: np.ndarray, rule: str) -> np.ndarray:
@@ -81,13 +78,13 @@ def fused_map(branch_maps: np.ndarray, contributions: np.ndarray, rule: str) -> 
 
     Args:
         branch_maps: (N, K, h, w), scaled so that of good images' values 0.5 % lie over 1; what lies below 0 is taken as 0.
-        contributions: (N, K), each branch's weight times its share of the score (`share`).
+        contributions: (N, K), each branch's weight times its `contribution`.
 
     Returns:
         (N, h, w): sum over branches of strength^0.1 times map / max(1, the map's maximum)^0.75. The strength is the contribution
         or, as a plain sum's may be negative, log(1 + exp of it).
     """
     positive = np.maximum(branch_maps, 0)
-    strengths = share(contributions, "softplus") if rule == "sum" else contributions
+    strengths = contribution(contributions, "softplus") if rule == "sum" else contributions
     heights = strengths**STRENGTH_EXPONENT / np.maximum(positive.max((2, 3)), 1) ** MAXIMUM_EXPONENT
     return (positive * heights[:, :, None, None]).sum(1)

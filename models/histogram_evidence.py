@@ -21,7 +21,7 @@ from models.statistics import folds, sample_covariance
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
 FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side
 SLACK = 0.5  # of the usual largest deviation in a good image: evidence below it does not count
-BLUR = 1.5  # standard deviation in places of the Gaussian over where good images have a component
+BLUR = 1.5  # standard deviation, in positions, of the Gaussian over where good images have a component
 BATCH = 16
 
 
@@ -32,8 +32,8 @@ class HistogramEvidence(nn.Module):
         classes: components and background; C below.
 
     Attributes:
-        frequency (C - 1, 64, 64): share of good images that have a component at a place, blurred.
-        expected (C - 1, 64, 64): the same relative to the component's most usual place, squared.
+        frequency (C - 1, 64, 64): share of good images that have a component at a position, blurred.
+        expected (C - 1, 64, 64): the same relative to the component's most frequent position, squared.
         mean_n (D,), deviation_n (D, D): of the shares of the n x n cells, D = (C - 1) n^2; shares less mean, times deviation, are
             conditional deviations, in units of the usual largest one in a good image.
         val_mean, val_std: z of the scores of validation images and of training images held out, if any were.
@@ -71,9 +71,8 @@ class HistogramEvidence(nn.Module):
             cells = _mean_over(present, averages).flatten(1)
             deviations = (cells - getattr(self, f"mean_{grid}")) @ getattr(self, f"deviation_{grid}")
             drawn = spread @ deviations.view(-1, self.classes - 1, grid, grid) @ spread.T
-            evidence = evidence + torch.maximum(
-                (drawn - SLACK).clamp(min=0) * excess, (-drawn - SLACK).clamp(min=0) * lack
-            ).amax(1)
+            too_much, too_little = (drawn - SLACK).clamp(min=0), (-drawn - SLACK).clamp(min=0)
+            evidence = evidence + torch.maximum(too_much * excess, too_little * lack).amax(1)
         return evidence
 
     def score(self, evidence: Tensor) -> Tensor:
@@ -85,11 +84,7 @@ class HistogramEvidence(nn.Module):
         return (means - self.val_mean) / self.val_std
 
     def load_parameters(self, parameters: Mapping[str, np.ndarray]) -> None:
-        """Take over what `fit_evidence` found.
-
-        Raises:
-            ValueError: it was fitted for another number of classes.
-        """
+        """Take over what `fit_evidence` found; ValueError if it was fitted for another number of classes."""
         for name, buffer in self.state_dict().items():
             if name not in parameters or parameters[name].shape != tuple(buffer.shape):
                 raise ValueError(
@@ -114,9 +109,8 @@ def fit_evidence(
     """
 
     def fractions(labels: Tensor, grid: int) -> Tensor:
-        return torch.cat(
-            [_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in labels.split(BATCH)]
-        )
+        parts = labels.split(BATCH)
+        return torch.cat([_mean_over(_one_hot(few, classes).double(), _averages(grid)) for few in parts])
 
     fitted = {grid: fractions(train, grid) for grid in (*GRIDS, MAP_SIZE)}
     judged = {grid: fractions(validation, grid).flatten(1).numpy() for grid in GRIDS}
@@ -143,13 +137,12 @@ def fit_evidence(
             precision = np.linalg.inv(sample_covariance(samples) + np.diag(floors[grid]))
             # What is left of a share's deviation once all other shares are known, in standard deviations.
             deviation = precision / np.sqrt(np.diagonal(precision))
-            usual = np.abs((judged[grid] - mean) @ deviation).max(1).mean() if len(validation) else 1.0
-            parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(usual, 1e-6)}
+            largest = np.abs((judged[grid] - mean) @ deviation).max(1).mean() if len(validation) else 1.0
+            parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(largest, 1e-6)}
         return parameters
 
     def scores(parameters: Mapping[str, np.ndarray], labels: Tensor) -> np.ndarray:
-        model = HistogramEvidence(classes)
-        model.load_parameters(parameters)
+        model = fitted_evidence(parameters, classes)
         return np.concatenate(
             [np.zeros(0), *(model.score(model(few)).numpy() for few in labels.split(BATCH))]
         )
@@ -167,6 +160,13 @@ def fit_evidence(
     return {name: values.astype(np.float32) for name, values in parameters.items()}
 
 
+def fitted_evidence(parameters: Mapping[str, np.ndarray], classes: int) -> HistogramEvidence:
+    """The module with what `fit_evidence` gave; errors as of `HistogramEvidence.load_parameters`."""
+    evidence = HistogramEvidence(classes)
+    evidence.load_parameters(parameters)
+    return evidence
+
+
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
     """(B, H, W) -> (B, C - 1, H, W) bool, without the background."""
     return labels[:, None] == torch.arange(1, classes, device=labels.device).view(1, -1, 1, 1)
@@ -180,13 +180,12 @@ def _averages(cells: int) -> Tensor:
     """(n, 256) float64: the mean over each of n equal stretches of a side; pixels at an edge count with their share."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * SIZE / cells
     pixels = torch.arange(SIZE, dtype=torch.float64)
-    overlap = (torch.minimum(pixels + 1, edges[1:, None]) - torch.maximum(pixels, edges[:-1, None])).clamp(
-        min=0
-    )
+    overlap = torch.minimum(pixels + 1, edges[1:, None]) - torch.maximum(pixels, edges[:-1, None])
+    overlap = overlap.clamp(min=0)
     return overlap / overlap.sum(1, keepdim=True)
 
 
 def _spread(cells: int) -> Tensor:
-    """(64, n): which stretch of a side each place of the map lies in, by its centre."""
+    """(64, n): which stretch of a side each position of the map lies in, by its centre."""
     index = ((torch.arange(MAP_SIZE) + 0.5) * cells / MAP_SIZE).long()
     return torch.eye(cells)[index]

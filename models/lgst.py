@@ -19,8 +19,6 @@ from models.backbone import Normalise, resize
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE
 from models.statistics import map_range, quantile
 
-_DECODER_SIZES = (3, 8, 15, 32, 63, 127)
-
 
 class Teacher(nn.Module):
     """Encoder layers 2 and 3 side by side, averaged over 3x3, projected at random.
@@ -93,27 +91,22 @@ class Autoencoder(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        widths = (3, 32, 32, 64, 64, 64)
-        for index in range(5):
-            setattr(
-                self,
-                f"enconv{index + 1}",
-                nn.Conv2d(widths[index], widths[index + 1], 4, stride=2, padding=1),
-            )
+        for number, (inputs, outputs) in enumerate([(3, 32), (32, 32), (32, 64), (64, 64), (64, 64)], 1):
+            setattr(self, f"enconv{number}", nn.Conv2d(inputs, outputs, 4, stride=2, padding=1))
         self.enconv6 = nn.Conv2d(64, 64, 8)
-        for index in range(6):
-            setattr(self, f"deconv{index + 1}", nn.Conv2d(64, 64, 4, padding=2))
+        for number in range(1, 7):
+            setattr(self, f"deconv{number}", nn.Conv2d(64, 64, 4, padding=2))
         self.deconv7 = nn.Conv2d(64, 64, 3, padding=1)
         self.deconv8 = nn.Conv2d(64, channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 256, 256) -> (B, channels, 64, 64)."""
         x = images
-        for index in range(5):
-            x = F.relu(getattr(self, f"enconv{index + 1}")(x))
+        for number in range(1, 6):
+            x = F.relu(getattr(self, f"enconv{number}")(x))
         x = self.enconv6(x)
-        for index, size in enumerate(_DECODER_SIZES):
-            x = F.relu(getattr(self, f"deconv{index + 1}")(resize(x, (size, size))))
+        for number, size in enumerate((3, 8, 15, 32, 63, 127), 1):
+            x = F.relu(getattr(self, f"deconv{number}")(resize(x, (size, size))))
             x = F.dropout(x, 0.2, self.training)
         x = F.relu(self.deconv7(resize(x, (MAP_SIZE, MAP_SIZE))))
         return self.deconv8(x)
@@ -154,9 +147,9 @@ class MapNormalisation(LgstMap):
 
     def anomaly_map(self, differences: Differences) -> Tensor:
         """(B, 64, 64): both differences scaled by the validation quantiles, added. Its maximum is the LGST score."""
-        return 0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start) + 0.1 * (
-            differences.global_ - self.q_ae_start
-        ) / (self.q_ae_end - self.q_ae_start)
+        local = 0.1 * (differences.local - self.q_st_start) / (self.q_st_end - self.q_st_start)
+        global_ = 0.1 * (differences.global_ - self.q_ae_start) / (self.q_ae_end - self.q_ae_start)
+        return local + global_
 
     def fit_map_normalisation(self, validation: Differences) -> None:
         """Set the quantiles from the differences on all validation images, each (N, 64, 64)."""
@@ -181,9 +174,7 @@ class LGST(MapNormalisation):
 
     def __init__(self, encoder_channels: tuple[int, ...], width: int, channels: int):
         super().__init__()
-        self.normalise = Normalise(
-            IMAGENET_MEAN, IMAGENET_STD
-        )  # for student and autoencoder; an encoder brings its own
+        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)  # an encoder brings its own
         self.teacher = Teacher(encoder_channels[1] + encoder_channels[2], channels)
         self.teacher.requires_grad_(False)
         self.local_st = Student(width, channels)
@@ -235,9 +226,8 @@ class LGST(MapNormalisation):
             return TrainingFeatures(teacher, local, local_of_penalty)
         decoded = self.autoencoder(self.normalise(augmented))
         _, global_ = self.local_st(self.normalise(augmented))
-        return TrainingFeatures(
-            teacher, local, local_of_penalty, ViewFeatures(augmented_teacher, decoded, global_)
-        )
+        views = ViewFeatures(augmented_teacher, decoded, global_)
+        return TrainingFeatures(teacher, local, local_of_penalty, views)
 
     def fit_teacher_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Set the teacher's channel mean and std, each (channels,); a dead channel keeps std 1."""

@@ -38,9 +38,8 @@ class WhitenedTeacher(nn.Module):
         """Set the projection from mean (C,) and covariance (C, C) of `averaged` over the training images, float64."""
         scale = covariance.diagonal().clamp(min=1e-12).rsqrt()
         values, vectors = torch.linalg.eigh(covariance * scale.outer(scale))
-        turn = torch.linalg.qr(torch.randn(len(mean), len(mean), dtype=torch.float64))[0][
-            : self.proj.out_channels
-        ]
+        turn = torch.linalg.qr(torch.randn(len(mean), len(mean), dtype=torch.float64))[0]
+        turn = turn[: self.proj.out_channels]
         weight = turn @ (vectors / (values.clamp(min=0) + RIDGE).sqrt()).T * scale
         self.proj.load_state_dict({"weight": weight[:, :, None, None], "bias": -weight @ mean})
 
@@ -86,12 +85,10 @@ class FeatureLGST(MapNormalisation):
     Args:
         encoder_channels: of the encoder's three maps.
         width: of student and autoencoder.
-
-    Attributes:
-        fourth_mean, fourth_std, sixteenth_mean, sixteenth_std: of the channels of what student and autoencoder see.
     """
 
     on_features = True
+    # Of the channels of what student and autoencoder see.
     fourth_mean: Tensor
     fourth_std: Tensor
     sixteenth_mean: Tensor
@@ -118,7 +115,7 @@ class FeatureLGST(MapNormalisation):
             nn.init.zeros_(module.get_parameter("bias"))
             if isinstance(
                 module, nn.ConvTranspose2d
-            ):  # from 1x1: every place of the output sees one of the input
+            ):  # from 1x1: every output position sees one input position
                 nn.init.normal_(module.weight, std=math.sqrt(2 / module.in_channels))
             elif module in heads:
                 nn.init.normal_(module.weight, std=0.01)

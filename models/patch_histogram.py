@@ -24,14 +24,7 @@ from models.constants import QUARTERS
 from models.fusion import EXPORTED_STD_FLOOR, fit_trimmed_z, fit_z
 from models.statistics import folds, regularised_covariance, sample_covariance
 
-PARAMETER_NAMES = (
-    "hist_mean",
-    "hist_invcov",
-    "patch_hist_mean",
-    "patch_hist_invcov",
-    "hist_val_score",
-    "patch_hist_val_score",
-)
+HISTOGRAMS = ("hist", "patch_hist")  # of the whole map, of its quarters: how the names of parameters begin
 
 
 def label_histograms(labels: Tensor, classes: int, background: bool = False) -> tuple[Tensor, Tensor]:
@@ -92,18 +85,15 @@ class PatchHistogramDetector(nn.Module):
     Args:
         classes: components and background.
         background: what happens to index 0, see above; True is the exported model.
-
-    Attributes:
-        hist_mean (C, 1), hist_invcov (C, C), patch_hist_mean (4C, 1), patch_hist_invcov (4C, 4C): of train images.
-        hist_val_mean, hist_val_std, patch_hist_val_mean, patch_hist_val_std: (trimmed) z of the distances, scalars.
     """
 
+    # Of train images: (C, 1), (C, C), (4C, 1) and (4C, 4C); then scalars, the (trimmed) z of the distances.
     hist_mean: Tensor
     hist_invcov: Tensor
-    hist_val_mean: Tensor
-    hist_val_std: Tensor
     patch_hist_mean: Tensor
     patch_hist_invcov: Tensor
+    hist_val_mean: Tensor
+    hist_val_std: Tensor
     patch_hist_val_mean: Tensor
     patch_hist_val_std: Tensor
 
@@ -111,10 +101,10 @@ class PatchHistogramDetector(nn.Module):
         super().__init__()
         self.classes, self.background = classes, background
         self.whitening: nn.ParameterList | None = None
-        for name, size in (("hist", classes), ("patch_hist", QUARTERS * classes)):
+        for name, size in zip(HISTOGRAMS, (classes, QUARTERS * classes)):
             self.register_buffer(f"{name}_mean", torch.zeros(size, 1))
             self.register_buffer(f"{name}_invcov", torch.zeros(size, size))
-        for name in ("hist", "patch_hist"):
+        for name in HISTOGRAMS:
             self.register_buffer(f"{name}_val_mean", torch.tensor(0.0))
             self.register_buffer(f"{name}_val_std", torch.tensor(1.0))
 
@@ -130,9 +120,8 @@ class PatchHistogramDetector(nn.Module):
 
     def distances(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Label maps (B, 256, 256) -> distances of the whole and of the quarters, (B,) each, not normalised."""
-        histograms = [
-            one.to(self.hist_mean.dtype) for one in label_histograms(labels, self.classes, self.background)
-        ]
+        counted = label_histograms(labels, self.classes, self.background)
+        histograms = [histogram.to(self.hist_mean.dtype) for histogram in counted]
         means, inverses = (self.hist_mean, self.patch_hist_mean), (self.hist_invcov, self.patch_hist_invcov)
         factors = (None, None) if self.whitening is None else self.whitening
         whole, quarters = (mahalanobis(*each) for each in zip(histograms, means, inverses, factors))
@@ -144,9 +133,8 @@ class PatchHistogramDetector(nn.Module):
 
     def score(self, whole: Tensor, quarters: Tensor) -> Tensor:
         """Distances (B,) -> sum of both, each normalised, (B,)."""
-        return (whole - self.hist_val_mean) / self.hist_val_std + (
-            quarters - self.patch_hist_val_mean
-        ) / self.patch_hist_val_std
+        whole = (whole - self.hist_val_mean) / self.hist_val_std
+        return whole + (quarters - self.patch_hist_val_mean) / self.patch_hist_val_std
 
     def load_parameters(
         self,
@@ -165,22 +153,22 @@ class PatchHistogramDetector(nn.Module):
         Raises:
             ValueError: an array is missing, or was fitted for another number of classes.
         """
-        for name in PARAMETER_NAMES:
+        for name in (
+            f"{histogram}_{part}" for part in ("mean", "invcov", "val_score") for histogram in HISTOGRAMS
+        ):
             if name not in parameters:
                 raise ValueError(f"patch-histogram parameters lack '{name}'")
-        for name in ("hist", "patch_hist"):
-            for buffer in (getattr(self, f"{name}_mean"), getattr(self, f"{name}_invcov")):
-                kind = "mean" if buffer.shape[1] == 1 else "invcov"
-                given = np.asarray(parameters[f"{name}_{kind}"])
+        for name in HISTOGRAMS:
+            for part in ("mean", "invcov"):
+                buffer, given = getattr(self, f"{name}_{part}"), np.asarray(parameters[f"{name}_{part}"])
                 if given.size != buffer.numel():
                     raise ValueError(
-                        f"patch-histogram parameter {name}_{kind} has {given.size} values, expected "
+                        f"patch-histogram parameter {name}_{part} has {given.size} values, expected "
                         f"{buffer.numel()} for {self.classes} classes"
                     )
                 buffer.copy_(torch.as_tensor(given, dtype=buffer.dtype).view(buffer.shape))
-            good = np.concatenate(
-                [parameters[f"{name}_val_score"], parameters.get(f"{name}_held_out_score", np.zeros(0))]
-            )
+            held_out = parameters.get(f"{name}_held_out_score", np.zeros(0))
+            good = np.concatenate([parameters[f"{name}_val_score"], held_out])
             mean, std = (fit_trimmed_z if trimmed else fit_z)(good, std_floor)
             getattr(self, f"{name}_val_mean").fill_(mean)
             getattr(self, f"{name}_val_std").fill_(std)
@@ -217,13 +205,13 @@ def fit_parameters(
     train_histograms, validation_histograms = _stacked(train, classes), _stacked(validation, classes)
     wavering = [np.zeros_like(fitted[:1]) for fitted in train_histograms]
     if segmented_twice is not None:
-        wavering = [
-            changed - plain for plain, changed in zip(*(_stacked(maps, classes) for maps in segmented_twice))
-        ]
-    lacking = train_histograms if incomplete is None else _stacked(incomplete, classes)
-    for name, fitted, judged, without, differences in zip(
-        ("hist", "patch_hist"), train_histograms, validation_histograms, lacking, wavering
-    ):
+        plain, changed = (_stacked(maps, classes) for maps in segmented_twice)
+        wavering = [after - before for before, after in zip(plain, changed)]
+    left_out_histograms = {"held_out": train_histograms}
+    if incomplete is not None:
+        left_out_histograms["incomplete"] = _stacked(incomplete, classes)
+    for index, name in enumerate(HISTOGRAMS):
+        fitted, differences = train_histograms[index], wavering[index]
         components = np.arange(fitted.shape[1]) % classes > 0
         added = differences.T @ differences / len(differences)
         added[components, components] += floor**2
@@ -240,17 +228,15 @@ def fit_parameters(
 
         mean, inverse = fit(fitted)
         parameters |= {f"{name}_mean": mean, f"{name}_invcov": inverse}
-        parameters[f"{name}_val_score"] = _distances(judged, mean, inverse)
+        parameters[f"{name}_val_score"] = _distances(validation_histograms[index], mean, inverse)
         if segmented_twice is not None:
-            held_out = {"held_out": fitted, "incomplete": without}
-            if incomplete is None:
-                del held_out["incomplete"]
-            distances = {kind: np.zeros(len(fitted) if len(fitted) > 1 else 0) for kind in held_out}
+            count = len(fitted) if len(fitted) > 1 else 0
+            distances = {part: np.zeros(count) for part in left_out_histograms}
             for others, left_out in folds(len(fitted)):
                 mean, inverse = fit(fitted[others])
-                for kind, histograms in held_out.items():
-                    distances[kind][left_out] = _distances(histograms[left_out], mean, inverse)
-            parameters |= {f"{name}_{kind}_score": values for kind, values in distances.items()}
+                for part, histograms in left_out_histograms.items():
+                    distances[part][left_out] = _distances(histograms[index][left_out], mean, inverse)
+            parameters |= {f"{name}_{part}_score": values for part, values in distances.items()}
     return parameters
 
 

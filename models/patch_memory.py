@@ -1,13 +1,13 @@
 """The patch memory: how far is each patch of an image from the most similar patch of good images?
 
-PatchCore (Roth et al., CVPR 2022) with a correction for places where good images vary, docs/beyond.md; beyond the
+PatchCore (Roth et al., CVPR 2022) with a correction for positions where good images vary, docs/beyond.md; beyond the
 paper. Nothing is trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from models.backbone import resize
 from models.constants import MAP_SIZE
 from models.statistics import map_range
 
-SMOOTHING = 1.0  # standard deviation in places of the Gaussian over a map
-USUAL_SMOOTHING, USUAL_WEIGHT = (
-    1.5,
-    0.5,
-)  # the same of the map of usual distances; its share that is taken off
+SMOOTHING = 1.0  # standard deviation, in positions, of the Gaussian over a map
+BASELINE_SMOOTHING = 1.5  # the same of the map of baseline distances
+BASELINE_FRACTION = 0.5  # of them, which is taken off
 MARGIN = 32  # pixels of its neighbours that a tile sees
 GROUPS = 32  # of rows, whose minima are taken first in ONNX
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
@@ -37,19 +35,15 @@ class PatchMemory(nn.Module):
         score_share: of a tile's values, the largest, whose mean is the score: defects are no more patches in more tiles.
         tiles: an image is seen in tiles x tiles of them.
         border: what the Gaussian over a map finds beyond the image, zeros or replicate. Near the border an encoder sees its own
-            padding, and parts cut off at places that no good image has shown: zeros let that count less.
-
-    Attributes:
-        mean, std (1, C, 1, 1): of each channel over the training images.
-        rows (M, C): remembered patches, with mean and std taken off.
-        usual (1, h, w): what is taken off the distances at each place.
-        q_start, q_end: quantiles of the validation maps as they are shown.
+            padding, and parts cut off at positions that no good image has shown: zeros let that count less.
     """
 
+    # (1, C, 1, 1), of each channel over the training images.
     mean: Tensor
     std: Tensor
-    rows: Tensor
-    usual: Tensor
+    rows: Tensor  # (M, C), remembered patches, with mean and std taken off
+    usual: Tensor  # (1, h, w), the baseline, which is taken off the distances at each position
+    # Quantiles of the validation maps as they are shown.
     q_start: Tensor
     q_end: Tensor
 
@@ -104,10 +98,10 @@ class PatchMemory(nn.Module):
 
     def _to_map_size(self, anomaly_map: Tensor) -> Tensor:
         """(B, h, w) -> (B, 64, 64); of tiled images the largest of each block, so that what is small stays to be seen."""
-        found = anomaly_map[:, None]
+        maps = anomaly_map[:, None]
         if self.tiles > 1:
-            found = F.max_pool2d(found, max(anomaly_map.shape[-1] // MAP_SIZE, 1))
-        return resize(found, (MAP_SIZE, MAP_SIZE))[:, 0]
+            maps = F.max_pool2d(maps, max(anomaly_map.shape[-1] // MAP_SIZE, 1))
+        return resize(maps, (MAP_SIZE, MAP_SIZE))[:, 0]
 
     def _kernel(self, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
         offset = self.rows.square().sum(1)
@@ -115,11 +109,10 @@ class PatchMemory(nn.Module):
             offset = offset.masked_fill(left_out, float("inf"))
         return -2 * self.rows[:, :, None, None], offset
 
-    def fit_usual(self, distances: Iterable[Tensor]) -> None:
-        """Set what is usual at each place from distance maps (h, w) of training images whose own rows were left out."""
-        self.usual.copy_(
-            USUAL_WEIGHT * smooth(torch.stack(list(distances)).mean(0, keepdim=True), USUAL_SMOOTHING)
-        )
+    def fit_baseline(self, distances: Sequence[Tensor]) -> None:
+        """Set `usual` from distance maps (h, w) of training images whose own rows were left out."""
+        mean = torch.stack([*distances]).mean(0, keepdim=True)
+        self.usual.copy_(BASELINE_FRACTION * smooth(mean, BASELINE_SMOOTHING))
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""
@@ -132,9 +125,8 @@ def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """Patches (B, C, h, w) -> distance of each to the nearest row r, given as weight -2 r and offset |r|^2."""
     # |x - r|^2 = |x|^2 + (|r|^2 - 2 x r): a 1x1 convolution and a minimum, which every runtime is good at.
     products = F.conv2d(embedded, weight, offset)
-    if (
-        torch.onnx.is_in_onnx_export()
-    ):  # in two steps: onnxruntime takes one image's minimum over all channels on one core
+    if torch.onnx.is_in_onnx_export():
+        # In two steps: onnxruntime takes one image's minimum over all channels on one core.
         products = products.unflatten(1, (math.gcd(len(offset), GROUPS), -1)).amin(2)
     return (products.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
 
@@ -154,23 +146,17 @@ def apply_tiled(fn: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tens
     own = rgb.shape[-1] // tiles
     side = own + 2 * MARGIN
     begins = [min(max(index * own - MARGIN, 0), tiles * own - side) for index in range(tiles)]
-    kept = [
-        slice((index * own - begin) // 8, (index * own - begin + own) // 8)
-        for index, begin in enumerate(begins)
-    ]
-    return torch.cat(
-        [
-            torch.cat(
-                [
-                    fn(rgb[..., top : top + side, left : left + side])[..., rows, columns]
-                    for left, columns in zip(begins, kept)
-                ],
-                -1,
-            )
-            for top, rows in zip(begins, kept)
-        ],
-        -2,
-    )
+    offsets = [(index * own - begin) // 8 for index, begin in enumerate(begins)]
+    tiled = []
+    for top, below in zip(begins, offsets):
+        row = [
+            fn(rgb[..., top : top + side, left : left + side])[
+                ..., below : below + own // 8, right : right + own // 8
+            ]
+            for left, right in zip(begins, offsets)
+        ]
+        tiled.append(torch.cat(row, -1))
+    return torch.cat(tiled, -2)
 
 
 def patches(maps: tuple[Tensor, ...]) -> Tensor:
@@ -183,22 +169,22 @@ def smooth(maps: Tensor, sigma: float, border: str = "replicate") -> Tensor:
     radius = int(4 * sigma + 0.5)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=maps.device) / sigma) ** 2)
     line = line / line.sum()
-    found, padding = maps[:, None], radius
+    padded, padding = maps[:, None], radius
     if border == "replicate":
         # By indices: OpenVINO folds padding into the convolution after it, and a 9x1 one then reads what was never written.
-        for side in (-2, -1):
-            places = torch.arange(-radius, int(maps.shape[side]) + radius, device=maps.device)
-            found = found.index_select(side, places.clamp(0, int(maps.shape[side]) - 1))
+        for axis in (-2, -1):
+            positions = torch.arange(-radius, int(maps.shape[axis]) + radius, device=maps.device)
+            padded = padded.index_select(axis, positions.clamp(0, int(maps.shape[axis]) - 1))
         padding = 0
-    found = F.conv2d(found, line.view(1, 1, -1, 1), padding=(padding, 0))
-    return F.conv2d(found, line.view(1, 1, 1, -1), padding=(0, padding))[:, 0]
+    smoothed = F.conv2d(padded, line.view(1, 1, -1, 1), padding=(padding, 0))
+    return F.conv2d(smoothed, line.view(1, 1, 1, -1), padding=(0, padding))[:, 0]
 
 
 def greedy_k_centre(
     candidates: Tensor,
     count: int,
     generator: torch.Generator,
-    progress: Callable[[int], object] = lambda chosen: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Tensor:
     """Choose rows such that no candidate is far from the nearest one: the next is always the farthest so far.
 
@@ -229,11 +215,8 @@ def greedy_k_centre(
         new = farthest[ranks]
         chosen = torch.cat([chosen, new])
         for part in torch.arange(len(candidates)).split(20_000):
-            apart = (
-                torch.addmm(lengths[new], candidates[part], candidates[new].T, alpha=-2).amin(1)
-                + lengths[part]
-            )
-            nearest[part] = torch.minimum(nearest[part], apart.clamp(min=0))
+            apart = torch.addmm(lengths[new], candidates[part], candidates[new].T, alpha=-2).amin(1)
+            nearest[part] = torch.minimum(nearest[part], (apart + lengths[part]).clamp(min=0))
         nearest[chosen] = -1
         progress(len(new))
     return chosen

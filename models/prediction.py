@@ -12,9 +12,7 @@ class Prediction(NamedTuple):
     """
 
     score: Any  # (B,) float32, the sum of branch_scores; higher = more anomalous
-    branch_scores: (
-        Any  # (B, K) float32, what each branch adds: its normalised score, by the rule, times its weight
-    )
-    anomaly_map: Any  # (B, 64, 64) float32 >= 0, the sum of branch_maps as high as their branches' shares of the score warrant
+    branch_scores: Any  # (B, K) float32, contributions: normalised scores by the fusion's rule, times weights
+    anomaly_map: Any  # (B, 64, 64) float32 >= 0, the branch_maps added (models.fusion.fused_map)
     branch_maps: Any  # (B, K, 64, 64) float32, scaled so that of the validation maps' values 0.5 % lie over 1
     label_map: Any  # (B, 256, 256) uint8 component index; 0 everywhere in a model without a segmentor

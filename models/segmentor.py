@@ -8,7 +8,7 @@ Module names follow the published checkpoints, so that their state dicts load as
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,6 @@ from models.backbone import resize
 ASPP_RATES = (6, 12, 18)
 REDUCED_SHARE = 3 / 16  # of the width: what is left of the encoder's first map (48 of 256)
 SMOOTH = 1e-5  # keeps logarithms and divisions finite, everywhere below
-
-
-class LossWeights(Protocol):
-    """What `losses` needs of the segmentor's settings, which nobody changes."""
-
-    @property
-    def weight_ce(self) -> float: ...
-    @property
-    def weight_focal(self) -> float: ...
-    @property
-    def weight_dice(self) -> float: ...
-    @property
-    def weight_histogram(self) -> float: ...
-    @property
-    def weight_entropy(self) -> float: ...
-    @property
-    def softmax_twice(self) -> bool: ...
 
 
 class ConvBnRelu(nn.Module):
@@ -53,7 +36,7 @@ class ConvBnRelu(nn.Module):
 
 
 class ImagePool(nn.Module):
-    """What the whole image says, at every place: mean over space, 1x1 convolution, spread out again."""
+    """What the whole image says, at every position: mean over space, 1x1 convolution, spread out again."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -149,8 +132,8 @@ def histogram_loss(probabilities: Tensor, target: Tensor) -> Tensor:
         target: label maps of other images, with which `probabilities` only share the amount of each component.
     """
     classes = probabilities.shape[1]
-    usual = F.one_hot(target, classes).to(probabilities.dtype).mean((1, 2))
-    return (usual - probabilities.mean((2, 3)))[:, 1:].abs().sum(1).mean()
+    expected = F.one_hot(target, classes).to(probabilities.dtype).mean((1, 2))
+    return (expected - probabilities.mean((2, 3)))[:, 1:].abs().sum(1).mean()
 
 
 def entropy_loss(probabilities: Tensor) -> Tensor:
@@ -159,7 +142,7 @@ def entropy_loss(probabilities: Tensor) -> Tensor:
 
 
 def losses(
-    logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels: Tensor, weights: LossWeights
+    logits: Tensor, target: Tensor, unlabelled: Tensor, reference_labels: Tensor, weights: Any
 ) -> dict[str, Tensor]:
     """The losses of one step, weighted, to be added up.
 
@@ -168,7 +151,8 @@ def losses(
         unlabelled: logits of the unlabelled images.
         reference_labels: label maps of random trusted images, as many as unlabelled ones; (0, H, W) before the
             unsupervised losses join.
-        weights: the segmentor's settings.
+        weights: the segmentor's settings: weight_ce, weight_focal, weight_dice, weight_histogram, weight_entropy, and
+            softmax_twice.
 
     Returns:
         ce, focal and dice of the trusted images; once the unsupervised losses join, the histogram of the
@@ -181,11 +165,8 @@ def losses(
         "dice": weights.weight_dice * balanced_dice_loss(probabilities, target),
     }
     if len(reference_labels):
-        unlabelled_probabilities = unlabelled.softmax(1)
-        parts["histogram"] = weights.weight_histogram * histogram_loss(
-            unlabelled_probabilities, reference_labels
-        )
-        parts["entropy"] = weights.weight_entropy * (
-            entropy_loss(probabilities) + entropy_loss(unlabelled_probabilities)
-        )
+        of_unlabelled = unlabelled.softmax(1)
+        parts["histogram"] = weights.weight_histogram * histogram_loss(of_unlabelled, reference_labels)
+        entropy = entropy_loss(probabilities) + entropy_loss(of_unlabelled)
+        parts["entropy"] = weights.weight_entropy * entropy
     return parts

@@ -95,8 +95,8 @@ def regularised_covariance(samples: np.ndarray, added: np.ndarray) -> np.ndarray
         (five folds, Gaussian).
     """
 
-    def shrunk(some: np.ndarray, shrinkage: float) -> np.ndarray:
-        covariance = sample_covariance(some)
+    def shrunk(subset: np.ndarray, shrinkage: float) -> np.ndarray:
+        covariance = sample_covariance(subset)
         return (1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)) + added
 
     def log_likelihood(shrinkage: float) -> float:

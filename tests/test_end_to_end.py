@@ -205,7 +205,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
     with open(work / "anomaly_score/discs_torch_scores.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert rows[0].keys() == {"image", "split", "score"}
-    from models.fusion import EXPORTED_STD_FLOOR, apply_z, fit_normalisation, share
+    from models.fusion import EXPORTED_STD_FLOOR, apply_z, contribution, fit_normalisation
 
     fused = 0
     for branch, weight in decided(work).items():
@@ -217,7 +217,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
         assert ("held_out" in scores) == (branch == "patchhist")
         good = np.concatenate([scores["val"], scores.get("held_out", [])])
         z = apply_z(scores["logi"], *fit_normalisation(good, "softplus", EXPORTED_STD_FLOOR))
-        fused = fused + weight * share(z, "softplus")
+        fused = fused + weight * contribution(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)
     report = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())

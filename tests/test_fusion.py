@@ -14,12 +14,12 @@ from models import fused
 from models.fusion import (
     EXPORTED_STD_FLOOR,
     apply_z,
+    contribution,
     fit_normalisation,
     fit_trimmed_z,
     fit_z,
     fuse,
     fused_map,
-    share,
 )
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
@@ -103,7 +103,7 @@ def test_the_sum_adds_and_softplus_forgets_what_is_all_too_usual():
 @given(st.lists(st.floats(-700, 700), min_size=2, max_size=20))
 def test_softplus_keeps_the_order_of_one_branch(values):
     values = np.sort(np.array(values))
-    found = share(values, "softplus")
+    found = contribution(values, "softplus")
     assert (np.diff(found) >= 0).all() and (found >= np.maximum(values, 0)).all() and np.isfinite(found).all()
 
 
@@ -201,6 +201,6 @@ def test_what_is_usual_in_good_images_is_not_made_higher():
 def test_the_model_and_stage_5_fuse_maps_alike(seed, branches, rule):
     rng = np.random.default_rng(seed)
     maps = rng.normal(0, 3, (2, branches, 5, 4)).astype(np.float32)
-    contributions = share(rng.normal(0, 5, (2, branches)), rule).astype(np.float32)
+    contributions = contribution(rng.normal(0, 5, (2, branches)), rule).astype(np.float32)
     of_model = fused.fused_map(torch.from_numpy(maps), torch.from_numpy(contributions), rule)
     np.testing.assert_allclose(of_model, fused_map(maps, contributions, rule), rtol=1e-5)

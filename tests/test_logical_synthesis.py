@@ -127,7 +127,7 @@ def test_components_go_far_from_where_they_were_and_stay_off_the_border(picture)
         assert everywhere[placement.window].sum() == everywhere.sum()
 
 
-@pytest.mark.parametrize("limit", lsa.MOST_BACKGROUND)
+@pytest.mark.parametrize("limit", lsa.MAX_BACKGROUND)
 def test_less_than_the_limit_lies_on_background(picture, limit):
     background = np.ones((SIDE, SIDE), bool)
     background[:, 100:] = False
@@ -227,7 +227,7 @@ def test_the_statistics_are_the_published_ones(run, category, targets, distance,
     assert moves.mean() == pytest.approx(expected.mean(), rel=0.04)
     for quantile in (0.1, 0.5, 0.9):
         assert np.quantile(moves, quantile) == pytest.approx(np.quantile(expected, quantile), rel=0.08)
-    for turn, limit in enumerate(lsa.MOST_BACKGROUND, start=1):
+    for turn, limit in enumerate(lsa.MAX_BACKGROUND, start=1):
         expected = published[f"{run}_paste_background_ratio"][published[f"{run}_paste_order"] == turn]
         ours = on_background[turn - 1 :: 2]
         assert ours.max() < limit and ours.mean() == pytest.approx(expected.mean(), abs=0.03)

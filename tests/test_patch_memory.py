@@ -125,11 +125,11 @@ def test_what_is_usual_at_a_place_is_taken_off():
     memory = drawn_memory()
     maps = encoder_maps(1)
     before, own = memory(maps), memory.distances(memory.embed(maps))
-    memory.fit_usual([own[0], own[0]])
+    memory.fit_baseline([own[0], own[0]])
     after = memory(maps)
     assert (after < before).all()
     torch.testing.assert_close(before - after, smooth(memory.usual, 1.0, "zeros"), atol=1e-4, rtol=1e-4)
-    memory.fit_usual([torch.zeros(32, 32)])
+    memory.fit_baseline([torch.zeros(32, 32)])
     torch.testing.assert_close(memory(maps), before)
 
 

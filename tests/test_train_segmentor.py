@@ -21,7 +21,7 @@ import torch
 from conftest import TinyEncoder, draw_parts, job_for, make_discs, tiny_backbone
 
 import train_segmentor
-from models.patch_histogram import PARAMETER_NAMES
+from models.patch_histogram import HISTOGRAMS
 from models.segmentor import losses as train_segmentor_losses
 
 CATEGORY, PARTS = "discs", 4
@@ -95,10 +95,9 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
     assert not workspace.progress(CATEGORY, "segmentor").exists()
 
     parameters = files.read_arrays(workspace.patch_histogram_parameters(CATEGORY))
-    held_out = {
-        f"{name}_{kind}_score" for name in ("hist", "patch_hist") for kind in ("held_out", "incomplete")
-    }
-    assert parameters.keys() == {*PARAMETER_NAMES, *held_out}
+    published = {f"{name}_{part}" for name in HISTOGRAMS for part in ("mean", "invcov", "val_score")}
+    held_out = {f"{name}_{part}_score" for name in HISTOGRAMS for part in ("held_out", "incomplete")}
+    assert parameters.keys() == {*published, *held_out}
     assert parameters["patch_hist_invcov"].shape == (4 * (PARTS + 1),) * 2
     scores = {
         part: files.read_array(workspace.scores(CATEGORY, "patchhist", part))

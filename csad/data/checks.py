@@ -28,9 +28,6 @@ MAX_CATEGORY_NAME = 200  # bytes, of at most 255 in a file's name
 VALIDATION_FOR_1_PERCENT = 99  # images, so that 1 % false positives can be promised on average
 
 
-# One category
-
-
 def check(
     category: layouts.Category, cfg: settings.Settings, false_positive_rate: float | None = None
 ) -> tuple[Findings, dict[str, list[ImageInfo]]]:
@@ -48,23 +45,18 @@ def check(
     check_defect_folders(category, findings)
     check_number_of_images(category, findings)
     validation = set(findings.collect_errors(lambda: category.validation) or [])
-    entries = [
-        (folder, path, split_of(folder, path in validation))
-        for folder, paths in listed.items()
-        for path in paths
-    ]
+    entries = [(folder, path) for folder, paths in listed.items() for path in paths]
+    pictures: dict[str, list[ImageInfo]] = {folder: [] for folder in listed}
+
+    def look(entry: tuple[str, Path]) -> ImageInfo:
+        folder, path = entry
+        return examine(path, split_of(folder, path in validation), cfg.images.white_level)
+
     with ThreadPoolExecutor(cores()) as pool:  # decoding and hashing release Python's lock
-        examined = list(
-            ProgressBar(
-                pool.map(lambda entry: examine(entry[1], entry[2], cfg.images.white_level), entries),
-                total=len(entries),
-                unit="image",
-                desc=f"{category.name}: read images",
-                leave=False,
-            )
-        )
-        pictures: dict[str, list[ImageInfo]] = {folder: [] for folder in listed}
-        for (folder, _, _), picture in zip(entries, examined):
+        what = f"{category.name}: read images"
+        bar = ProgressBar(pool.map(look, entries), what, len(entries), unit="image", leave=False)
+        examined = list(bar)
+        for (folder, _), picture in zip(entries, examined):
             pictures[folder].append(picture)
         findings.errors += [picture.problem for picture in examined if picture.problem]
         readable = [picture for picture in examined if not picture.problem]
@@ -79,20 +71,14 @@ def check(
 
 
 def header_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, exact copies.
-
-    Raises:
-        UserError: the stages could not run on the category.
-    """
+    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, exact
+    copies; UserError if the stages could not run on the category."""
     findings = Findings()
     check_unused(category, findings)
     check_number_of_images(category, findings)
     validation = set(category.validation)
-    pictures = [
-        read_info(path, split_of(folder, path in validation))
-        for folder, paths in category.listed.items()
-        for path in paths
-    ]
+    paths = [(folder, path) for folder, paths in category.listed.items() for path in paths]
+    pictures = [read_info(path, split_of(folder, path in validation)) for folder, path in paths]
     findings.warnings += [picture.problem for picture in pictures if picture.problem]
     readable = [picture for picture in pictures if not picture.problem]
     check_storage(category.root, readable, findings)
@@ -128,13 +114,8 @@ def check_names(category: layouts.Category, listed: dict[str, list[Path]], findi
     paths = [path for paths in listed.values() for path in paths]
     keys = findings.collect_errors(lambda: {path: category.key(path) for path in paths}) or {}
     # What is cut off has up to 4 bytes.
-    long = [
-        path
-        for path in paths
-        if path in keys
-        and not path.stem.endswith(keys[path][-13:])
-        and len(os.fsencode(keys[path])) > listing.LONGEST_KEY - 4
-    ]
+    longest = [path for path, key in keys.items() if len(os.fsencode(key)) > listing.LONGEST_KEY - 4]
+    long = [path for path in longest if not path.stem.endswith(keys[path][-13:])]
     if long:
         findings.notes.append(
             "long names, of which files made from the images bear the beginning and a hash, "

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from csad.data.image_files import SUFFIXES
 from csad.data.listing import image_files, subfolders
@@ -26,52 +25,37 @@ SPLITS = (GOOD, LOGICAL, STRUCTURAL)
 # What people call folders of good and of other images, in lower case.
 GOOD_NAMES = frozenset({"good", "ok", "normal", "pass", "io"})
 BAD_NAMES = frozenset(
-    {
-        "bad",
-        "defect",
-        "defects",
-        "defective",
-        "anomaly",
-        "anomalies",
-        "anomalous",
-        "abnormal",
-        "fail",
-        "ng",
-        "nok",
-        "ko",
-        "nio",
-        "not_good",
-        LOGICAL,
-        STRUCTURAL,
-    }
-)
+    "bad defect defects defective anomaly anomalies anomalous abnormal fail ng nok ko nio not_good".split()
+) | {LOGICAL, STRUCTURAL}
 
 
-class Layout(Protocol):
-    """Where one convention puts things. ``root`` is a category's folder."""
+@dataclass(frozen=True)
+class Layout:
+    """Where one convention puts things: here a plain folder, without test images. ``root`` is a category's folder."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def good(self) -> str:
-        """What it calls a folder of good images."""
+    name: str = "plain folder"
+    good: str = "good"  # what it calls a folder of good images
 
     def recognises(self, root: Path) -> bool:
         """Whether a category is laid out so; the first of `LAYOUTS` that says so is taken."""
+        return True
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
         """Split -> folders of its test images; splits without a folder may be left out."""
+        return {}
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         """Ground truth of an anomalous test image."""
+        return []
 
     def defect(self, root: Path, image: Path) -> str | None:
         """What the place of an anomalous test image says of its defect's name."""
+        return None
 
 
-class Loco:
-    name, good = "MVTec LOCO AD", "good"
+@dataclass(frozen=True)
+class Loco(Layout):
+    name: str = "MVTec LOCO AD"
 
     def recognises(self, root: Path) -> bool:
         folders = set(subfolders(root / "test"))
@@ -83,11 +67,8 @@ class Loco:
         )
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
-        foreign = [
-            name
-            for name in subfolders(root / "test")
-            if name not in SPLITS and _marked(root / "ground_truth" / name)
-        ]
+        others = [name for name in subfolders(root / "test") if name not in SPLITS]
+        foreign = [name for name in others if _marked(root / "ground_truth" / name)]
         if foreign:
             raise UserError(
                 f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
@@ -97,18 +78,16 @@ class Loco:
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         inside = image.relative_to(root / "test")
-        return image_files(root / "ground_truth" / inside.parent / image.stem)
-
-    def defect(self, root: Path, image: Path) -> str | None:
-        return None  # the masks' values say it
+        return image_files(
+            root / "ground_truth" / inside.parent / image.stem
+        )  # their values say which defect
 
 
 @dataclass(frozen=True)
-class FolderPerDefect:
+class FolderPerDefect(Layout):
     """MVTec AD's layout and those that differ from it in names only."""
 
     name: str = "MVTec AD"
-    good: str = "good"
 
     def recognises(self, root: Path) -> bool:
         return bool(subfolders(root / "test")) and (
@@ -139,22 +118,6 @@ class FolderPerDefect:
 
     def defect(self, root: Path, image: Path) -> str | None:
         return image.relative_to(root / "test").parts[0]
-
-
-class Plain:
-    name, good = "plain folder", "good"
-
-    def recognises(self, root: Path) -> bool:
-        return True
-
-    def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
-        return {}
-
-    def masks(self, root: Path, image: Path) -> list[Path]:
-        return []
-
-    def defect(self, root: Path, image: Path) -> str | None:
-        return None
 
 
 def advice_on_other_layout(root: Path) -> str | None:
@@ -193,4 +156,4 @@ def _marked(folder: Path) -> bool:
     return any(path.stem.endswith("_mask") for path in image_files(folder))
 
 
-LAYOUTS: tuple[Layout, ...] = (Loco(), FolderPerDefect("BTAD", "ok"), FolderPerDefect(), Plain())
+LAYOUTS = (Loco(), FolderPerDefect("BTAD", "ok"), FolderPerDefect(), Layout())

@@ -46,11 +46,8 @@ class Dataset:
         """
         if not self.root.is_dir():
             raise UserError(_advice_on_no_folder(self.root))
-        roots = {
-            path.name: path
-            for path in entries(self.root)
-            if not reason_to_skip(path.name) and _folder_is_category(path)
-        }
+        folders = [path for path in entries(self.root) if not reason_to_skip(path.name)]
+        roots = {path.name: path for path in folders if _folder_is_category(path)}
         category = _category_around(self.root)
         if category is not None and not roots and not _folder_is_category(self.root):
             raise UserError(

@@ -24,23 +24,18 @@ class DefectNames:
         self.category = category
 
     def of(self, split: str, image: Path) -> str | None:
-        """The name of a test image's defect, several as 'a + b'; None for good images and where nothing tells it.
-
-        Raises:
-            UserError: defects_config.json or a mask cannot be read.
-        """
+        """The name of a test image's defect, several as 'a + b'; None for good images and where nothing tells
+        it. UserError if defects_config.json or a mask cannot be read."""
         if split == GOOD:
             return None
         by_folder = self.category.convention.defect(self.category.root, image)
         if by_folder is not None:
             return by_folder
-        if self._by_pixel_value:
-            values = [
-                pixel_value(path, read_mask(path), self._by_pixel_value)
-                for path in self.category.region_masks(split, image)
-            ]
-            if values and all(value in self._by_pixel_value for value in values):
-                return " + ".join(sorted({self._by_pixel_value[value] for value in values}))
+        if names := self._by_pixel_value:
+            masks = self.category.region_masks(split, image)
+            values = {pixel_value(path, read_mask(path), names) for path in masks}
+            if values and values <= names.keys():
+                return " + ".join(sorted({names[value] for value in values}))
         rendered = self._rendered.get(split, {}).get(image.stem)
         return str(rendered) if rendered else None
 
@@ -50,11 +45,9 @@ class DefectNames:
         config = self.category.defects_config
         if not config.exists():
             return {}
+        entries = files.read_json(config, files.MEND)
         try:
-            return {
-                int(entry["pixel_value"]): str(entry["defect_name"])
-                for entry in files.read_json(config, files.MEND)
-            }
+            return {int(entry["pixel_value"]): str(entry["defect_name"]) for entry in entries}
         except (KeyError, TypeError, ValueError):
             return {}  # localisation says what is wrong with it
 

@@ -20,27 +20,19 @@ SAMPLES, SAMPLE = 1024, 4096  # of a digest: places in the file, bytes at each
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published file.
+    """A published file."""
 
-    Attributes:
-        file: its name under ckpt/.
-        url: where it is published.
-        megabytes: its size.
-        sha256: of the whole file, where it is published; or the first digits of that, which some files bear in their name.
-    """
-
-    file: str
-    url: str
-    megabytes: float
+    file: str  # its name under ckpt/
+    url: str  # where it is published
+    megabytes: float  # its size
+    # Of the whole file, where it is published; or the first digits of that, which some files bear in their
+    # name.
     sha256: str | None = None
 
 
 def obtain(checkpoint: Checkpoint, folder: Path, download: bool) -> Path:
-    """Path of a checkpoint in ``folder``; where it is missing, it is downloaded if that is wanted.
-
-    Raises:
-        UserError: it is missing and not to be downloaded, or the download failed.
-    """
+    """Path of a checkpoint in ``folder``; where it is missing, it is downloaded if that is wanted. UserError
+    if it is missing and not to be downloaded, or the download failed."""
     path = folder / checkpoint.file
     if path.exists():
         return path
@@ -110,11 +102,8 @@ def digest(path: Path) -> str:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Append what is missing to ``part``.
-
-    Raises:
-        urllib.error.URLError, ConnectionError: the transfer did not reach its end.
-    """
+    """Append what is missing to ``part``; urllib.error.URLError, ConnectionError if the transfer did not
+    reach its end."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -132,11 +121,10 @@ def _transfer(url: str, part: Path) -> None:
             have = 0  # the server does not continue, it starts over
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
+        what = f"download {part.stem}"
         with (
             open(part, "ab" if have else "wb") as handle,
-            ProgressBar(
-                total=total, initial=have, desc=f"download {part.stem}", unit="B", unit_scale=True
-            ) as bar,
+            ProgressBar(total=total, initial=have, desc=what, unit="B", unit_scale=True) as bar,
         ):
             while chunk := answer.read(CHUNK):
                 handle.write(chunk)

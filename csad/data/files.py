@@ -14,7 +14,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,7 @@ MAKE_AGAIN, MEND = "delete it and make it again", "fix it or delete it"
 
 def path_argument(text: str) -> Path:
     """A file or folder from the command line; ~ is the home folder, also where the shell leaves it alone.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is empty, which Path takes for the current folder.
-    """
+    argparse.ArgumentTypeError if the text is empty, which Path takes for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
     return Path(text).expanduser()
@@ -88,11 +86,8 @@ def from_csv_text(cell: str) -> str:
 
 
 def read_scores(path: str | Path) -> dict[str, float]:
-    """Scores by image, of a CSV file with these columns.
-
-    Raises:
-        UserError: the file is missing, lacks a column, or holds something else than finite numbers.
-    """
+    """Scores by image, of a CSV file with these columns; UserError if the file is missing, lacks a column, or
+    holds something else than finite numbers."""
     with _named_mistakes(path), open(path, newline="", encoding="utf-8") as handle:
         table = csv.DictReader(handle)
         if not {"image", "score"} <= set(table.fieldnames or ()):
@@ -106,11 +101,10 @@ def read_scores(path: str | Path) -> dict[str, float]:
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
     buffer = io.BytesIO()
-    suffix = Path(path).suffix.lower()
-    kind, options = (
-        ("JPEG", {"quality": 95}) if suffix in (".jpg", ".jpeg") else ("PNG", {"compress_level": 3})
-    )
-    Image.fromarray(image).save(buffer, kind, **options)
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    else:
+        Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     write_bytes(path, buffer.getvalue())
 
 
@@ -196,11 +190,8 @@ def read_state(path: str | Path) -> Any:
 
 
 def load_checkpoint(module: Any, path: str | Path) -> dict[str, Any]:
-    """Load the weights of a stage's checkpoint into ``module``; returns all that the file holds.
-
-    Raises:
-        UserError: the file is damaged, or holds another network, or weights that are not finite.
-    """
+    """Load the weights of a stage's checkpoint into ``module``; returns all that the file holds. UserError if
+    the file is damaged, or holds another network, or weights that are not finite."""
     saved = read_state(path)
     try:
         module.load_state_dict(saved["state"])
@@ -214,28 +205,19 @@ def load_checkpoint(module: Any, path: str | Path) -> dict[str, Any]:
 
 
 def require(path: str | Path, made_by: str) -> Path:
-    """Return ``path`` if it exists; otherwise name it and what makes it.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """``path`` if it exists; else a UserError that names it and what makes it."""
     if not Path(path).exists():
         raise UserError(f"{path} is missing; run {made_by} first")
     return Path(path)
 
 
-class _named_mistakes:
+@contextmanager
+def _named_mistakes(path: str | Path, advice: str = MAKE_AGAIN) -> Iterator[None]:
     """Turn the many ways in which a damaged file fails to parse into one sentence that names it."""
-
-    def __init__(self, path: str | Path, advice: str = MAKE_AGAIN):
-        self.path, self.advice = path, advice
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
-        if isinstance(problem, FileNotFoundError):
-            raise UserError(f"{self.path} is missing") from problem
-        if isinstance(problem, DAMAGED):
-            reason = (str(problem).splitlines() or [type(problem).__name__])[0].split(".")[0]
-            raise UserError(f"{self.path} cannot be read ({reason}); {self.advice}") from problem
+    try:
+        yield
+    except FileNotFoundError as problem:
+        raise UserError(f"{path} is missing") from problem
+    except DAMAGED as problem:
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0].split(".")[0]
+        raise UserError(f"{path} cannot be read ({reason}); {advice}") from problem

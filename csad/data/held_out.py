@@ -22,8 +22,8 @@ def held_out(keys: Mapping[Path, str]) -> set[Path]:
     """
     at_least = _MIN_OF_MANY if len(keys) >= _MANY else 1 if len(keys) < 10 else 2
     number = max(at_least, int(FRACTION * len(keys) + 0.5))
-    return set(
-        sorted(
-            keys, key=lambda path: hashlib.sha256(f"0 {keys[path]}".encode(errors="surrogateescape")).digest()
-        )[:number]
-    )
+
+    def rank(path: Path) -> bytes:
+        return hashlib.sha256(f"0 {keys[path]}".encode(errors="surrogateescape")).digest()
+
+    return set(sorted(keys, key=rank)[:number])

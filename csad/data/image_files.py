@@ -58,11 +58,8 @@ class TooLarge(UserError):
 def opened(
     path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out"
 ) -> Iterator[ImageFile.ImageFile]:
-    """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a sentence.
-
-    Raises:
-        UserError: see `csad.data.images.read_rgb`.
-    """
+    """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a
+    UserError, see `csad.data.images.read_rgb`."""
     # A pipe or a device would never end.
     if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{what} {path} cannot be read (it is not a regular file); {advice}")
@@ -88,31 +85,24 @@ def opened(
     except UserError:
         raise
     except FileNotFoundError as problem:
-        link = (
-            ": it is a link to a missing file"
-            if isinstance(path, (str, Path)) and os.path.islink(path)
-            else ""
-        )
-        raise UserError(f"{what} {path} is missing{link}") from problem
+        is_link = isinstance(path, (str, Path)) and os.path.islink(path)
+        raise UserError(
+            f"{what} {path} is missing" + ": it is a link to a missing file" * is_link
+        ) from problem
     except Image.DecompressionBombError as problem:
         raise TooLarge(
             f"{what} {path} is larger than can be read safely ({problem}); make it smaller"
         ) from problem
     except Exception as problem:  # Pillow's decoders have an error of their own for every kind of damage
-        reason = (
-            "its format is not supported"
-            if isinstance(problem, UnidentifiedImageError)
-            else (" ".join(str(problem).split()) or type(problem).__name__)
-        )
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        if isinstance(problem, UnidentifiedImageError):
+            reason = "its format is not supported"
         raise UserError(f"{what} {path} cannot be read ({reason}); {advice}") from problem
 
 
 def displayed_size(path: str | Path) -> tuple[int, int]:
-    """(W, H) of an image as `csad.data.images.read_rgb` returns it, its orientation applied.
-
-    Raises:
-        UserError: the file is missing or no image.
-    """
+    """(W, H) of an image as `csad.data.images.read_rgb` returns it, its orientation applied. UserError if the
+    file is missing or no image."""
     with opened(path) as image:
         width, height = image.size  # of a TIFF as displayed already
         turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
@@ -128,11 +118,8 @@ def decoded_bytes(image: ImageFile.ImageFile) -> int:
 
 
 def is_lossy(path: str | Path) -> bool:
-    """Whether an image's format may have changed the values that it was given.
-
-    Raises:
-        UserError: the file is missing or no image.
-    """
+    """Whether an image's format may have changed the values that it was given; UserError if the file is
+    missing or no image."""
     with opened(path) as image:
         return holds_lossy(image, path)
 
@@ -160,10 +147,7 @@ def _holds_lossless_webp(path: Path) -> bool:
 
 def _seek_picture(image: TiffImageFile) -> int:
     """Go to a TIFF's only page that is no smaller copy of another one; how many such pages there are.
-
-    Raises:
-        ValueError: the picture that the only page is a smaller copy of lies where Pillow does not look.
-    """
+    ValueError if the picture that the only page is a smaller copy of lies where Pillow does not look."""
     pictures = []
     for page in range(image.n_frames):
         image.seek(page)

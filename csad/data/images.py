@@ -45,19 +45,14 @@ class UnknownWhiteLevel(UserError):
 
 @dataclass(frozen=True)
 class View:
-    """How the pictures of a category are seen: the same way in every stage and by the exported model.
+    """How the pictures of a category are seen: the same way in every stage and by the exported model."""
 
-    Attributes:
-        size: side in pixels, a multiple of 256 and of `tiles`.
-        white_level: see `read_rgb`.
-        roi: (size, size) bool, what is inspected; the rest is grey, so that nothing in it can count. None: everything.
-        tiles: the patch memory sees tiles x tiles of them.
-    """
-
-    size: int = SIZE
-    white_level: float | None = None
+    size: int = SIZE  # side in pixels, a multiple of 256 and of `tiles`
+    white_level: float | None = None  # see `read_rgb`
+    # (size, size) bool, what is inspected; the rest is grey, so that nothing in it can count. None:
+    # everything.
     roi: np.ndarray | None = None
-    tiles: int = 1
+    tiles: int = 1  # the patch memory sees tiles x tiles of them
 
     def read(self, paths: Sequence[Path], description: str = "", size: int | None = None) -> np.ndarray:
         """(N, 3, size, size) uint8; with a progress bar where there is a description.
@@ -66,9 +61,8 @@ class View:
             size: of the means over blocks, for a smaller view; the large ones are then not held together.
         """
         views = np.empty((len(paths), 3, size or self.size, size or self.size), np.uint8)
-        for index, path in enumerate(
-            ProgressBar(paths, desc=description, unit="image", leave=False, disable=not description)
-        ):
+        bar = ProgressBar(paths, desc=description, unit="image", leave=False, disable=not description)
+        for index, path in enumerate(bar):
             view = np.ascontiguousarray(read_rgb(path, self.size, self.white_level).transpose(2, 0, 1))
             if self.roi is not None:
                 view[:, ~self.roi] = OUTSIDE
@@ -83,10 +77,8 @@ class View:
         """(H, W, 3) uint8, a picture at its own size; what lies outside the region of interest is grey here, too."""
         picture = read_rgb(path, None, self.white_level)
         if self.roi is not None:
-            height, width = picture.shape[:2]
-            picture[
-                ~np.array(Image.fromarray(self.roi).resize((width, height), Image.Resampling.NEAREST))
-            ] = OUTSIDE
+            region = Image.fromarray(self.roi).resize(picture.shape[1::-1], Image.Resampling.NEAREST)
+            picture[~np.array(region)] = OUTSIDE
         return picture
 
     def read_tile_sized(self, paths: Sequence[Path]) -> np.ndarray:
@@ -125,11 +117,8 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def small_views(batch: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """(N, 3, S, S) uint8, S a multiple of size -> (N, 3, size, size) uint8: the mean of each block, halves rounded up, exactly.
-
-    Raises:
-        ValueError: another shape or type.
-    """
+    """(N, 3, S, S) uint8, S a multiple of size -> (N, 3, size, size) uint8: the mean of each block, halves
+    rounded up, exactly; ValueError for another shape or type."""
     side = batch.shape[-1]
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-2] != side or side % size or not side:
         raise ValueError(
@@ -260,10 +249,8 @@ def _brightest(channels: np.ndarray) -> np.ndarray:
 def _say_transparent(path: str | Path | BinaryIO) -> None:
     if "transparent" not in _said:
         _said.add("transparent")
-        ProgressBar.write(
-            f"transparent pixels are seen as white ({path} is the first picture that has some)",
-            file=sys.stderr,
-        )
+        sentence = f"transparent pixels are seen as white ({path} is the first picture that has some)"
+        ProgressBar.write(sentence, file=sys.stderr)
 
 
 def is_grey(image: np.ndarray) -> bool:

@@ -21,19 +21,9 @@ _DISTINCT = [
 def _make_palette() -> np.ndarray:
     # Steps of the golden ratio around the hue circle keep neighbouring indices apart.
     indices = np.arange(256)
-    hsv = np.stack(
-        [
-            (indices * 0.618034) % 1.0 * 179,
-            np.full(256, 190) - indices % 3 * 40,
-            np.full(256, 255) - indices % 4 * 30,
-        ],
-        axis=1,
-    ).astype(np.uint8)
-    rgb = np.asarray(
-        Image.fromarray(
-            np.stack([hsv[:, 0] / 179 * 255, hsv[:, 1], hsv[:, 2]], 1).astype(np.uint8)[None], mode="HSV"
-        ).convert("RGB")
-    )[0].copy()
+    hue = (indices * 0.618034 % 1.0 * 179).astype(np.uint8) / 179 * 255
+    hsv = np.stack([hue, 190 - indices % 3 * 40, 255 - indices % 4 * 30], 1).astype(np.uint8)
+    rgb = np.array(Image.fromarray(hsv[None], mode="HSV").convert("RGB"))[0]
     rgb[: len(_DISTINCT)] = _DISTINCT
     return rgb
 

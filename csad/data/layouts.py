@@ -72,11 +72,7 @@ class Category:
         return cache(lambda folder: walk(folder, flat=folder == root))
 
     def images_in(self, folder: Path) -> list[Path]:
-        """The images of a folder of this category, sorted.
-
-        Raises:
-            UserError: there are none.
-        """
+        """The images of a folder of this category, sorted; UserError if there are none."""
         images = self.walk(folder)[0]
         if not images:
             raise UserError(f"no images in {folder}; expected files ending in {', '.join(SUFFIXES)}")
@@ -105,17 +101,10 @@ class Category:
     def _train_and_validation(self) -> tuple[list[Path], list[Path]]:
         folder = self.training_folder
         images = self.images_in(folder)
-        bad = sorted(
-            {
-                part
-                for path in images
-                for part in path.relative_to(folder).parts[:-1]
-                if part.lower() in BAD_NAMES
-            }
-        )
-        if bad:
+        folders = {part for path in images for part in path.relative_to(folder).parts[:-1]}
+        if bad := [name for name in folders if name.lower() in BAD_NAMES]:
             raise UserError(
-                f"{folder} holds a folder {bad[0]}, but training images have to be good ones; put the good ones into "
+                f"{folder} holds a folder {min(bad)}, but training images have to be good ones; put the good ones into "
                 f"{self.root / 'train' / self.convention.good}"
             )
         validation_folder = self._folder("validation")
@@ -182,10 +171,8 @@ class Category:
         """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
         if not isinstance(self.convention, FolderPerDefect):
             return {}
-        return {
-            split: [folder.name for folder in self.test_folders.get(split, [])]
-            for split in (LOGICAL, STRUCTURAL)
-        }
+        folders = {split: self.test_folders.get(split, []) for split in (LOGICAL, STRUCTURAL)}
+        return {split: [folder.name for folder in of_split] for split, of_split in folders.items()}
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
@@ -197,11 +184,9 @@ class Category:
         return self.root / "defects_config.json"
 
     def region_masks(self, split: str, image: Path) -> list[Path]:
-        """Ground truth of one test image: one mask per annotated region (one for all in MVTec AD's layout), empty if it is good.
-
-        Raises:
-            UserError: another image of the folder may be the one that the masks belong to.
-        """
+        """Ground truth of one test image: one mask per annotated region (one for all in MVTec AD's layout),
+        empty if it is good; UserError if another image of the folder may be the one that the masks belong
+        to."""
         masks = [] if split == GOOD else self.convention.masks(self.root, image)
         of_this_name = {image.stem + suffix for suffix in {*SUFFIXES, image.suffix}}
         if masks and sum(image.with_name(name).exists() for name in of_this_name) > 1:
@@ -221,13 +206,10 @@ class Category:
 
     @cached_property
     def _keys(self) -> dict[Path, str]:
-        return {
-            path: key
-            for folders, base in self.folder_lists
-            for path, key in unique_names(
-                [path for folder in folders for path in self.walk(folder)[0]], base
-            ).items()
-        }
+        keys: dict[Path, str] = {}
+        for folders, base in self.folder_lists:
+            keys |= unique_names([path for folder in folders for path in self.walk(folder)[0]], base)
+        return keys
 
     @cached_property
     def folder_lists(self) -> list[tuple[list[Path], Path]]:
@@ -248,11 +230,8 @@ class Category:
     @property
     def listed(self) -> dict[str, list[Path]]:
         """Folder -> its images, of all folders that are used, without a complaint about what is too few or empty."""
-        return {
-            str(folder.relative_to(self.root)): self.walk(folder)[0]
-            for folders, _ in self.folder_lists
-            for folder in folders
-        }
+        folders = [folder for folders, _ in self.folder_lists for folder in folders]
+        return {str(folder.relative_to(self.root)): self.walk(folder)[0] for folder in folders}
 
 
 def test_splits(category: Category) -> dict[str, list[Path]]:

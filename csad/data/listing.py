@@ -56,11 +56,8 @@ def unique_names(images: Sequence[Path], base: Path) -> dict[Path, str]:
     taken.update(whole[path] for path in ambiguous)
     for path in ambiguous:
         digest = hashlib.sha256("/".join(parts_of[path]).encode(errors="surrogateescape")).hexdigest()[:8]
-        keys[path] = (
-            whole[path]
-            if taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS
-            else f"{whole[path]}-{digest}"
-        )
+        is_unique = taken[whole[path]] == 1 and whole[path] not in RESERVED_KEYS
+        keys[path] = whole[path] if is_unique else f"{whole[path]}-{digest}"
     return {path: short_name(key, LONGEST_KEY) for path, key in keys.items()}
 
 
@@ -105,9 +102,7 @@ def entries(folder: Path) -> list[Path]:
     """What lies in a folder, links after the rest; nothing where there is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (Path(folder, name) for name in os.listdir(folder)), key=lambda path: (path.is_symlink(), path.name)
-    )
+    return sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name))
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -115,11 +110,8 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in entries(folder)
-        if path.suffix.lower() in SUFFIXES and not reason_to_skip(path.name) and path.is_file()
-    )
+    named = [path for path in entries(folder) if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in named if not reason_to_skip(path.name) and path.is_file())
 
 
 def count(number: int, thing: str) -> str:

@@ -56,11 +56,8 @@ class FileLock:
         self.release()
 
     def acquire(self, timeout: float = 0.0) -> FileLock:
-        """Wait at most ``timeout`` seconds for another owner; returns this lock.
-
-        Raises:
-            LockHeld: another process, or this one, holds it.
-        """
+        """Wait at most ``timeout`` seconds for another owner; returns this lock. LockHeld if another process,
+        or this one, holds it."""
         deadline = time.monotonic() + timeout
         while not self._create():
             owner = self._read()
@@ -126,10 +123,8 @@ class FileLock:
         return content | {"age": age}
 
     def _is_stale(self, owner: dict[str, Any]) -> bool:
-        same_host = (owner.get("host"), owner.get("namespace")) == (
-            socket.gethostname(),
-            _process_namespace(),
-        )
+        here = socket.gethostname(), _process_namespace()
+        same_host = (owner.get("host"), owner.get("namespace")) == here
         return owner["age"] > STALE_SECONDS or (same_host and not _is_alive(owner.get("process")))
 
     def _remove(self, stale: dict[str, Any]) -> None:

@@ -24,15 +24,12 @@ def check_masks(
         for split in (layouts.LOGICAL, layouts.STRUCTURAL)
         for path in findings.collect_errors(partial(category.test, split)) or []
     ]
-    masks = {
-        path: findings.collect_errors(partial(category.region_masks, split, path))
-        for split, path in anomalous
-    }
+    collect = findings.collect_errors
+    masks = {path: collect(partial(category.region_masks, split, path)) for split, path in anomalous}
     without = [path for path, of_image in masks.items() if of_image == []]
     if without and len(without) < len(masks):
-        findings.warnings.append(
-            f"anomalous, but without a ground-truth mask: {file_names(category.root, without)}"
-        )
+        names = file_names(category.root, without)
+        findings.warnings.append(f"anomalous, but without a ground-truth mask: {names}")
     elif without:
         findings.notes.append("no ground-truth masks, so localisation is not measured")
     values = None
@@ -74,11 +71,8 @@ def check_masks(
 
 
 def pixel_values(category: layouts.Category) -> set[int]:
-    """The pixel values that defects_config.json defines.
-
-    Raises:
-        UserError: it says something else, or a value twice with different saturations.
-    """
+    """The pixel values that defects_config.json defines; UserError if it says something else, or a value
+    twice with different saturations."""
     saturations: dict[int, tuple[object, object]] = {}
     try:
         for entry in files.read_json(category.defects_config, files.MEND):

@@ -9,26 +9,18 @@ from csad.data.listing import Unused, count, entries, reason_to_skip
 
 
 def layout_line(category: Category) -> str:
-    """What the stages will see, in one line.
-
-    Raises:
-        UserError: they could not run on the category.
-    """
+    """What the stages will see, in one line; UserError if they could not run on the category."""
     train, validation = category.train, category.validation
     parts = [count(len(train), "training image"), count(len(validation), "validation image")]
     if category.validation_is_held_out:
-        parts[1] += (
-            f" (set aside from {count(len(train) + len(validation), 'training image')}, there are no others)"
-        )
-    test_folders = [folder for split in SPLITS for folder in category.test_folders.get(split, [])]
-    test_images = [
-        f"{len(category.images_in(folder))} {folder.name}"
-        + (" (logical)" if folder.name in category.logical_defects else "")
-        for folder in test_folders
-    ]
-    parts.append(
-        f"test images: {', '.join(test_images)}" if test_images else "no test images, so nothing to measure"
-    )
+        together = count(len(train) + len(validation), "training image")
+        parts[1] += f" (set aside from {together}, there are no others)"
+    test_images = []
+    for folder in (folder for split in SPLITS for folder in category.test_folders.get(split, [])):
+        logical = " (logical)" if folder.name in category.logical_defects else ""
+        test_images.append(f"{len(category.images_in(folder))} {folder.name}{logical}")
+    counts = ", ".join(test_images)
+    parts.append(f"test images: {counts}" if test_images else "no test images, so nothing to measure")
     if test_images and not category.tested:
         parts.append("no good test images, so nothing to measure")
     if category.roi_file.exists():
@@ -71,7 +63,5 @@ def unused(category: Category) -> Unused:
     if (category.root / "ground_truth").is_dir():
         mask_files, not_masks = category.walk(category.root / "ground_truth")
         reasons.update(not_masks)
-        reasons.update(
-            (path, "a mask that belongs to no test image") for path in mask_files if path not in masks
-        )
+        reasons |= {path: "a mask that belongs to no test image" for path in mask_files if path not in masks}
     return sorted(reasons.items())

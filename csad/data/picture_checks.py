@@ -53,31 +53,23 @@ def check_storage(root: Path, pictures: Sequence[ImageInfo], findings: Findings)
 
     (width, height), _ = Counter(picture.size for picture in pictures).most_common(1)[0]
     most = f"most images are {width}x{height}"
-    stretched = [
-        picture
-        for picture in pictures
-        if abs(picture.size[0] / picture.size[1] / (width / height) - 1) > ASPECT_TOLERANCE
-    ]
-    resized = [
-        picture for picture in pictures if picture.size != (width, height) and picture not in stretched
-    ]
+    stretched, resized = [], []
+    for picture in pictures:
+        if abs(picture.size[0] / picture.size[1] / (width / height) - 1) > ASPECT_TOLERANCE:
+            stretched.append(picture)
+        elif picture.size != (width, height):
+            resized.append(picture)
     add(findings.warnings, f"{most}, but of another shape, and so stretched otherwise", stretched)
     add(findings.notes, f"{most}, of the same shape but another size", resized)
-    add(
-        findings.notes,
-        f"smaller than the {SIZE} pixels that the networks see",
-        [picture for picture in pictures if min(picture.size) < SIZE],
-    )
+    small = [picture for picture in pictures if min(picture.size) < SIZE]
+    add(findings.notes, f"smaller than the {SIZE} pixels that the networks see", small)
     for describe_one in (
         lambda picture: f"of {picture.bits} bits",
         lambda picture: "in colour" if picture.colour else "grey",
     ):
         common, *rare = [value for value, _ in Counter(map(describe_one, pictures)).most_common()]
-        add(
-            findings.warnings,
-            f"most images are {common}, but {' and '.join(rare)}",
-            [picture for picture in pictures if describe_one(picture) != common],
-        )
+        others = [picture for picture in pictures if describe_one(picture) != common]
+        add(findings.warnings, f"most images are {common}, but {' and '.join(rare)}", others)
     training_formats = {picture.format for picture in pictures if picture.split == "train"}
     if training_formats:
         add(
@@ -92,22 +84,13 @@ def check_storage(root: Path, pictures: Sequence[ImageInfo], findings: Findings)
         "16-bit images that use less than a quarter of their range (14 bits? then set --images.white_level 16383)",
         [picture for picture in seen if picture.bits == 16 and picture.values[1] < 64],
     )
-    add(
-        findings.warnings,
-        "of one colour all over",
-        [picture for picture in seen if picture.values[0] == picture.values[1]],
-    )
-    add(
-        findings.notes,
-        "turned upright as their EXIF orientation says",
-        [picture for picture in pictures if picture.turned],
-    )
+    blank = [picture for picture in seen if picture.values[0] == picture.values[1]]
+    add(findings.warnings, "of one colour all over", blank)
+    turned = [picture for picture in pictures if picture.turned]
+    add(findings.notes, "turned upright as their EXIF orientation says", turned)
     transparent = [picture for picture in pictures if picture.transparent]
-    add(
-        findings.notes if len(transparent) == len(pictures) else findings.warnings,
-        "with transparent pixels, which are seen as white",
-        transparent,
-    )
+    messages = findings.notes if len(transparent) == len(pictures) else findings.warnings
+    add(messages, "with transparent pixels, which are seen as white", transparent)
 
 
 def check_copies(root: Path, pictures: Sequence[ImageInfo], findings: Findings) -> None:
@@ -117,18 +100,13 @@ def check_copies(root: Path, pictures: Sequence[ImageInfo], findings: Findings) 
         if picture.digest:
             by_digest[picture.digest].append(picture)
     pairs = [(first, copy, "the same file") for first, *copies in by_digest.values() for copy in copies]
-    pairs += [
-        (first, copy, "nearly the same")
-        for first, copy in near_copies([group[0] for group in by_digest.values()])
-    ]
+    near = near_copies([group[0] for group in by_digest.values()])
+    pairs += [(first, copy, "nearly the same") for first, copy in near]
     if pictures and pictures[0].thumbnail is not None and pictures[0].hash is None:
         findings.notes.append("near copies were not looked for; pip install ImageHash does")
     equations = defaultdict(list)
     for first, copy, how in pairs:
-        between = (
-            f"within {first.split}" if first.split == copy.split else f"in {first.split} and {copy.split}"
-        )
-        equations[how, between].append(f"{first.path.relative_to(root)} = {copy.path.relative_to(root)}")
-    findings.warnings += [
-        f"{how} {between}: {some_of(copies)}" for (how, between), copies in equations.items()
-    ]
+        same_split = first.split == copy.split
+        where = f"within {first.split}" if same_split else f"in {first.split} and {copy.split}"
+        equations[f"{how} {where}"].append(f"{first.path.relative_to(root)} = {copy.path.relative_to(root)}")
+    findings.warnings += [f"{title}: {some_of(copies)}" for title, copies in equations.items()]

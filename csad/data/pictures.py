@@ -114,9 +114,8 @@ def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInf
     if len(hashed) < 2:
         return []
     signs = np.stack([bits for _, bits, _ in hashed]).astype(np.float32) * 2 - 1
-    small = np.stack(
-        [np.asarray(Image.fromarray(thumbnail).convert("L"), np.int16) for *_, thumbnail in hashed]
-    )
+    grey = [Image.fromarray(thumbnail).convert("L") for *_, thumbnail in hashed]
+    small = np.stack([np.asarray(thumbnail, np.int16) for thumbnail in grey])
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
     copies = []
     # Rows at a time: memory grows with the number of images, not with its square.
@@ -144,9 +143,5 @@ def with_digests_where_alike(pictures: Sequence[ImageInfo]) -> list[ImageInfo]:
     groups = defaultdict(list)
     for picture in pictures:
         groups[fingerprint(picture.path)].append(picture)
-    return [
-        ImageInfo(picture.path, picture.split, digest=records.digest(picture.path))
-        for group in groups.values()
-        if len(group) > 1
-        for picture in group
-    ]
+    alike = [picture for group in groups.values() if len(group) > 1 for picture in group]
+    return [ImageInfo(picture.path, picture.split, digest=records.digest(picture.path)) for picture in alike]

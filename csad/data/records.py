@@ -11,39 +11,29 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import csad
 from csad.data import files
 from csad.errors import UserError, require_version
 
+if TYPE_CHECKING:  # it needs PyTorch, which records do not
+    from models.backbone import Backbone
+
 SKIP, SCORE, TRAIN = "skip", "score", "train"
-
-
-class Backbone(Protocol):
-    """What a record says of a backbone (models.backbone.Backbone)."""
-
-    name: str
-    fingerprint: str
-    is_stand_in: bool
 
 
 @dataclass(frozen=True)
 class Record:
-    """The record of one stage and category.
+    """The record of one stage and category."""
 
-    Attributes:
-        path: JSON file beside the outputs.
-        provenance: everything that decides the training: settings, seed, backbone, digests of what it reads.
-        scored: what the outputs other than the checkpoint depend on besides: digests of validation and test images.
-        outputs: files that exist when the stage is done; the checkpoint, if there is one, first.
-        checkpoint: that of the outputs from which the others are made; its "meta" holds the provenance.
-    """
-
-    path: Path
+    path: Path  # JSON file beside the outputs
+    # Everything that decides the training: settings, seed, backbone, digests of what it reads.
     provenance: dict[str, Any]
-    outputs: Sequence[Path]
+    outputs: Sequence[Path]  # files that exist when the stage is done; the checkpoint, if there is one, first
+    # What the outputs other than the checkpoint depend on besides: digests of validation and test images.
     scored: dict[str, str] | None = None
+    # That of the outputs from which the others are made; its "meta" holds the provenance.
     checkpoint: Path | None = None
 
     def plan(self, overwrite: bool) -> str:
@@ -60,19 +50,16 @@ class Record:
         record = read_record(self.path) if self.path.exists() else None
         if record is None and len(present) == len(self.outputs) and self._checkpoint_meta() is None:
             return SKIP  # made elsewhere, and used as it is; a checkpoint of ours says that a run was ended before its record
-        if (
-            record is not None
-            and record["used"] == as_json(self.provenance)
-            and record["scored"] == self.scored
-            and (record["outputs"] == self._digests())
-        ):
-            return SKIP  # and no checkpoint was opened for it
+        provenance = as_json(self.provenance)
+        if record is not None and (record["used"], record["scored"]) == (provenance, self.scored):
+            if record["outputs"] == self._digests():
+                return SKIP  # and no checkpoint was opened for it
         made_from = self._checkpoint_made_by()
         if made_from is not None:
             before = as_json({key: made_from.get(key) for key in self.provenance})
-            refuse(difference(before, as_json(self.provenance)), f"{self.checkpoint} was made")
+            refuse(difference(before, provenance), f"{self.checkpoint} was made")
         elif record is not None and present:
-            refuse(difference(record["used"], as_json(self.provenance)), f"{self.path.parent} was made")
+            refuse(difference(record["used"], provenance), f"{self.path.parent} was made")
         return TRAIN if made_from is None else SCORE
 
     def superseded(self) -> str:
@@ -111,11 +98,8 @@ class Record:
 
 
 def refuse(changes: Sequence[str], what: str) -> None:
-    """Say what differs from the work that is there, ``what`` for example "ckpt/best_cup.pth was made"; nothing where all agrees.
-
-    Raises:
-        UserError: something differs.
-    """
+    """UserError that says what differs from the work that is there, ``what`` for example "ckpt/best_cup.pth
+    was made"; nothing where all agrees."""
     if changes:
         raise UserError(
             f"{what} with different settings or images ({'; '.join(changes[:4])}); "
@@ -139,11 +123,8 @@ def changes_since(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, with "used", "scored" and "outputs".
-
-    Raises:
-        UserError: it is missing, or none, or of another version.
-    """
+    """A record, with "used", "scored" and "outputs"; UserError if it is missing, or none, or of another
+    version."""
     record = files.read_json(path, keys={"used": dict, "scored": (dict, type(None)), "outputs": dict})
     require_version(record["used"], str(path), "run its stage again with --overwrite")
     return record
@@ -220,11 +201,7 @@ def difference(recorded: dict[str, Any], current: dict[str, Any], prefix: str = 
 
 
 def digest(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file's content.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """First 16 hex digits of the SHA-256 of a file's content; UserError if there is no such file."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except FileNotFoundError as problem:

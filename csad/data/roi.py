@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from csad.data.images import read_mask
@@ -65,9 +64,7 @@ def _draw(polygons: Sequence[Polygon], side: int) -> np.ndarray:
             raise UserError(
                 f"polygon {number} of the region of interest is {polygon!r}, expected [[x, y], [x, y], ...]"
             ) from problem
-        if len(points) < 3 or not all(
-            math.isfinite(value) and 0 <= value <= 1 for point in points for value in point
-        ):
+        if len(points) < 3 or not all(0 <= value <= 1 for point in points for value in point):
             raise UserError(
                 f"polygon {number} of the region of interest needs at least three points with x and y from 0 to 1, "
                 f"got {polygon!r}"

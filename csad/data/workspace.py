@@ -54,22 +54,17 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that the stages write, by docs/method.md's names.
-
-    Attributes:
-        shared: the workspace around the one of a single seed, whose data set, pseudo-labels and downloads it uses.
-    """
+    """Everything that the stages write, by docs/method.md's names."""
 
     root: Path
+    # The workspace around the one of a single seed, whose data set, pseudo-labels and downloads it uses.
     shared: Workspace | None = None
 
     def of_seeds(self, seeds: Sequence[int] | None) -> dict[int | None, Workspace]:
         """A workspace in seeds/{seed} for each; without seeds, this one alone, under the key None."""
-        return (
-            {seed: Workspace(self.root / "seeds" / str(seed), self) for seed in seeds}
-            if seeds
-            else {None: self}
-        )
+        if not seeds:
+            return {None: self}
+        return {seed: Workspace(self.root / "seeds" / str(seed), self) for seed in seeds}
 
     @property
     def default_dataset(self) -> Path:
@@ -153,24 +148,21 @@ class Workspace:
         Raises:
             UserError: a category, or the workspace, has none.
         """
-        models = [
-            path
-            for folder, suffix in EXPORTED.values()
-            for path in sorted((self.root / "ckpt" / folder).glob(f"*{suffix}"))
-        ]
-        stems = {path.stem for path in models}
-        for category in categories or ():
-            if not stems & _with_precisions(category):
-                raise UserError(
-                    f"there is no exported model of {category} in {self.root / 'ckpt'}"
-                    + (did_you_mean(category, stems) or "; run export_model.py first")
-                )
-        if not models:
+        folders = [(self.root / "ckpt" / folder, suffix) for folder, suffix in EXPORTED.values()]
+        models = [path for folder, suffix in folders for path in sorted(folder.glob(f"*{suffix}"))]
+        if not models and not categories:
             raise UserError(
                 f"there are no exported models in {self.root / 'ckpt'}; run export_model.py first"
             )
-        stems_of_categories = {stem for category in categories or () for stem in _with_precisions(category)}
-        return [path for path in models if not categories or path.stem in stems_of_categories]
+        names = {path.stem for path in models}
+        wanted: set[str] = set()
+        for category in categories or ():
+            stems = {_with_precision(category, precision) for precision in PRECISIONS}
+            if stems.isdisjoint(names):
+                advice = did_you_mean(category, names) or "; run export_model.py first"
+                raise UserError(f"there is no exported model of {category} in {self.root / 'ckpt'}{advice}")
+            wanted |= stems
+        return [path for path in models if not categories or path.stem in wanted]
 
     def branch_weights(self, category: str) -> Path:
         """How much stage 4 decided that each branch counts, and by what (csad.evaluation.branch_weights)."""
@@ -208,11 +200,7 @@ class Workspace:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the workspace while something is written to it.
-
-        Raises:
-            UserError: another run holds it.
-        """
+        """Hold the workspace while something is written to it; UserError if another run holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(self.root / ".csad.lock").acquire()
@@ -235,7 +223,3 @@ class Workspace:
 
 def _with_precision(name: str, precision: str) -> str:
     return name if precision == "fp32" else f"{name}_{precision}"
-
-
-def _with_precisions(category: str) -> set[str]:
-    return {_with_precision(category, precision) for precision in PRECISIONS}

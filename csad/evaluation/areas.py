@@ -28,13 +28,10 @@ def area_statistics(parameters: Mapping[str, np.ndarray], classes: int) -> dict[
     for name, title, groups in (("hist", "", 1), ("patch_hist", "quarter_", QUARTERS)):
         mean = np.array(parameters[f"{name}_mean"], dtype=np.float64).reshape(groups, classes)
         mean[:, 0] = 1 - mean[:, 1:].sum(1)
-        covariance = np.linalg.pinv(
-            np.asarray(parameters[f"{name}_invcov"], dtype=np.float64), hermitian=True
-        )
-        blocks = [
-            covariance[first : first + classes, first : first + classes]
-            for first in range(0, groups * classes, classes)
-        ]
+        inverse = np.asarray(parameters[f"{name}_invcov"], dtype=np.float64)
+        covariance = np.linalg.pinv(inverse, hermitian=True)
+        own = [slice(first, first + classes) for first in range(0, groups * classes, classes)]
+        blocks = [covariance[part, part] for part in own]
         variance = np.array([[block[1:, 1:].sum(), *np.diag(block)[1:]] for block in blocks])
         std = np.sqrt(variance.clip(min=0))
         for kind, values in (("mean", mean), ("std", std)):

@@ -24,41 +24,31 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
 STANDARD_ERRORS, RESAMPLINGS = 2.0, 200  # of the gain by which other weights than the settings' replace these
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
-MAX_COST, MIN_NOTICED = (
-    2.5,
-    85.0,
-)  # of the same points, which the patch histogram may take away if it notices parts
-MAX_COST_UNNOTICED = 1.0  # the same of one that does not notice so many (`parts_noticed`)
+MAX_COST = (
+    2.5  # of the same points, which the patch histogram may take away if it notices that parts are missing
+)
+MIN_NOTICED = 85.0  # `parts_noticed` from which it does
+MAX_COST_UNNOTICED = 1.0  # of a patch histogram that does not notice so many
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
 
 
 class Defects(NamedTuple):
-    """Synthetic defects of one kind, structural or logical.
+    """Synthetic defects of one kind, structural or logical."""
 
-    Attributes:
-        contributions: (n, K), what each of the K branches adds to the score of each image at weight 1.
-        strengths: (n,) in 0..1.
-    """
-
+    # (n, K), what each of the K branches adds to the score of each image at weight 1.
     contributions: np.ndarray
-    strengths: np.ndarray
+    strengths: np.ndarray  # (n,) in 0..1
 
 
 class Decision(NamedTuple):
-    """The weights, and what speaks for them.
+    """The weights, and what speaks for them."""
 
-    Attributes:
-        weights: of the branches that count, by name.
-        aurocs: image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the
-            sums `EQUAL` and `FUSED`.
-        strengths: the smallest and the largest strength of these, by kind.
-        noticed: `parts_noticed` of the patch histogram, if it is known.
-    """
-
-    weights: dict[str, float]
+    weights: dict[str, float]  # of the branches that count, by name
+    # Image AUROC in percent on the synthetic defects that count, by kind, then by branch, and of the sums
+    # `EQUAL` and `FUSED`.
     aurocs: dict[str, dict[str, float]]
-    strengths: dict[str, tuple[float, float]]
-    noticed: float | None = None
+    strengths: dict[str, tuple[float, float]]  # the smallest and the largest strength of these, by kind
+    noticed: float | None = None  # `parts_noticed` of the patch histogram, if it is known
 
     @property
     def description(self) -> str:
@@ -123,14 +113,13 @@ def choose(
     # Largest weights first: of equally good ones these are kept.
     values = [WEIGHTS[::-1] if branch != HISTOGRAM else (0.0,) for branch in branches]
     surface = [weights for weights in itertools.product(*values) if max(weights) == 1]
-    usual = tuple(float(branch in default and branch != HISTOGRAM) for branch in branches)
+    own = tuple(float(branch in default and branch != HISTOGRAM) for branch in branches)
     best = max(
-        surface, key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights), default=usual
+        surface, key=lambda weights: value(weights) - MIN_GAIN * np.count_nonzero(weights), default=own
     )
-    if any(usual) and value(best) - value(usual) <= STANDARD_ERRORS * _standard_error(
-        good, counted, best, usual
-    ):
-        best = usual
+    if any(own):
+        uncertainty = STANDARD_ERRORS * _standard_error(good, counted, best, own)
+        best = own if value(best) - value(own) <= uncertainty else best
     if HISTOGRAM in branches:
         position = list(branches).index(HISTOGRAM)
         options = [(*best[:position], weight, *best[position + 1 :]) for weight in WEIGHTS[::-1]]
@@ -139,13 +128,11 @@ def choose(
     named = {branch: np.eye(len(branches))[index] for index, branch in enumerate(branches)}
     named |= {EQUAL: np.ones(len(branches)), FUSED: np.array(best)}
     measured = {name: aurocs(weights) for name, weights in named.items()}
+    strengths = {kind: of_kind.strengths for kind, of_kind in counted.items()}
     return Decision(
         {branch: weight for branch, weight in zip(branches, best) if weight},
         {kind: {name: of_sum[kind] for name, of_sum in measured.items()} for kind in counted},
-        {
-            kind: (float(of_kind.strengths.min()), float(of_kind.strengths.max()))
-            for kind, of_kind in counted.items()
-        },
+        {kind: (float(values.min()), float(values.max())) for kind, values in strengths.items()},
         noticed,
     )
 
@@ -159,19 +146,13 @@ def parts_noticed(parameters: Mapping[str, np.ndarray]) -> float | None:
     Args:
         parameters: `models.patch_histogram.fit_parameters`.
     """
-    names = ("hist", "patch_hist")
-    if any(not len(parameters.get(f"{name}_incomplete_score", ())) for name in names):
-        return None
-    complete, incomplete = (
-        np.sum(
-            [
-                apply_z(parameters[f"{name}_{kind}_score"], *fit_z(parameters[f"{name}_held_out_score"]))
-                for name in names
-            ],
-            axis=0,
-        )
-        for kind in ("held_out", "incomplete")
-    )
+    complete = incomplete = np.zeros(1)
+    for name in ("hist", "patch_hist"):
+        if not len(parameters.get(f"{name}_incomplete_score", ())):
+            return None
+        mean, std = fit_z(parameters[f"{name}_held_out_score"])
+        complete = complete + apply_z(parameters[f"{name}_held_out_score"], mean, std)
+        incomplete = incomplete + apply_z(parameters[f"{name}_incomplete_score"], mean, std)
     return 100 * float(_wins(complete, incomplete).mean())
 
 
@@ -248,18 +229,13 @@ def read(category: str, workspace: Workspace, fusion: FusionSettings) -> tuple[d
         elif decided["scores"] != _digests(category, workspace, fusion):
             reason = "weighed the branches by other validation scores than there are now"
         else:
-            return {
-                branch: decided["weights"][branch] for branch in BRANCHES if branch in decided["weights"]
-            }, ""
-    return equal(
-        fusion.branches
-    ), f"export_model.py {reason}, so each counts the same here; run export_model.py again"
+            weights = decided["weights"]
+            return {branch: weights[branch] for branch in BRANCHES if branch in weights}, ""
+    sentence = f"export_model.py {reason}, so each counts the same here; run export_model.py again"
+    return equal(fusion.branches), sentence
 
 
 def _digests(category: str, workspace: Workspace, fusion: FusionSettings) -> dict[str, str]:
-    paths = [
-        path
-        for branch in (*fusion.branches, *fusion.optional)
-        for path in workspace.good_scores(category, branch)
-    ]
+    branches = (*fusion.branches, *fusion.optional)
+    paths = [path for branch in branches for path in workspace.good_scores(category, branch)]
     return {path.name: records.digest(path) for path in paths if path.exists()}

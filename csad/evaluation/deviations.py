@@ -32,7 +32,7 @@ class Deviation(NamedTuple):
     normal_area: float  # the training images' mean
     deviation: float  # in their standard deviations, negative = too little
     above_all: str = (
-        ""  # for the whole image: the quarter that shows it most, where one is unusual in the same direction
+        ""  # for the whole image: the quarter that shows it most, if one is unusual in the same direction
     )
     name: str = ""  # what people call the component; empty: by its number
 
@@ -61,12 +61,8 @@ class Deviation(NamedTuple):
         ratio = self.area / self.normal_area
         if ratio >= MANY:
             return f"{self.title}{there}, where there is normally hardly any{mostly}"
-        times = (
-            f"{ratio:.1f} times the normal area"
-            if ratio >= 1.05
-            else f"{100 * ratio:.0f} % of the normal area"
-        )
-        return f"{self.title}: {times}{there}{mostly}"
+        times = f"{ratio:.1f} times" if ratio >= 1.05 else f"{100 * ratio:.0f} % of"
+        return f"{self.title}: {times} the normal area{there}{mostly}"
 
 
 def area_fractions(label_map: np.ndarray, classes: int) -> np.ndarray:
@@ -133,28 +129,21 @@ def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
     if first.deviation < 0:
         if spot:
             return Summary(f"something lies where {first.title} should be")
-        return (
-            Summary(first.words, [first])
-            if first.is_missing
-            else Summary(f"there is too little of {first.title}")
-        )
-    return Summary(
-        f"{first.title} is where it should not be"
-        if first.normal_area < SMALL
-        else f"there is too much of {first.title}"
-    )
+        if first.is_missing:
+            return Summary(first.words, [first])
+        return Summary(f"there is too little of {first.title}")
+    if first.normal_area < SMALL:
+        return Summary(f"{first.title} is where it should not be")
+    return Summary(f"there is too much of {first.title}")
 
 
 def _counterpart(deviation: Deviation, unusual: Sequence[Deviation]) -> Deviation | None:
     """Another component that gains about the area that this one loses in the same place, or the other way round."""
     change = deviation.area - deviation.normal_area
     quarter = deviation.above_all if deviation.place == WHOLE else deviation.place
-    for other in unusual:
-        if (
-            quarter
-            and other.component != deviation.component
-            and ((other.place, other.above_all) == (deviation.place, deviation.above_all))
-        ):
+    for other in unusual if quarter else ():
+        same_place = (other.place, other.above_all) == (deviation.place, deviation.above_all)
+        if same_place and other.component != deviation.component:
             if 0.5 <= (other.normal_area - other.area) / change <= 2:
                 return other
     return None

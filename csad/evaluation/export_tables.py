@@ -24,11 +24,7 @@ FIELDS = (
 
 
 def read(workspace: Workspace) -> list[dict[str, Any]]:
-    """What earlier runs came to.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
+    """What earlier runs came to; UserError if the file cannot be read, or holds something else."""
     path = workspace.export_report
     reports = files.read_json(path) if path.exists() else []
     if not (isinstance(reports, list) and all(files.holds(report, FIELDS) for report in reports)):
@@ -51,21 +47,26 @@ def write(reports: list[dict[str, Any]], workspace: Workspace) -> None:
 
 def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
     """A Markdown table that reads in a terminal, too; of several categories of one format an average, alone if ``short``."""
-    rows = [] if short else list(reports)
+    rows, notes = [] if short else list(reports), []
     for kind in sorted({(report["format"], report["precision"]) for report in reports}):
         same = [report for report in reports if (report["format"], report["precision"]) == kind]
-        if len(same) > 1:
-            differences = [report["largest_difference"] for report in same]
-            rows.append(
-                {
-                    "category": "average",
-                    "format": kind[0],
-                    "precision": kind[1],
-                    "ran_in": "/".join(sorted({report["ran_in"] for report in same})),
-                    "largest_difference": None if None in differences else max(differences),
-                }
-                | {name: mean_known(report[name] for report in same) for name in AUROCS + TIMES}
-            )
+        if len(same) == 1:
+            continue
+        differences = [report["largest_difference"] for report in same]
+        rows.append(
+            {
+                "category": "average",
+                "format": kind[0],
+                "precision": kind[1],
+                "ran_in": "/".join(sorted({report["ran_in"] for report in same})),
+                "largest_difference": None if None in differences else max(differences),
+            }
+            | {name: mean_known(report[name] for report in same) for name in AUROCS + TIMES}
+        )
+        if partial := counted(
+            {name.removeprefix("auroc_"): [report[name] for report in same] for name in AUROCS}
+        ):
+            notes.append(f"\n{' '.join(kind)}: averages of what was measured{partial}")
     columns = {
         "category": "category",
         "format": "format",
@@ -78,21 +79,8 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
         "preprocessing_ms": "preprocessing ms",
         "largest_difference": "largest difference",
     }
-    text = [
-        tabulate(
-            [[_cell(name, report[name]) for name in columns] for report in rows],
-            list(columns.values()),
-            tablefmt="github",
-            disable_numparse=True,
-        )
-    ]
-    for kind in sorted({(report["format"], report["precision"]) for report in reports}):
-        same = [report for report in reports if (report["format"], report["precision"]) == kind]
-        partial = counted(
-            {name: [report[f"auroc_{name}"] for report in same] for name in ("logical", "structural", "mean")}
-        )
-        if partial and len(same) > 1:
-            text.append(f"\n{' '.join(kind)}: averages of what was measured{partial}")
+    cells = [[_cell(name, report[name]) for name in columns] for report in rows]
+    text = [tabulate(cells, list(columns.values()), tablefmt="github", disable_numparse=True), *notes]
     for report in [] if short else reports:
         if report["precision"] == "int8":
             higher = [f"{name} ({kind})" for name, kind in report["networks"].items() if kind != "int8"]
@@ -109,12 +97,8 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
     stand_ins = sorted({name for report in reports for name in report["stand_ins"]})
     if stand_ins:
         text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    text += [
-        f"\n{line}"
-        for line in said_of_choice(
-            branch for report in reports for branch in report.get("chosen_on_test", [])
-        )
-    ]
+    chosen_on_test = [branch for report in reports for branch in report.get("chosen_on_test", [])]
+    text += [f"\n{line}" for line in said_of_choice(chosen_on_test)]
     return "\n".join(text) + "\n"
 
 

@@ -11,18 +11,13 @@ from scipy.optimize import linear_sum_assignment
 
 @dataclass(frozen=True)
 class LabelMatch:
-    """The best one-to-one matching of predicted labels to true classes.
+    """The best one-to-one matching of predicted labels to true classes."""
 
-    Attributes:
-        mean_iou: mean of ``per_class``, 0..1.
-        per_class: true class -> intersection over union with its predicted label over all images; 0 where none is left
-            for it. Classes that occur in no true map are left out.
-        matched: true class -> predicted label.
-    """
-
-    mean_iou: float
+    mean_iou: float  # mean of ``per_class``, 0..1
+    # True class -> intersection over union with its predicted label over all images; 0 where none is left for
+    # it. Classes that occur in no true map are left out.
     per_class: dict[int, float]
-    matched: dict[int, int]
+    matched: dict[int, int]  # true class -> predicted label
 
 
 def match_labels(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> LabelMatch:

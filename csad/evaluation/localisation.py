@@ -23,11 +23,8 @@ _said_lossy: set[Path] = set()  # categories whose lossy masks were named
 
 
 def read_maps(path: Path) -> dict[str, np.ndarray]:
-    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val"), scaled (models.prediction).
-
-    Raises:
-        UserError: the file is damaged, or holds something else.
-    """
+    """A branch's anomaly maps, (N, 64, 64) of every split and of the validation images ("val"), scaled
+    (models.prediction); UserError if the file is damaged, or holds something else."""
     maps = files.read_arrays(path)
     for split, values in maps.items():
         if values.ndim != 3 or values.shape[1:] != (MAP_SIZE, MAP_SIZE) or values.dtype.kind != "f":
@@ -95,9 +92,8 @@ def measure(
             if _test_folder(category, path) in left_out:
                 continue
             size = category.displayed_size(path)
-            regions = (
-                [] if measured == layouts.GOOD else read_regions(category, split, path, saturations, size)
-            )
+            is_good = measured == layouts.GOOD
+            regions = [] if is_good else read_regions(category, split, path, saturations, size)
             inspected = None if roi is None else enlarge(roi.astype(np.float32), size) >= 0.5
             curve.add(enlarge(small, size), regions, inspected)
     return curve.result()
@@ -121,11 +117,8 @@ def enlarge(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]] | None:
-    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts that have none.
-
-    Raises:
-        UserError: the file is missing or says something else.
-    """
+    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts
+    that have none. UserError if the file is missing or says something else."""
     path = category.defects_config
     if not path.exists() and category.layout != layouts.Loco.name:
         return None

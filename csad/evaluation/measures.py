@@ -10,7 +10,7 @@ from csad.branches import BRANCHES, PAPER_BRANCHES
 from csad.data import layouts, records
 from csad.data.defects import DefectNames
 from csad.data.roi import read_roi
-from csad.data.workspace import Workspace
+from csad.data.workspace import SCORE_PARTS, Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights, localisation
 from csad.evaluation.metrics import auroc, average_precision, f1_max
@@ -29,7 +29,7 @@ from csad.progress import ProgressBar
 import numpy as np
 
 from models.constants import SIZE
-from models.fusion import fuse, share
+from models.fusion import contribution, fuse
 
 NO_COMPONENT_MAP = (
     "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
@@ -39,10 +39,8 @@ ANOMALIES = {split.removesuffix("_anomalies"): split for split in (layouts.LOGIC
 
 def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Settings) -> dict[str, Any]:
     """Everything there is to measure about one category."""
-    (weights, undecided), rule = (
-        branch_weights.read(category.name, workspace, cfg.fusion),
-        cfg.fusion.rule,
-    )
+    weights, undecided = branch_weights.read(category.name, workspace, cfg.fusion)
+    rule = cfg.fusion.rule
     if undecided:
         ProgressBar.write(f"{category.name}: {undecided}", file=sys.stderr)
     fused = list(weights)
@@ -67,9 +65,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
         "defects": single_defects(category, sums),
         "localisation": {
             name: localisation_metrics(category, workspace, scores, rule, sum_weights, roi)
-            for name, sum_weights in (
-                {branch: {branch: 1.0} for branch in branches} | {FUSED: weights}
-            ).items()
+            for name, sum_weights in [*((branch, {branch: 1.0}) for branch in branches), (FUSED, weights)]
         },
     }
 
@@ -97,11 +93,10 @@ def detection(split_scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]
 def fused_by_split(
     category: layouts.Category, scores: Scores, weights: dict[str, float], rule: str
 ) -> dict[str, np.ndarray]:
-    parts = {
-        part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
-        for part in scores[next(iter(weights))]
-    }
-    return by_split(category, parts)
+    def fused(part: str) -> np.ndarray:
+        return fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
+
+    return by_split(category, {part: fused(part) for part in SCORE_PARTS})
 
 
 def single_defects(
@@ -141,21 +136,17 @@ def localisation_metrics(
     drawing = [branch for branch in weights if has_map(category, workspace, branch)]
     if not drawing:
         return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
+    maps, contributions = {}, {}
     for branch in drawing:
         path = workspace.anomaly_maps(category.name, branch)
         if not path.exists():
             why = f"{path.relative_to(workspace.root)} is missing; {BRANCHES[branch].stage} adds it without training again"
             return {name: {"missing": why} for name in ANOMALIES}
-    maps = {
-        branch: localisation.read_maps(workspace.anomaly_maps(category.name, branch)) for branch in drawing
-    }
-    contributions = {
-        branch: {
-            split: weights[branch] * share(values, rule)
+        maps[branch] = localisation.read_maps(path)
+        contributions[branch] = {
+            split: weights[branch] * contribution(values, rule)
             for split, values in by_split(category, scores[branch]).items()
         }
-        for branch in drawing
-    }
     metrics = {}
     for name, split in ANOMALIES.items():
         try:
@@ -172,11 +163,8 @@ def localisation_metrics(
             }
         except UserError as problem:  # image-level figures are worth having without it
             # Metrics and report go to other people, whose folders are others.
-            metrics[name] = {
-                "missing": str(problem)
-                .replace(f"{category.root.parent}/", "")
-                .replace(f"{workspace.root}/", "")
-            }
+            sentence = str(problem).replace(f"{category.root.parent}/", "")
+            metrics[name] = {"missing": sentence.replace(f"{workspace.root}/", "")}
     return metrics
 
 

@@ -34,14 +34,10 @@ def overview(measured: dict[str, dict], with_published: bool = True) -> list[str
     """
     contents = list(measured.values())
     lines = ["", f"data set: {contents[0]['dataset']}"]
-    for branches in [
-        names
-        for names in contents[0]["detection"]
-        if all(names in content["detection"] for content in contents)
-    ]:
-        lines.append(
-            average(str(tuple(branches.split("+"))), [content["detection"][branches] for content in contents])
-        )
+    for branches in contents[0]["detection"]:
+        if all(branches in content["detection"] for content in contents):
+            detections = [content["detection"][branches] for content in contents]
+            lines.append(average(str(tuple(branches.split("+"))), detections))
     by_weights: dict[str, list[str]] = {}
     for content in contents:
         weights = f"{branch_weights.describe(content['weights'])} ({content['rule']})"
@@ -61,21 +57,15 @@ def overview(measured: dict[str, dict], with_published: bool = True) -> list[str
     if with_published and LOCO & {content["category"] for content in contents}:
         lines.append(PUBLISHED)
     if len(contents) > MANY:
+        rows = []
+        for content in lowest_first(contents)[:MANY]:
+            aurocs = [metrics["auroc"] for metrics in content["detection"][FUSED].values()]
+            rows.append((content["category"], *aurocs, fused_mean(content)))
         lines += [
             "",
             f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
-            *_table(
-                [
-                    (
-                        content["category"],
-                        *(metrics["auroc"] for metrics in content["detection"][FUSED].values()),
-                        fused_mean(content),
-                    )
-                    for content in lowest_first(contents)[:MANY]
-                ],
-                ("", *ANOMALIES, "mean"),
-            ),
         ]
+        lines += _table(rows, ("", *ANOMALIES, "mean"))
     return lines
 
 
@@ -96,11 +86,8 @@ def details(measured: dict[str, dict]) -> list[str]:
         for name, content in measured.items()
         for kind, metrics in content["detection"][FUSED].items()
     ]
-    lines = [
-        "",
-        "image level, fused branches, in percent",
-        *_table(rows, ("", "", "average precision", "F1-max")),
-    ]
+    lines = ["", "image level, fused branches, in percent"]
+    lines += _table(rows, ("", "", "average precision", "F1-max"))
 
     rows = [
         (name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
@@ -108,11 +95,8 @@ def details(measured: dict[str, dict]) -> list[str]:
         for defect, entry in content["defects"].items()
     ]
     if rows:
-        lines += [
-            "",
-            "single defects, fused branches, image AUROC in percent",
-            *_table(rows, ("", "", "defect", "images", "AUROC")),
-        ]
+        lines += ["", "single defects, fused branches, image AUROC in percent"]
+        lines += _table(rows, ("", "", "defect", "images", "AUROC"))
 
     lines += [
         "",
@@ -121,26 +105,21 @@ def details(measured: dict[str, dict]) -> list[str]:
     ]
     rows, notes = [], []
     for name, content in measured.items():
-        by_kind = content["localisation"][FUSED]
-        rows += [
-            (name, kind, metrics["pixel_auroc"], metrics["pixel_f1_max"], *metrics["spro"].values())
-            for kind, metrics in by_kind.items()
-            if "spro" in metrics
-        ]
-        notes += [
-            f"{name}, {kind}: not measured: {metrics['missing']}"
-            for kind, metrics in by_kind.items()
-            if "missing" in metrics
-        ]
-        notes += [
-            f"{name}, {kind}: measured without {', '.join(metrics['left_out'])}, which has no ground-truth masks"
-            for kind, metrics in by_kind.items()
-            if metrics.get("left_out")
-        ]
-        notes += [
-            f"{name}: {note}"
-            for note in {metrics["note"]: None for metrics in by_kind.values() if metrics.get("note")}
-        ]
+        unmeasured, incomplete, general = [], [], []
+        for kind, metrics in content["localisation"][FUSED].items():
+            if "missing" in metrics:
+                unmeasured.append(f"{name}, {kind}: not measured: {metrics['missing']}")
+                continue
+            rows.append(
+                (name, kind, metrics["pixel_auroc"], metrics["pixel_f1_max"], *metrics["spro"].values())
+            )
+            if without := ", ".join(metrics["left_out"]):
+                incomplete.append(
+                    f"{name}, {kind}: measured without {without}, which has no ground-truth masks"
+                )
+            if metrics["note"]:
+                general.append(f"{name}: {metrics['note']}")
+        notes += [*unmeasured, *incomplete, *dict.fromkeys(general)]
     means: list[tuple[Any, ...]] = [
         ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
         for kind in ANOMALIES

@@ -23,11 +23,8 @@ MANY = 15  # categories; of more, a terminal and the report show the lowest in f
 
 
 def scored_branches(category: layouts.Category, workspace: Workspace, fused: list[str]) -> list[str]:
-    """The branches whose stage was run: the fused ones, which have to be there, and any other that is.
-
-    Raises:
-        UserError: a fused branch has no scores; names its stage.
-    """
+    """The branches whose stage was run: the fused ones, which have to be there (UserError, names the stage),
+    and any other that is."""
     for branch in fused:
         for part in SCORE_PARTS:
             files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
@@ -40,18 +37,13 @@ def scored_branches(category: layouts.Category, workspace: Workspace, fused: lis
 
 
 def read_scores(category: layouts.Category, workspace: Workspace, branch: str, part: str) -> np.ndarray:
-    """(n,) float of one of `SCORE_PARTS`.
-
-    Raises:
-        UserError: the file is missing, holds numbers that are not finite, or another number of them than there are images.
-    """
+    """(n,) float of one of `SCORE_PARTS`; UserError if the file is missing, holds numbers that are not
+    finite, or another number of them than there are images."""
     path = files.require(workspace.scores(category.name, branch, part), BRANCHES[branch].stage)
     scores = files.read_array(path)
-    images = (
-        category.validation
-        if part == "val"
-        else category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
-    )
+    images = category.validation
+    if part != "val":
+        images = category.test(layouts.GOOD) + category.test(SPLIT_OF_PART[part])
     if scores.shape != (len(images),) or scores.dtype.kind != "f":
         raise UserError(
             f"{path} holds {scores.size} scores but the data set has {len(images)} such images; "
@@ -63,11 +55,8 @@ def read_scores(category: layouts.Category, workspace: Workspace, branch: str, p
 def normalisation(
     category: layouts.Category, workspace: Workspace, branch: str, rule: str, std_floor: float = 0.0
 ) -> tuple[float, float]:
-    """By what a branch's scores are normalised (`models.fusion.fit_normalisation`): its scores of good images.
-
-    Raises:
-        UserError: see `read_scores`.
-    """
+    """By what a branch's scores are normalised (`models.fusion.fit_normalisation`): its scores of good
+    images. Errors as of `read_scores`."""
     good = [read_scores(category, workspace, branch, "val")]
     if (held_out := workspace.scores(category.name, branch, HELD_OUT)).exists():
         good.append(files.read_array(held_out))
@@ -86,21 +75,11 @@ def normalised_scores(
     digests = records.scored_images(category.validation, layouts.test_splits(category))
     normalised = {}
     for branch in branches:
-        stage, paths = (
-            BRANCHES[branch].stage,
-            {part: workspace.scores(category.name, branch, part) for part in SCORE_PARTS},
-        )
+        record, maps = workspace.record(category.name, branch), workspace.anomaly_maps(category.name, branch)
         scores = {part: read_scores(category, workspace, branch, part) for part in SCORE_PARTS}
-        maps = workspace.anomaly_maps(category.name, branch)
-        records.require_current(
-            workspace.record(category.name, branch),
-            digests,
-            [
-                *{*paths.values(), *workspace.good_scores(category.name, branch)},
-                *([maps] if maps.exists() else []),
-            ],
-            stage,
-        )
+        used = [workspace.scores(category.name, branch, part) for part in SCORE_PARTS if part != "val"]
+        used += workspace.good_scores(category.name, branch) + [maps] * maps.exists()
+        records.require_current(record, digests, used, BRANCHES[branch].stage)
         mean, std = normalisation(category, workspace, branch, rule)
         normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised
@@ -128,11 +107,9 @@ def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bool:
     """Whether a branch of the exported model says where: the patch histogram does with ``segmentor.evidence`` alone."""
     record = workspace.record(category.name, branch)
-    return (
-        branch != "patchhist"
-        or not record.exists()
-        or records.read_record(record)["used"]["segmentor"]["evidence"]
-    )
+    if branch != "patchhist" or not record.exists():
+        return True
+    return records.read_record(record)["used"]["segmentor"]["evidence"]
 
 
 def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
@@ -147,12 +124,9 @@ def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str])
 
 def said_of_choice(branches: Iterable[str]) -> list[str]:
     """The line that tables carry where weights were chosen on test images; none where none were."""
-    names = ", ".join(dict.fromkeys(branches))
-    return (
-        [f"weights of {names}: chosen on test images, as published; not an estimate of performance"]
-        if names
-        else []
-    )
+    if not (names := ", ".join(dict.fromkeys(branches))):
+        return []
+    return [f"weights of {names}: chosen on test images, as published; not an estimate of performance"]
 
 
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:

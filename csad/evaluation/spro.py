@@ -86,19 +86,15 @@ class SproCurve:
     def result(self) -> Localisation:
         """The areas under the curves; NaN where there is no region, or no pixel outside one."""
         occurring = np.flatnonzero(self._normal + self._anomalous)[::-1]  # thresholds, falling
-        normal, anomalous = (
-            np.r_[0, np.cumsum(counts[occurring])] for counts in (self._normal, self._anomalous)
-        )
-        overlap = np.r_[0, np.cumsum(self._overlap[occurring])]
+        counts = (self._normal, self._anomalous, self._overlap)
+        normal, anomalous, overlap = (np.r_[0, np.cumsum(count[occurring])] for count in counts)
         if not self._regions or not normal[-1]:
             return Localisation({limit: float("nan") for limit in FPR_LIMITS}, float("nan"), float("nan"))
         false_positives = normal / normal[-1]
         f1 = 2 * anomalous[1:] / (anomalous[1:] + normal[1:] + anomalous[-1])
+        mean_overlap = overlap / self._regions
         return Localisation(
-            {
-                limit: 100 * area_up_to(false_positives, overlap / self._regions, limit) / limit
-                for limit in FPR_LIMITS
-            },
+            {limit: 100 * area_up_to(false_positives, mean_overlap, limit) / limit for limit in FPR_LIMITS},
             100 * area_up_to(false_positives, anomalous / anomalous[-1], 1.0),
             100 * float(f1.max()),
         )

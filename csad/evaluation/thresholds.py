@@ -13,19 +13,13 @@ FALSE_POSITIVE_RATE = 0.01  # of good images, over the threshold that a model su
 
 
 class Threshold(NamedTuple):
-    """A score over which an image is called anomalous.
+    """A score over which an image is called anomalous."""
 
-    Attributes:
-        value: the score.
-        target_fpr: the fraction of good images that may lie over it.
-        guaranteed_fpr: the fraction that so many validation images guarantee, in expectation over their choice.
-        images: number of validation images.
-    """
-
-    value: float
-    target_fpr: float
+    value: float  # the score
+    target_fpr: float  # the fraction of good images that may lie over it
+    # The fraction that so many validation images guarantee, in expectation over their choice.
     guaranteed_fpr: float
-    images: int
+    images: int  # number of validation images
 
     @property
     def is_met(self) -> bool:

@@ -11,11 +11,8 @@ from csad.inference.runtimes import TorchEngine
 
 
 def accept(path: Path, reference: TorchEngine, category: layouts.Category, device: str) -> None:
-    """Compare a written export with PyTorch on validation images, and note in it the threshold that follows from its own scores.
-
-    Raises:
-        UserError: it gives other scores than PyTorch, or some that are not finite.
-    """
+    """Compare a written export with PyTorch on validation images, and note in it the threshold that follows
+    from its own scores; UserError if it gives other scores than PyTorch, or some that are not finite."""
     paths = category.validation
     compared = agreement.spread_evenly(len(paths))
     scored = fresh_process.score(path, paths, compared, device, f"{category.name}: score validation images")

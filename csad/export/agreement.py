@@ -22,9 +22,8 @@ COMPARED = 16  # validation images at most, evenly spread over the sorted list
 MIN_SPREAD = 0.5
 ROUNDING = 0.05  # of the scores' own size: the same for scores so large that fp32 has few digits left for their spread
 TOLERATED = 1e-3  # in fp32, of the spread
-TOLERATED_ROUGHLY = (
-    0.2  # in other precisions and on accelerators, whose fp32 may be TF32: on average; as int8's guard says
-)
+# In other precisions and on accelerators, whose fp32 may be TF32: on average; as int8's guard says.
+TOLERATED_ROUGHLY = 0.2
 TOLERATED_PIXELS = (
     1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
 )
@@ -53,9 +52,8 @@ def disagreement(
         scored: what the exported model gave.
         exactly: it ran in fp32 on the CPU.
     """
-    if not all(
-        np.isfinite(actuals).all() for actuals in (scored.score, scored.branch_scores) if actuals is not None
-    ):
+    given = [scores for scores in (scored.score, scored.branch_scores) if scores is not None]
+    if not all(np.isfinite(scores).all() for scores in given):
         return "it gives numbers that are not finite"
     expected = [reference.predict(read_for(reference, [path])) for path in pictures]
     contributions, label_maps = (
@@ -77,9 +75,8 @@ def disagreement(
     for name, exact, actual in zip(names, references, actuals):
         apart = np.abs(exact - actual) / spread(exact)
         if exactly and scored.branch_scores is None and "patchhist" in reference.branches:
-            beyond = (
-                np.quantile(apart, 1 - TIES, method="lower") > TOLERATED or apart.max() > TOLERATED_ROUGHLY
-            )
+            most = np.quantile(apart, 1 - TIES, method="lower")
+            beyond = most > TOLERATED or apart.max() > TOLERATED_ROUGHLY
         else:
             beyond = apart.max() > TOLERATED if exactly else apart.mean() > TOLERATED_ROUGHLY
         if beyond:

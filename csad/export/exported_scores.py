@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import time
+from pathlib import Path
 
 from csad.data import files, layouts
 from csad.data.workspace import Workspace
@@ -24,15 +25,11 @@ def evaluate(
     category: layouts.Category, engine: Engine, workspace: Workspace, format: str, precision: str
 ) -> dict:
     """Score every test image one by one, as a production line would; write the CSV and the JSON beside it.
-
-    Raises:
-        UserError: a score is not finite.
-    """
+    UserError if a score is not finite."""
     rows, seconds, preparing = [], [], []
     scores: dict[str, list[float]] = {split: [] for split in layouts.SPLITS}
-    for split, path in ProgressBar(
-        category.test_images, desc=f"{category.name}: evaluate {engine.runtime}", unit="image"
-    ):
+    what = f"{category.name}: evaluate {engine.runtime}"
+    for split, path in ProgressBar(category.test_images, desc=what, unit="image"):
         start = time.perf_counter()
         image = read_for(engine, [path])
         between = time.perf_counter()
@@ -47,10 +44,8 @@ def evaluate(
         scores[split].append(score)
         rows.append((path.relative_to(category.root).as_posix(), split, repr(score)))
 
-    good = np.array(scores[layouts.GOOD])
-    logical, structural = (
-        auroc(good, np.array(scores[split])) for split in (layouts.LOGICAL, layouts.STRUCTURAL)
-    )
+    good, logical, structural = (np.array(scores[split]) for split in layouts.SPLITS)
+    aurocs = [auroc(good, logical), auroc(good, structural)]
     target = workspace.evaluation(category.name, format, precision)
     report = {
         "category": category.name,
@@ -60,12 +55,14 @@ def evaluate(
         "ran_in": engine.precision,
         "networks": engine.networks,
         "branches": engine.branches,
-        "auroc_logical": logical,
-        "auroc_structural": structural,
-        "auroc_mean": mean_known([logical, structural]),
+        "auroc_logical": aurocs[0],
+        "auroc_structural": aurocs[1],
+        "auroc_mean": mean_known(aurocs),
         "ms_per_image": _median_ms(seconds),
         "preprocessing_ms": _median_ms(preparing),
-        "largest_difference": largest_difference(rows, engine, workspace, category.name, format, precision),
+        "largest_difference": 0.0
+        if (format, precision) == ("torch", "fp32")
+        else largest_difference(rows, engine, workspace.evaluation(category.name, "torch")),
         "kept_in_higher_precision": engine.metadata.get("kept_in_higher_precision", []),
         "images": len(rows),
         "threshold": engine.metadata.get("threshold"),
@@ -85,27 +82,16 @@ def evaluate(
     return report
 
 
-def largest_difference(
-    rows: list[tuple[str, str, str]],
-    engine: Engine,
-    workspace: Workspace,
-    category: str,
-    format: str,
-    precision: str,
-) -> float | None:
+def largest_difference(rows: list[tuple[str, str, str]], engine: Engine, reference: Path) -> float | None:
     """Of any score from the torch fp32 model's, or None where that model, or its evaluation, is not at hand."""
-    if (format, precision) == ("torch", "fp32"):
-        return 0.0
-    reference = workspace.evaluation(category, "torch")
     if not reference.exists() or not reference.with_suffix(".json").exists():
         return None
     evaluated = files.read_json(reference.with_suffix(".json"), keys={"model": dict})["model"]
     if any(evaluated.get(key) != engine.metadata.get(key) for key in ("weights", "branch_weights")):
         return None  # the torch model was made anew and not evaluated since, or the other way round
     expected = files.read_scores(reference)
-    return max(
-        (abs(float(score) - expected[image]) for image, _, score in rows if image in expected), default=None
-    )
+    differences = (abs(float(score) - expected[image]) for image, _, score in rows if image in expected)
+    return max(differences, default=None)
 
 
 def _median_ms(seconds: list[float]) -> float:

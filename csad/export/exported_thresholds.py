@@ -27,14 +27,12 @@ import numpy as np
 def with_validation_scores(
     metadata: dict[str, Any], scores: np.ndarray, category: str, images: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Metadata with the validation images' scores, by the exported model itself, and the threshold that follows.
+    """Metadata with the validation images' scores, by the exported model itself, and the threshold that
+    follows; UserError if a score is not finite.
 
     Args:
         scores: (n,), in any order.
         images: what people call the images, in the same order.
-
-    Raises:
-        UserError: a score is not finite.
     """
     if not np.isfinite(scores).all():
         raise UserError(

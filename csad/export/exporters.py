@@ -50,11 +50,8 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         "std": list(IMAGENET_STD),
     } | metadata(state)
     model_metadata |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
-    content = to_onnx(
-        FoldedModel(fused, with_map, raw_input),
-        model_metadata,
-        Prediction._fields if with_map else SCORE_ONLY,
-    )
+    outputs = Prediction._fields if with_map else SCORE_ONLY
+    content = to_onnx(FoldedModel(fused, with_map, raw_input), model_metadata, outputs)
     content = half_networks(content) if precision == "fp16" else content
     return with_metadata(content, model_metadata | {"networks": networks_of(content)})
 
@@ -190,10 +187,8 @@ def int8_openvino(
     """Quantise the networks of an `openvino.Model` with NNCF; arguments as in `int8_onnx`."""
     nncf = require_package("nncf")
     nncf.set_log_level("ERROR")
-    outside = f"^(?!({'|'.join(networks)})).*"
-    ignored = nncf.IgnoredScope(
-        patterns=[outside, *(f"^{prefix}.*" for prefix in fp32_prefixes)], validate=False
-    )
+    patterns = [f"^(?!({'|'.join(networks)})).*", *(f"^{prefix}.*" for prefix in fp32_prefixes)]
+    ignored = nncf.IgnoredScope(patterns=patterns, validate=False)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return in_openvino_thread(
             nncf.quantize,
@@ -223,10 +218,6 @@ def _stamped(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_category(metadata: dict[str, Any], category: str, path: Path) -> None:
-    """Refuse a model that was made for another category; published files do not say for which.
-
-    Raises:
-        UserError: it was.
-    """
+    """Refuse (UserError) a model that was made for another category; published files do not say for which."""
     if metadata.get("category", category) != category:
         raise UserError(f"{path} is a model of {metadata['category']}, expected {category}; export it again")

@@ -24,34 +24,27 @@ from models import fused
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One category and seed of stage 4.
-
-    Attributes:
-        workspace: of this seed.
-        args: the command line, with this seed.
-    """
+    """One category and seed of stage 4."""
 
     category: layouts.Category
-    workspace: Workspace
+    workspace: Workspace  # of this seed
     settings: Settings
-    args: argparse.Namespace
+    args: argparse.Namespace  # the command line, with this seed
     device: str
 
 
 def export(job: ExportJob, path: Path) -> TorchEngine:
     """Write the model in the wanted format and precision; returns the fp32 PyTorch model that it should agree with."""
-    return {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[job.args.format](
-        job, path
-    )
+    exporter = {"torch": export_torch, "onnx": export_onnx, "openvino": export_openvino}[job.args.format]
+    return exporter(job, path)
 
 
 def export_torch(job: ExportJob, path: Path) -> TorchEngine:
     category, workspace, args = job.category, job.workspace, job.args
     view, fusion = view_of(category, job.settings), job.settings.fusion
     weights, weighed = weighing.decide(category, workspace, fusion, view, args.seed, job.device)
-    state = fused_state(
-        category, workspace, fusion, view, args.precision, weights, weighed, job.settings.names
-    )
+    names = job.settings.names
+    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed, names)
     files.write_state(path, state)
     return TorchEngine(state, "cpu", "fp32")
 
@@ -71,17 +64,14 @@ def export_onnx(job: ExportJob, path: Path) -> TorchEngine:
         calibration = calibration_images(category, metadata)
 
         def build(fp32_prefixes: tuple[str, ...]) -> tuple[bytes, Engine]:
-            quantised = exporters.with_metadata(
-                exporters.int8_onnx(plain, calibration, fp32_prefixes), metadata | {"precision": "int8"}
-            )
+            quantised = exporters.int8_onnx(plain, calibration, fp32_prefixes)
+            quantised = exporters.with_metadata(quantised, metadata | {"precision": "int8"})
             return quantised, OnnxEngine(quantised, device)
 
-        content, noted = choose_int8(
-            build, category, reference, job.settings.segmentor.paste_distance, args.seed
-        )
-        content = exporters.with_metadata(
-            content, metadata | noted | {"networks": exporters.networks_of(content)}
-        )
+        distance = job.settings.segmentor.paste_distance
+        content, noted = choose_int8(build, category, reference, distance, args.seed)
+        noted["networks"] = exporters.networks_of(content)
+        content = exporters.with_metadata(content, metadata | noted)
     files.write_bytes(path, content)
     return reference
 
@@ -97,9 +87,8 @@ def export_openvino(job: ExportJob, path: Path) -> TorchEngine:
             raise UserError(
                 f"{source} was exported without --{option}; run export_model.py --format onnx --{option} first"
             )
-    torch_model = files.require(
-        workspace.exported_model(category.name, "torch"), "export_model.py --format torch"
-    )
+    torch_model = workspace.exported_model(category.name, "torch")
+    files.require(torch_model, "export_model.py --format torch")
     reference = TorchEngine(files.read_state(torch_model), "cpu", "fp32")
     if reference.metadata.get("weights") != metadata.get("weights"):
         raise UserError(f"{source} was not made from {torch_model}; run export_model.py --format onnx first")
@@ -115,8 +104,7 @@ def export_openvino(job: ExportJob, path: Path) -> TorchEngine:
             exporters.note_metadata(quantised, metadata | {"precision": "int8"})
             return quantised, OpenVinoEngine(quantised)
 
-        model, noted = choose_int8(
-            build, category, reference, job.settings.segmentor.paste_distance, args.seed
-        )
+        distance = job.settings.segmentor.paste_distance
+        model, noted = choose_int8(build, category, reference, distance, args.seed)
     exporters.write_openvino(model, path, metadata | noted)
     return reference

@@ -109,9 +109,8 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, A
     arrays: dict[str, list[np.ndarray]] = {"score": []}
     if with_maps:
         arrays |= {"branch_scores": [], "label_map": []}
-    for index, path in enumerate(
-        ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
-    ):
+    bar = ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
+    for index, path in enumerate(bar):
         picture = read_for(engine, [Path(path)])
         output = engine.predict(picture)._asdict() if index in with_maps else {"score": engine.score(picture)}
         for name in arrays.keys() & output.keys():

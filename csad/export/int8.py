@@ -61,7 +61,11 @@ def make_check(
         anomaly = paste_component(image, prediction.label_map[0], rng, paste_distance)
         if anomaly is not None:
             anomalies.append(anomaly)
-    say_left_out(category, len(good) - len(anomalies), len(good))
+    if count := len(good) - len(anomalies):
+        print(
+            f"{category.name}: in {count} of {counted(len(good), 'picture')} no component could be pasted elsewhere, so no "
+            "synthetic defect is made of them"
+        )
     scores += [fp32.score(image[None]) for image in anomalies]
     pictures = np.concatenate([good, *(image[None] for image in anomalies)])
     return quantisation.Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
@@ -78,21 +82,6 @@ def paste_component(
     factor = image.shape[-1] // images.SIZE
     label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
     # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
-    anywhere = np.zeros(label_map.shape, dtype=bool)
-    synthesis = synthesise(
-        image.transpose(1, 2, 0),
-        label_map,
-        label_parts(label_map),
-        anywhere,
-        rng,
-        paste_distance,
-    )
+    picture, anywhere = image.transpose(1, 2, 0), np.zeros(label_map.shape, dtype=bool)
+    synthesis = synthesise(picture, label_map, label_parts(label_map), anywhere, rng, paste_distance)
     return synthesis.image.transpose(2, 0, 1) if synthesis.pasted else None
-
-
-def say_left_out(category: layouts.Category, count: int, of: int) -> None:
-    if count:
-        print(
-            f"{category.name}: in {count} of {counted(of, 'picture')} no component could be pasted elsewhere, so no "
-            "synthetic defect is made of them"
-        )

@@ -34,11 +34,8 @@ def own_weights(graph: Any) -> None:
         copy(weights[node.input[0]], node.output[0])
         graph.node.remove(node)
     weights = {weight.name: weight for weight in graph.initializer}
-    for node in [
-        node
-        for node in graph.node
-        if node.op_type == "Conv" and len(node.input) == 3 and node.input[2] in weights
-    ]:
+    with_bias = [node for node in graph.node if node.op_type == "Conv" and len(node.input) == 3]
+    for node in (node for node in with_bias if node.input[2] in weights):
         if node.input[2] in taken:
             name = f"{node.name}/bias"
             copy(weights[node.input[2]], name)

@@ -41,17 +41,11 @@ NEAR = 0.25  # of the images: those whose scores are nearest to the threshold, w
 
 @dataclass(frozen=True)
 class Check:
-    """Scores, all finite, that a quantised model has to reproduce.
+    """Scores, all finite, that a quantised model has to reproduce."""
 
-    Attributes:
-        images: (N, 3, size, size) uint8.
-        scores: (N,) of fp32.
-        good: (N,) bool, or made anomalies.
-    """
-
-    images: np.ndarray
-    scores: np.ndarray
-    good: np.ndarray
+    images: np.ndarray  # (N, 3, size, size) uint8
+    scores: np.ndarray  # (N,) of fp32
+    good: np.ndarray  # (N,) bool, or made anomalies
 
     def agreement(self, engine: Engine) -> Agreement:
         scores = np.concatenate([engine.score(image[None]) for image in self.images])

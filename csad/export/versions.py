@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import csad
@@ -12,10 +13,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "op
 
 def versions() -> dict[str, str]:
     """Of this code, of Python, and of the packages that make or run exported models, those that are installed."""
-    found = {"csad": csad.__version__, "python": platform.python_version()}
+    by_name = {"csad": csad.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            by_name[package] = version(package)
+    return by_name

@@ -12,7 +12,7 @@ from csad.evaluation import branch_weights
 from csad.export.assembly import fused_state
 from csad.inference.engines import Engine, read_for
 from csad.inference.runtimes import TorchEngine
-from csad.progress import ProgressBar
+from csad.progress import batches
 from csad.training.synthetic_defects import LOGICAL, STRUCTURAL, synthesise_defect
 
 import numpy as np
@@ -33,23 +33,20 @@ def decide(
 
     What is decided is written beside the scores (`branch_weights.write`) and printed.
     """
-    weights, weighed = branch_weights.equal(fusion.branches), None
-    if (
-        fusion.weights == "synthetic_defects"
-        and len(branch_weights.candidates(category.name, workspace, fusion)) > 1
-    ):
-        state, weighed = with_optional_branches(category, workspace, fusion, view)
-        engine = TorchEngine(state, device)
-        good, defects = contributions_on_defects(engine, category, seed)
-        noticed = None
-        if branch_weights.HISTOGRAM in engine.branches:
-            parameters = files.read_arrays(workspace.patch_histogram_parameters(category.name))
-            noticed = branch_weights.parts_noticed(parameters)
-        decision = branch_weights.choose(good, defects, engine.branches, fusion.branches, noticed)
-        branch_weights.write(category.name, workspace, fusion, decision)
-        weights = decision.weights
-        print(f"{category.name}: {decision.description}")
-    return weights, weighed
+    candidates = branch_weights.candidates(category.name, workspace, fusion)
+    if fusion.weights == "equal" or len(candidates) < 2:
+        return branch_weights.equal(fusion.branches), None
+    state, weighed = with_optional_branches(category, workspace, fusion, view)
+    engine = TorchEngine(state, device)
+    good, defects = contributions_on_defects(engine, category, seed)
+    noticed = None
+    if branch_weights.HISTOGRAM in engine.branches:
+        parameters = files.read_arrays(workspace.patch_histogram_parameters(category.name))
+        noticed = branch_weights.parts_noticed(parameters)
+    decision = branch_weights.choose(good, defects, engine.branches, fusion.branches, noticed)
+    branch_weights.write(category.name, workspace, fusion, decision)
+    print(f"{category.name}: {decision.description}")
+    return decision.weights, weighed
 
 
 def with_optional_branches(
@@ -83,10 +80,8 @@ def contributions_on_defects(
     paths = category.validation[:: math.ceil(len(category.validation) / GOOD_IMAGES)]
     batch = 1 if engine.metadata.get("tiles", 1) > 1 else BATCH
     good, label_maps = [], []
-    for first in ProgressBar(
-        range(0, len(paths), batch), desc=f"{category.name}: score good images", unit="batch", leave=False
-    ):
-        prediction = engine.predict(read_for(engine, paths[first : first + batch]))
+    for few in batches(len(paths), batch, f"{category.name}: score good images"):
+        prediction = engine.predict(read_for(engine, paths[few]))
         good.append(prediction.branch_scores)
         label_maps += list(prediction.label_map)
     rng, defects = np.random.default_rng(seed), {}
@@ -95,19 +90,12 @@ def contributions_on_defects(
         order = rng.permutation(SYNTHETIC_DEFECTS)
         strengths = (order + rng.random(SYNTHETIC_DEFECTS)) / SYNTHETIC_DEFECTS
         contributions, visible = [], []
-        for first in ProgressBar(
-            range(0, SYNTHETIC_DEFECTS, batch),
-            desc=f"{category.name}: {name} defects",
-            unit="batch",
-            leave=False,
-        ):
+        for few in batches(SYNTHETIC_DEFECTS, batch, f"{category.name}: {name} defects"):
             defective = []
-            for index in range(first, min(first + batch, SYNTHETIC_DEFECTS)):
-                chosen = int(rng.integers(len(paths)))
-                image = read_for(engine, [paths[chosen]])[0].transpose(1, 2, 0)
-                changed = synthesise_defect(
-                    image, label_maps[chosen], kinds[index % len(kinds)], strengths[index], rng
-                )
+            for index in range(SYNTHETIC_DEFECTS)[few]:
+                position, kind = int(rng.integers(len(paths))), kinds[index % len(kinds)]
+                image = read_for(engine, [paths[position]])[0].transpose(1, 2, 0)
+                changed = synthesise_defect(image, label_maps[position], kind, strengths[index], rng)
                 if not np.array_equal(changed, image):  # a defect too faint for whole numbers is none
                     defective.append(changed.transpose(2, 0, 1))
                     visible.append(index)

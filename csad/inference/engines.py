@@ -40,21 +40,16 @@ METADATA_KEY = "csad"  # under which ONNX and OpenVINO files carry their metadat
 
 
 class Engine(ABC):
-    """A model in its runtime.
+    """A model in its runtime."""
 
-    Attributes:
-        runtime: torch, onnxruntime or openvino.
-        networks: in which precision each network of `NODES` really runs, by its name; empty where the file does not say.
-            Label map, histograms and score are fp32 always, the memory's distances everywhere but in OpenVINO's bf16.
-        precision: the same in a few words.
-        device: where it really runs.
-        metadata: what the file says about itself (see `csad.export.assembly.fused_state`); empty for published files.
-    """
-
-    runtime: str
-    precision: str
+    runtime: str  # torch, onnxruntime or openvino
+    precision: str  # the same in a few words
+    # In which precision each network of `NODES` really runs, by its name; empty where the file does not say.
+    # Label map, histograms and score are fp32 always, the memory's distances everywhere but in OpenVINO's
+    # bf16.
     networks: dict[str, str]
-    device: str
+    device: str  # where it really runs
+    # What the file says about itself (see `csad.export.assembly.fused_state`); empty for published files.
     metadata: dict[str, Any]
 
     @property
@@ -87,11 +82,8 @@ class Engine(ABC):
         return self._run(self._prepared(images), maps=False)[0]
 
     def predict(self, images: np.ndarray) -> Prediction:
-        """Score a batch and say where and why; arguments and errors as in `score`.
-
-        Raises:
-            UserError: the model was exported without maps.
-        """
+        """Score a batch and say where and why; arguments and errors as in `score`. UserError if the model was
+        exported without maps."""
         if not self.has_maps:
             raise UserError(
                 f"this {self.runtime} model was exported without maps; export it again with --with_map"
@@ -142,11 +134,7 @@ def requested_threads() -> int:
 
 
 def require_package(name: str) -> ModuleType:
-    """Import a runtime.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import a runtime; UserError if it is not installed."""
     try:
         return import_module(name)
     except ImportError as problem:
@@ -154,19 +142,13 @@ def require_package(name: str) -> ModuleType:
 
 
 def decoded_metadata(text: str | None, file_format: str) -> dict[str, Any]:
-    """Metadata from the JSON in an exported file; None where the file has none.
-
-    Raises:
-        UserError: it has none, or is of another format version.
-    """
+    """Metadata from the JSON in an exported file; None where the file has none. UserError if it has none, or
+    is of another format version."""
     if text is None:
         raise UserError(f"this {file_format} model was not exported by export_model.py")
     metadata = json.loads(text)
-    require_version(
-        metadata,
-        f"this {file_format} model",
-        f"export it again with export_model.py --format {file_format.lower()}",
-    )
+    advice = f"export it again with export_model.py --format {file_format.lower()}"
+    require_version(metadata, f"this {file_format} model", advice)
     return metadata
 
 

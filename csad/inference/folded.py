@@ -61,12 +61,11 @@ class FoldedTeacher(nn.Module):
     def __init__(self, projection: nn.Conv2d, mean: Tensor, std: Tensor, channels: tuple[int, ...]):
         super().__init__()
         weight = projection.weight / std.view(-1, 1, 1, 1)
+        parts = [part.contiguous() for part in weight.split(channels, dim=1)]
         self.eighth, self.sixteenth = (
             nn.Conv2d(inputs, weight.shape[0], 1, bias=False) for inputs in channels
         )
-        self.eighth.weight.data, self.sixteenth.weight.data = (
-            part.contiguous() for part in weight.split(channels, dim=1)
-        )
+        self.eighth.weight.data, self.sixteenth.weight.data = parts
         bias = (projection.get_parameter("bias") - mean.flatten()) / std.flatten()
         self.bias = nn.Parameter(bias.view(1, -1, 1, 1))
 
@@ -83,9 +82,8 @@ class FoldedStudent(nn.Module):
         super().__init__()
         self.heads = nn.Conv2d(student.conv_st.in_channels, 2 * student.conv_st.out_channels, 1)
         for name in ("weight", "bias"):
-            getattr(self.heads, name).data = torch.cat(
-                [getattr(student.conv_st, name), getattr(student.conv_ae, name)]
-            )
+            both = [getattr(head, name) for head in (student.conv_st, student.conv_ae)]
+            getattr(self.heads, name).data = torch.cat(both)
         del student.conv_st, student.conv_ae
         self.trunk = student
 
@@ -102,9 +100,8 @@ class FoldedLgst(LgstMap):
     def __init__(self, lgst: LGST, channels: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.normalise, self.dtype = lgst.normalise, dtype
-        self.teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels).to(
-            dtype
-        )
+        teacher = FoldedTeacher(lgst.teacher.proj, lgst.teacher_mean, lgst.teacher_std, channels)
+        self.teacher = teacher.to(dtype)
         self.student, self.autoencoder = FoldedStudent(lgst.local_st).to(dtype), lgst.autoencoder.to(dtype)
         starts, ends = (
             torch.stack([getattr(lgst, f"q_{branch}_{end}") for branch in ("st", "ae")])
@@ -229,11 +226,8 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
         before, norm = node.args[0], modules[node.target]
-        if (
-            before.op != "call_module"
-            or not isinstance(modules[before.target], nn.Conv2d)
-            or len(before.users) > 1
-        ):
+        after_conv = before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d)
+        if not after_conv or len(before.users) > 1:
             continue
         network.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target].eval(), norm.eval()))
         if isinstance(norm, BatchNormAct2d):
@@ -253,12 +247,7 @@ def _with_fixed_padding(conv: Conv2dSame) -> nn.Sequential:
     """The same convolution for sides that its stride divides, as ours are: then its padding does not depend on them."""
     totals = (max(kernel - stride, 0) for kernel, stride in zip(conv.kernel_size, conv.stride))
     (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
-    size, stride, dilation = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.dilation)
+    size, stride, dilation = ((each[0], each[1]) for each in (conv.kernel_size, conv.stride, conv.dilation))
     plain = nn.Conv2d(conv.in_channels, conv.out_channels, size, stride, 0, dilation, conv.groups)
     plain.weight, plain.bias = conv.weight, conv.bias
     return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), plain)
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    first, second = values
-    return first, second

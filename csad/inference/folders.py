@@ -74,13 +74,8 @@ def images_in(folder: Path, output: Path) -> tuple[dict[Path, State], list[Path]
             below[:] = []
             continue
         seen.add(real)
-        below[:] = sorted(
-            name
-            for name in below
-            if not reason_to_skip(name)
-            and (Path(here) / name).resolve() != own
-            and not is_ours(Path(here) / name)
-        )
+        folders = [Path(here) / name for name in sorted(below) if not reason_to_skip(name)]
+        below[:] = [path.name for path in folders if path.resolve() != own and not is_ours(path)]
         for name in sorted(names):
             path = Path(here) / name
             if reason_to_skip(name) or name in ("predictions.csv", "predictions.jsonl"):
@@ -125,11 +120,8 @@ def state_of(path: Path) -> dict[str, int | None]:
 
 
 def only_writer(folder: Path) -> FileLock:
-    """Hold an output folder, which is made if need be, until the end of a ``with`` block or the lock's release.
-
-    Raises:
-        UserError: another run writes there.
-    """
+    """Hold an output folder, which is made if need be, until the end of a ``with`` block or the lock's
+    release; UserError if another run writes there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder / ".predict.lock").acquire()

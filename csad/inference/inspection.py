@@ -31,6 +31,7 @@ from csad.inference.verdicts import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Ve
 import numpy as np
 
 from models.constants import MAP_SIZE
+from models.prediction import Prediction
 
 READERS = min(4, os.cpu_count() or 1)
 AHEAD = 2  # batches being decoded while one is scored
@@ -49,23 +50,14 @@ class InMemory(io.BytesIO):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a model and as people see it, or why there is none.
+    """An image as a model and as people see it, or why there is none."""
 
-    Attributes:
-        name: the file's, or whatever the image is called; of an object store's, its URL.
-        view: (3, size, size) uint8 as the model takes it.
-        shown: (H, W, 3) uint8, made smaller, where something is to be drawn.
-        size: width and height of the image in pixels.
-        problem: why there is no view.
-        note: see `csad.inference.verdicts.Verdict`.
-    """
-
-    name: Path | str
-    view: np.ndarray | None = None
-    shown: np.ndarray | None = None
-    size: tuple[int, int] = (0, 0)
-    problem: str = ""
-    note: str = ""
+    name: Path | str  # the file's, or whatever the image is called; of an object store's, its URL
+    view: np.ndarray | None = None  # (3, size, size) uint8 as the model takes it
+    shown: np.ndarray | None = None  # (H, W, 3) uint8, made smaller, where something is to be drawn
+    size: tuple[int, int] = (0, 0)  # width and height of the image in pixels
+    problem: str = ""  # why there is no view
+    note: str = ""  # see `csad.inference.verdicts.Verdict`
 
 
 def verdicts_on(
@@ -145,97 +137,59 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
     readable = [picture for picture in pictures if picture.view is not None]
     views = [picture.view for picture in pictures if picture.view is not None]
     verdicts = iter(_judge_readable(readable, np.stack(views), engine, threshold) if readable else [])
-    return [
-        replace(next(verdicts), note=picture.note)
-        if picture.view is not None
-        else Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
-        for picture in pictures
-    ]
+
+    def verdict_on(picture: Picture) -> Verdict:
+        if picture.view is None:
+            return Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
+        return replace(next(verdicts), note=picture.note)
+
+    return [verdict_on(picture) for picture in pictures]
 
 
 def _judge_readable(
     pictures: Sequence[Picture], batch: np.ndarray, engine: Engine, threshold: float
 ) -> list[Verdict]:
-    if not engine.has_maps:
-        return [
-            _undecided(picture, score, threshold)
-            if not math.isfinite(score)
-            else Verdict(picture.name, ANOMALOUS if score > threshold else NORMAL, threshold, score)
-            for picture, score in zip(pictures, map(float, engine.score(batch)))
-        ]
-    prediction = engine.predict(batch)
-    histogram, names, legend = (
-        engine.metadata.get("histogram"),
-        names_of(engine.metadata),
+    if engine.has_maps:
+        predictions = [Prediction(*parts) for parts in zip(*engine.predict(batch))]
+    else:
+        predictions = [Prediction(score, None, None, None, None) for score in engine.score(batch)]
+    return [_verdict(*each, engine, threshold) for each in zip(pictures, predictions)]
+
+
+def _verdict(picture: Picture, prediction: Prediction, engine: Engine, threshold: float) -> Verdict:
+    """The verdict on one picture, by its own part of a batch's prediction; all but its score may be None."""
+    score, has_maps = float(prediction.score), prediction.anomaly_map is not None
+    if not math.isfinite(score) or (has_maps and not np.isfinite(prediction.anomaly_map).all()):
+        problem = f"the model gives a score that is not finite ({score}); export it again"
+        return Verdict(picture.name, UNDECIDED, threshold, score, problem=problem)
+    verdict = ANOMALOUS if score > threshold else NORMAL
+    if not has_maps:
+        return Verdict(picture.name, verdict, threshold, score)
+    contributions = dict(zip(engine.branches, map(float, prediction.branch_scores)))
+    maps, histogram = dict(zip(engine.branches, prediction.branch_maps)), engine.metadata.get("histogram")
+    alarm = max(contributions, key=contributions.__getitem__)
+    unusual = maximum_of(maps[alarm] if maps[alarm].any() else prediction.anomaly_map, picture.size)
+    drawing = None
+    if (image := picture.shown) is not None:
+        parts = label_overlay(image, prediction.label_map)
+        heat = heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS)
+        if verdict == ANOMALOUS and unusual is not None:
+            image, heat = (ring(shown, unusual, picture.size) for shown in (image, heat))
+        drawing = side_by_side(image, parts, heat)
+    components = deviations(prediction.label_map, histogram, names_of(engine.metadata)) if histogram else ()
+    return Verdict(
+        picture.name,
+        verdict,
+        threshold,
+        score,
+        contributions,
+        alarm if verdict == ANOMALOUS else None,
+        unusual,
+        components,
+        picture.size,
         legend_of(engine.metadata),
+        drawing,
     )
-    verdicts = []
-    for index, picture in enumerate(pictures):
-        score = float(prediction.score[index])
-        contributions = dict(zip(engine.branches, map(float, prediction.branch_scores[index])))
-        if not (math.isfinite(score) and np.isfinite(prediction.anomaly_map[index]).all()):
-            verdicts.append(_undecided(picture, score, threshold))
-            continue
-        verdict = ANOMALOUS if score > threshold else NORMAL
-        alarm = max(contributions, key=contributions.__getitem__)
-        shown_map = prediction.branch_maps[index, engine.branches.index(alarm)]
-        if not shown_map.any():
-            shown_map = prediction.anomaly_map[index]
-        unusual = maximum_of(shown_map, picture.size)
-        spot = unusual if verdict == ANOMALOUS else None
-        drawing = (
-            None
-            if picture.shown is None
-            else _drawing(
-                picture.shown,
-                picture.size,
-                prediction.label_map[index],
-                dict(zip(engine.branches, prediction.branch_maps[index])),
-                contributions,
-                verdict,
-                spot,
-            )
-        )
-        verdicts.append(
-            Verdict(
-                picture.name,
-                verdict,
-                threshold,
-                score,
-                contributions,
-                alarm if verdict == ANOMALOUS else None,
-                unusual,
-                deviations(prediction.label_map[index], histogram, names) if histogram else (),
-                picture.size,
-                legend,
-                drawing,
-            )
-        )
-    return verdicts
-
-
-def _drawing(
-    image: np.ndarray,
-    size: tuple[int, int],
-    label_map: np.ndarray,
-    maps: dict[str, np.ndarray],
-    contributions: dict[str, float],
-    verdict: str,
-    spot: tuple[int, int] | None,
-) -> np.ndarray:
-    """Image, components and map of what explains the score, a ring around the ``spot`` that is pointed at.
-
-    Args:
-        size: see `Picture`.
-    """
-    parts = [
-        image,
-        label_overlay(image, label_map),
-        heat_overlay(image, explaining_map(maps, contributions), anomalous=verdict == ANOMALOUS),
-    ]
-    if spot is not None:
-        parts[0], parts[2] = (ring(part, spot, size) for part in (parts[0], parts[2]))
-    return side_by_side(*parts)
 
 
 def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -244,13 +198,3 @@ def maximum_of(anomaly_map: np.ndarray, size: tuple[int, int]) -> tuple[int, int
         return None
     row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
     return int((column + 0.5) * size[0] / MAP_SIZE), int((row + 0.5) * size[1] / MAP_SIZE)
-
-
-def _undecided(picture: Picture, score: float, threshold: float) -> Verdict:
-    return Verdict(
-        picture.name,
-        UNDECIDED,
-        threshold,
-        score,
-        problem=f"the model gives a score that is not finite ({score}); export it again",
-    )

@@ -59,18 +59,15 @@ class OpenVinoEngine(Engine):
             ) from problem
         self.device = ", ".join(self.compiled.get_property("EXECUTION_DEVICES")).lower()
         self.networks = _precisions(self.compiled)
-        self.precision = (
-            in_words(self.networks) if self.networks else f"its own precision (weights in {stored})"
-        )
+        own = f"its own precision (weights in {stored})"
+        self.precision = in_words(self.networks) if self.networks else own
         if stored == "fp16" and self.precision == "fp32":
             self.precision = "fp32 (weights in fp16)"
         self.request = self.compiled.create_infer_request()
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
         outputs = in_openvino_thread(self.request.infer, {"images": images})
-        return tuple(
-            outputs[name].copy() for name in (Prediction._fields if maps else Prediction._fields[:1])
-        )
+        return tuple(outputs[name].copy() for name in Prediction._fields[: None if maps else 1])
 
 
 def _compile(openvino: ModuleType, model: Any, stored: str, device: str) -> Any:
@@ -95,21 +92,14 @@ def _precisions(compiled: Any) -> dict[str, str]:
         layers = compiled.get_runtime_model().get_ordered_ops()
     except RuntimeError:
         return {}
-    for layer in layers:
-        info = {
-            key: layer.rt_info[key].astype(str)
-            for key in ("layerType", "originalLayersNames", "runtimePrecision")
-            if key in layer.rt_info
-        }
-        if len(info) < 3 or info["layerType"] not in ("Convolution", "Deconvolution"):
+    keys = ("layerType", "originalLayersNames", "runtimePrecision")
+    for info in (layer.rt_info for layer in layers):
+        if not all(key in info for key in keys):
             continue
-        network = next(
-            (name for name, starts in NODES.items() if info["originalLayersNames"].startswith(starts)), None
-        )
-        if network is not None:
-            precisions.setdefault(network, set()).add(
-                names.get(info["runtimePrecision"], info["runtimePrecision"])
-            )
+        kind, node, precision = (info[key].astype(str) for key in keys)
+        network = next((name for name, starts in NODES.items() if node.startswith(starts)), None)
+        if network is not None and kind in ("Convolution", "Deconvolution"):
+            precisions.setdefault(network, set()).add(names.get(precision, precision))
     return {name: "/".join(sorted(precisions[name])) for name in NODES if name in precisions}
 
 

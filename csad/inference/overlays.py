@@ -18,19 +18,8 @@ CALM = 0.4  # of full heat, green: what the most unusual place of a picture that
 ARRANGEMENT = "patchhist"  # the branch whose map is of components
 _OPACITY = 0.65
 # From blue over green and yellow to dark red, as maps of this kind usually are.
-_HEAT = np.array(
-    [
-        [48, 18, 59],
-        [70, 117, 237],
-        [27, 207, 212],
-        [97, 252, 108],
-        [209, 232, 52],
-        [254, 155, 45],
-        [217, 56, 6],
-        [122, 4, 2],
-    ],
-    np.float32,
-)
+_COLOURS = bytes.fromhex("30123b 4675ed 1bcfd4 61fc6c d1e834 fe9b2d d93806 7a0402")
+_HEAT = np.frombuffer(_COLOURS, np.uint8).reshape(-1, 3).astype(np.float32)
 _OUTLINE = (255, 0, 200)
 _TEXT, _QUIET, _RED, _GREEN = (27, 36, 48), (91, 102, 117), (184, 28, 46), (24, 110, 52)
 _MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds room
@@ -73,10 +62,9 @@ def _peak_region(evidence: np.ndarray) -> np.ndarray:
     region[np.unravel_index(evidence.argmax(), evidence.shape)] = True
     region &= high
     while True:
-        grown = np.pad(region, 1)
-        grown = (
-            grown[1:-1, 1:-1] | grown[2:, 1:-1] | grown[:-2, 1:-1] | grown[1:-1, 2:] | grown[1:-1, :-2]
-        ) & high
+        around = np.pad(region, 1)
+        grown = region | around[2:, 1:-1] | around[:-2, 1:-1] | around[1:-1, 2:] | around[1:-1, :-2]
+        grown &= high
         if (grown == region).all():
             return np.where(region, evidence, 0)
         region = grown
@@ -87,9 +75,8 @@ def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray, anomalous: bool = T
 
     Of a picture that is not ``anomalous`` the colours end at green, however high its map is: red means rejected.
     """
-    heat = _enlarge(
-        np.clip(anomaly_map / FULL_HEAT, 0, 1).astype(np.float32), image, Image.Resampling.BILINEAR
-    )
+    scaled = np.clip(anomaly_map / FULL_HEAT, 0, 1).astype(np.float32)
+    heat = _enlarge(scaled, image, Image.Resampling.BILINEAR)
     if not anomalous:
         heat = heat * min(1.0, CALM / max(float(heat.max()), CALM))
     position = heat * (len(_HEAT) - 1)
@@ -108,14 +95,11 @@ def label_overlay(image: np.ndarray, label_map: np.ndarray) -> np.ndarray:
 
 def outline(image: np.ndarray, *truth: np.ndarray) -> np.ndarray:
     """Draw the border of annotated regions, (h, w) bool of any size each, around all of them in an image (H, W, 3) uint8."""
-    mask = np.max(
-        [_enlarge(region.astype(np.uint8) * 255, image, Image.Resampling.NEAREST) for region in truth], axis=0
-    )
+    regions = [_enlarge(region.astype(np.uint8) * 255, image, Image.Resampling.NEAREST) for region in truth]
+    mask = Image.fromarray(np.max(regions, axis=0))
     thickness = 2 * max(1, round(max(image.shape) / 200)) + 1
-    grown, shrunk = (
-        np.asarray(Image.fromarray(mask).filter(kind(thickness)))
-        for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
-    )
+    grown = np.asarray(mask.filter(ImageFilter.MaxFilter(thickness)))
+    shrunk = np.asarray(mask.filter(ImageFilter.MinFilter(thickness)))
     drawn = image.copy()
     drawn[grown != shrunk] = _OUTLINE
     return drawn

@@ -110,18 +110,12 @@ class Output:
                     file=sys.stderr,
                 )
         contributions = verdict.contributions or {}
+        numbers = [verdict.score, verdict.threshold, *(contributions.get(branch) for branch in BRANCHES)]
         self.rows.writerow(
             [
                 files.to_csv_text(str(verdict.name)),
                 verdict.verdict,
-                *(
-                    "" if value is None else f"{value:.6g}"
-                    for value in (
-                        verdict.score,
-                        verdict.threshold,
-                        *(contributions.get(branch) for branch in BRANCHES),
-                    )
-                ),
+                *("" if value is None else f"{value:.6g}" for value in numbers),
                 *(verdict.unusual or ("", "")),
                 files.to_csv_text("; ".join(verdict.findings)),
             ]

@@ -72,10 +72,8 @@ class TorchEngine(Engine):
         with self.torch.inference_mode():
             batch = self.torch.from_numpy(images).to(self.device, memory_format=self.torch.channels_last)
             outputs = self.model(batch)
-            return tuple(
-                values.float().cpu().numpy() if values.dtype != self.torch.uint8 else values.cpu().numpy()
-                for values in (outputs if maps else outputs[:1])
-            )
+            outputs = [values if values.dtype == self.torch.uint8 else values.float() for values in outputs]
+            return tuple(values.cpu().numpy() for values in outputs[: None if maps else 1])
 
     def arrangement_scores(self, label_map: np.ndarray) -> np.ndarray:
         """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
@@ -118,22 +116,18 @@ class OnnxEngine(Engine):
                 f"onnxruntime cannot run this model ({first_line(problem)}); export it again with "
                 "export_model.py --format onnx"
             ) from problem
-        self.metadata = decoded_metadata(
-            self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), "ONNX"
-        )
+        stated = self.session.get_modelmeta().custom_metadata_map
+        self.metadata = decoded_metadata(stated.get(METADATA_KEY), "ONNX")
         self.device = self.session.get_providers()[0].removesuffix("ExecutionProvider").lower()
         cast = {"fp16": "fp32 (weights in fp16)"} if self.device == "cpu" else {}  # by its CPU kernels
-        self.networks = {
-            name: cast.get(precision, precision)
-            for name, precision in self.metadata.get("networks", {}).items()
-        }
+        networks = self.metadata.get("networks", {})
+        self.networks = {name: cast.get(precision, precision) for name, precision in networks.items()}
         stored = self.metadata.get("precision", "fp32")
         self.precision = in_words(self.networks) if self.networks else cast.get(stored, stored)
 
     def _run(self, images: np.ndarray, maps: bool) -> tuple[np.ndarray, ...]:
-        return tuple(
-            self.session.run(list(Prediction._fields if maps else Prediction._fields[:1]), {"images": images})
-        )
+        outputs = list(Prediction._fields[: None if maps else 1])
+        return tuple(self.session.run(outputs, {"images": images}))
 
 
 def open_model(path: Path, device: str) -> Engine:

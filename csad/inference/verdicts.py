@@ -21,35 +21,24 @@ MAX_DETAILS = 3  # findings after the first
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known about one image; fields are None where the model or the file does not tell.
-
-    Attributes:
-        verdict: one of `VERDICTS`.
-        score: higher = more anomalous; the sum of contributions.
-        contributions: what each branch adds to the score, by its name.
-        alarm: the branch that adds most, where the image is anomalous.
-        unusual: x and y, in the image's own pixels, of the maximum of that branch's map; None where no map has any.
-        components: unusual amounts of components, the most unusual first.
-        size: width and height of the image in pixels.
-        legend: index and what people call it, of each component that the model knows.
-        drawing: (H, W, 3) uint8: image, components, anomaly map; a ring where an anomalous image is most unusual.
-        problem: why there is no verdict.
-        note: why the score may be too high though nothing is wrong with the part.
-    """
+    """What is known about one image; fields are None where the model or the file does not tell."""
 
     name: Path | str
-    verdict: str
+    verdict: str  # one of `VERDICTS`
     threshold: float
-    score: float | None = None
-    contributions: dict[str, float] | None = None
-    alarm: str | None = None
+    score: float | None = None  # higher = more anomalous; the sum of contributions
+    contributions: dict[str, float] | None = None  # what each branch adds to the score, by its name
+    alarm: str | None = None  # the branch that adds most, where the image is anomalous
+    # X and y, in the image's own pixels, of the maximum of that branch's map; None where no map has any.
     unusual: tuple[int, int] | None = None
-    components: Sequence[Deviation] = ()
-    size: tuple[int, int] = (0, 0)
+    components: Sequence[Deviation] = ()  # unusual amounts of components, the most unusual first
+    size: tuple[int, int] = (0, 0)  # width and height of the image in pixels
+    # Index and what people call it, of each component that the model knows.
     legend: Sequence[tuple[int, str]] = ()
+    # (H, W, 3) uint8: image, components, anomaly map; a ring where an anomalous image is most unusual.
     drawing: np.ndarray | None = None
-    problem: str = ""
-    note: str = ""
+    problem: str = ""  # why there is no verdict
+    note: str = ""  # why the score may be too high though nothing is wrong with the part
 
     @property
     def findings(self) -> list[str]:
@@ -58,17 +47,12 @@ class Verdict:
             return [self.problem]
         if self.verdict != ANOMALOUS:
             return []
+        arrangement = "unusual arrangement of components"
         if self.unusual is None:
-            return findings_of(
-                self.components, "unusual arrangement of components" if self.alarm == ARRANGEMENT else "", ""
-            )
+            return findings_of(self.components, arrangement if self.alarm == ARRANGEMENT else "", "")
         spot = f"at x {self.unusual[0]}, y {self.unusual[1]}"
         if self.alarm == ARRANGEMENT:
-            return findings_of(
-                self.components,
-                "unusual arrangement of components, most of all " + spot,
-                "most unusual " + spot,
-            )
+            return findings_of(self.components, f"{arrangement}, most of all {spot}", f"most unusual {spot}")
         right, low = (2 * position >= side for position, side in zip(self.unusual, self.size))
         return findings_of(self.components, "unusual surface " + spot, quarter=PLACES[2 * right + low])
 
@@ -85,13 +69,8 @@ class Verdict:
             + (", a ring where it is most unusual" if self.findings and self.unusual else "")
             + "; middle: its components; right: how unusual each place is",
         ]
-        return captioned(
-            self.drawing,
-            f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}",
-            lines,
-            self.legend,
-            red=self.verdict == ANOMALOUS,
-        )
+        title = f"{self.verdict.capitalize()}: {printable(Path(str(self.name)).name)}"
+        return captioned(self.drawing, title, lines, self.legend, red=self.verdict == ANOMALOUS)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without numbers that JSON does not know."""
@@ -138,10 +117,8 @@ def findings_of(
     details = [deviation.words for deviation in components if deviation not in summary.said]
     if not summary.sentence:
         return [text for text in (otherwise, *details[:MAX_DETAILS]) if text]
-    return [
-        summary.sentence,
-        *[text for text in (otherwise if spot is None else spot, *details) if text][:MAX_DETAILS],
-    ]
+    details.insert(0, otherwise if spot is None else spot)
+    return [summary.sentence, *[text for text in details if text][:MAX_DETAILS]]
 
 
 def names_of(metadata: dict[str, Any]) -> dict[int, str]:

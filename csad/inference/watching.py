@@ -56,19 +56,16 @@ def watch(folders: Sequence[Path], output: Path, scored: dict[str, State]) -> It
 def _say_changes(folder: Path, before: tuple[int, int] | None) -> tuple[int, int] | None:
     """The folder's `identity`; a change since ``before`` is reported on stderr."""
     now = identity(folder)
-    if now is None and before is not None:
-        print(
-            f"{folder} is gone or cannot be listed; waiting for it, and what was scored is remembered",
-            file=sys.stderr,
-        )
-    elif before is None and now is not None:
-        print(f"{folder} is there again", file=sys.stderr)
-    elif now != before:
-        print(
-            f"{folder} is another folder than before (was a share mounted or unmounted?); "
-            "what was scored is remembered",
-            file=sys.stderr,
-        )
+    if now == before:
+        return now
+    change = (
+        "is another folder than before (was a share mounted or unmounted?); what was scored is remembered"
+    )
+    if now is None:
+        change = "is gone or cannot be listed; waiting for it, and what was scored is remembered"
+    elif before is None:
+        change = "is there again"
+    print(f"{folder} {change}", file=sys.stderr)
     return now
 
 

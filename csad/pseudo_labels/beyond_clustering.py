@@ -52,25 +52,18 @@ def semantic_labels(
             show both in the same numbers (see `split_similar_parts`).
     """
     min_members = MIN_MEMBERS_VARIANTS * images if variants else int(MIN_MEMBERS * images)
-    clustered = clustering.mean_shift(features, bandwidth, MAX_SEEDS)
-    clusters = number_clusters(
-        split_similar_parts(features, clustered, image_of, min_members) if lookalikes else clustered,
-        min_members,
-    )
+    clusters = clustering.mean_shift(features, bandwidth, MAX_SEEDS)
+    if lookalikes:
+        clusters = split_similar_parts(features, clusters, image_of, min_members)
+    clusters = number_clusters(clusters, min_members)
     if not variants:
         return clustering.labels_and_trusted(clusters, areas, image_of, images, largest_group_only)
     clusters = drop_irregular_clusters(clusters, image_of, images)
     histogram = clustering.label_histograms(clusters, areas, image_of, images)
     groups = with_nearest_group(histogram, clustering.group_images(histogram))
-    numbers = labels_of_any_group(histogram, groups)
-    return SemanticLabels(
-        clusters,
-        numbers[clusters],
-        histogram,
-        histogram[:, numbers[1:] > 0],
-        groups,
-        trusted_members(histogram, groups),
-    )
+    numbers, trusted = labels_of_any_group(histogram, groups), trusted_members(histogram, groups)
+    filtered = histogram[:, numbers[1:] > 0]
+    return SemanticLabels(clusters, numbers[clusters], histogram, filtered, groups, trusted)
 
 
 def number_clusters(clusters: np.ndarray, min_members: float) -> np.ndarray:
@@ -147,9 +140,8 @@ def _cooccurrence(first: np.ndarray, second: np.ndarray) -> float:
     Of the images that show the most common number of both together (proposals failed in the others), the fraction in
     which each group has its own most common number, at least one.
     """
-    counts = np.stack(
-        [np.bincount(group, minlength=max(first.max(), second.max()) + 1) for group in (first, second)], 1
-    )
+    images = max(first.max(), second.max()) + 1
+    counts = np.stack([np.bincount(group, minlength=images) for group in (first, second)], 1)
     totals = counts.sum(1)
     most_common = np.bincount(totals[totals > 0]).argmax()
     pairs, often = np.unique(counts[totals == most_common], axis=0, return_counts=True)
@@ -165,18 +157,16 @@ def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
     tail = int(TAIL * len(ordered))
     ordered = ordered[tail : len(ordered) - tail]
     below = np.arange(1, len(ordered))
+    above = len(ordered) - below
     sums = np.cumsum(ordered)[:-1]
-    gain = (
-        (sums / below - (ordered.sum() - sums) / (len(ordered) - below)) ** 2 * below * (len(ordered) - below)
-    )
+    gain = (sums / below - (ordered.sum() - sums) / above) ** 2 * below * above
     cut = gain.argmax()
     upper = values > (ordered[cut] + ordered[cut + 1]) / 2
     if not upper.any() or upper.all():
         return upper, 0.0
-    medians = [np.median(values[side]) for side in (upper, ~upper)]
-    spreads = [
-        1.48 * np.median(np.abs(values[side] - median)) for side, median in zip((upper, ~upper), medians)
-    ]
+    groups = (values[upper], values[~upper])
+    medians = [np.median(group) for group in groups]
+    spreads = [1.48 * np.median(np.abs(group - median)) for group, median in zip(groups, medians)]
     return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
 
 
@@ -193,9 +183,8 @@ def trusted_members(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
     for group in range(groups.max() + 1):
         members = np.flatnonzero(groups == group)
         distances = clustering.apart(histograms[members], histograms[members].mean(0))
-        trusted += members[
-            np.argsort(distances, kind="stable")[: int(np.ceil(TRUSTED * len(members)))]
-        ].tolist()
+        nearest = np.argsort(distances, kind="stable")[: int(np.ceil(TRUSTED * len(members)))]
+        trusted += members[nearest].tolist()
     return np.array(sorted(trusted), np.int64)
 
 
@@ -228,9 +217,7 @@ def comparable(features: dict[str, np.ndarray]) -> np.ndarray:
         "area": lambda values: np.log(values) / LOG_AREA_UNIT,
         "color": lambda values: np.log(np.maximum(values, 1e-3)) / LOG_COLOR_UNIT,
         "position": lambda values: values / POSITION_UNIT,
-        "shape_hu": lambda values: np.stack(
-            [values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT], 1
-        ),
+        "shape_hu": lambda values: np.c_[values[:, 0] / HU_UNIT, _elongation(values) / ELONGATION_UNIT],
         "cnn_image": _principal_components,
     }
     return np.concatenate([columns[name](values) for name, values in features.items()], axis=1)

@@ -22,23 +22,16 @@ MIN_AREA = 0.001  # mean fraction of the image that a label takes in the largest
 
 @dataclass(frozen=True)
 class SemanticLabels:
-    """What clustering makes of all components of a category.
+    """What clustering makes of all components of a category."""
 
-    Attributes:
-        clusters: (components,) cluster of each component, 1..K, or 0 for no label.
-        labels: (components,) the same after labels too small were dropped and the rest renumbered, 1..L, or 0.
-        raw_histogram: (images, K) fraction of each image that each cluster takes; 0 for clusters that are no label.
-        filtered_histogram: (images, L) fraction that each label takes.
-        groups: (images,) group of each image, 0.. from the most frequent on, or -1 for none.
-        trusted: indices of the images whose label maps are trusted, ascending.
-    """
-
-    clusters: np.ndarray
+    clusters: np.ndarray  # (components,) cluster of each component, 1..K, or 0 for no label
+    # (components,) the same after labels too small were dropped and the rest renumbered, 1..L, or 0.
     labels: np.ndarray
+    # (images, K) fraction of each image that each cluster takes; 0 for clusters that are no label.
     raw_histogram: np.ndarray
-    filtered_histogram: np.ndarray
-    groups: np.ndarray
-    trusted: np.ndarray
+    filtered_histogram: np.ndarray  # (images, L) fraction that each label takes
+    groups: np.ndarray  # (images,) group of each image, 0.. from the most frequent on, or -1 for none.
+    trusted: np.ndarray  # indices of the images whose label maps are trusted, ascending
 
     @property
     def number_of_clusters(self) -> int:
@@ -75,14 +68,8 @@ def labels_and_trusted(
     histogram = label_histograms(clusters, areas, image_of, images)
     groups = group_images(histogram)
     numbers = renumbered(histogram[groups == 0].mean(0) > MIN_AREA)
-    return SemanticLabels(
-        clusters,
-        numbers[clusters],
-        histogram,
-        histogram[:, numbers[1:] > 0],
-        groups,
-        trusted_images(histogram, groups, largest_group_only),
-    )
+    filtered, trusted = histogram[:, numbers[1:] > 0], trusted_images(histogram, groups, largest_group_only)
+    return SemanticLabels(clusters, numbers[clusters], histogram, filtered, groups, trusted)
 
 
 def mean_shift(features: np.ndarray, bandwidth: float, max_seeds: int | None = None) -> np.ndarray:
@@ -99,9 +86,8 @@ def mean_shift(features: np.ndarray, bandwidth: float, max_seeds: int | None = N
     drawn = np.random.default_rng(0).permutation(len(features))[:max_seeds]
     seeds = features[np.sort(drawn)]
     at_once = max_seeds or SEEDS_AT_ONCE
-    climbs = [
-        _climb(seeds[first : first + at_once], features, bandwidth) for first in range(0, len(seeds), at_once)
-    ]
+    parts = [seeds[first : first + at_once] for first in range(0, len(seeds), at_once)]
+    climbs = [_climb(part, features, bandwidth) for part in parts]
     centres, members = (np.concatenate(parts) for parts in zip(*climbs))
     # Of centres within one bandwidth of each other, the one with most members stays; draws go by coordinates.
     order = np.lexsort((*centres.T[::-1], members))[::-1]
@@ -170,9 +156,8 @@ def trusted_images(histograms: np.ndarray, groups: np.ndarray, largest_group_onl
     for group in range(1 if largest_group_only else groups.max() + 1):
         members = np.flatnonzero(groups == group)
         count = max(int(TRUSTED * len(members)), 1)
-        trusted |= set(
-            np.argsort(apart(histograms, histograms[members].mean(0)), kind="stable")[:count].tolist()
-        )
+        order = np.argsort(apart(histograms, histograms[members].mean(0)), kind="stable")
+        trusted |= set(order[:count].tolist())
     return np.array(sorted(trusted), np.int64)
 
 

@@ -35,13 +35,10 @@ def feature_space(
         if settings.bandwidth != "auto" and backbone.has_published_crops:
             return vectors, settings.bandwidth
         bandwidth = beyond_clustering.estimate_bandwidth(vectors, images)
-        reason = (
-            "no bandwidth is set for MeanShift"
-            if settings.bandwidth == "auto"
-            else (
-                f"bandwidth {settings.bandwidth} belongs to cnn_image by {CROP_WEIGHTS}, not to that by {backbone.deepest_origin}"
-            )
-        )
+        reason = "no bandwidth is set for MeanShift"
+        if settings.bandwidth != "auto":
+            reason = f"bandwidth {settings.bandwidth} belongs to cnn_image by {CROP_WEIGHTS}, not to that by "
+            reason += backbone.deepest_origin
         print(f"{category}: {reason}; estimated {bandwidth:.3g}")
         return vectors, bandwidth
     print(f"{category}: parts are told apart by {', '.join(settings.features)}")
@@ -50,9 +47,8 @@ def feature_space(
             f"{category}: --pseudo_labels.bandwidth has no effect, because it is about the feature cnn_image of "
             f"{PUBLISHED} alone; leave it out, or take --pseudo_labels.features '[cnn_image]' --backbone {PUBLISHED}"
         )
-    return beyond_clustering.comparable(
-        {name: features[name] for name in settings.features}
-    ), beyond_clustering.UNIT_BANDWIDTH
+    vectors = beyond_clustering.comparable({name: features[name] for name in settings.features})
+    return vectors, beyond_clustering.UNIT_BANDWIDTH
 
 
 def label_components(
@@ -64,25 +60,20 @@ def label_components(
     bandwidth: float,
     settings: PseudoLabelSettings,
 ) -> clustering.SemanticLabels:
-    """`clustering.semantic_labels` of the published method, or with what the settings add; says how many clusters there are.
-
-    Raises:
-        UserError: no label is left, or more than a label map can hold.
-    """
+    """`clustering.semantic_labels` of the published method, or with what the settings add; says how many
+    clusters there are. UserError if no label is left, or more than a label map can hold."""
 
     def remedy(direction: str) -> str:
-        if (
-            bandwidth == beyond_clustering.UNIT_BANDWIDTH
-        ):  # of features in units of their own, where no other can be set
+        # Of features in units of their own no other bandwidth can be set.
+        if bandwidth == beyond_clustering.UNIT_BANDWIDTH:
             return "other --pseudo_labels.features, such as '[lab, area, shape_hu, position]'"
         return f"{direction} --pseudo_labels.bandwidth than {bandwidth:.3g}"
 
     arguments = vectors, areas, image_of, images, bandwidth, settings.one_histogram_cluster
-    labels = (
-        beyond_clustering.semantic_labels(*arguments, settings.variants, settings.lookalikes)
-        if (settings.variants or settings.lookalikes)
-        else clustering.semantic_labels(*arguments)
-    )
+    if settings.variants or settings.lookalikes:
+        labels = beyond_clustering.semantic_labels(*arguments, settings.variants, settings.lookalikes)
+    else:
+        labels = clustering.semantic_labels(*arguments)
     if not labels.filtered_histogram.shape[1]:
         raise UserError(
             f"{category}: clustering the {count(len(vectors), 'component')} left no label, as none is alike in half of the "
@@ -94,19 +85,12 @@ def label_components(
             f"a label map holds {masks.MAX_LABELS}; try {remedy('a larger')}"
         )
     clusters = labels.number_of_clusters
-    advice = (
-        f"; where pictures show several kinds of parts, try {remedy('a smaller')}"
-        if clusters == 1
-        else (
-            f"; if pictures show fewer kinds of parts, try {remedy('a larger')}"
-            if clusters > MAX_CLUSTERS
-            else ""
-        )
-    )
-    print(
-        f"{category}: {'warning: ' if advice else ''}{count(len(vectors), 'component')} make "
-        f"{count(clusters, 'cluster')}{advice}"
-    )
+    made = f"{count(len(vectors), 'component')} make {count(clusters, 'cluster')}"
+    if clusters == 1:
+        made = f"warning: {made}; where pictures show several kinds of parts, try {remedy('a smaller')}"
+    elif clusters > MAX_CLUSTERS:
+        made = f"warning: {made}; if pictures show fewer kinds of parts, try {remedy('a larger')}"
+    print(f"{category}: {made}")
     return labels
 
 

@@ -32,9 +32,8 @@ def color(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def lab(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean colour over the mask in CIE Lab with L in 0..100, (3,). Not in the paper."""
     image, mask = _around(image, mask)
-    return (
-        cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[mask != 0].mean(0).astype(np.float64)
-    )
+    colours = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    return colours[mask != 0].mean(0).astype(np.float64)
 
 
 def position(mask: np.ndarray) -> np.ndarray:
@@ -63,9 +62,8 @@ def aligned_crop(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nd
 
     def place(source: np.ndarray) -> np.ndarray:
         canvas = np.zeros((CROP, CROP, *source.shape[2:]), np.uint8)
-        canvas[top : top + size[1], left : left + size[0]] = cv2.resize(
-            source, size, interpolation=cv2.INTER_LINEAR
-        )
+        scaled = cv2.resize(source, size, interpolation=cv2.INTER_LINEAR)
+        canvas[top : top + size[1], left : left + size[0]] = scaled
         return canvas
 
     box = slice(y, y + height), slice(x, x + width)
@@ -93,21 +91,16 @@ def shallow_features(
         {"area": (N, 1), "color": (N, 1), "position": (N, 2), "shape_hu": (N, 7), "lab": (N, 3)} float64,
         and the aligned image crops (N, 65, 65, 3) uint8 for `crop_embedding.CropEmbedding`.
     """
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in SHALLOW}
-    crops = []
+    rows, crops = [], []
     for mask in masks:
         aligned, crop = aligned_crop(image, mask)
         crops.append(crop)
-        for name, values in (
-            ("area", area(mask)),
-            ("color", color(image, mask)),
-            ("position", position(mask)),
-            ("shape_hu", shape_hu(aligned)),
-            ("lab", lab(image, mask)),
-        ):
-            rows[name].append(values)
+        shape = shape_hu(aligned)
+        rows.append([area(mask), color(image, mask), position(mask), shape, lab(image, mask)])
+    columns = zip(*rows) if rows else [()] * len(SHALLOW)
     features = {
-        name: np.array(values, np.float64).reshape(-1, SHALLOW[name]) for name, values in rows.items()
+        name: np.array(values, np.float64).reshape(-1, size)
+        for (name, size), values in zip(SHALLOW.items(), columns)
     }
     return features, np.array(crops, np.uint8).reshape(-1, CROP, CROP, 3)
 

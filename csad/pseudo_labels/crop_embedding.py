@@ -62,12 +62,6 @@ def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.
 
 def _rotation_grids(angles: Tensor) -> Tensor:
     """Sampling grids (R, 65, 65, 2) that turn a crop by each of the angles (R,) in radians."""
-    zeros = torch.zeros_like(angles)
-    matrices = torch.stack(
-        [
-            torch.stack([angles.cos(), -angles.sin(), zeros], 1),
-            torch.stack([angles.sin(), angles.cos(), zeros], 1),
-        ],
-        1,
-    )
+    cos, sin, zeros = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    matrices = torch.stack([torch.stack([cos, -sin, zeros], 1), torch.stack([sin, cos, zeros], 1)], 1)
     return F.affine_grid(matrices, [len(angles), 1, CROP, CROP], align_corners=False)

@@ -72,13 +72,10 @@ class GroundedSamProposer:
     ):
         self.settings, self.sam, self.grounding_dino = settings, sam, grounding_dino
         self.text_encoder, self.device, self.half = text_encoder, device, in_half_precision(settings, device)
-        self.is_stand_in = (settings.sam, settings.grounding_dino) != (
-            PUBLISHED_SAM,
-            PUBLISHED_GROUNDING_DINO,
-        )
-        self.name = (
-            f"grounded_sam {settings.sam} {settings.grounding_dino}" if self.is_stand_in else "grounded_sam"
-        ) + " fp16" * self.half
+        sizes = settings.sam, settings.grounding_dino
+        self.is_stand_in = sizes != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
+        self.name = " ".join(("grounded_sam", *sizes) if self.is_stand_in else ("grounded_sam",))
+        self.name += " fp16" * self.half
         self.checkpoints = {path.name: downloads.digest(path) for path in (sam, grounding_dino)}
 
     def load(self) -> None:
@@ -86,29 +83,27 @@ class GroundedSamProposer:
 
     def propose(self, image: np.ndarray) -> Proposals:
         sam, grounding_dino = self._networks()
-        boxes, phrases = grounding_dino.detect(
-            image, self.settings.text_prompt, self.settings.box_threshold, self.settings.text_threshold
-        )
-        is_background = np.array(
-            [names_background(phrase, self.settings.background_prompt) for phrase in phrases], bool
-        )
+        settings = self.settings
+        thresholds = settings.box_threshold, settings.text_threshold
+        boxes, phrases = grounding_dino.detect(image, settings.text_prompt, *thresholds)
+        named = [names_background(phrase, settings.background_prompt) for phrase in phrases]
+        is_background = np.array(named, bool)
         sam.look_at(image)
         instances = sam.inside(boxes)
-        needed = not self.settings.no_sam or self.settings.save_all_masks
+        needed = not settings.no_sam or settings.save_all_masks
         return Proposals(
-            masks=sam.everything(self.settings) if needed else None,
+            masks=sam.everything(settings) if needed else None,
             background=sam.background(),
             grounding=instances[~is_background],
             grounding_background=instances[is_background].union(),
         )
 
     def _networks(self) -> tuple[SamHQ, GroundingDino]:
-        return (
+        sam, size = (
             load_sam(self.settings.sam, self.sam, self.device, self.half),
-            load_grounding_dino(
-                self.settings.grounding_dino, self.grounding_dino, self.text_encoder, self.device
-            ),
+            self.settings.grounding_dino,
         )
+        return sam, load_grounding_dino(size, self.grounding_dino, self.text_encoder, self.device)
 
 
 def in_half_precision(settings: PseudoLabelSettings, device: torch.device) -> bool:

@@ -30,13 +30,9 @@ class GroundingDino:
         with quietly():
             from groundingdino.datasets import transforms
         self.network, self.device = network, device
-        self.prepare = transforms.Compose(
-            [
-                transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
+        resize = transforms.RandomResize([SHORT_SIDE], max_size=LONG_SIDE)
+        normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        self.prepare = transforms.Compose([resize, transforms.ToTensor(), normalise])
 
     @torch.inference_mode()
     def detect(
@@ -80,11 +76,8 @@ def to_pixels(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 @functools.cache
 def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch.device) -> GroundingDino:
-    """Grounding DINO from its checkpoint and the folder of its text encoder; read once.
-
-    Raises:
-        UserError: a file is damaged or holds another network, or the folder does not hold a BERT.
-    """
+    """Grounding DINO from its checkpoint and the folder of its text encoder; read once. UserError if a file
+    is damaged or holds another network, or the folder does not hold a BERT."""
     network = build_grounding_dino(size, text_encoder)
     mismatch = (
         f"{path} does not hold the weights of Grounding DINO {size} with the text encoder {text_encoder}; put the "
@@ -93,27 +86,22 @@ def load_grounding_dino(size: str, path: Path, text_encoder: Path, device: torch
     state = read_weights(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(mismatch)
-    prefix = "module."  # of a network saved while it was trained on several devices
-    load_weights(
-        network, {name.removeprefix(prefix): values for name, values in state["model"].items()}, mismatch
-    )
+    # "module." is of a network saved while it was trained on several devices.
+    weights = {name.removeprefix("module."): values for name, values in state["model"].items()}
+    load_weights(network, weights, mismatch)
     return GroundingDino(network.to(device).eval(), device)
 
 
 def build_grounding_dino(size: str, text_encoder: Path) -> nn.Module:
-    """The package's Grounding DINO with random weights but for the text encoder's: swint_ogc or swinb_cogcoor.
-
-    Raises:
-        UserError: the folder does not hold a BERT.
-    """
+    """The package's Grounding DINO with random weights but for the text encoder's: swint_ogc or
+    swinb_cogcoor; UserError if the folder does not hold a BERT."""
     with quietly():
         from groundingdino import config
         from groundingdino.models import build_model
         from groundingdino.util.slconfig import SLConfig
 
-        name = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}[
-            size
-        ]
+        names = {"swint_ogc": "GroundingDINO_SwinT_OGC.py", "swinb_cogcoor": "GroundingDINO_SwinB_cfg.py"}
+        name = names[size]
         arguments = SLConfig.fromfile(str(Path(config.__file__).parent / name))
         arguments.text_encoder_type = str(text_encoder)
         # Recomputing activations saves memory in training, which is not what happens here.

@@ -90,9 +90,8 @@ class LabelRun:
 
     def _record(self, provenance: dict[str, Any]) -> records.Record:
         label_maps = [folder / "filtered_cluster_map.png" for folder in self._finished_folders()]
-        return records.Record(
-            self.finished.record, provenance, [*label_maps, self.finished.histogram, self.finished.trusted]
-        )
+        outputs = [*label_maps, self.finished.histogram, self.finished.trusted]
+        return records.Record(self.finished.record, provenance, outputs)
 
     def _refuse_unknown_files(self, record: records.Record, overwrite: bool) -> None:
         """Do not mix with files of unknown origin that are too few to be used as they are."""
@@ -135,9 +134,6 @@ def crop_weights(settings: PseudoLabelSettings, backbone: Backbone) -> dict[str,
 
 def stand_ins(proposer: Proposer, settings: PseudoLabelSettings, backbone: Backbone) -> list[str]:
     """What, besides the backbone, stands in for the published thing."""
-    crops = (
-        []
-        if backbone.has_published_crops
-        else [f"cnn_image by {origin}" for origin in crop_weights(settings, backbone)]
-    )
-    return crops + ([f"proposer {proposer.name}"] if proposer.is_stand_in else [])
+    crops = {} if backbone.has_published_crops else crop_weights(settings, backbone)
+    proposers = [f"proposer {proposer.name}"] if proposer.is_stand_in else []
+    return [f"cnn_image by {origin}" for origin in crops] + proposers

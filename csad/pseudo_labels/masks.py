@@ -50,11 +50,8 @@ class PackedMasks:
 
     def __getitem__(self, index: int | slice | np.ndarray | Sequence[int]) -> np.ndarray | PackedMasks:
         if isinstance(index, (int, np.integer)):
-            return (
-                np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1])
-                .view(bool)
-                .reshape(self.shape)
-            )
+            pixels = np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1])
+            return pixels.view(bool).reshape(self.shape)
         return PackedMasks(self.bits[index], self.shape)
 
     def union(self) -> np.ndarray:

@@ -94,9 +94,8 @@ def save_masks(
     if proposals.grounding is not None:
         save_label_map(folder / GROUNDING, grounding_map(proposals.grounding))
     if proposals.grounding_background is not None:
-        files.write_image(
-            folder / "grounding_background.png", proposals.grounding_background.astype(np.uint8) * 255
-        )
+        mask = proposals.grounding_background.astype(np.uint8) * 255
+        files.write_image(folder / "grounding_background.png", mask)
     if candidates is not None:
         save_label_map(folder / "all_masks.png", masks.merge(candidates))
     files.write_image(folder / "background.jpg", proposals.background.astype(np.uint8) * 255)

@@ -19,11 +19,7 @@ from torch import Tensor, nn
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """What a checkpoint holds.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """What a checkpoint holds; UserError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *DAMAGED) as problem:
@@ -34,11 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], otherwise: str) -> None:
-    """Load a state dict that has every parameter of the network; what else it holds does not matter.
-
-    Raises:
-        UserError: it has not; with the sentence ``otherwise``.
-    """
+    """Load a state dict that has every parameter of the network, else UserError with the sentence
+    ``otherwise``; what else it holds does not matter."""
     try:
         missing = network.load_state_dict(state, strict=False).missing_keys
     except (RuntimeError, TypeError, AttributeError) as problem:

@@ -15,42 +15,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Proposals:
-    """What a proposer finds in one image (H, W).
+    """What a proposer finds in one image (H, W)."""
 
-    Attributes:
-        masks: may overlap and nest; None where nobody asked for them.
-        background: (H, W) bool, what lies behind all parts.
-        grounding: instances of the prompted parts, or None from a proposer that takes no prompts.
-        grounding_background: (H, W) bool, what the background prompt found, or None.
-    """
-
-    masks: PackedMasks | None
-    background: np.ndarray
+    masks: PackedMasks | None  # may overlap and nest; None where nobody asked for them
+    background: np.ndarray  # (H, W) bool, what lies behind all parts
+    # Instances of the prompted parts, or None from a proposer that takes no prompts.
     grounding: PackedMasks | None = None
-    grounding_background: np.ndarray | None = None
+    grounding_background: np.ndarray | None = None  # (H, W) bool, what the background prompt found, or None
 
 
 class Proposer(Protocol):
-    """Anything that proposes masks.
+    """Anything that proposes masks."""
 
-    Attributes:
-        name: goes into records.
-        is_stand_in: whether results made with it have to be labelled so.
-        checkpoints: name and digest of each file of weights it uses, for records.
-        working_size: side in pixels of the squeezed pictures it is made for; None: pictures at their native size.
-    """
-
-    name: str
-    is_stand_in: bool
-    checkpoints: dict[str, str]
+    name: str  # goes into records
+    is_stand_in: bool  # whether results made with it have to be labelled so
+    checkpoints: dict[str, str]  # name and digest of each file of weights it uses, for records
+    # Side in pixels of the squeezed pictures it is made for; None: pictures at their native size.
     working_size: int | None
 
     def load(self) -> None:
-        """Read the weights; ``propose`` does so itself where they have not been read.
-
-        Raises:
-            UserError: a checkpoint is damaged or belongs to another network.
-        """
+        """Read the weights; ``propose`` does so itself where they have not been read. UserError if a
+        checkpoint is damaged or belongs to another network."""
         ...
 
     def propose(self, image: np.ndarray) -> Proposals:

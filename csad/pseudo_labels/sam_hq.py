@@ -110,11 +110,8 @@ class _ImageEncoder(nn.Module):
 
 @functools.cache
 def load_sam(size: str, path: Path, device: torch.device, half: bool = False) -> SamHQ:
-    """SAM-HQ from its checkpoint, its image encoder in fp16 if ``half``; read once, however many categories there are.
-
-    Raises:
-        UserError: the file is damaged or holds another network.
-    """
+    """SAM-HQ from its checkpoint, its image encoder in fp16 if ``half``; read once, however many categories
+    there are. UserError if the file is damaged or holds another network."""
     network = build_sam(size)
     load_weights(
         network,

@@ -25,41 +25,28 @@ def save_info(
     """Write what is known about the whole category; what the next stage reads comes last."""
     images_in_all = len(semantic.groups)
     most_common = clustering.most_common_count(np.bincount(image_of, minlength=images_in_all))
-    size = (
-        f"{provenance['picture_size']}x{provenance['picture_size']}, whatever that of the pictures"
-        if provenance["picture_size"]
-        else "native"
-    )
-    files.write_arrays(
-        info / "all_component_feats.npz",
-        image=image_of,
-        cluster=semantic.clusters,
-        label=semantic.labels,
-        **features,
-    )
+    side = provenance["picture_size"]
+    size = f"{side}x{side}, whatever that of the pictures" if side else "native"
+    components = {"image": image_of, "cluster": semantic.clusters, "label": semantic.labels}
+    files.write_arrays(info / "all_component_feats.npz", **components, **features)
     files.write_array(info / "raw_component_histogram.npy", semantic.raw_histogram)
     files.write_array(info / "component_num_mode.npy", np.array(most_common))
     files.write_image(info / "feature.png", draw_clusters(vectors, semantic.labels))
-    files.write_text(
-        info / "info.txt",
-        "\n".join(
-            [
-                f"proposer: {provenance['proposer']}",
-                f"size of proposals, features and maps: {size}",
-                f"checkpoints: {sorted(provenance['checkpoints'])}",
-                f"backbone: {provenance['backbone']}",
-                f"stand_ins: {provenance['stand_ins']}",
-                f"components: {len(image_of)}",
-                f"components in most images: {most_common}",
-                f"bandwidth: {bandwidth:.6g}",
-                f"clusters: {semantic.number_of_clusters}",
-                f"labels: {semantic.filtered_histogram.shape[1]}",
-                f"images of each kind: {np.bincount(semantic.groups[semantic.groups >= 0]).tolist()}",
-                f"trusted images: {len(semantic.trusted)} of {images_in_all}",
-            ]
-        )
-        + "\n",
-    )
+    lines = [
+        f"proposer: {provenance['proposer']}",
+        f"size of proposals, features and maps: {size}",
+        f"checkpoints: {sorted(provenance['checkpoints'])}",
+        f"backbone: {provenance['backbone']}",
+        f"stand_ins: {provenance['stand_ins']}",
+        f"components: {len(image_of)}",
+        f"components in most images: {most_common}",
+        f"bandwidth: {bandwidth:.6g}",
+        f"clusters: {semantic.number_of_clusters}",
+        f"labels: {semantic.filtered_histogram.shape[1]}",
+        f"images of each kind: {np.bincount(semantic.groups[semantic.groups >= 0]).tolist()}",
+        f"trusted images: {len(semantic.trusted)} of {images_in_all}",
+    ]
+    files.write_text(info / "info.txt", "\n".join(lines) + "\n")
     files.write_array(info / "filtered_component_histogram.npy", semantic.filtered_histogram)
     files.write_array(info / "filtered_histogram_indices.npy", semantic.trusted)
 

@@ -21,7 +21,7 @@ from csad.settings import Settings
 import numpy as np
 
 from models.fused import metadata
-from models.fusion import fuse, share
+from models.fusion import contribution, fuse
 
 
 class Measured:
@@ -68,7 +68,7 @@ class Measured:
     def contributions(self) -> dict[str, dict[str, np.ndarray]]:
         """Per branch and, as "fused", their sum: scores by split of test images."""
         parts = {
-            branch: {part: share(values, self.rule) for part, values in self.scores[branch].items()}
+            branch: {part: contribution(values, self.rule) for part, values in self.scores[branch].items()}
             for branch in self.branches
         }
         parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts

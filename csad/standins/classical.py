@@ -13,7 +13,7 @@ from skimage.segmentation import felzenszwalb
 
 # All colours here are CIE Lab with L in 0..100; a difference of 2 is just visible.
 SMOOTHING_RADIUS, SMOOTHING_COLOR = 3, 8  # mean-shift filter: pixels, 8-bit levels
-FINE_SCALE, FINE_LEAST = 8.0, 20  # Felzenszwalb on Lab / 10; pixels
+FINE_SCALE, MIN_FINE = 8.0, 20  # Felzenszwalb on Lab / 10; pixels
 ALIKE = 10.0  # neighbouring regions that differ less are one part
 FULL_WEIGHT = 80  # pixels (harmonic) from which a region's colour difference counts in full
 ENCLOSED_DISCOUNT = 0.7  # how much of a difference is forgiven when one region encloses the other
@@ -57,7 +57,7 @@ class ClassicalProposer:
     def propose(self, image: np.ndarray) -> Proposals:
         smooth = cv2.pyrMeanShiftFiltering(np.ascontiguousarray(image), SMOOTHING_RADIUS, SMOOTHING_COLOR)
         lab = cv2.cvtColor(smooth.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-        superpixels = felzenszwalb(lab / 10, scale=FINE_SCALE, sigma=0, min_size=FINE_LEAST, channel_axis=-1)
+        superpixels = felzenszwalb(lab / 10, scale=FINE_SCALE, sigma=0, min_size=MIN_FINE, channel_axis=-1)
         regions = merge_thin(merge_alike(superpixels, lab, ALIKE), lab)
         background = self._background(regions, lab)
         regions = merge_enclosed(regions, lab, ~background)
@@ -201,18 +201,15 @@ def _statistics(regions: np.ndarray, lab: np.ndarray) -> tuple[np.ndarray, np.nd
     """Pixels (n,) and mean colour (n, 3) of each region."""
     flat = regions.ravel()
     sizes = np.bincount(flat).astype(np.float64)
-    return sizes, np.stack([np.bincount(flat, lab[..., channel].ravel()) for channel in range(3)], 1) / sizes[
-        :, None
-    ]
+    sums = [np.bincount(flat, lab[..., channel].ravel()) for channel in range(3)]
+    return sizes, np.stack(sums, 1) / sizes[:, None]
 
 
 def _boundaries(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of neighbouring regions (p, 2), smaller label first, and the lengths (p,) of their boundaries in pixels."""
-    sides = [
-        np.stack([regions[:, :-1].ravel(), regions[:, 1:].ravel()], 1),
-        np.stack([regions[:-1].ravel(), regions[1:].ravel()], 1),
-    ]
-    pairs = np.concatenate(sides).astype(np.int64)
+    across = np.stack([regions[:, :-1].ravel(), regions[:, 1:].ravel()], 1)
+    down = np.stack([regions[:-1].ravel(), regions[1:].ravel()], 1)
+    pairs = np.concatenate([across, down]).astype(np.int64)
     pairs = np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1)
     count = int(regions.max()) + 1
     codes, lengths = np.unique(pairs[:, 0] * count + pairs[:, 1], return_counts=True)
@@ -223,13 +220,8 @@ def _widths(regions: np.ndarray) -> np.ndarray:
     """Width in pixels of each region where it is widest, (n,); at the image's border a region is taken to end."""
     padded = np.pad(regions, 1, constant_values=-1)
     edge = np.zeros(regions.shape, bool)
-    for rows, columns in (
-        (slice(0, -2), slice(1, -1)),
-        (slice(2, None), slice(1, -1)),
-        (slice(1, -1), slice(0, -2)),
-        (slice(1, -1), slice(2, None)),
-    ):
-        edge |= padded[rows, columns] != regions
+    for neighbours in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+        edge |= neighbours != regions
     # 0 on a region's outermost pixels: two pixels more than twice the distance to them, or one where rows are odd.
     inwards = cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_C, 3)
     deepest = np.zeros(int(regions.max()) + 1)

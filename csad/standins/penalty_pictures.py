@@ -31,20 +31,9 @@ RESIZED = 512  # side of a picture before its centre is cut out
 GREY_PROBABILITY = 0.3
 MIN_CROP = 0.4  # of the shorter side of a bundled photograph
 PHOTOGRAPHS = {
-    "skimage.data": (
-        "astronaut.png",
-        "brick.png",
-        "camera.png",
-        "chelsea.png",
-        "coffee.png",
-        "coins.png",
-        "grass.png",
-        "gravel.png",
-        "motorcycle_left.png",
-        "retina.jpg",
-        "rocket.jpg",
-    ),
-    "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
+    "skimage.data": "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "motorcycle_left.png retina.jpg rocket.jpg",
+    "sklearn.datasets.images": "china.jpg flower.jpg",
 }
 
 
@@ -81,9 +70,8 @@ class PenaltyPictures:
             _photographs()
         else:
             folder = Path(source).expanduser()
-            self.paths = sorted(
-                path for path in folder.rglob("*") if path.suffix.lower() in image_files.SUFFIXES
-            )
+            suffixes = image_files.SUFFIXES
+            self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
             if not self.paths:
                 raise UserError(
                     f"lgst.penalty_images: no pictures under {source}; name a folder of pictures, '{TINY_IMAGENET}' "
@@ -122,9 +110,8 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
             f"fetch it again with CSAD.py --download, or take --lgst.penalty_images {BUNDLED}"
         )
     archive = zipfile.ZipFile(path)
-    return archive, sorted(
-        name for name in archive.namelist() if "/train/" in name and name.endswith(".JPEG")
-    )
+    training = [name for name in archive.namelist() if "/train/" in name and name.endswith(".JPEG")]
+    return archive, sorted(training)
 
 
 def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -140,7 +127,7 @@ def _crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _photographs() -> tuple[np.ndarray, ...]:
     photographs = []
     for package, names in PHOTOGRAPHS.items():
-        paths = [package_files(package) / name for name in names]
+        paths = [package_files(package) / name for name in names.split()]
         photographs += [images.read_rgb(Path(str(path))) for path in paths if path.is_file()]
     if not photographs:
         raise UserError(

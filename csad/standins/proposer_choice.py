@@ -31,11 +31,7 @@ def choose_proposer(
     kind = settings.proposer
     if kind == "auto":
         needed = [sam, grounding_dino] if settings.text_prompt else [sam]
-        missing = (
-            []
-            if download
-            else [checkpoint for checkpoint in needed if not (folder / checkpoint.file).exists()]
-        )
+        missing = [each for each in needed if not download and not (folder / each.file).exists()]
         if not missing:
             kind = "grounded_sam" if settings.text_prompt else "sam"
             print(f"{category}: proposals by {kind}")
@@ -57,9 +53,8 @@ def choose_proposer(
     if kind == "classical":
         return ClassicalProposer(settings.container)
     if kind == "sam":
-        return SamProposer(
-            settings, downloads.obtain(sam, folder, download), device, bool(settings.text_prompt)
-        )
+        weights = downloads.obtain(sam, folder, download)
+        return SamProposer(settings, weights, device, bool(settings.text_prompt))
     if not settings.text_prompt:
         raise UserError(
             f"{category}: Grounding DINO has to be told what the parts are called; say so with "

@@ -35,20 +35,11 @@ from models.backbone import (
 )
 
 # Under ckpt/. The checksums' first digits stand in the published files' names; whole ones are published nowhere.
+_TORCHVISION = "https://download.pytorch.org/models/wide_resnet50_2-9ba9bcbe.pth"
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/wide_resnet50_racm-8234f177.pth"
 PUBLISHED_WEIGHTS = {
-    TIMM_NAMES[PUBLISHED]: Checkpoint(
-        f"{PUBLISHED}.pth",
-        "https://download.pytorch.org/models/wide_resnet50_2-9ba9bcbe.pth",
-        276,
-        "9ba9bcbe",
-    ),
-    CROP_WEIGHTS: Checkpoint(
-        f"{CROP_WEIGHTS}.pth",
-        "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
-        "wide_resnet50_racm-8234f177.pth",
-        276,
-        "8234f177",
-    ),
+    TIMM_NAMES[PUBLISHED]: Checkpoint(f"{PUBLISHED}.pth", _TORCHVISION, 276, "9ba9bcbe"),
+    CROP_WEIGHTS: Checkpoint(f"{CROP_WEIGHTS}.pth", _TIMM, 276, "8234f177"),
 }
 V1, V1_SHA256 = "torchvision's IMAGENET1K_V1 weights", "95faca4d"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -79,9 +70,8 @@ def build_backbone(
     if name == "auto":
         try:
             backbone = build_backbone(PUBLISHED, weights, folder, with_deepest, download)
-            print(
-                f"backbone: {PUBLISHED}, {'with weights of unknown origin' if backbone.is_stand_in else 'the published one'}"
-            )
+            origin = "with weights of unknown origin" if backbone.is_stand_in else "the published one"
+            print(f"backbone: {PUBLISHED}, {origin}")
         except WeightsMissing:
             backbone = build_backbone(PACKAGED, None, folder, with_deepest)
             print(
@@ -92,17 +82,12 @@ def build_backbone(
     taps, deepest = feature_taps(name)
     state, is_confirmed = _read_weights(name, weights, folder, download)
     encoder = build_encoder(name, taps, REDUCTIONS, state)
-    crop_state, origin = state, name
-    if with_deepest and name == PUBLISHED:
-        crop_state, origin = _read_crop_weights(state, folder, download)
-    return Backbone(
-        name,
-        encoder,
-        fingerprint(encoder),
-        build_encoder(name, deepest[:1], deepest[1:], crop_state) if with_deepest else None,
-        is_confirmed,
-        origin,
-    )
+    crop_encoder, origin = None, name
+    if with_deepest:
+        if name == PUBLISHED:
+            state, origin = _read_crop_weights(state, folder, download)
+        crop_encoder = build_encoder(name, deepest[:1], deepest[1:], state)
+    return Backbone(name, encoder, fingerprint(encoder), crop_encoder, is_confirmed, origin)
 
 
 def _read_weights(
@@ -182,14 +167,12 @@ def _confirm(path: Path, state: Mapping[str, Tensor], wanted: str, named: bool =
     Raises:
         UserError: it holds other weights that are recognised.
     """
-    digest = sha256(path)
-    published = {
-        checkpoint.sha256: name for name, checkpoint in PUBLISHED_WEIGHTS.items() if checkpoint.sha256
-    } | {V1_SHA256: V1}
-    origin = next((name for start, name in published.items() if digest.startswith(start)), None)
-    if origin is None and all(
-        torch.equal(values.half().float(), values.float()) for values in state.values() if values.ndim == 4
-    ):
+    digest, kernels = sha256(path), [values for values in state.values() if values.ndim == 4]
+    starts = {name: checkpoint.sha256 or "none" for name, checkpoint in PUBLISHED_WEIGHTS.items()} | {
+        V1: V1_SHA256
+    }
+    origin = next((name for name, start in starts.items() if digest.startswith(start)), None)
+    if origin is None and all(torch.equal(values.half().float(), values.float()) for values in kernels):
         origin = V1
     if origin == wanted:
         return True
@@ -253,18 +236,17 @@ def _download(name: str, missing: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        known = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
-        if known is None or not known.hf_hub_id:
+        config = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name))
+        if config is None or not config.hf_hub_id:
             raise FileNotFoundError("timm knows none")
-        ask_hub = partial(hf_hub_download, known.hf_hub_id, "model.safetensors")
+        ask_hub = partial(hf_hub_download, config.hf_hub_id, "model.safetensors")
         try:
             return load_file(ask_hub(local_files_only=True))
         except LocalEntryNotFoundError:
             # The client would try for half a minute before it says that there is no network.
             if not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
-                socket.create_connection(
-                    (urlsplit(constants.ENDPOINT).hostname, 443), DOWNLOAD_PATIENCE
-                ).close()
+                address = urlsplit(constants.ENDPOINT).hostname, 443
+                socket.create_connection(address, DOWNLOAD_PATIENCE).close()
             return load_file(ask_hub(etag_timeout=DOWNLOAD_PATIENCE))
     except (OSError, *DAMAGED) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]

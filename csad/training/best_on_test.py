@@ -40,11 +40,8 @@ def with_checkpoint(parser: argparse.ArgumentParser, section: str) -> argparse.A
 
 
 def selection(job: Job, checkpoint: str) -> dict[str, Any]:
-    """What records and checkpoints say of how the weights were chosen, and by which images; nothing of the last step's.
-
-    Raises:
-        UserError: there is nothing to choose by.
-    """
+    """What records and checkpoints say of how the weights were chosen, and by which images; nothing of the
+    last step's. UserError if there is nothing to choose by."""
     if checkpoint == LAST:
         return {}
     test = layouts.test_splits(job.category)
@@ -72,11 +69,8 @@ def mean_auroc(scores: Mapping[str, np.ndarray]) -> float:
     """
     if not all(np.isfinite(values).all() for values in scores.values()):
         return math.nan
-    return mean_known(
-        auroc(scores[layouts.GOOD], scores[split])
-        for split in (layouts.LOGICAL, layouts.STRUCTURAL)
-        if split in scores
-    )
+    present = [split for split in (layouts.LOGICAL, layouts.STRUCTURAL) if split in scores]
+    return mean_known(auroc(scores[layouts.GOOD], scores[split]) for split in present)
 
 
 class BestOnTest(Generic[Network]):
@@ -106,10 +100,11 @@ class BestOnTest(Generic[Network]):
         network.train()
         self.evaluations.append([step, value])
         if value > best:
-            self.step = step
-            self.weights = {
-                key: values.detach().cpu().clone() for key, values in network.state_dict().items()
-            }
+            state = network.state_dict()
+            self.step, self.weights = (
+                step,
+                {key: values.detach().cpu().clone() for key, values in state.items()},
+            )
 
     def restore(self, network: Network, name: str) -> None:
         """Give a network its best weights back, and say which they are; as it is where no evaluation gave a number."""
@@ -124,10 +119,7 @@ class BestOnTest(Generic[Network]):
 
     def noted(self) -> dict[str, Any]:
         """For the checkpoint: the step whose weights were kept, and every evaluation."""
-        return {
-            "selected_step": self.step,
-            "evaluations": [list(evaluation) for evaluation in self.evaluations],
-        }
+        return {"selected_step": self.step, "evaluations": [*map(list, self.evaluations)]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "evaluations": self.evaluations, "weights": self.weights}

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csad import settings
 from csad.branches import BRANCHES, Branch
 from csad.data import files, layouts, records
 from csad.data.workspace import HELD_OUT
 from csad.errors import UserError
-from csad.training.loop import NetworkTraining, WeightSelection
+from csad.training.best_on_test import BestOnTest
+from csad.training.loop import NetworkTraining
 from csad.training.stage import Job
 
 import numpy as np
@@ -33,16 +33,12 @@ from models.device import describe_device, memory_format
 
 @dataclass(frozen=True)
 class BranchRun:
-    """A branch's stage at work on one category and seed; see `branch_run`.
-
-    Attributes:
-        action: `records.SKIP`, `records.SCORE` (from the checkpoint, without training) or `records.TRAIN`.
-    """
+    """A branch's stage at work on one category and seed; see `branch_run`."""
 
     job: Job
     branch: Branch
     record: records.Record
-    action: str
+    action: str  # `records.SKIP`, `records.SCORE` (from the checkpoint, without training) or `records.TRAIN`
 
     @property
     def checkpoint(self) -> Path:
@@ -67,7 +63,7 @@ class BranchRun:
         title: str,
         steps: int,
         schedule: Callable[[int, int], float],
-        best: WeightSelection | None = None,
+        best: BestOnTest | None = None,
         workers: int = 0,
         **network: nn.Module,
     ) -> NetworkTraining:
@@ -83,19 +79,26 @@ class BranchRun:
         job = self.job
         (trained,) = network.values()
         trained.to(job.device).to(memory_format=memory_format(job.precision)).train()
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(
+            parameters,
+            self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            fused=job.device.type != "mps",
+        )
         return NetworkTraining(
-            steps,
-            self.progress_file,
-            self.record.provenance,
             job.name,
-            title,
-            self._lower,
-            self.record.superseded() if job.overwrite else None,
             network,
-            adam(trained, self.settings, job.device),
+            optimizer,
             schedule,
             best,
-            workers,
+            steps=steps,
+            progress_file=self.progress_file,
+            provenance=self.record.provenance,
+            description=f"{job.name}: {title}",
+            lower=self._lower,
+            overwrites=self.record.superseded() if job.overwrite else None,
+            workers=workers,
         )
 
     def diverged(self, symptom: str) -> UserError:
@@ -119,19 +122,10 @@ class BranchRun:
             encoder: goes along, so that export and deployment never look for its weights again.
             more: that its "meta" should say.
         """
-        files.write_state(
-            self.checkpoint,
-            {
-                "state": on_cpu(network),
-                **({"encoder": on_cpu(encoder)} if encoder is not None else {}),
-                "meta": {
-                    **self.record.provenance,
-                    "category": self.job.category.name,
-                    **more,
-                    "ran_on": describe_device(self.job.device, precision),
-                },
-            },
-        )
+        state = {"state": on_cpu(network)} | ({} if encoder is None else {"encoder": on_cpu(encoder)})
+        ran_on = {"ran_on": describe_device(self.job.device, precision)}
+        meta = self.record.provenance | {"category": self.job.category.name} | more | ran_on
+        files.write_state(self.checkpoint, state | {"meta": meta})
 
     def write_scores(self, scores: dict[str, np.ndarray], maps: dict[str, np.ndarray]) -> None:
         """Write the branch's score files, under each of its names, and its maps if there are any.
@@ -178,14 +172,11 @@ def branch_run(
     """
     category, workspace, row = job.category, job.workspace, BRANCHES[branch]
     checkpoint, test = workspace.checkpoint(category.name, branch), layouts.test_splits(category)
+    scores = workspace.branch_outputs(category.name, row.score_names, bool(test), with_maps)
     record = records.Record(
         workspace.record(category.name, branch),
         provenance,
-        [
-            checkpoint,
-            *outputs,
-            *workspace.branch_outputs(category.name, row.score_names, bool(test), with_maps),
-        ],
+        [checkpoint, *outputs, *scores],
         records.scored_images(category.validation, test),
         checkpoint,
     )
@@ -201,11 +192,8 @@ def branch_run(
 
 
 def require_same_inputs(job: Job, branch: str, provenance: dict[str, Any]) -> None:
-    """Notice before training that another branch of this category was trained on another backbone, or on other images.
-
-    Raises:
-        UserError: it was, and nothing says to start over.
-    """
+    """UserError where another branch of this category was trained on another backbone, or on other images,
+    and nothing says to start over."""
     for other, row in BRANCHES.items():
         record, script = job.workspace.record(job.category.name, other), row.stage
         if other == branch or job.overwrite or not record.exists():
@@ -220,16 +208,6 @@ def require_same_inputs(job: Job, branch: str, provenance: dict[str, Any]) -> No
             raise UserError(
                 f"{job.name}: {script} saw other training images than there are now; run {script} --overwrite first"
             )
-
-
-def adam(
-    network: nn.Module, section: settings.SegmentorSettings | settings.LgstSettings, device: torch.device
-) -> torch.optim.Adam:
-    """Over what of a network is trained."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(
-        trained, lr=section.lr, weight_decay=section.weight_decay, fused=device.type != "mps"
-    )
 
 
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:

@@ -31,25 +31,20 @@ class FeatureCache:
         indices: Tensor,
         description: str,
     ):
-        self.compute, self.images, self.indices, self.description = (
-            torch.no_grad()(compute),
-            images,
-            indices,
-            description,
-        )
+        self.compute, self.description = torch.no_grad()(compute), description
+        self.images, self.indices = images, indices
         self._kept: tuple[Tensor, ...] | None = None
         sample = self.compute(images[indices[:1]])
         if len(indices) * sum(maps.nbytes for maps in sample) > CACHE_BYTES:
             return
         cached = tuple(maps.new_empty(len(indices), *maps.shape[1:]) for maps in sample)
-        for rows, maps_of_batch in zip(
-            torch.arange(len(indices), device=images.device).split(BATCH), self._computed()
-        ):
+        rows = torch.arange(len(indices), device=images.device)
+        for few, maps_of_batch in zip(rows.split(BATCH), self._computed()):
             for space, maps in zip(cached, maps_of_batch):
-                space[rows] = maps
+                space[few] = maps
         self._kept = cached
         self._row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        self._row[indices] = torch.arange(len(indices), device=images.device)
+        self._row[indices] = rows
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Features of some of the images, by their indices (B,)."""
@@ -60,9 +55,7 @@ class FeatureCache:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Features of all images, batch by batch, in order."""
-        return (
-            zip(*(maps.split(BATCH) for maps in self._kept)) if self._kept is not None else self._computed()
-        )
+        return self._computed() if self._kept is None else zip(*(maps.split(BATCH) for maps in self._kept))
 
     def _computed(self) -> Iterator[tuple[Tensor, ...]]:
         for batch in ProgressBar(self.indices.split(BATCH), desc=self.description, leave=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from csad.progress import ProgressBar
+from csad.progress import batches
 from csad.training.stage import Job
 
 import torch
@@ -21,35 +21,25 @@ DFM_BATCH = 16  # of views 256 wide
 def read_views(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:
     """Images on disk as (B, 3, S, S) RGB in 0..255, batch by batch; large ones, seen in tiles, one by one."""
     batch = batch if job.view.tiles == 1 else 1
-    for first in ProgressBar(
-        range(0, len(paths), batch), desc=f"{job.name}: {what}", unit="batch", leave=False
-    ):
-        views = torch.from_numpy(job.view.read(paths[first : first + batch]))
-        yield views.to(job.device).float()
+    for few in batches(len(paths), batch, f"{job.name}: {what}"):
+        yield torch.from_numpy(job.view.read(paths[few])).to(job.device).float()
 
 
 @torch.no_grad()
 def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """Anomaly maps (N, h, w) of images on disk, on the CPU."""
     side = job.view.size // 8
-    return torch.cat(
-        [
-            torch.zeros(0, side, side),
-            *(
-                memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu()
-                for views in read_views(job, paths, f"score {what}")
-            ),
-        ]
-    )
+    maps = [torch.zeros(0, side, side)]
+    for views in read_views(job, paths, f"score {what}"):
+        maps.append(memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu())
+    return torch.cat(maps)
 
 
 @torch.no_grad()
 def pooled_maps(job: Job, paths: Sequence[Path], what: str) -> Tensor:
     """What DFM sees (N, C, 8, 8) of images on disk."""
-    pooled = []
-    for first in ProgressBar(
-        range(0, len(paths), DFM_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
-    ):
-        views = torch.from_numpy(job.view.read_256(paths[first : first + DFM_BATCH])).to(job.device).float()
+    pooled = [torch.zeros(0, job.backbone.channels[2], dfm.SIDE, dfm.SIDE, device=job.device)]
+    for few in batches(len(paths), DFM_BATCH, f"{job.name}: {what}"):
+        views = torch.from_numpy(job.view.read_256(paths[few])).to(job.device).float()
         pooled.append(dfm.pool(job.backbone.encoder(views)))
     return torch.cat(pooled)

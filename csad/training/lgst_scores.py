@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from csad.progress import ProgressBar
+from csad.progress import batches
 from csad.training.best_on_test import BestOnTest, mean_auroc, read_scored
 from csad.training.stage import Job
 
@@ -28,16 +28,17 @@ def differences(
     Args:
         pictures: loaded, (N, 3, S, S) uint8 as the model sees them, or on disk.
     """
-    batches: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64, device=job.device),) * 2]
+    parts: list[tuple[Tensor, Tensor]] = [(torch.zeros(0, 64, 64, device=job.device),) * 2]
     read = job.view.read_tile_sized if model.on_features else job.view.read_256
-    for first in ProgressBar(range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", leave=False):
-        few = pictures[first : first + SCORING_BATCH]
-        batch = (few if isinstance(few, Tensor) else torch.from_numpy(read(few))).to(job.device).float()
-        maps = job.backbone.encoder(batch)
-        batches.append(
-            model.differences(maps) if isinstance(model, FeatureLGST) else model.differences(batch, maps)
-        )
-    return Differences(*(torch.cat(maps) for maps in zip(*batches)))
+    for few in batches(len(pictures), SCORING_BATCH, f"{job.name}: {what}"):
+        batch = pictures[few]
+        views = (batch if isinstance(batch, Tensor) else torch.from_numpy(read(batch))).to(job.device).float()
+        maps = job.backbone.encoder(views)
+        if isinstance(model, FeatureLGST):
+            parts.append(model.differences(maps))
+        else:
+            parts.append(model.differences(views, maps))
+    return Differences(*(torch.cat(maps) for maps in zip(*parts)))
 
 
 def best_on_test(job: Job) -> BestOnTest[LGST | FeatureLGST]:
@@ -51,8 +52,7 @@ def best_on_test(job: Job) -> BestOnTest[LGST | FeatureLGST]:
             name: differences(model, job, images, f"evaluate {name}") for name, images in pictures.items()
         }
         model.fit_map_normalisation(parts.pop("val"))
-        return mean_auroc(
-            {split: model.anomaly_map(part).amax((1, 2)).cpu().numpy() for split, part in parts.items()}
-        )
+        scores = {split: model.anomaly_map(part).amax((1, 2)).cpu().numpy() for split, part in parts.items()}
+        return mean_auroc(scores)
 
     return BestOnTest(EVALUATED_EVERY, settings.steps, measure)

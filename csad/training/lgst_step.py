@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from csad.data.images import View
 from csad.progress import ProgressBar
 from csad.settings import LgstSettings
+from csad.standins.penalty_pictures import PenaltyPictures
 from csad.training.draws import shuffled_epochs, step_generator
 from csad.training.feature_cache import FeatureCache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -28,14 +28,6 @@ from models.lgst_on_features import CODED_SIZE, FeatureLGST, averaged
 from models.statistics import ChannelMoments, channel_covariance
 
 JITTER = 0.2  # brightness, contrast or saturation times 0.8 to 1.2
-
-
-class PenaltyPictures(Protocol):
-    """A source of ImageNet-like pictures."""
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """One picture (1, 3, 256, 256), float32 RGB in 0..255."""
-        ...
 
 
 class Sample(NamedTuple):
@@ -55,9 +47,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, 3, 256, 256)
     teacher: Tensor  # (B, channels, 64, 64) of them
-    augmented: (
-        Tensor | None
-    )  # the same, colour-jittered; None, like the next, on steps that train the local head alone
+    augmented: Tensor | None  # the same, colour-jittered; None on steps that train the local head alone
     augmented_teacher: Tensor | None
     penalty: Tensor  # (1, 3, 256, 256)
 
@@ -96,11 +86,8 @@ class EncodedImages:
     ):
         self.paths, self.view, self.encoder, self.device = paths, view, encoder, device
         self.kept: list[tuple[Tensor, ...]] | None = None
-        if len(paths) * sum(level.nbytes for level in self._encode([0])) <= CACHE_BYTES:
-            self.kept = [
-                self._encode([index])
-                for index in ProgressBar(range(len(paths)), desc=description, leave=False)
-            ]
+        if len(paths) * sum(level.nbytes for level in self._encode(0)) <= CACHE_BYTES:
+            self.kept = [*map(self._encode, ProgressBar(range(len(paths)), desc=description, leave=False))]
 
     def fit(self, model: FeatureLGST) -> None:
         """Set the teacher's projection and the means and stds of what student and autoencoder see."""
@@ -119,24 +106,19 @@ class EncodedImages:
 
         They are the arguments of `FeatureLGST.training_features`.
         """
-        maps = tuple(
-            torch.cat(level).float() for level in zip(*(self._maps(int(index)) for index in indices))
-        )
+        levels = zip(*map(self._maps, indices.tolist()))
+        maps = tuple(torch.cat(level).float() for level in levels)
         return maps[0], model.teacher(maps), maps[2]
 
     def _all(self) -> Iterator[tuple[Tensor, ...]]:
         return (tuple(level.float() for level in self._maps(index)) for index in range(len(self.paths)))
 
     def _maps(self, index: int) -> tuple[Tensor, ...]:
-        return self._encode([index]) if self.kept is None else self.kept[index]
+        return self._encode(index) if self.kept is None else self.kept[index]
 
     @torch.no_grad()
-    def _encode(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        views = (
-            torch.from_numpy(self.view.read_tile_sized([self.paths[index] for index in indices]))
-            .to(self.device)
-            .float()
-        )
+    def _encode(self, index: int) -> tuple[Tensor, ...]:
+        views = torch.from_numpy(self.view.read_tile_sized([self.paths[index]])).to(self.device).float()
         return tuple(level.half() for level in self.encoder(views))
 
 
@@ -187,18 +169,12 @@ class Batches:
             with autocast(self.device, self.precision):
                 levels = self.model.teacher.project_levels(*self.encoder(augmented)[1:])
             augmented_teacher = self._teacher_features(levels)
-        return Batch(
-            self._ordered(images),
-            self._teacher_features(self.projections[indices]),
-            augmented,
-            augmented_teacher,
-            self._ordered(penalty),
-        )
+        teacher = self._teacher_features(self.projections[indices])
+        return Batch(self._ordered(images), teacher, augmented, augmented_teacher, self._ordered(penalty))
 
     def _teacher_features(self, levels: tuple[Tensor, ...]) -> Tensor:
-        return self.model.normalise_teacher(
-            self.model.teacher.merge_levels(*(level.float() for level in levels))
-        )
+        merged = self.model.teacher.merge_levels(*(level.float() for level in levels))
+        return self.model.normalise_teacher(merged)
 
     def _ordered(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=memory_format(self.precision))

@@ -11,42 +11,33 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-MOST_BACKGROUND = (0.5, 0.9)  # of the first and the second paste, less than this share may lie on background
+MAX_BACKGROUND = (
+    0.5,
+    0.9,
+)  # of the first and the second paste, less than this fraction may lie on background
 BORDER = 0.1  # of the side: a pasted component's centre keeps this far from the border
-LEAST_LABELLED = 0.9  # of a component to be pasted
-MOST_UNLABELLED = 100  # pixels of a component to be pasted
-SMALLEST_PART = 50  # pixels; smaller crumbs of a label are no components
+MIN_LABELLED = 0.9  # of a component to be pasted
+MAX_UNLABELLED = 100  # pixels of a component to be pasted
+MIN_PART = 50  # pixels; smaller crumbs of a label are no components
 REMOVED_PART = 0.002  # of the image
 TRIALS = 500  # rotations and positions that are tried for a component, as published
 CANDIDATES = 2000  # random positions that those of the trials are drawn from
 
 
 class Synthesis(NamedTuple):
-    """An image with components too many.
+    """An image with components too many."""
 
-    Attributes:
-        image: (H, W, 3) uint8.
-        labels: (H, W) uint8.
-        pasted: how many components, 0 to 2.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray
-    pasted: int
+    image: np.ndarray  # (H, W, 3) uint8
+    labels: np.ndarray  # (H, W) uint8
+    pasted: int  # how many components, 0 to 2
 
 
 class Placement(NamedTuple):
-    """Where a component goes.
+    """Where a component goes."""
 
-    Attributes:
-        movement: (2, 3) affine matrix from the picture to the window.
-        window: rows and columns of the picture that the component lies within.
-        mask: (h, w) bool, the component in the window.
-    """
-
-    movement: np.ndarray
-    window: tuple[slice, slice]
-    mask: np.ndarray
+    movement: np.ndarray  # (2, 3) affine matrix from the picture to the window
+    window: tuple[slice, slice]  # rows and columns of the picture that the component lies within
+    mask: np.ndarray  # (h, w) bool, the component in the window
 
 
 def synthesise(
@@ -69,7 +60,7 @@ def synthesise(
         instances: (H, W) integers, the components to paste from, 0 for none: stage 1's refined masks, or
             `label_parts`.
         background: (H, W) bool, where components would hang in the air.
-        distance: least move of a component's centre, in image sides.
+        distance: minimum move of a component's centre, in image sides.
         trials: rotations and positions that are tried for a component.
 
     Returns:
@@ -77,16 +68,15 @@ def synthesise(
     """
     pasted_image, pasted_labels, pasted = image.copy(), labels.copy(), 0
     for instance in rng.permutation(labelled_instances(instances, labels)):
-        placement = find_placement(
-            instances == instance, background, rng, distance, MOST_BACKGROUND[pasted], trials
-        )
+        mask, limit = instances == instance, MAX_BACKGROUND[pasted]
+        placement = find_placement(mask, background, rng, distance, limit, trials)
         if placement is not None:
             pasted_image[placement.window][placement.mask] = _moved(image, placement, cv2.INTER_LINEAR)
             pasted_labels[placement.window][placement.mask] = _moved(labels, placement, cv2.INTER_NEAREST)
             pasted += 1
         elif pasted:
             break
-        if pasted == len(MOST_BACKGROUND):
+        if pasted == len(MAX_BACKGROUND):
             break
     return Synthesis(pasted_image, pasted_labels, pasted)
 
@@ -95,7 +85,7 @@ def labelled_instances(instances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The instances (H, W) that lie in labels, ascending; 10 % of one, and 100 pixels, may have no label."""
     sizes = np.bincount(instances.ravel())
     labelled = np.bincount(instances[labels > 0], minlength=len(sizes))
-    wanted = (labelled >= LEAST_LABELLED * sizes) & (sizes - labelled <= MOST_UNLABELLED) & (sizes > 0)
+    wanted = (labelled >= MIN_LABELLED * sizes) & (sizes - labelled <= MAX_UNLABELLED) & (sizes > 0)
     wanted[0] = False
     return np.flatnonzero(wanted)
 
@@ -114,7 +104,7 @@ def label_parts(labels: np.ndarray) -> np.ndarray:
     for label in np.unique(labels[labels > 0]):
         own = (labels == label).astype(np.uint8)
         _, parts, stats, _ = cv2.connectedComponentsWithStats(own, connectivity=4)
-        large = stats[:, cv2.CC_STAT_AREA] > SMALLEST_PART
+        large = stats[:, cv2.CC_STAT_AREA] > MIN_PART
         large[0] = False
         instances += np.where(large, number + np.cumsum(large), 0)[parts].astype(np.int32)
         number += int(large.sum())
@@ -137,7 +127,7 @@ def find_placement(
     background: np.ndarray,
     rng: np.random.Generator,
     distance: float,
-    most_background: float,
+    max_background: float,
     trials: int = TRIALS,
 ) -> Placement | None:
     """Draw rotations and positions until not too much of a component lies on background; far ones are likelier.
@@ -145,8 +135,8 @@ def find_placement(
     Args:
         mask: (H, W) bool, the component.
         background: (H, W) bool.
-        distance: least move of the component's centre, in image sides.
-        most_background: less than this share of what is pasted may lie on background.
+        distance: minimum move of the component's centre, in image sides.
+        max_background: less than this fraction of what is pasted may lie on background.
         trials: how many are drawn at most.
 
     Returns:
@@ -171,7 +161,7 @@ def find_placement(
         size = right - left, bottom - top
         moved = cv2.warpAffine(mask, movement, size, flags=cv2.INTER_NEAREST).view(bool)
         area = np.count_nonzero(moved)
-        if area and np.count_nonzero(moved & background[window]) < most_background * area:
+        if area and np.count_nonzero(moved & background[window]) < max_background * area:
             return Placement(movement, window, moved)
     return None
 

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from csad.data import files, records
 from csad.errors import UserError, defer_interrupts
 from csad.processes import cores
 from csad.progress import ProgressBar
+from csad.training.best_on_test import BestOnTest
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,8 @@ class TrainingLoop:
             if self.overwrites is None:
                 raise
             saved = None
-        changes = records.changes_since(
-            saved if isinstance(saved, dict) else {}, self.provenance, self.overwrites
-        )
+        content = saved if isinstance(saved, dict) else {}
+        changes = records.changes_since(content, self.provenance, self.overwrites)
         if changes and self.overwrites is None:
             records.refuse(changes, f"{self.progress_file} is a training")
         if changes:
@@ -97,11 +97,9 @@ class TrainingLoop:
         self.done = saved["done"]
 
     def _save(self) -> None:
+        content = {"used": self.provenance, "overwrites": self.overwrites, "done": self.done}
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        files.write_state(
-            self.progress_file,
-            {"used": self.provenance, "overwrites": self.overwrites, "done": self.done} | states,
-        )
+        files.write_state(self.progress_file, content | states)
 
     def samples(self, draw: Callable[[int], Sample]) -> Iterator[tuple[int, Sample]]:
         """Yield (step, ``draw(step)``) for every step that is left.
@@ -162,14 +160,13 @@ def _by_a_thread(draw: Callable[[int], Sample], steps: range) -> Iterator[Sample
 
 
 def _by_processes(draw: Callable[[int], Sample], steps: range, workers: int) -> Iterator[Sample]:
-    """In order, whichever process is first; in pinned memory where there is a GPU, from which copies need not be waited for."""
+    """In order, whichever process is first."""
     loader = DataLoader(
         _Draws(draw),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_interrupts_to_the_loop,
         multiprocessing_context="fork",  # pictures and labels are shared, not copied
     )
@@ -204,60 +201,31 @@ def drawing_workers(device: torch.device) -> int:
     return min(MAX_WORKERS, cores() - 1) if device.type == "cuda" and os.name == "posix" else 0
 
 
-class WeightSelection(Protocol):
-    """What chooses the weights of a training (csad.training.best_on_test.BestOnTest)."""
-
-    def after(self, step: int, network: Any) -> None: ...
-
-    def restore(self, network: Any, name: str) -> None: ...
-
-    def noted(self) -> dict[str, Any]: ...
-
-
 class NetworkTraining(TrainingLoop):
     """The training of one network, whose steps differ in their losses alone.
 
     Args:
         category: name of the category.
-        title: of the progress bar, behind the category.
         network: by the name that it has in the progress file; on its device, in training mode.
         schedule: (step, steps) -> fraction of the optimizer's first learning rate.
         best: what chooses the weights; without it the last step's are kept.
-        workers: see `TrainingLoop`.
-
-    The others are those of `TrainingLoop`.
+        loop: the arguments of `TrainingLoop` but for its parts.
     """
 
     def __init__(
         self,
-        steps: int,
-        progress_file: Path,
-        provenance: dict[str, Any],
         category: str,
-        title: str,
-        lower: str,
-        overwrites: str | None,
         network: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int, int], float],
-        best: WeightSelection | None = None,
-        workers: int = 0,
+        best: BestOnTest | None,
+        **loop: Any,
     ):
         self.category, self.optimizer, self.schedule, self.best = category, optimizer, schedule, best
         (self.network,) = network.values()
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        super().__init__(
-            steps,
-            progress_file,
-            provenance,
-            f"{category}: {title}",
-            lower,
-            overwrites,
-            workers,
-            **network,
-            optimizer=optimizer,
-            **({"best": best} if best is not None else {}),
-        )
+        parts: dict[str, Any] = {**network, "optimizer": optimizer} | ({} if best is None else {"best": best})
+        super().__init__(**loop, **parts)
 
     def step(self, losses: Mapping[str, Tensor]) -> None:
         """Change the network by the gradient of the sum of a step's losses."""

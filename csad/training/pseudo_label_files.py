@@ -22,11 +22,8 @@ SQUEEZED = (images.SIZE, images.SIZE)  # size of maps by a proposer that does no
 
 
 def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.ndarray, int]:
-    """Indices of the trusted images (into the sorted training images) and number of classes with background.
-
-    Raises:
-        UserError: a file is missing or does not fit the data set.
-    """
+    """Indices of the trusted images (into the sorted training images) and number of classes with background;
+    UserError if a file is missing or does not fit the data set."""
     labels = workspace.pseudo_labels(category.name)
     trusted_file, histogram_file = labels.trusted, labels.histogram
     trusted = files.read_array(files.require(trusted_file, MADE_BY))
@@ -49,19 +46,12 @@ def read_stage_1(category: layouts.Category, workspace: Workspace) -> tuple[np.n
 
 
 def require_own_pseudo_labels(
-    category: layouts.Category, labels: PseudoLabels, trusted: np.ndarray, train_images: str
+    category: layouts.Category, labels: PseudoLabels, trusted: np.ndarray, train_images_digest: str
 ) -> None:
-    """Make sure that stage 1 saw these training images, and that the trusted label maps are those that it wrote.
-
-    Raises:
-        UserError: it did not, or they are not.
-    """
-    maps = [
-        labels.image(category.key(category.train[index])) / "filtered_cluster_map.png" for index in trusted
-    ]
-    records.require_current(
-        labels.record, {"train_images": train_images}, [path for path in maps if path.exists()], MADE_BY
-    )
+    """UserError unless stage 1 saw these training images, and wrote the trusted label maps."""
+    folders = [labels.image(category.key(category.train[index])) for index in trusted]
+    maps = [path for folder in folders if (path := folder / "filtered_cluster_map.png").exists()]
+    records.require_current(labels.record, {"train_images": train_images_digest}, maps, MADE_BY)
 
 
 def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trusted: np.ndarray) -> str:
@@ -73,9 +63,8 @@ def digest_of_label_maps(category: layouts.Category, workspace: Workspace, trust
     """
     listing = []
     for index in trusted:
-        digests = [
-            records.digest(path) if path.exists() else None for path in _maps_of(category, workspace, index)
-        ]
+        maps = _maps_of(category, workspace, index)
+        digests = [records.digest(path) if path.exists() else None for path in maps]
         listing.append(" ".join(map(str, (category.key(category.train[index]), *digests))))
     return records.digest_lines(listing)
 
@@ -130,18 +119,20 @@ def training_data(
                 f"{SQUEEZED[1]}x{SQUEEZED[0]}; run {MADE_BY} --overwrite"
             )
         labels[index] = to_side(fill_class_holes(label_map) if fill_holes else label_map, side)
-        without_instances += not refined.exists()
-        instances[index] = label_parts(labels[index])
         if refined.exists():
             masks = images.read_mask(refined)
             require_size(refined, masks, label_map.shape)
             instances[index] = to_side(masks, side)
-        without_background += not background.exists()
-        backgrounds[index] = labels[index] == 0
+        else:
+            without_instances += 1
+            instances[index] = label_parts(labels[index])
         if background.exists():
             values = images.read_rgb(background)[..., 0]
             require_size(background, values, label_map.shape)
             backgrounds[index] = to_side(values, side) > 0  # as published, the JPEG's halo counts, too
+        else:
+            without_background += 1
+            backgrounds[index] = labels[index] == 0
     if without_background:
         print(
             f"{category.name}: {without_background} of {len(trusted)} trusted images have no background.jpg; what their "
@@ -153,27 +144,19 @@ def training_data(
             "logical synthesis pastes connected parts of their pseudo-labels"
         )
     unlabelled = np.setdiff1d(np.arange(len(train_images)), trusted)
-    return TrainingData(
-        train_images, labels, instances, backgrounds, trusted, unlabelled if len(unlabelled) else trusted
-    )
+    unlabelled = unlabelled if len(unlabelled) else trusted
+    return TrainingData(train_images, labels, instances, backgrounds, trusted, unlabelled)
 
 
 def _maps_of(category: layouts.Category, workspace: Workspace, index: int) -> tuple[Path, Path, Path]:
     """What stage 1 says of a training image: label map, refined masks, background; the last two may be missing."""
     folder = workspace.pseudo_labels(category.name).image(category.key(category.train[index]))
-    return (
-        files.require(folder / "filtered_cluster_map.png", MADE_BY),
-        folder / "refined_masks.png",
-        folder / "background.jpg",
-    )
+    label_map = files.require(folder / "filtered_cluster_map.png", MADE_BY)
+    return label_map, folder / "refined_masks.png", folder / "background.jpg"
 
 
 def require_size(path: Path, values: np.ndarray, *sizes: tuple[int, int]) -> None:
-    """Make sure that a map (H, W) about an image has one of the sizes (H, W) that it may have.
-
-    Raises:
-        UserError: it has not.
-    """
+    """UserError unless a map (H, W) about an image has one of the sizes (H, W) that it may have."""
     if values.shape not in sizes:
         expected = " or ".join(f"{width}x{height}" for height, width in dict.fromkeys(sizes))
         raise UserError(

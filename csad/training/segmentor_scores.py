@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from csad.data import files, layouts
-from csad.data.workspace import Workspace
-from csad.progress import ProgressBar
+from csad.data import files
+from csad.progress import batches
 from csad.training.best_on_test import BestOnTest, mean_auroc, read_scored
 from csad.training.logical_synthesis import without_a_part
 from csad.training.stage import Job
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.histogram_evidence import HistogramEvidence, fit_evidence
-from models.patch_histogram import PatchHistogramDetector, fit_parameters, fitted_detector
+from models.histogram_evidence import HistogramEvidence, fit_evidence, fitted_evidence
+from models.patch_histogram import HISTOGRAMS, PatchHistogramDetector, fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 
 SCORING_BATCH = 8
@@ -32,10 +31,8 @@ def label_maps(
     segmentor: Segmentor, job: Job, pictures: Tensor | Sequence[Path], what: str
 ) -> Iterator[Tensor]:
     """Label maps (B, 256, 256) uint8 of images, loaded (N, 3, 256, 256) or on disk, batch by batch."""
-    for first in ProgressBar(
-        range(0, len(pictures), SCORING_BATCH), desc=f"{job.name}: {what}", unit="batch", leave=False
-    ):
-        batch = pictures[first : first + SCORING_BATCH]
+    for few in batches(len(pictures), SCORING_BATCH, f"{job.name}: {what}"):
+        batch = pictures[few]
         if not isinstance(batch, Tensor):
             batch = torch.from_numpy(job.view.read_256(batch))
         yield segmentor(job.backbone.encoder(batch.to(job.device).float())).argmax(1).byte().cpu()
@@ -50,42 +47,34 @@ def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor
     generator = torch.Generator().manual_seed(job.seed)
     shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(subset), 2), generator=generator).tolist()
     light = 1 + LIGHT * (2 * torch.rand(len(subset), 1, 1, 1, generator=generator) - 1)
-    changed = torch.stack(
-        [torch.roll(picture, shift, (1, 2)) for picture, shift in zip(pictures[subset], shifts)]
-    )
+    changed = torch.stack([torch.roll(*each, (1, 2)) for each in zip(pictures[subset], shifts)])
     changed = changed * light + NOISE * torch.randn(changed.shape, generator=generator)
-    segmented = torch.cat(
-        [*label_maps(segmentor, job, changed.clamp(0, 255).round().byte(), "segment changed training images")]
-    )
-    undone = torch.stack(
-        [torch.roll(label_map, (-shift[0], -shift[1]), (0, 1)) for label_map, shift in zip(segmented, shifts)]
-    )
-    return maps[subset], undone
+    changed = changed.clamp(0, 255).round().byte()
+    segmented = torch.cat([*label_maps(segmentor, job, changed, "segment changed training images")])
+    undone = [torch.roll(label_map, (-y, -x), (0, 1)) for label_map, (y, x) in zip(segmented, shifts)]
+    return maps[subset], torch.stack(undone)
 
 
-def written(
-    batches: Iterable[Tensor], category: layouts.Category, workspace: Workspace, split: str
-) -> Iterator[Tensor]:
+def written(segmented: Iterable[Tensor], job: Job, split: str) -> Iterator[Tensor]:
     """The same label maps of a split's test images, each written on its way."""
-    paths = iter(category.test(split))
-    for maps in batches:
+    category, paths = job.category, iter(job.category.test(split))
+    for maps in segmented:
         for label_map, path in zip(maps, paths):
-            files.write_image(
-                workspace.segmentation_output(category.name, split, category.key(path)), label_map.numpy()
-            )
+            target = job.workspace.segmentation_output(category.name, split, category.key(path))
+            files.write_image(target, label_map.numpy())
         yield maps
 
 
 def score(
-    detector: PatchHistogramDetector, evidence: HistogramEvidence | None, batches: Iterable[Tensor]
+    detector: PatchHistogramDetector, evidence: HistogramEvidence | None, segmented: Iterable[Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores (N,), those of the evidence among them if there is one, and evidence (N, 64, 64), else (0, 64, 64).
 
     Args:
-        batches: label maps (B, 256, 256) uint8; none is kept, so that memory does not grow with their number.
+        segmented: label maps (B, 256, 256) uint8; none is kept, so that memory does not grow with their number.
     """
     scores, drawn = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 64, 64)]
-    for maps in batches:
+    for maps in segmented:
         scores.append(detector(maps))
         if evidence is not None:
             drawn.append(evidence(maps))
@@ -106,9 +95,7 @@ def held_out_scores(
     evidence_parameters: Mapping[str, np.ndarray],
 ) -> np.ndarray:
     """Scores of training images held out (N,), as `score` would give them, of what the parameters say of these images."""
-    scores = detector.score(
-        *(torch.from_numpy(parameters[f"{name}_held_out_score"]) for name in ("hist", "patch_hist"))
-    )
+    scores = detector.score(*(torch.from_numpy(parameters[f"{name}_held_out_score"]) for name in HISTOGRAMS))
     if evidence is not None:
         scores = scores + evidence.normalised(torch.from_numpy(evidence_parameters["held_out_score"]))
     return scores.numpy()
@@ -122,22 +109,21 @@ def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: 
     }
 
     def measure(segmentor: Segmentor) -> float:
-        train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
-        maps = {
-            name: torch.cat([*label_maps(segmentor, job, images, f"evaluate {name}")])
-            for name, images in pictures.items()
-        }
+        def segmented(images: Tensor, what: str) -> Tensor:
+            return torch.cat([*label_maps(segmentor, job, images, what)])
+
+        train_maps = segmented(train_images, "segment training images")
+        maps = {name: segmented(images, f"evaluate {name}") for name, images in pictures.items()}
         validation_maps = maps.pop("val")
         parameters = fit_parameters(train_maps, validation_maps, classes, settings.histogram_floor)
         detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
         evidence = None
         if settings.evidence:
-            evidence = HistogramEvidence(classes)
-            evidence.load_parameters(fit_evidence(train_maps, validation_maps, classes))
+            evidence = fitted_evidence(fit_evidence(train_maps, validation_maps, classes), classes)
         return mean_auroc(
             {
-                split: score(detector, evidence, label_map.split(SCORING_BATCH))[0]
-                for split, label_map in maps.items()
+                name: score(detector, evidence, of_split.split(SCORING_BATCH))[0]
+                for name, of_split in maps.items()
             }
         )
 

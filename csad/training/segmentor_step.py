@@ -20,9 +20,7 @@ from models.backbone import Encoder
 from models.device import autocast, memory_format, send
 from models.segmentor import Segmentor, losses
 
-AUGMENTATION_PROBABILITY = (
-    0.5  # of each pair: place (shift and scale, rotation), light (brightness and contrast)
-)
+AUGMENTATION_PROBABILITY = 0.5  # of each pair: affine (shift and scale, rotation), brightness and contrast
 SHIFT = SCALE = 0.01  # of the side
 ROTATION = 2.0  # degrees
 BRIGHTNESS = CONTRAST = 0.05
@@ -30,23 +28,16 @@ BRIGHTNESS = CONTRAST = 0.05
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All training images of a category and what stage 1 says about them.
+    """All training images of a category and what stage 1 says about them."""
 
-    Attributes:
-        images: (N, 3, 256, 256) uint8 RGB.
-        labels: (N, 256, 256) uint8 pseudo-labels; of these three, only those of trusted images are looked at.
-        instances: (N, 256, 256) uint16, the components that logical synthesis pastes from; 0 for none.
-        backgrounds: (N, 256, 256) bool, where logical synthesis pastes little.
-        trusted: indices of the images whose labels are trusted.
-        unlabelled: indices of the images for the unsupervised losses.
-    """
-
-    images: Tensor
+    images: Tensor  # (N, 3, 256, 256) uint8 RGB
+    # (N, 256, 256) uint8 pseudo-labels; of these three, only those of trusted images are looked at.
     labels: np.ndarray
+    # (N, 256, 256) uint16, the components that logical synthesis pastes from; 0 for none.
     instances: np.ndarray
-    backgrounds: np.ndarray
-    trusted: np.ndarray
-    unlabelled: np.ndarray
+    backgrounds: np.ndarray  # (N, 256, 256) bool, where logical synthesis pastes little
+    trusted: np.ndarray  # indices of the images whose labels are trusted
+    unlabelled: np.ndarray  # indices of the images for the unsupervised losses
 
 
 class Sample(NamedTuple):
@@ -79,18 +70,11 @@ def draw_sample(
     """Make the random choices of one step, which depend on seed, category and step alone: a resumed run sees the same."""
     rng = step_generator(seed, category, step)
     images, labels, affine, photometric = [], [], [], []
-    for index in data.trusted[
-        shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()
-    ]:
-        image, label, _ = synthesise(
-            data.images[index].permute(1, 2, 0).numpy(),
-            data.labels[index],
-            data.instances[index],
-            data.backgrounds[index],
-            rng,
-            settings.paste_distance,
-            settings.paste_trials,
-        )
+    drawn = shuffled_epochs(len(data.trusted), settings.batch_size, step, category, seed).numpy()
+    for index in data.trusted[drawn]:
+        picture = data.images[index].permute(1, 2, 0).numpy()
+        maps = data.labels[index], data.instances[index], data.backgrounds[index]
+        image, label, _ = synthesise(picture, *maps, rng, settings.paste_distance, settings.paste_trials)
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
         affine.append(_draw_affine(rng))
@@ -128,14 +112,8 @@ class Batches:
 
     def batch(self, sample: Sample) -> Batch:
         """Augment the drawn trusted images on the device and fetch the unlabelled ones."""
-        images, labels, affine, photometric, unlabelled, reference_labels = (
-            send(part, self.device) for part in sample
-        )
-        return Batch(
-            *augment(images, labels, affine, photometric),
-            self.features[unlabelled],
-            self.labels[reference_labels].long(),
-        )
+        *trusted, unlabelled, reference_labels = (send(part, self.device) for part in sample)
+        return Batch(*augment(*trusted), self.features[unlabelled], self.labels[reference_labels].long())
 
 
 def augment(images: Tensor, labels: Tensor, affine: Tensor, photometric: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,9 +131,8 @@ def augment(images: Tensor, labels: Tensor, affine: Tensor, photometric: Tensor)
     """
     grid = F.affine_grid(affine, list(images.shape), align_corners=True)
     warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    moved = F.grid_sample(
-        labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True
-    )
+    values = labels[:, None].float()
+    moved = F.grid_sample(values, grid, mode="nearest", padding_mode="zeros", align_corners=True)
     gain, offset = photometric.view(-1, 2, 1, 1, 1).unbind(1)
     return (warped * gain + offset).clamp(0, 255), moved[:, 0].round().long()
 
@@ -186,9 +163,8 @@ def step_losses(
         logits = _logits(segmentor, both, precision)
         return losses(logits[:count], batch.labels, logits[count:], batch.reference_labels, settings)
     logits = _logits(segmentor, trusted, precision)
-    with torch.set_grad_enabled(
-        len(batch.reference_labels) > 0
-    ):  # else only batch norm's running statistics change
+    # Before the unsupervised losses join only batch norm's running statistics change.
+    with torch.set_grad_enabled(len(batch.reference_labels) > 0):
         unlabelled = _logits(segmentor, batch.unlabelled, precision)
     return losses(logits, batch.labels, unlabelled, batch.reference_labels, settings)
 

@@ -6,15 +6,16 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from csad import settings
-from csad.cli import select, training_options
+from csad.cli import select
 from csad.data import files, images, layouts
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.training.backbone_weights import build_backbone
-from csad.training.jobs import Task, run_jobs
+from csad.training.jobs import Task
 
 import torch
 
@@ -26,21 +27,15 @@ LARGEST_VIEW = 4096
 
 @dataclass(frozen=True)
 class Job:
-    """One category and seed of a stage.
-
-    Attributes:
-        workspace: of this seed.
-        backbone: on the device.
-        precision: fp32 or bf16, of training.
-    """
+    """One category and seed of a stage."""
 
     category: layouts.Category
-    workspace: Workspace
+    workspace: Workspace  # of this seed
     settings: settings.Settings
     view: images.View
-    backbone: Backbone
+    backbone: Backbone  # on the device; with ``--dry_run``, where jobs are only named, there is none
     device: torch.device
-    precision: str
+    precision: str  # fp32 or bf16, of training
     seed: int
     overwrite: bool
 
@@ -49,44 +44,24 @@ class Job:
         return self.category.name
 
 
-def run_stage(description: str, train_category: Callable[[Job], None]) -> None:
-    """Parse the options of a training stage and call it for every category and seed (`run_jobs`)."""
-    run_jobs(training_options(description).parse_args(), partial(training_jobs, train_category))
-
-
 def training_jobs(train_category: Callable[[Job], None], args: argparse.Namespace) -> dict[str, Task]:
     """A training stage's jobs by name."""
     workspace, _, categories, settings_of = select(args)
     device = choose_training_device(args.device)
-    precision = choose_precision(
-        args.precision or ("fp32" if args.preset == settings.PAPER else "auto"), device
-    )
+    default = "fp32" if args.preset == settings.PAPER else "auto"
+    precision = choose_precision(args.precision or default, device)
     backbone = agreed_backbone(args, workspace, device)
     tasks = {}
     for seed, seed_workspace in workspace.of_seeds(args.seeds).items():
+        own_seed = args.seed if seed is None else seed
         for category in categories:
             cfg = settings_of[category.name]
             view = view_of(category, cfg)
-            if backbone is None:
-                tasks[job_name(category, seed)] = Task(category, seed, only_named)
-                continue
             job = Job(
-                category,
-                seed_workspace,
-                cfg,
-                view,
-                backbone,
-                device,
-                precision,
-                args.seed if seed is None else seed,
-                args.overwrite,
+                category, seed_workspace, cfg, view, backbone, device, precision, own_seed, args.overwrite
             )
             tasks[job_name(category, seed)] = Task(category, seed, partial(train_category, job))
     return tasks
-
-
-def only_named() -> None:
-    """What a job does with ``--dry_run``."""
 
 
 def job_name(category: layouts.Category, seed: int | None) -> str:
@@ -94,11 +69,8 @@ def job_name(category: layouts.Category, seed: int | None) -> str:
 
 
 def view_of(category: layouts.Category, cfg: settings.Settings) -> images.View:
-    """How a category's pictures are seen.
-
-    Raises:
-        UserError: its region of interest is empty, of another size, or given twice, or all tiles together are too large.
-    """
+    """How a category's pictures are seen; UserError if its region of interest is empty, of another size, or
+    given twice, or all tiles together are too large."""
     tiles = int(cfg.memory.tiles[0])
     size = cfg.images.size * tiles
     if size > LARGEST_VIEW:
@@ -111,9 +83,9 @@ def view_of(category: layouts.Category, cfg: settings.Settings) -> images.View:
 
 def agreed_backbone(
     args: argparse.Namespace, workspace: Workspace, device: torch.device, with_deepest: bool = False
-) -> Backbone | None:
-    """The backbone that the command line names, on the device; for ``auto``, the one that the first stage took, whatever is at
-    hand by now. None with ``--dry_run``: jobs are only named, and nothing is downloaded for that.
+) -> Any:
+    """The `Backbone` that the command line names, on the device; for ``auto``, the one that the first stage took, whatever is
+    at hand by now. None with ``--dry_run``: jobs are only named, and nothing is downloaded for that.
 
     Raises:
         UserError: it cannot be had.
@@ -123,9 +95,8 @@ def agreed_backbone(
     name, weights = args.backbone, args.backbone_weights
     if name == "auto" and weights is None and workspace.backbone.exists():
         name = files.read_json(workspace.backbone, keys={"name": str})["name"]
-    backbone = build_backbone(
-        name, weights, workspace.downloads, with_deepest, getattr(args, "download", False)
-    )
+    download = getattr(args, "download", False)
+    backbone = build_backbone(name, weights, workspace.downloads, with_deepest, download)
     agreed = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     if not workspace.backbone.exists() or files.read_json(workspace.backbone) != agreed:
         files.write_json(workspace.backbone, agreed)
