@@ -1,5 +1,7 @@
 """DFM: a PCA of pooled maps, what it cannot explain, and the stage that fits it."""
 
+import shutil
+
 from csad import settings
 from csad.data import files, layouts
 from csad.data.workspace import Workspace
@@ -111,6 +113,14 @@ def test_the_stage_writes_scores_and_maps(category, tmp_path):
         "val": (5, 64, 64),
         **{split: (2, 64, 64) for split in layouts.SPLITS},
     }
+
+
+@pytest.mark.parametrize("missing", [layouts.LOGICAL, layouts.STRUCTURAL])
+def test_a_kind_of_anomaly_without_images_has_maps_of_none(category, tmp_path, missing):
+    shutil.rmtree(category.root / "test" / missing)
+    maps = files.read_arrays(fit(category, tmp_path).anomaly_maps(CATEGORY, "DFM"))
+    assert {len(maps[split]) for split in layouts.SPLITS if split != missing} == {2}
+    assert maps[missing].shape == (0, 64, 64)
 
 
 def test_finished_work_is_skipped_and_scored_anew_for_other_validation_images(
