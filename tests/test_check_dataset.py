@@ -484,7 +484,7 @@ def test_names_that_cannot_be_used(tmp_path, run):
     status, said, _ = run("--dataset_root", tmp_path)
     assert status == 2 and "has a name of more than 200 bytes" in said
     status, _, complaint = run("--dataset_root", tmp_path / name / "train/0.png")
-    assert status == 2 and "0.png is a file" in complaint
+    assert status == 2 and "0.png is a single picture" in complaint
 
 
 def test_a_test_folder_that_sounds_good_is_no_defect(tmp_path, run):

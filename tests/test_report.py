@@ -15,6 +15,7 @@ from csad import settings
 from csad.data import data_sets, files, label_colours, layouts
 from csad.data.workspace import Workspace
 from csad.evaluation import measures, score_tables, seeds
+from csad.evaluation.scores import by_split
 from csad.inference import overlays
 from csad.report import cards, cautions, figures
 from csad.report.page import Outcome
@@ -22,6 +23,8 @@ from csad.report.page import Outcome
 import numpy as np
 import pytest
 from conftest import status_of
+
+from models.fusion import fused_map
 
 
 def load(script: str):
@@ -399,16 +402,22 @@ def test_a_patch_histogram_without_evidence_has_no_map_to_measure(results, monke
     noted["used"]["segmentor"]["evidence"] = False
     files.write_json(record, noted)
     workspace.anomaly_maps(category.name, "patchhist").unlink(missing_ok=True)
-    alone = measures.localisation_metrics(category, workspace, {"patchhist": 1.0}, None)
+    scores = {
+        branch: {part: np.arange(8.0) for part in ("logi", "struc", "val")}
+        for branch in ("patchhist", "LGST")
+    }
+    alone = measures.localisation_metrics(category, workspace, scores, "sum", {"patchhist": 1.0}, None)
     assert all("the exported model has none" in one["missing"] for one in alone.values())
 
     def measure(category, maps, split, roi):
-        lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split]
-        np.testing.assert_allclose(maps[split], np.maximum(lgst, 0))  # as in the exported model
+        lgst = files.read_arrays(workspace.anomaly_maps(category.name, "LGST"))[split][:, None]
+        of_split = by_split(category, scores["LGST"])[split][:, None]
+        np.testing.assert_allclose(maps[split], fused_map(lgst, of_split, "sum"))  # as in the exported model
         return measures.localisation.Localisation({0.05: 50.0}, 60.0, 70.0)
 
     monkeypatch.setattr(measures.localisation, "measure", measure)
-    both = measures.localisation_metrics(category, workspace, {"patchhist": 1.0, "LGST": 1.0}, None)
+    weights = {"patchhist": 1.0, "LGST": 1.0}
+    both = measures.localisation_metrics(category, workspace, scores, "sum", weights, None)
     assert both["logical"]["pixel_auroc"] == 60 and "has no map" in both["logical"]["note"]
 
 

@@ -101,7 +101,7 @@ def encodings(rgb: np.ndarray) -> list[tuple[str, bytes, np.ndarray | str]]:
         ("12_bits.png", encoded(grey.astype(np.uint16) * 16, "PNG"), "white_level"),
         ("float.tif", encoded(grey / np.float32(255), "TIFF"), "white_level"),
         ("two_pages.tif", encoded(rgb, "TIFF", **PAGES), "2 pages"),
-        ("phone.heic", b"\x00\x00\x00\x18ftypheic", "not images")]
+        ("phone.heic", b"\x00\x00\x00\x18ftypheic", "not an image")]
     deep = np.asarray(Image.open(CASES / "black_is_zero_16.tif"), np.float64)
     for name, seen in (("rgb16-565.bmp", None), ("white_is_zero_8.tif", None),
                        ("white_is_zero_16.tif", _as_rgb((deep / 257 + 0.5).astype(np.uint8)))):
