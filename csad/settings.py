@@ -12,20 +12,17 @@ An unknown key or a value out of range is an error that names it. What a run use
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from csad.branches import PAPER_BRANCHES, BranchName
-from csad.errors import UserError, did_you_mean
-from csad.yaml_layers import merge, nested, read_layer
+from csad.errors import UserError
+from csad.yaml_layers import merge, nested, read_layer, refusal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = "paper"
-SHIPPED = frozenset({"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"})
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Text without control characters that neither begins nor ends with a space.
 ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[^\s\pC])?$")]
@@ -258,7 +255,7 @@ class Settings(Section):
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
 
 
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     name: field.annotation
     for name, field in Settings.model_fields.items()
     if name not in ("logical", "roi", "names")
@@ -267,20 +264,8 @@ SECTIONS = {
 
 def names_of_settings() -> list[str]:
     """All that a file of configs/ can say: sections, their settings after a dot, and what stands outside of sections."""
-    sections = {name: values for name, values in Settings().model_dump().items() if name in SECTIONS}
-    return [
-        *(f"{section}.{key}" for section in sections for key in sections[section]),
-        *Settings.model_fields,
-    ]
-
-
-def set_by_a_person(category: str, settings: PseudoLabelSettings, names: Iterable[str]) -> list[str]:
-    """Which of these settings of stage 1 a person set, on the command line or in a file for a category of their own.
-
-    The files for MVTec LOCO AD's categories come with the code: what they say is nobody's doing.
-    """
-    shipped = load(category).pseudo_labels if category in SHIPPED else PseudoLabelSettings()
-    return [name for name in names if getattr(settings, name) != getattr(shipped, name)]
+    of_sections = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+    return [*of_sections, *Settings.model_fields]
 
 
 def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:
@@ -304,15 +289,7 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
     try:
         settings = Settings(**merged)
     except ValidationError as problem:
-        error = problem.errors()[0]
-        name = ".".join(str(part) for part in error["loc"][:2])  # what follows names a branch of a union
-        if error["type"] == "extra_forbidden":
-            advice = did_you_mean(name, names_of_settings()) or "; csad/settings.py lists them all"
-            raise UserError(f"there is no setting {name}{advice}") from problem
-        advice = ""
-        if error["type"] == "literal_error":
-            advice = did_you_mean(str(error["input"]), re.findall("'([^']*)'", error["ctx"]["expected"]))
-        raise UserError(f"setting {name}: {error['msg']} (got {error['input']!r}){advice}") from problem
+        raise UserError(refusal(problem, names_of_settings())) from problem
     first, epochs = settings.segmentor.unsupervised_from_epoch, settings.segmentor.epochs
     if first >= epochs:
         raise UserError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from csad.errors import UserError
+from csad.errors import UserError, did_you_mean
 
 import yaml
+from pydantic import ValidationError
 
 
 class _PlainYaml(yaml.SafeLoader):
@@ -84,3 +85,15 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
         section, key = name.split(".")
         layer = merge(layer, {section: {key: value}})
     return layer
+
+
+def refusal(problem: ValidationError, known: Iterable[str]) -> str:
+    """Why settings are refused, in a sentence that names the first that is wrong; ``known`` are the names of all there are."""
+    error = problem.errors()[0]
+    name = ".".join(str(part) for part in error["loc"][:2])  # what follows names a branch of a union
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting {name}{did_you_mean(name, known) or '; csad/settings.py lists them all'}"
+    advice = ""
+    if error["type"] == "literal_error":
+        advice = did_you_mean(str(error["input"]), re.findall("'([^']*)'", error["ctx"]["expected"]))
+    return f"setting {name}: {error['msg']} (got {error['input']!r}){advice}"

@@ -13,6 +13,7 @@ from csad.commands import run_station, score_images
 from csad.data.data_sets import Dataset
 from csad.data.workspace import Workspace
 from csad.errors import OptionParser, UserError, did_you_mean
+from csad.pseudo_labels.component_labels import set_by_a_person
 from csad.standins.proposer_choice import choose_proposer
 from csad.training.best_on_test import with_checkpoint
 
@@ -149,10 +150,10 @@ def test_a_setting_without_effect_is_told_only_to_who_set_it(capsys, tmp_path):
     names = ("bandwidth", "no_sam", "inside_grounding")
     for category in ("pushpins", "cup"):
         untouched = settings.load(category, "quick").pseudo_labels
-        assert settings.set_by_a_person(category, untouched, names) == []
+        assert set_by_a_person(category, untouched, names) == []
         changed = {"pseudo_labels.bandwidth": 5.0, "pseudo_labels.no_sam": category == "cup"}
         touched = settings.load(category, "quick", changed).pseudo_labels
-        assert settings.set_by_a_person(category, touched, names) == ["bandwidth", "no_sam"]
+        assert set_by_a_person(category, touched, names) == ["bandwidth", "no_sam"]
         for cfg in (untouched, touched):
             cfg = cfg.model_copy(update={"proposer": "classical"})
             choose_proposer(category, cfg, tmp_path, torch.device("cpu"), False)

@@ -7,9 +7,10 @@ from pathlib import Path
 from csad.data import downloads
 from csad.errors import UserError
 from csad.pseudo_labels import checkpoints
+from csad.pseudo_labels.component_labels import set_by_a_person
 from csad.pseudo_labels.grounded_sam import GroundedSamProposer, SamProposer
 from csad.pseudo_labels.proposers import Proposer
-from csad.settings import PseudoLabelSettings, set_by_a_person
+from csad.settings import PseudoLabelSettings
 from csad.standins.classical import ClassicalProposer
 
 import torch
