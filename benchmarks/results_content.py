@@ -130,6 +130,8 @@ def render_detection(content: dict[str, Any]) -> list[str]:
         rows.append(["average", *(both(average(first, name)) for name in names), ""])
     lines = [f"Image AUROC in percent, logical / structural, seed {seeds[0]}:", ""]
     lines += markdown(["category", *titles, "weights"], rows)
+    fused = mean_known([value for by_name in first.values() for value in by_name[FUSED].values()])
+    lines += ["", f"Fused, mean of both kinds: {percent(fused)}."]
     if len(seeds) > 1:
         averages = ["average", *(over_seeds(content["aurocs"].values(), name) for name in names)]
         over = f"Average of the categories, mean ± standard deviation over seeds {', '.join(seeds)}:"

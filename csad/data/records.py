@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # it needs PyTorch, which records do not
     from models.backbone import Backbone
 
 SKIP, SCORE, TRAIN = "skip", "score", "train"
+DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -189,14 +191,15 @@ def require_current(
 
 
 def difference(recorded: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'."""
+    """Name what differs between two nested dictionaries, as 'lgst.steps: 500 -> 1000'; of digests only that they differ."""
     changes = []
     for key in sorted(recorded.keys() | current.keys()):
         before, now, name = recorded.get(key), current.get(key), f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(now, dict):
             changes += difference(before, now, f"{name}.")
         elif before != now:
-            changes.append(f"{name}: {before} -> {now}")
+            is_digest = any(DIGEST.fullmatch(str(value)) for value in (before, now))
+            changes.append(f"other {name.replace('_', ' ')}" if is_digest else f"{name}: {before} -> {now}")
     return changes
 
 
