@@ -74,18 +74,24 @@ def test_the_histogram_need_not_add_anything_as_long_as_it_costs_next_to_nothing
     assert "LGST" not in quiet.weights or "DFM" not in quiet.weights
 
 
-def test_a_histogram_that_hardly_notices_a_missing_part_may_cost_less():
-    good, kinds = drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(0.45, 1, 1, 1))
-    weights = {}
-    for noticed in (None, 99, 70):
-        decision = choose(good, kinds, BRANCHES, WEIGHED.branches, noticed)
-        weights[noticed] = decision.weights.get("patchhist", 0)
-        assert ("on missing parts: 70.0" in decision.description) == (noticed == 70)
-    assert weights[70] < weights[99] == weights[None]
+def test_a_histogram_that_costs_more_gets_a_smaller_weight_and_not_none():
+    """A histogram without a weight is blind to wrong numbers, which no synthetic defect shows."""
+    weights = []
+    for noise in (0.1, 0.6, 1.0, 1.6, 30.0):
+        decision = choose(
+            *drawn([0, 0, 5, 0], [0, 0, 5, 0], noise=(noise, 1, 1, 1)), BRANCHES, WEIGHED.branches
+        )
+        weights.append(decision.weights.get("patchhist", 0))
+    assert weights == sorted(weights, reverse=True) and weights[0] == 1 and weights[-1] == 0
+    assert 0 < weights[2] < 1, weights
+
+
+def test_a_histogram_alone_counts_whatever_it_finds():
+    good, kinds = drawn([0, 0, 5, 0], [0, 0, 5, 0])
     alone = {
         kind: Defects(of_kind.contributions[:, :1], of_kind.strengths) for kind, of_kind in kinds.items()
     }
-    assert choose(good[:, :1], alone, ["patchhist"], ["patchhist"], 70).weights == {"patchhist": 1}
+    assert choose(good[:, :1], alone, ["patchhist"], ["patchhist"]).weights == {"patchhist": 1}
 
 
 def test_what_the_histogram_notices_is_measured_on_training_images_held_out():

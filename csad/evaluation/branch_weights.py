@@ -24,11 +24,8 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 DIFFICULTY = 90.0  # image AUROC that the best branch should have on the synthetic defects that count
 STANDARD_ERRORS, RESAMPLINGS = 2.0, 200  # of the gain by which other weights than the settings' replace these
 MIN_GAIN = 0.25  # points of image AUROC, mean of both kinds, that a further branch has to add
-MAX_COST = (
-    2.5  # of the same points, which the patch histogram may take away if it notices that parts are missing
-)
-MIN_NOTICED = 85.0  # `parts_noticed` from which it does
-MAX_COST_UNNOTICED = 1.0  # of a patch histogram that does not notice so many
+MAX_COST = 2.5  # of the same points, which the patch histogram may take away
+HISTOGRAM_WEIGHTS = (1.0, 0.5, 0.25, 0.125, 0.0)
 HISTOGRAM, FUSED, EQUAL = "patchhist", "fused", "equal weights"
 
 
@@ -48,7 +45,6 @@ class Decision(NamedTuple):
     # `EQUAL` and `FUSED`.
     aurocs: dict[str, dict[str, float]]
     strengths: dict[str, tuple[float, float]]  # the smallest and the largest strength of these, by kind
-    noticed: float | None = None  # `parts_noticed` of the patch histogram, if it is known
 
     @property
     def description(self) -> str:
@@ -57,8 +53,7 @@ class Decision(NamedTuple):
             f"{kind} " + ", ".join(f"{name} {value:.1f}" for name, value in by_sum.items())
             for kind, by_sum in self.aurocs.items()
         )
-        noticed = "" if self.noticed is None else f"; patch histogram on missing parts: {self.noticed:.1f}"
-        return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}{noticed}"
+        return f"fuses {describe(self.weights)}; image AUROC on synthetic defects: {aurocs}"
 
 
 def describe(weights: Mapping[str, float]) -> str:
@@ -82,7 +77,6 @@ def choose(
     defects: Mapping[str, Defects],
     branches: Sequence[str],
     default: Collection[str],
-    noticed: float | None = None,
 ) -> Decision:
     """Weigh branches by what their sums find of synthetic defects.
 
@@ -90,14 +84,13 @@ def choose(
     the kinds of defects, by `STANDARD_ERRORS` of the difference: what a few synthetic defects say of a category is
     uncertain. The patch histogram sees the arrangement alone, and every synthetic defect in the arrangement leaves
     traces that the other branches see. Thus it need not add anything: it gets the largest weight that costs at most
-    `MAX_COST`, or `MAX_COST_UNNOTICED` if it would often not notice that a part is missing.
+    `MAX_COST`.
 
     Args:
         good: (n, K), what each branch adds to the score of each good image at weight 1.
         defects: structural and logical ones.
         branches: the K branches' names.
         default: the settings' own branches.
-        noticed: `parts_noticed` of the patch histogram; None: not known.
     """
     counted = {kind: _of_difficulty(good, of_kind) for kind, of_kind in defects.items()}
 
@@ -122,9 +115,10 @@ def choose(
         best = own if value(best) - value(own) <= uncertainty else best
     if HISTOGRAM in branches:
         position = list(branches).index(HISTOGRAM)
-        options = [(*best[:position], weight, *best[position + 1 :]) for weight in WEIGHTS[::-1]]
-        cost = MAX_COST if noticed is None or noticed >= MIN_NOTICED else MAX_COST_UNNOTICED
-        best = next(weights for weights in options if not any(best) or value(weights) >= value(best) - cost)
+        options = [(*best[:position], weight, *best[position + 1 :]) for weight in HISTOGRAM_WEIGHTS]
+        best = next(
+            weights for weights in options if not any(best) or value(weights) >= value(best) - MAX_COST
+        )
     named = {branch: np.eye(len(branches))[index] for index, branch in enumerate(branches)}
     named |= {EQUAL: np.ones(len(branches)), FUSED: np.array(best)}
     measured = {name: aurocs(weights) for name, weights in named.items()}
@@ -133,7 +127,6 @@ def choose(
         {branch: weight for branch, weight in zip(branches, best) if weight},
         {kind: {name: of_sum[kind] for name, of_sum in measured.items()} for kind in counted},
         {kind: (float(values.min()), float(values.max())) for kind, values in strengths.items()},
-        noticed,
     )
 
 
@@ -202,7 +195,6 @@ def write(category: str, workspace: Workspace, fusion: FusionSettings, decision:
             "weights": decision.weights,
             "auroc_on_synthetic_defects": decision.aurocs,
             "strengths": decision.strengths,
-            "missing_parts_noticed": decision.noticed,
             "settings": fusion.model_dump(),
             "scores": _digests(category, workspace, fusion),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from csad import settings
-from csad.data import files, images, layouts
+from csad.data import images, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights
@@ -39,11 +39,7 @@ def decide(
     state, weighed = with_optional_branches(category, workspace, fusion, view)
     engine = TorchEngine(state, device)
     good, defects = contributions_on_defects(engine, category, seed)
-    noticed = None
-    if branch_weights.HISTOGRAM in engine.branches:
-        parameters = files.read_arrays(workspace.patch_histogram_parameters(category.name))
-        noticed = branch_weights.parts_noticed(parameters)
-    decision = branch_weights.choose(good, defects, engine.branches, fusion.branches, noticed)
+    decision = branch_weights.choose(good, defects, engine.branches, fusion.branches)
     branch_weights.write(category.name, workspace, fusion, decision)
     print(f"{category.name}: {decision.description}")
     return decision.weights, weighed

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from csad.data import files
 from csad.data.listing import count
-from csad.evaluation.branch_weights import HISTOGRAM, MIN_NOTICED
+from csad.evaluation.branch_weights import HISTOGRAM, parts_noticed
 from csad.evaluation.deviations import SMALL, title_of
 from csad.report.measured import Measured
 
 import numpy as np
 
+MIN_NOTICED = 85.0  # `parts_noticed`, from which nothing needs to be said
 MANY_IMAGES = 0.25  # of the training images; so many without a component are not chance
 ADVICE = 'docs/own_data.md says what to try under "Poor components"'
 
 
 def component_caution(measured: Measured) -> str:
     """One sentence about the components of a category, "" where there is nothing to say against them."""
-    labelled, weighed = (
-        measured.workspace.pseudo_labels(measured.category.name),
-        measured.workspace.branch_weights(measured.category.name),
-    )
-    noticed = files.read_json(weighed).get("missing_parts_noticed") if weighed.exists() else None
+    workspace, name = measured.workspace, measured.category.name
+    labelled, fitted = workspace.pseudo_labels(name), workspace.patch_histogram_parameters(name)
+    noticed = parts_noticed(files.read_arrays(fitted)) if fitted.exists() else None
     return caution(
         files.read_array(labelled.histogram) if labelled.histogram.exists() else None,
-        HISTOGRAM in measured.branches and HISTOGRAM not in measured.weights and weighed.exists(),
+        HISTOGRAM in measured.branches
+        and HISTOGRAM not in measured.weights
+        and workspace.branch_weights(name).exists(),
         noticed,
         measured.names,
     )
