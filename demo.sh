@@ -55,6 +55,6 @@ Everything lies in $workspace:
   datasets/synthetic_loco/          the rendered images, in MVTec LOCO AD's layout
   datasets/masks/                   pseudo-labels (filtered_cluster_map_color.png) and label maps of the test images
 
-Score images of your own with a model of it, for example
+This model knows $first only. Score more pictures of $first with it, for example the test pictures:
   $python predict.py "$dataset/$first/test" --model "$workspace/ckpt/pytorch_models/$first.pth" --save_maps
 TEXT

@@ -40,7 +40,8 @@ def explain(kind: type[BaseException], problem: BaseException, traceback: Traceb
     if not package or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
         sys.__excepthook__(kind, problem, traceback)
         return
-    requirements = "'.[station]'" if Path(sys.argv[0]).name in FEW_PACKAGES else "-r requirements.txt"
+    few = Path(sys.argv[0]).name in FEW_PACKAGES and package != "torch"
+    requirements = "'.[station]'" if few else "-r requirements.txt"
     environment = ROOT / ".venv"
     activate = f"source {environment}/bin/activate"
     print(

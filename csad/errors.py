@@ -45,7 +45,13 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A question after the first half of a sentence, "; did you mean --seed or --seeds?"; "" where no name is like this one.
+    """A question after the first half of a sentence, "; did you mean --seed or --seeds?"; "" where no name is like this one."""
+    suggested = similar_names(name, names)
+    return f"; did you mean {' or '.join(suggested)}?" if suggested else ""
+
+
+def similar_names(name: str, names: Iterable[str]) -> list[str]:
+    """At most `MAX_SUGGESTED` of the names that may be meant by this one.
 
     Case, dashes and underscores do not count. Of a name of several parts, like --lgst.steps, the last one is enough, and of any
     its beginning.
@@ -53,7 +59,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     alike = {known: _plain(known) for known in names}
     wanted = _plain(name)
     if not wanted:
-        return ""
+        return []
     suggested = [known for known, plain in alike.items() if wanted in (plain, plain.rpartition(".")[2])]
     if not suggested and len(wanted) > 1:
         suggested = [known for known, plain in alike.items() if plain.startswith(wanted)]
@@ -65,7 +71,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
         suggested = [
             known for known, plain in alike.items() if close and close[0] in (plain, last_parts[plain])
         ]
-    return f"; did you mean {' or '.join(suggested[:MAX_SUGGESTED])}?" if suggested else ""
+    return suggested[:MAX_SUGGESTED]
 
 
 def _plain(name: str) -> str:

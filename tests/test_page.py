@@ -379,6 +379,21 @@ def test_a_token_is_asked_for_once(opened):
     shown.wrong.clear()
 
 
+@pytest.mark.parametrize("width", [390, 961, 1000, 1100, 1280])
+def test_nothing_of_the_verdict_reaches_out_of_its_card(opened, width):
+    shown = opened(width=width)
+    drop(shown, 200, "a.png")
+    outside = shown.evaluate("""() => {
+        const card = document.querySelector(".verdict-card"), right = card.getBoundingClientRect().right;
+        return [...card.querySelectorAll("p, span, input, svg, li")].filter(one => {
+            const content = document.createRange();
+            content.selectNodeContents(one);
+            return Math.max(one.getBoundingClientRect().right, content.getBoundingClientRect().right) > right;
+        }).map(one => one.outerHTML);
+    }""")
+    assert verdict(shown) == "Anomalous" and outside == []
+
+
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "dark")])
 def test_it_fits_a_phone_follows_the_dark_and_works_by_keyboard(opened, width, scheme):
     shown = opened(width=width, scheme=scheme)

@@ -25,6 +25,8 @@ import cv2
 import numpy as np
 import pytest
 from conftest import exit_status
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.prediction import Prediction
 
@@ -138,10 +140,18 @@ def test_folder_with_an_anomalous_image(engine, run, photos, tmp_path, capsys):
         ((640, 480), False, ""),
         ((1280, 960), False, ""),
         ((600, 450), False, ""),  # the model sees 256 x 256 of either
-        ((320, 240), False, "smaller (320 x 240 pixels, not 640 x 480) and so less sharp"),
-        ((480, 640), False, "of another shape (480 x 640 pixels, not like 640 x 480) and so is stretched"),
-        ((640, 480), True, "grey and not in colour: the score may be too high"),
-        ((512, 512), True, "stretched, and grey and not in colour"),
+        (
+            (320, 240),
+            False,
+            "it is smaller than the training pictures (320 x 240 pixels, not 640 x 480) and so less sharp",
+        ),
+        (
+            (480, 640),
+            False,
+            "its shape is not that of the training pictures (480 x 640 pixels, not like 640 x 480)",
+        ),
+        ((640, 480), True, "it is grey and the training pictures are in colour: the score may be too high"),
+        ((512, 512), True, "stretched, and it is grey and the"),
     ],
 )
 def test_a_picture_unlike_the_training_pictures_is_told(size, grey, words):
@@ -335,6 +345,69 @@ def test_output_into_the_watched_folder_does_not_feed_itself(tmp_path, monkeypat
     assert [next(rounds) for _ in range(2)] == [[], [tmp_path / "a.png", tmp_path / "b/maps/c.png"]]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "drawn"),
+    [
+        (["x/good", "y/bad"], ["bad/1.png", "good/1.png"]),
+        (["x/good/1.png", "y/bad/1.png"], ["bad/1.png", "good/1.png"]),
+        (["x/good", "y/good"], ["x/good/1.png", "y/good/1.png"]),
+        (["x", "x/good", "y/bad"], ["bad/1.png", "x/good/1.png"]),
+        (["x/good", "y/x"], ["good/1.png", "x/good/1.png"]),
+    ],
+)
+def test_maps_of_several_folders_are_under_their_last_names(engine, run, tmp_path, capsys, inputs, drawn):
+    for name in ("x/good", "y/bad", "y/good", "y/x/good"):
+        write(tmp_path / "far" / name / "1.png", 10)
+    assert run(*(tmp_path / "far" / name for name in inputs), "--save_maps") == 0
+    maps = tmp_path / "out/maps"
+    assert sorted(path.relative_to(maps).as_posix() for path in maps.rglob("*.png")) == [
+        f"{name}.map.png" for name in drawn
+    ]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" and the pictures in {maps}")
+
+
+folder_names = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
+
+
+@given(st.sets(folder_names, min_size=1, max_size=5))
+def test_no_two_images_have_one_map(names):
+    top = Path("/no/such")
+    places = predictions.map_folders([top / name / "1.png" for name in names])
+    images = {top / name / below / "1.png" for name in names for below in ("", "a", "b/c", "a/b/c")}
+    drawn = [
+        next(places[folder] / image.relative_to(folder) for folder in places if image.is_relative_to(folder))
+        for image in images
+    ]
+    assert len(set(drawn)) == len(images)
+
+
+def test_a_note_is_in_the_table_and_on_the_map(engine, run, tmp_path, monkeypatch):
+    engine.metadata["training_pictures"] = {"size": [80, 60], "grey": True}
+    write(tmp_path / "a.png", 10), write(tmp_path / "b.png", 10, (60, 30))
+    captions = []
+    monkeypatch.setattr(
+        verdicts, "captioned", lambda picture, *said, **_: captions.append(said[1]) or picture
+    )
+    assert run(tmp_path / "a.png", tmp_path / "b.png", "--save_maps") == 0
+    plain, other = rows(tmp_path)
+    assert list(other)[-2:] == ["findings", "note"] and plain["note"] == ""
+    assert (
+        other["note"] == lines(tmp_path)[1]["note"] and "(30 x 60 pixels, not like 80 x 60)" in other["note"]
+    )
+    assert not any(text in " ".join(captions[0]) for text in ("training", "too high"))
+    assert other["note"][1:] in " ".join(captions[1])
+
+
+def test_watching_goes_on_in_a_table_without_notes(tmp_path):
+    old = ",".join(predictions.COLUMNS[:-1]) + "\na.png,normal\n"
+    files.write_text(tmp_path / "out/predictions.csv", old)
+    files.write_text(tmp_path / "out/predictions.jsonl", "")
+    for _ in range(2):
+        with predictions.Output(tmp_path / "out", {}, go_on=True):
+            pass
+    assert (tmp_path / "out/predictions.csv").read_text() == old.replace("findings\n", "findings,note\n")
+
+
 def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
     original = write(tmp_path / "raw/a.png", 10)
     before = original.read_bytes()
@@ -350,7 +423,7 @@ def test_a_link_to_an_image_is_drawn_under_its_own_name(engine, run, tmp_path):
 def test_a_picture_outside_of_the_output_is_refused(tmp_path):
     image = verdicts.Verdict(tmp_path / "raw/a.png", "normal", 1.0, drawing=np.zeros((4, 4, 3), np.uint8))
     with (
-        predictions.Output(tmp_path / "out", tmp_path / "photos") as output,
+        predictions.Output(tmp_path / "out", {tmp_path / "photos": Path()}) as output,
         pytest.raises(UserError, match="no longer lies in"),
     ):
         output.write(image)
@@ -517,18 +590,18 @@ def test_a_threshold_is_a_number(engine, run, photos, capsys, value):
 
 
 def test_one_folder_has_one_writer(engine, run, photos, tmp_path, capsys):
-    with predictions.Output(tmp_path / "out", photos):
+    with predictions.Output(tmp_path / "out", {}):
         assert run(photos) == 2
     assert "another predict.py is writing" in capsys.readouterr().err
 
 
 def test_watching_goes_on_where_it_was(tmp_path, engine):
     path = write(tmp_path / "in/a.png", 10)
-    with predictions.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+    with predictions.Output(tmp_path / "out", {}, go_on=True) as output:
         output.write(verdicts.Verdict(path, "normal", 1.0, 0.5))
     with open(tmp_path / "out/predictions.jsonl", "a") as handle:
         handle.write('{"image": "cut o')  # the power went
-    with predictions.Output(tmp_path / "out", tmp_path, go_on=True) as output:
+    with predictions.Output(tmp_path / "out", {}, go_on=True) as output:
         assert output.scored == {str(path): (path.stat().st_size, path.stat().st_mtime_ns)}
     assert len(lines(tmp_path)) == len(rows(tmp_path)) == 1
 

@@ -365,6 +365,13 @@ def test_pictures_without_a_name_are_called_by_their_time(given):
     assert all(re.fullmatch(r"picture-\d{8}-\d{6}-\d{6}", name) for name in names) and names == sorted(names)
 
 
+def test_an_unreadable_picture_is_told_its_sender_in_one_way(station):
+    client = station()
+    for body in (b"no picture", hostile()["half a PNG"], hostile()["pfm nan"]):
+        said = client.post("/score?name=cut.png", content=body).json()["error"]
+        assert said.startswith("picture cut.png ") and said.endswith("; send another one")
+
+
 def test_other_addresses_and_methods_get_a_sentence(station):
     client = station()
     for method, path, status in (
@@ -378,6 +385,8 @@ def test_other_addresses_and_methods_get_a_sentence(station):
     ):
         answer = client.request(method, path)
         assert (answer.status_code, set(answer.json())) == (status, {"error"}), path
+        if path == "/score":
+            assert answer.json()["error"].startswith("this address takes POST, not GET;")
     page = client.get("/")
     assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
     everything = page.text + client.get("/app.js").text + client.get("/style.css").text
@@ -1198,6 +1207,51 @@ def test_mistakes_get_a_sentence(monkeypatch, args, words):
     monkeypatch.setattr(serve, "open_model", lambda path, device: BrightEngine())
     with pytest.raises(UserError, match=words):
         serve.main()
+
+
+def test_a_port_in_use_is_told_without_numbers_of_the_system():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(UserError) as problem:
+            serve.listen("127.0.0.1", taken.getsockname()[1])
+    said = str(problem.value)
+    assert "another program uses it; end that, or choose another --port" in said and "Errno" not in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("pytorch_models/pushpin.pth", "export_model.py makes it; did you mean pushpins.pth?"),
+        ("pytorch_models/zebra.pth", "export_model.py makes it"),
+        ("pytorch_models/pushpins.onnx", "pytorch_models/pushpins.pth, which needs PyTorch"),
+        ("onnx_models/pushpins.onnx", "pytorch_models/pushpins.pth, which needs PyTorch"),
+        ("onnx_models/screw-bag.onnx", "--format onnx makes it; did you mean screw_bag.onnx?"),
+        ("openvino_models/screw_bag.xml", "export_model.py --format openvino makes it"),
+    ],
+)
+def test_a_missing_model_is_told_with_what_may_be_meant(tmp_path, asked, said):
+    for name in ("pytorch_models/pushpins.pth", "onnx_models/screw_bag.onnx"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as problem:
+        open_model(tmp_path / asked, "cpu")
+    assert str(problem.value).startswith(f"{tmp_path / asked} is missing; ")
+    assert str(problem.value).endswith(said)
+
+
+def test_without_pytorch_a_pth_is_told_what_it_needs(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['predict.py', '.', '--model', 'x.pth']\n"
+    code += "from csad.commands import score_images; score_images.run()"
+    (tmp_path / "a.png").write_bytes(picture())
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "pip install -r requirements.txt" in done.stderr and "--format onnx" in done.stderr
+    assert "[station]" not in done.stderr
 
 
 def test_nothing_here_imports_torch():

@@ -13,6 +13,7 @@ every verdict. SIGTERM and Ctrl-C answer what is in flight, then end with status
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -193,10 +194,20 @@ def listen(host: str, port: int) -> socket.socket:
         # What connects takes it over: an answer's headers and body go out in two writes, and the second would wait for 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listening
-    except OSError as problem:
+    except socket.gaierror as problem:
         raise UserError(
-            f"cannot listen on {host} port {port} ({problem}); choose another --port or --host"
+            f"there is no address called {host}; choose another --host, such as 127.0.0.1"
         ) from problem
+    except OSError as problem:
+        if problem.errno == errno.EADDRINUSE:
+            reason, advice = "another program uses it", "end that, or choose another --port"
+        elif problem.errno == errno.EADDRNOTAVAIL:
+            reason, advice = "this machine has no such address", "choose another --host"
+        elif problem.errno == errno.EACCES:
+            reason, advice = "no permission", "choose a --port above 1023"
+        else:
+            reason, advice = os.strerror(problem.errno or 0), "choose another --port or --host"
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; {advice}") from problem
 
 
 def address(listening: socket.socket) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,7 +33,7 @@ from csad.errors import OptionParser, UserError, defer_interrupts, run_script
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.folders import input_images, no_images, path_or_url
 from csad.inference.inspection import Picture, read_picture, verdicts_on
-from csad.inference.predictions import Output
+from csad.inference.predictions import Output, map_folders
 from csad.inference.runtimes import device_name, open_model
 from csad.inference.verdicts import ANOMALOUS, UNDECIDED, UNREADABLE
 from csad.inference.watching import is_put_off, watch
@@ -119,15 +118,12 @@ def main() -> None:
     )
     suffix = f": {description}" if description else ""
     print(f"{engine.runtime} on {engine.device}, {engine.precision}; threshold {threshold:.4g}{suffix}")
-    top = Path(
-        os.path.commonpath([(path if path.is_dir() else path.parent).resolve() for path in args.images])
-    )
 
     def read(path: Path | str) -> Picture:
         return read_picture(Path(path), path, engine, MAP_SIDE if args.save_maps else None)
 
     with (
-        Output(args.output, top, go_on=args.watch) as output,
+        Output(args.output, map_folders(args.images), go_on=args.watch) as output,
         defer_interrupts() if args.watch else nullcontext(lambda: False) as interrupted,
     ):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [images]
@@ -147,7 +143,8 @@ def main() -> None:
                     f"interrupted; what is scored so far is in {output.table}, and the same command starts "
                     "anew and replaces it"
                 ) from None
-    end(output.counts, {"they are not images": left_out}, output.table)
+    maps = args.output / "maps" if args.save_maps else None
+    end(output.counts, {"they are not images": left_out}, output.table, maps)
 
 
 def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[str]]]:
@@ -167,9 +164,15 @@ def score_on_cluster(args: argparse.Namespace) -> tuple[dict[str, int], dict[str
     return scoring.score(args, threshold)
 
 
-def end(counts: Mapping[str, int], left_out: Mapping[str, Sequence[Path | str]], table: Path) -> NoReturn:
-    """Say what came of the run, and leave with its exit status."""
-    print(", ".join(f"{number} {verdict}" for verdict, number in counts.items()) + f"; see {table}")
+def end(
+    counts: Mapping[str, int],
+    left_out: Mapping[str, Sequence[Path | str]],
+    table: Path,
+    maps: Path | None = None,
+) -> NoReturn:
+    """Say what came of the run and where it lies, and leave with its exit status."""
+    total = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    print(f"{total}; see {table}" + (f" and the pictures in {maps}" if maps and maps.is_dir() else ""))
     for reason, names in left_out.items():
         if names:
             print(

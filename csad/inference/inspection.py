@@ -119,17 +119,23 @@ def unlike_training(
     width, height = training["size"]
     if abs(size[0] * height / (size[1] * width) - 1) > ASPECT_TOLERANCE:
         differences.append(
-            f"of another shape ({size[0]} x {size[1]} pixels, not like {width} x {height}) and so is stretched"
+            f"its shape is not that of the training pictures ({size[0]} x {size[1]} pixels, not like "
+            f"{width} x {height}), so that it is stretched"
         )
     elif min(size) < min(height, width, view_side):
         differences.append(
-            f"smaller ({size[0]} x {size[1]} pixels, not {width} x {height}) and so less sharp"
+            f"it is smaller than the training pictures ({size[0]} x {size[1]} pixels, not {width} x {height}) "
+            "and so less sharp"
         )
     if grey != training["grey"]:
-        differences.append("grey and not in colour" if grey else "in colour and not grey")
+        differences.append(
+            "it is grey and the training pictures are in colour"
+            if grey
+            else "it is in colour and the training pictures are grey"
+        )
     if not differences:
         return ""
-    return f"unlike the training pictures it is {', and '.join(differences)}: the score may be too high"
+    return f"{', and '.join(differences)}: the score may be too high"
 
 
 def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from csad.branches import BRANCHES
@@ -25,7 +25,32 @@ COLUMNS = (
     "unusual_x",
     "unusual_y",
     "findings",
+    "note",
 )
+
+
+def map_folders(inputs: Sequence[Path]) -> dict[Path, Path]:
+    """Where below maps/ the pictures of each input lie, so that no two have the same place.
+
+    Of one folder, and of what lies in it, the path from there on; of several folders first as many of their own last names
+    as tell them apart.
+
+    Args:
+        inputs: folders and images as they were named.
+
+    Returns:
+        The path below maps/ of each resolved folder that lies in no other one.
+    """
+    named = {(path if path.is_dir() else path.parent).resolve() for path in inputs}
+    folders = sorted(folder for folder in named if named.isdisjoint(folder.parents))
+    if len(folders) == 1:
+        return {folders[0]: Path()}
+    for names in range(1, max(len(folder.parts) for folder in folders) + 1):
+        places = {folder: Path(*folder.relative_to(folder.anchor).parts[-names:]) for folder in folders}
+        distinct = set(places.values())
+        if len(distinct) == len(folders) and all(distinct.isdisjoint(place.parents) for place in distinct):
+            break
+    return places
 
 
 def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
@@ -38,7 +63,7 @@ class Output:
 
     Args:
         folder: made if need be; held by one run at a time.
-        top: folder to which the names in maps/ are relative.
+        places: below maps/ of the pictures of each folder, see `map_folders`.
         go_on: append to the tables of an earlier run instead of replacing them.
 
     Attributes:
@@ -49,8 +74,8 @@ class Output:
         UserError: another run writes there.
     """
 
-    def __init__(self, folder: Path, top: Path, go_on: bool = False):
-        self.folder, self.top, self.go_on = folder, top, go_on
+    def __init__(self, folder: Path, places: Mapping[Path, Path], go_on: bool = False):
+        self.folder, self.places, self.go_on = folder, places, go_on
         self.table = folder / "predictions.csv"
         self.scored: dict[str, State] = {}
         self.counts = dict.fromkeys(VERDICTS, 0)
@@ -64,12 +89,21 @@ class Output:
         if mode == "w":
             self.table.unlink(missing_ok=True)
         fresh = mode == "w" or not self.table.exists()
+        if not fresh:
+            self._complete_header()
         self.csv = open(self.table, mode, newline="", encoding="utf-8", errors="backslashreplace")
         self.lines = open(log, mode, encoding="utf-8", errors="backslashreplace")
         self.rows = csv.writer(self.csv, lineterminator="\n")
         if fresh:
             self.rows.writerow(COLUMNS)
         return self
+
+    def _complete_header(self) -> None:
+        """Add columns that the table of an earlier version lacks at its end; its rows stay as they are."""
+        header, end, rows = self.table.read_bytes().partition(b"\n")
+        current = ",".join(COLUMNS).encode()
+        if end and current.startswith(header + b","):
+            files.write_bytes(self.table, current + end + rows)
 
     def _read_log(self, log: Path) -> None:
         """What was scored; a last line that a crash cut off goes, and its image is scored again."""
@@ -92,13 +126,15 @@ class Output:
     def write(self, verdict: Verdict) -> None:
         path, captioned = Path(verdict.name), verdict.captioned_drawing
         if captioned is not None:
-            # A link to an image is called what the link is called: where it leads to may lie outside of `top`.
-            name = Path(os.path.relpath(path.parent.resolve() / path.name, self.top))
-            if name.parts[0] == os.pardir:
+            # A link to an image is called what the link is called: where it leads to may lie outside of all folders.
+            shown = path.parent.resolve() / path.name
+            top = next((top for top in self.places if shown.is_relative_to(top)), None)
+            if top is None:
                 raise UserError(
-                    f"{verdict.name} no longer lies in {self.top}, so its picture would not lie in "
-                    f"{self.folder}/maps; run the same command again"
+                    f"{verdict.name} no longer lies in {' or '.join(map(str, self.places))}, so its picture would not "
+                    f"lie in {self.folder}/maps; run the same command again"
                 )
+            name = self.places[top] / shown.relative_to(top)
             drawing = f"{short_name(name.name, MAX_NAME)}.map.png"
             try:
                 files.write_image(self.folder / "maps" / name.with_name(drawing), captioned)
@@ -118,6 +154,7 @@ class Output:
                 *("" if value is None else f"{value:.6g}" for value in numbers),
                 *(verdict.unusual or ("", "")),
                 files.to_csv_text("; ".join(verdict.findings)),
+                files.to_csv_text(verdict.note),
             ]
         )
         self.lines.write(as_line(verdict, state_of(path)))

@@ -6,10 +6,12 @@ Each engine imports its runtime when it is made: ONNX and OpenVINO models need n
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from csad.data import files
-from csad.errors import UserError
+from csad.errors import UserError, similar_names
 from csad.inference.engines import (
     METADATA_KEY,
     Engine,
@@ -44,7 +46,7 @@ class TorchEngine(Engine):
     runtime = "torch"
 
     def __init__(self, state: dict, device: str, precision: str | None = None):
-        torch = require_package("torch")
+        torch = require_torch()
         from csad.inference.folded import FoldedModel
 
         from models.device import keep_freed_memory
@@ -146,7 +148,7 @@ def open_model(path: Path, device: str) -> Engine:
     if suffix not in (".pth", ".onnx", ".xml"):
         raise UserError(f"{path} is not an exported model; expected a .pth, .onnx or .xml file")
     if not path.is_file():
-        raise UserError(f"{path} is missing; export_model.py makes it")
+        raise UserError(missing(path))
     try:
         if suffix == ".pth":
             return TorchEngine(files.read_state(path), device)
@@ -157,6 +159,31 @@ def open_model(path: Path, device: str) -> Engine:
         raise problem if str(path) in str(problem) else UserError(f"{path}: {problem}") from problem
 
 
+def missing(path: Path) -> str:
+    """What to say of a model that is not there: what makes it, the .pth of its name, and what may have been meant."""
+    folder, suffix = path.parent, path.suffix.lower()
+    made_by = {".onnx": " --format onnx", ".xml": " --format openvino"}.get(suffix, "")
+    sentence = f"{path} is missing; export_model.py{made_by} makes it"
+    for of_torch in dict.fromkeys((folder, folder.parent / "pytorch_models")) if made_by else ():
+        if (model := of_torch / f"{path.stem}.pth").is_file():
+            sentence += f"; there is {model}, which needs PyTorch"
+            break
+    others = [other for other in folder.glob("*") if other.suffix.lower() == suffix and other.is_file()]
+    names = [f"{name}{path.suffix}" for name in similar_names(path.stem, [other.stem for other in others])]
+    return sentence + (f"; did you mean {' or '.join(names)}?" if names else "")
+
+
+def require_torch() -> ModuleType:
+    """PyTorch; UserError if it is not installed, with what does without it."""
+    try:
+        return import_module("torch")
+    except ImportError as problem:
+        raise UserError(
+            "models that end in .pth need PyTorch, which is not installed; install it with: pip install -r "
+            "requirements.txt, or export the model with export_model.py --format onnx where it is"
+        ) from problem
+
+
 def device_name(name: str, model: Path) -> str:
     """The device as PyTorch calls it; models for other runtimes do not need PyTorch to say so, and choose by themselves."""
     if model.suffix.lower() != ".pth":
@@ -164,6 +191,7 @@ def device_name(name: str, model: Path) -> str:
         if not (of_openvino or re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name)):
             raise UserError(f"device '{name}' is not available; use --device auto")
         return name
+    require_torch()
     from models.device import choose_device
 
     return str(choose_device(name))

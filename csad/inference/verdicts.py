@@ -58,13 +58,13 @@ class Verdict:
 
     @property
     def captioned_drawing(self) -> np.ndarray | None:
-        """The drawing with verdict, score, findings and the components' legend under it."""
+        """The drawing with verdict, score, findings, note and the components' legend under it."""
         if self.drawing is None or self.score is None:
             return self.drawing
         over = "is over" if self.score > self.threshold else "is not over"
         lines = [
             f"Score {self.score:.2f} {over} the threshold {self.threshold:.2f}",
-            *(sentence[:1].upper() + sentence[1:] for sentence in self.findings),
+            *(text[:1].upper() + text[1:] for text in (*self.findings, self.note) if text),
             "Left: the picture"
             + (", a ring where it is most unusual" if self.findings and self.unusual else "")
             + "; middle: its components; right: how unusual each place is",

@@ -42,7 +42,8 @@ def caution(areas: np.ndarray | None, is_left_out: bool, noticed: float | None, 
     if areas is not None and areas.shape[1] == 1:
         return (
             "only one component was found in the good pictures, so parts cannot be told apart: one that is exchanged for "
-            f"another is noticed by its surface alone; {ADVICE}"
+            "another is noticed by its surface alone; of products with many parts of a single kind, like pushpins, that is "
+            f"right; {ADVICE}"
         )
     if is_left_out:
         return (

@@ -27,7 +27,6 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECAS
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
 OUR_WORDS = {  # for what the framework refuses
     404: "there is nothing at this address; the page is at /, pictures are scored at /score",
-    405: "this address is asked in another way; /openapi.json says how",
 }
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 
@@ -43,9 +42,12 @@ def overloaded(why: str) -> RequestError:
     return RequestError(503, f"{why}; try again in a second", **{"Retry-After": "1"})
 
 
-def answer_of(problem: HTTPException) -> JSONResponse:
+def answer_of(problem: HTTPException, method: str = "") -> JSONResponse:
     sentence = problem.detail
-    if not isinstance(problem, RequestError):
+    allowed = sorted((problem.headers or {}).get("Allow", "").replace(",", " ").split())
+    if problem.status_code == 405 and allowed:
+        sentence = f"this address takes {' or '.join(allowed)}, not {method}; /openapi.json says more"
+    elif not isinstance(problem, RequestError):
         sentence = OUR_WORDS.get(problem.status_code, sentence)
     return JSONResponse({"error": sentence}, problem.status_code, problem.headers)
 

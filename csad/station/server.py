@@ -88,7 +88,7 @@ def create_app(
         description="Scores pictures with exported models.",
     )
     app.add_middleware(RequestLimits, options=options, metrics=metrics)
-    app.add_exception_handler(HTTPException, lambda _, problem: answer_of(problem))
+    app.add_exception_handler(HTTPException, lambda request, problem: answer_of(problem, request.method))
     app.add_exception_handler(
         RequestValidationError, lambda _, problem: answer_of(RequestError(422, _in_words(problem)))
     )
@@ -201,7 +201,7 @@ def _named(stations: dict[str, Station], name: str | None) -> Station:
     if name is None:
         raise RequestError(422, f"say which model: ?model= one of {', '.join(stations)}")
     if name not in stations:
-        raise RequestError(404, f"there is no model of that name; there are {', '.join(stations)}")
+        raise RequestError(404, f"there is no model '{name}'; this station has {', '.join(stations)}")
     return stations[name]
 
 

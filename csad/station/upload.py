@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,6 +58,14 @@ async def received_from(request: Request) -> tuple[bytes, str]:
     return content, name
 
 
+def for_sender(sentence: str) -> str:
+    """What is said of an image in a folder, as it is right for whoever sends one picture."""
+    sentence = re.sub("^image ", "picture ", sentence)
+    return sentence.replace("; replace it or leave it out", "; send another one").replace(
+        "; store each as a file of its own", "; send each as a file of its own"
+    )
+
+
 def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
     """Bytes of a picture once decoded, from its header.
 
@@ -67,13 +76,13 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         RequestError: the picture is larger, has an unsupported format or a damaged header.
     """
     try:
-        with image_files.opened(InMemory(content, name), "picture", "send another one") as image:
+        with image_files.opened(InMemory(content, name)) as image:
             (width, height), size = image.size, image_files.decoded_bytes(image)
     except UserError as problem:
         if isinstance(problem, image_files.TooLarge):
-            raise RequestError(413, str(problem)) from problem
+            raise RequestError(413, for_sender(str(problem))) from problem
         status = 415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422
-        raise RequestError(status, str(problem)) from problem
+        raise RequestError(status, for_sender(str(problem))) from problem
     if width * height > max_pixels:
         raise RequestError(
             413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller"
@@ -95,7 +104,7 @@ def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) 
     """
     picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
-        raise RequestError(422, picture.problem)
+        raise RequestError(422, for_sender(picture.problem))
     return picture
 
 
