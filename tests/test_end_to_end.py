@@ -561,9 +561,8 @@ def test_mistakes_in_the_workspace(copy_of_finished, fails, run):
     for folder in masks.glob("0*"):  # whichever of them are trusted
         shutil.copy(folder / "filtered_cluster_map_color.png", folder / "filtered_cluster_map.png")
     (work / "ckpt/segmentor_discs_256.pth").unlink()
-    assert "other label maps" in fails(
-        "train_segmentor", work, dataset
-    )  # those that the record knows are others
+    # Those that the record speaks of are others.
+    assert "label_maps: contents differ" in fails("train_segmentor", work, dataset)
     assert "filtered_cluster_map.png" in fails("train_segmentor", work, dataset, "--overwrite")
 
     shutil.copy(work / "ckpt/best_discs.pth", work / "ckpt/segmentor_discs_256.pth")

@@ -220,7 +220,7 @@ def test_replaced_label_maps_and_backgrounds_are_noticed_whoever_made_them(prepa
     folder = workspace.pseudo_labels(CATEGORY).image("002")
     labels = cv2.imread(str(folder / "filtered_cluster_map.png"), cv2.IMREAD_UNCHANGED)
     files.write_image(folder / name, np.roll(labels, 1, 0))
-    with pytest.raises(UserError, match="other label maps.*--overwrite"):
+    with pytest.raises(UserError, match="label_maps: contents differ.*--overwrite"):
         train(category, workspace, backbone)
     files.write_image(
         workspace.pseudo_labels(CATEGORY).image("001") / "filtered_cluster_map.png", labels

@@ -199,7 +199,7 @@ def difference(recorded: dict[str, Any], current: dict[str, Any], prefix: str = 
             changes += difference(before, now, f"{name}.")
         elif before != now:
             is_digest = any(DIGEST.fullmatch(str(value)) for value in (before, now))
-            changes.append(f"other {name.replace('_', ' ')}" if is_digest else f"{name}: {before} -> {now}")
+            changes.append(f"{name}: {'contents differ' if is_digest else f'{before} -> {now}'}")
     return changes
 
 

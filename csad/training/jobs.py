@@ -1,7 +1,7 @@
 """Doing what a stage has to do, one job after another or side by side; `csad.cluster` does the same jobs on several machines.
 
-Most of a stage's steps are too small to keep many cores busy: two categories side by side on two cores take two thirds of the
-time that they take one after the other.
+Many steps are too small to keep several cores busy: two categories side by side on two cores take from half (stage 2) to nine
+tenths (stage 4) of the time that they take one after the other.
 """
 
 from __future__ import annotations
