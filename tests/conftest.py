@@ -143,6 +143,14 @@ def make_discs(
     return root
 
 
+def make_three_categories(root: Path) -> Path:
+    """Write bolts, damaged and discs; a training picture of damaged cannot be read."""
+    for name in ("bolts", "damaged", "discs"):
+        make_discs(root, name, train=6, validation=2, test=2)
+    (root / "damaged/train/good/003.png").write_bytes(b"no picture")
+    return root
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
     """Write a tiny data set into this test's own folder."""

@@ -17,7 +17,7 @@ from csad.errors import UserError
 from csad.training import stage
 
 import pytest
-from conftest import make_discs
+from conftest import make_three_categories
 
 import pseudo_label
 
@@ -47,11 +47,7 @@ PATIENCE = 120
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("bolts", "damaged", "discs"):
-        make_discs(folder, name, train=6, validation=2, test=2)
-    (folder / "damaged/train/good/003.png").write_bytes(b"no picture")
-    return folder
+    return make_three_categories(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

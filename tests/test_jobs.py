@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_discs
+from conftest import make_three_categories
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--backbone", "efficientnet_lite0", "--device", "cpu", "--images.size", "256")
@@ -18,15 +18,11 @@ PATIENCE = 120
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("bolts", "damaged", "discs"):
-        make_discs(folder, name, train=6, validation=2, test=2)
-    (folder / "damaged/train/good/003.png").write_bytes(b"no picture")
-    return folder
+    return make_three_categories(tmp_path_factory.mktemp("data"))
 
 
 def start(workspace: Path, dataset: Path, *extra: str) -> subprocess.Popen:
-    """Stage 3, with one thread for each process."""
+    """Stage 3; one after another with as many threads as each of two side by side has."""
     threads = str(len(os.sched_getaffinity(0)) // 2) if "--jobs" not in extra else "8"
     return subprocess.Popen(
         [
@@ -91,7 +87,7 @@ def test_a_signal_lets_every_job_save_its_progress(dataset, tmp_path, number, st
 
 
 def working(parent: int) -> list[int]:
-    """Processes that have a parent, and more than a second of processor time: those that train."""
+    """Children of a process that took more than six seconds of processor time: those that train."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
