@@ -2,6 +2,7 @@
 
 The patch memory remembers what patches of good images look like: patches of a frozen encoder's maps, at a higher resolution than
 the other branches see, are thinned out to a memory, and a patch's distance to the nearest remembered one is how unusual it is.
+Larger patches of the view that all branches see, their context, are remembered beside them.
 DFM, deep feature modelling, is a PCA of the maps of whole images, and what it cannot reconstruct is unusual.
 
 Writes ckpt/memory_{category}.pth and ckpt/dfm_{category}.pth, the scores
@@ -17,19 +18,18 @@ from functools import partial
 from csad.cli import training_options
 from csad.data import layouts, records
 from csad.errors import UserError, run_script
-from csad.progress import ProgressBar
 from csad.training.branch_run import branch_run
-from csad.training.frozen_maps import anomaly_maps, pooled_maps, read_views
+from csad.training.frozen_maps import Candidates, anomaly_maps, pooled_maps, read_views
 from csad.training.jobs import run_jobs
 from csad.training.stage import Job, training_jobs
 
 import torch
 
 from models import dfm
-from models.patch_memory import PatchMemory, apply_tiled, greedy_k_centre, patches
-from models.statistics import ChannelMoments
+from models.constants import SIZE
+from models.fused import block_means
+from models.patch_memory import CONTEXT_WEIGHT, PatchMemory, apply_tiled, patches
 
-CANDIDATES = 100_000  # patches from which rows are chosen
 BASELINE_IMAGES = 34  # training images whose distances are the baseline
 
 
@@ -46,7 +46,7 @@ def fit_category(job: Job) -> None:
 def fit_memory(job: Job) -> None:
     category, settings = job.category, job.settings.memory
     provenance = {
-        "memory": settings.model_dump(exclude={"tiles"}),
+        "memory": settings.model_dump(exclude={"tiles"}) | {"context_weight": CONTEXT_WEIGHT},
         "images": job.view.record,
         **records.inputs(category.train, job.seed, job.backbone),
     }
@@ -109,55 +109,52 @@ def fit_dfm(job: Job) -> None:
 def fit(job: Job) -> PatchMemory:
     """One pass over the training images, and a second over a few; the same seed gives the same memory.
     UserError if there are fewer patches than rows asked for."""
-    settings, paths, side = job.settings.memory, job.category.train, job.view.size // 8
-    positions, channels = side * side, sum(job.backbone.channels[1:])
-    count = positions * len(paths)
-    if count < settings.rows:
-        raise UserError(
-            f"{job.name}: {len(paths)} training images have {count} patches, fewer than the "
-            f"{settings.rows} rows asked for; lower --memory.rows"
-        )
-    generator = torch.Generator().manual_seed(job.seed + zlib.crc32(job.name.encode()))
-    each = min(-(-max(CANDIDATES, settings.rows) // len(paths)), positions)  # of one image
-    candidates = torch.empty(len(paths), each, channels)
-    moments = ChannelMoments()
-    images = iter(candidates)
+    paths, encoder, memory = job.category.train, job.backbone.encoder, empty_memory(job)
+    seed = job.seed + zlib.crc32(job.name.encode())
+    details = Candidates(memory.detail, len(paths), seed)
+    contexts = Candidates(memory.context, len(paths), seed)
     for views in read_views(job, paths, "read training images"):
-        maps = apply_tiled(lambda tile: patches(job.backbone.encoder(tile)), views, job.view.tiles)
-        moments.add(maps)
-        for image in maps.flatten(2).transpose(1, 2).cpu():  # (positions, C)
-            next(images).copy_(image[torch.randperm(positions, generator=generator)[:each]])
-    mean, std = moments.mean, torch.where(moments.std > 1e-6, moments.std, 1)
-
-    memory = empty_memory(job)
-    memory.mean.copy_(mean.view(1, -1, 1, 1))
-    memory.std.copy_(std.view(1, -1, 1, 1))
-    candidates = candidates.flatten(0, 1).sub_(mean.float()).div_(std.float())
-    owners = torch.arange(len(paths)).repeat_interleave(each)
-    what = f"{job.name}: choose patches"
-    with ProgressBar(total=settings.rows, desc=what, unit="patch", leave=False) as bar:
-        rows = greedy_k_centre(candidates, settings.rows, generator, bar.update)
-    memory.rows.copy_(candidates[rows])
+        details.add(apply_tiled(lambda tile: patches(encoder(tile)), views, job.view.tiles))
+        contexts.add(encoder(block_means(views))[2])
+    detail_owners = details.choose(f"{job.name}: choose patches")
+    context_owners = contexts.choose(f"{job.name}: choose context")
     memory.to(job.device)
 
     # How far good images lie from the others' patches, place by place.
     few = range(0, len(paths), -(-len(paths) // BASELINE_IMAGES))
-    distances = []
-    for first, view in zip(
+    distances, context_distances = [], []
+    for index, view in zip(
         few, read_views(job, [paths[index] for index in few], "baseline distances", batch=1)
     ):
-        left_out = (owners[rows] == first).to(job.device)
-        if not left_out.all():
-            distances.append(memory.image_distances(job.backbone.encoder, view, left_out)[0])
+        own, own_context = ((owners == index).to(job.device) for owners in (detail_owners, context_owners))
+        if not (own.all() or own_context.all()):
+            distances.append(memory.distances(encoder, view, own)[0])
+            embedded = memory.context.embed(encoder(block_means(view))[2])
+            context_distances.append(memory.context.distances(embedded, own_context)[0])
     if distances:  # none where all rows are of the one training image
-        memory.fit_baseline(distances)
+        memory.detail.fit_baseline(distances)
+        memory.context.fit_baseline(context_distances)
+        memory.fit_context_scale(torch.stack(distances), torch.stack(context_distances))
     return memory
 
 
 def empty_memory(job: Job) -> PatchMemory:
-    """A memory as the settings want it, still without numbers."""
-    settings, channels, side = job.settings.memory, sum(job.backbone.channels[1:]), job.view.size // 8
-    return PatchMemory(channels, settings.rows, side, settings.score_share, job.view.tiles, settings.border)
+    """A memory as the settings want it, still without numbers; errors as of `fit`."""
+    settings, side, images = job.settings.memory, job.view.size // 8, len(job.category.train)
+    if side * side * images < settings.rows:
+        raise UserError(
+            f"{job.name}: {images} training images have {side * side * images} patches, fewer than the "
+            f"{settings.rows} rows asked for; lower --memory.rows"
+        )
+    return PatchMemory(
+        job.backbone.channels[1:],
+        settings.rows,
+        min(-(-settings.rows // 2), images * (SIZE // 16) ** 2),
+        side,
+        settings.score_share,
+        job.view.tiles,
+        settings.border,
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,13 @@ BRANCHES: dict[str, Branch] = {
             alias="CSAD",
         ),
         Branch(
-            "memory", "patch memory", "patch_memory.py", "memory_{category}.pth", "rows", "memory", "memory"
+            "memory",
+            "patch memory",
+            "patch_memory.py",
+            "memory_{category}.pth",
+            "detail.rows",
+            "memory",
+            "memory",
         ),
         Branch("DFM", "DFM", "patch_memory.py", "dfm_{category}.pth", "components", "dfm", "dfm"),
     )

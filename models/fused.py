@@ -41,7 +41,7 @@ class FusedModel(nn.Module):
         encoder: `models.backbone.Encoder`, or what gives the same maps.
         segmentor, detector: the patch histogram, both or neither; `models.segmentor.Segmentor`, or what gives its logits.
         lgst, memory, dfm: the other branches.
-        size: side of the images in pixels; the memory sees them so, all else their means over blocks, 256 wide.
+        size: side of the images in pixels; the memory sees them so, too, all else only their means over blocks, 256 wide.
         tiles: the memory sees tiles x tiles of them, LGST on features the whole image as large as one.
         roi: (size, size) bool, what is inspected (csad.data.images.View); None: everything.
         evidence: the patch histogram's map, and a part of its score; None: it has neither.
@@ -113,9 +113,9 @@ class FusedModel(nn.Module):
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
             if self.tiles == 1:
-                anomaly_map = self.memory(large_maps)
+                anomaly_map = self.memory(large_maps, maps)
             else:
-                anomaly_map = self.memory.anomaly_map(self.memory.image_distances(self.encoder, rgb))
+                anomaly_map = self.memory.anomaly_map(self.encoder, rgb, maps)
             scores.append(self.memory.score(anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         if self.dfm is not None:
@@ -200,10 +200,11 @@ def from_state(state: Mapping[str, Tensor]) -> FusedModel:
         if "local_st.conv_st.weight" in state:
             channels, width = state["local_st.conv_st.weight"].shape[:2]
             lgst = (FeatureLGST if "fourth_mean" in state else LGST)(encoder.channels, width, channels)
-        if "memory.rows" in state:
-            (rows, channels), side = state["memory.rows"].shape, state["memory.usual"].shape[-1]
+        if "memory.detail.rows" in state:
+            rows, context_rows = (len(state[f"memory.{part}.rows"]) for part in ("detail", "context"))
+            sizes = rows, context_rows, state["memory.detail.usual"].shape[-1]
             options = content["memory_score_share"], content["tiles"], content["memory_border"]
-            memory = PatchMemory(channels, rows, side, *options)
+            memory = PatchMemory(encoder.channels[1:], *sizes, *options)
         if "dfm.components" in state:
             dfm = DeepFeatureModel(encoder.channels[2], len(state["dfm.components"]))
         model = FusedModel(

@@ -1,7 +1,7 @@
 """The patch memory: how far is each patch of an image from the most similar patch of good images?
 
-PatchCore (Roth et al., CVPR 2022) with a correction for positions where good images vary, docs/beyond.md; beyond the
-paper. Nothing is trained.
+PatchCore (Roth et al., CVPR 2022) on two views of an image, with a correction for positions where good images vary;
+docs/beyond.md, beyond the paper. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import resize
-from models.constants import MAP_SIZE
+from models.constants import MAP_SIZE, SIZE
 from models.statistics import map_range
 
 SMOOTHING = 1.0  # standard deviation, in positions, of the Gaussian over a map
 BASELINE_SMOOTHING = 1.5  # the same of the map of baseline distances
 BASELINE_FRACTION = 0.5  # of them, which is taken off
+CONTEXT_WEIGHT = 0.25  # of the context beside the large view, both in standard deviations of good images
 MARGIN = 32  # pixels of its neighbours that a tile sees
 GROUPS = 32  # of rows, whose minima are taken first in ONNX
 ROUND, OVERSAMPLING = 250, 6  # rows chosen at a time; candidates looked at for each
 
 
-class PatchMemory(nn.Module):
-    """Encoder maps in, distances out.
+class RememberedPatches(nn.Module):
+    """Patches of good images on one grid of features, and how far others lie from the nearest of them.
 
     Args:
-        channels: of the maps at 1/8 and 1/16 together.
+        channels: of the features.
         rows: remembered patches.
-        side: of the maps, an eighth of the image's.
-        score_share: of a tile's values, the largest, whose mean is the score: defects are no more patches in more tiles.
-        tiles: an image is seen in tiles x tiles of them.
+        side: of the grid.
         border: what the Gaussian over a map finds beyond the image, zeros or replicate. Near the border an encoder sees its own
             padding, and parts cut off at positions that no good image has shown: zeros let that count less.
     """
@@ -43,25 +42,18 @@ class PatchMemory(nn.Module):
     std: Tensor
     rows: Tensor  # (M, C), remembered patches, with mean and std taken off
     usual: Tensor  # (1, h, w), the baseline, which is taken off the distances at each position
-    # Quantiles of the validation maps as they are shown.
-    q_start: Tensor
-    q_end: Tensor
 
-    def __init__(
-        self, channels: int, rows: int, side: int, score_share: float, tiles: int = 1, border: str = "zeros"
-    ):
+    def __init__(self, channels: int, rows: int, side: int, border: str = "zeros"):
         super().__init__()
-        self.score_share, self.tiles, self.border = score_share, tiles, border
+        self.border = border
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
         self.register_buffer("rows", torch.zeros(rows, channels))
         self.register_buffer("usual", torch.zeros(1, side, side))
-        self.register_buffer("q_start", torch.tensor(0.0))
-        self.register_buffer("q_end", torch.tensor(1.0))
 
-    def embed(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """Maps at 1/4 (unused), 1/8 and 1/16 -> patches (B, C, h, w) on the finer grid, mean and std taken off."""
-        return (patches(maps) - self.mean) / self.std
+    def embed(self, features: Tensor) -> Tensor:
+        """Features (B, C, h, w) with mean and std taken off."""
+        return (features - self.mean) / self.std
 
     def distances(self, embedded: Tensor, left_out: Tensor | None = None) -> Tensor:
         """Patches (B, C, h, w) -> Euclidean distance of each to the nearest row, (B, h, w).
@@ -69,22 +61,95 @@ class PatchMemory(nn.Module):
         Args:
             left_out: (M,) bool, rows that do not count.
         """
-        return nearest(embedded, *self._kernel(left_out))
+        return nearest(embedded, *self.kernel(left_out))
 
-    def image_distances(
-        self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor, left_out: Tensor | None = None
-    ) -> Tensor:
-        """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile -> as `distances`."""
-        kernel = self._kernel(left_out)  # once: an exported model would hold one for each tile
-        return apply_tiled(lambda tile: nearest(self.embed(encoder(tile)), *kernel), rgb, self.tiles)
-
-    def anomaly_map(self, distances: Tensor) -> Tensor:
-        """Distances (B, h, w) of whole images -> anomaly map (B, h, w), not scaled."""
+    def deviations(self, distances: Tensor) -> Tensor:
+        """Distances (B, h, w) of whole images, smoothed, less what is usual at each position."""
         return smooth(distances - self.usual, SMOOTHING, self.border)
 
-    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """The encoder's maps of images in one tile -> anomaly map (B, h, w), not scaled."""
-        return self.anomaly_map(self.distances(self.embed(maps)))
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, C, h, w) -> deviations (B, h, w)."""
+        return self.deviations(self.distances(self.embed(features)))
+
+    def fit_rows(self, patches: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Set the rows from patches (M, C), and mean and std (C,), which are taken off them."""
+        self.mean.copy_(mean.view(1, -1, 1, 1))
+        self.std.copy_(std.view(1, -1, 1, 1))
+        self.rows.copy_(patches)
+
+    def fit_baseline(self, distances: Sequence[Tensor]) -> None:
+        """Set `usual` from distance maps (h, w) of training images whose own rows were left out."""
+        mean = torch.stack([*distances]).mean(0, keepdim=True)
+        self.usual.copy_(BASELINE_FRACTION * smooth(mean, BASELINE_SMOOTHING))
+
+    def kernel(self, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The rows as `nearest` takes them."""
+        offset = self.rows.square().sum(1)
+        if left_out is not None:
+            offset = offset.masked_fill(left_out, float("inf"))
+        return -2 * self.rows[:, :, None, None], offset
+
+
+class PatchMemory(nn.Module):
+    """Maps of two views of an image in, an anomaly map out: details of the large view, and the context of the small one.
+
+    Args:
+        channels: of the encoder's maps at 1/8 and at 1/16.
+        rows: remembered patches of the large view.
+        context_rows: of the small view.
+        side: of the map, an eighth of the large view's.
+        score_share: of a tile's values, the largest, whose mean is the score: defects are no more patches in more tiles.
+        tiles: an image is seen in tiles x tiles of them.
+        border: as of `RememberedPatches`.
+    """
+
+    context_scale: Tensor  # by which the context's deviations are multiplied
+    # Quantiles of the validation maps as they are shown.
+    q_start: Tensor
+    q_end: Tensor
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        rows: int,
+        context_rows: int,
+        side: int,
+        score_share: float,
+        tiles: int = 1,
+        border: str = "zeros",
+    ):
+        super().__init__()
+        self.score_share, self.tiles = score_share, tiles
+        self.detail = RememberedPatches(sum(channels), rows, side, border)
+        self.context = RememberedPatches(channels[1], context_rows, SIZE // 16, border)
+        self.register_buffer("context_scale", torch.tensor(0.0))
+        self.register_buffer("q_start", torch.tensor(0.0))
+        self.register_buffer("q_end", torch.tensor(1.0))
+
+    def forward(self, large_maps: tuple[Tensor, ...], small_maps: tuple[Tensor, ...]) -> Tensor:
+        """The encoder's maps of images in one tile, and of their small views -> anomaly map (B, h, w), not scaled."""
+        return self._with_context(self.detail(patches(large_maps)), small_maps)
+
+    def anomaly_map(
+        self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor, small_maps: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile, and the encoder's maps of their small views -> as `forward`."""
+        return self._with_context(self.detail.deviations(self.distances(encoder, rgb)), small_maps)
+
+    def distances(
+        self, encoder: Callable[[Tensor], tuple[Tensor, ...]], rgb: Tensor, left_out: Tensor | None = None
+    ) -> Tensor:
+        """Images (B, 3, 8h, 8w) RGB in 0..255, tile by tile -> distances of the details, (B, h, w)."""
+        kernel = self.detail.kernel(left_out)  # once: an exported model would hold one for each tile
+
+        def of_tile(tile: Tensor) -> Tensor:
+            return nearest(self.detail.embed(patches(encoder(tile))), *kernel)
+
+        return apply_tiled(of_tile, rgb, self.tiles)
+
+    def _with_context(self, deviations: Tensor, small_maps: tuple[Tensor, ...]) -> Tensor:
+        context = self.context(small_maps[2])[:, None]
+        return deviations + self.context_scale * resize(context, tuple(deviations.shape[-2:]))[:, 0]
 
     def score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the largest values of each map (B, h, w), (B,)."""
@@ -103,16 +168,11 @@ class PatchMemory(nn.Module):
             maps = F.max_pool2d(maps, max(anomaly_map.shape[-1] // MAP_SIZE, 1))
         return resize(maps, (MAP_SIZE, MAP_SIZE))[:, 0]
 
-    def _kernel(self, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        offset = self.rows.square().sum(1)
-        if left_out is not None:
-            offset = offset.masked_fill(left_out, float("inf"))
-        return -2 * self.rows[:, :, None, None], offset
-
-    def fit_baseline(self, distances: Sequence[Tensor]) -> None:
-        """Set `usual` from distance maps (h, w) of training images whose own rows were left out."""
-        mean = torch.stack([*distances]).mean(0, keepdim=True)
-        self.usual.copy_(BASELINE_FRACTION * smooth(mean, BASELINE_SMOOTHING))
+    def fit_context_scale(self, distances: Tensor, context_distances: Tensor) -> None:
+        """Set the scale from distances (N, h, w) and (N, 16, 16) of training images whose own rows were left out."""
+        spread = self.context.deviations(context_distances).std()
+        if spread > 0:
+            self.context_scale.copy_(CONTEXT_WEIGHT * self.detail.deviations(distances).std() / spread)
 
     def fit_map_normalisation(self, validation: Tensor) -> None:
         """Set the quantiles from the maps of all validation images (N, h, w)."""

@@ -34,7 +34,7 @@ from models.histogram_evidence import HistogramEvidence, fit_evidence
 from models.lgst import LGST
 from models.lgst_on_features import FeatureLGST
 from models.patch_histogram import PatchHistogramDetector, fit_parameters, label_histograms
-from models.patch_memory import PatchMemory
+from models.patch_memory import PatchMemory, patches
 from models.segmentor import Segmentor
 
 WEIGHTS = {"patchhist": 0.5, "LGST": 0.25, "memory": 1.0, "DFM": 0.5}
@@ -62,8 +62,10 @@ def draw_model(kind: str, backbone: str = "efficientnet_lite0") -> FusedModel:
         )
         evidence = HistogramEvidence(CLASSES)
         evidence.load_parameters(fit_evidence(labels, labels[:3], CLASSES))
-        memory = PatchMemory(sum(encoder.channels[1:]), 50, 64, 0.005, tiles)
-        memory.rows.normal_()
+        memory = PatchMemory(encoder.channels[1:], 50, 25, 64, 0.005, tiles)
+        memory.detail.rows.normal_()
+        memory.context.rows.normal_()
+        memory.context_scale.fill_(0.5)
         roi = torch.ones(512, 512, dtype=torch.bool)
         roi[:, 480:] = False
         drawn = torch.rand(8, encoder.channels[2], 8, 8, generator=torch.Generator().manual_seed(0))
@@ -229,9 +231,10 @@ def test_further_branches_add_keys_and_leave_the_published_ones_alone(tmp_path):
     assert metadata(read) == metadata(everything)
     for border in ("zeros", "replicate"):
         attach_metadata(again, metadata(everything) | {"memory_border": border})
-        assert from_state(again).memory.border == border
-    lacking = {key: value for key, value in read.items() if key != "memory.usual"}
-    with pytest.raises(UserError, match="not a CSAD model.*memory.usual"):
+        restored = from_state(again).memory
+        assert restored.detail.border == restored.context.border == border
+    lacking = {key: value for key, value in read.items() if key != "memory.detail.usual"}
+    with pytest.raises(UserError, match="not a CSAD model.*memory.detail.usual"):
         from_state(lacking)
 
 
@@ -268,10 +271,11 @@ def test_what_lies_outside_the_region_of_interest_changes_no_branch(suffix, kind
 def test_a_tile_sees_a_little_of_the_others_and_keeps_what_it_finds_in_its_own_place():
     model = draw_model("tiles")
     memory, pictures = model.memory, torch.from_numpy(with_edges(512)).float()
-    assert memory.tiles == 2 and memory.usual.shape == (1, 64, 64)
+    assert memory.tiles == 2 and memory.detail.usual.shape == (1, 64, 64)
     with torch.no_grad():
-        corner = memory.distances(memory.embed(model.encoder(pictures[..., 192:, :320])))[:, 8:, :32]
-        torch.testing.assert_close(memory.image_distances(model.encoder, pictures)[:, 32:, :32], corner)
+        features = patches(model.encoder(pictures[..., 192:, :320]))
+        corner = memory.detail.distances(memory.detail.embed(features))[:, 8:, :32]
+        torch.testing.assert_close(memory.distances(model.encoder, pictures)[:, 32:, :32], corner)
 
 
 class SignalStack(ctypes.Structure):

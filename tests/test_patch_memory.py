@@ -16,7 +16,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import patch_memory
-from models.patch_memory import PatchMemory, greedy_k_centre, patches, smooth
+from models.patch_memory import (
+    CONTEXT_WEIGHT,
+    PatchMemory,
+    RememberedPatches,
+    greedy_k_centre,
+    patches,
+    smooth,
+)
 
 CATEGORY, CHANNELS = "discs", (4, 6, 8)
 
@@ -32,11 +39,18 @@ def encoder_maps(count=2, side=256, seed=0):
     )
 
 
-def drawn_memory(rows=40, score_share=0.01):
-    memory = PatchMemory(sum(CHANNELS[1:]), rows, 32, score_share)
-    memory.rows.copy_(torch.randn(memory.rows.shape, generator=seeded(1)))
-    memory.mean.uniform_(-0.2, 0.2, generator=seeded(2))
-    memory.std.uniform_(0.5, 1.5, generator=seeded(3))
+def drawn_patches(rows=40, side=32):
+    remembered = RememberedPatches(sum(CHANNELS[1:]), rows, side)
+    remembered.rows.copy_(torch.randn(remembered.rows.shape, generator=seeded(1)))
+    remembered.mean.uniform_(-0.2, 0.2, generator=seeded(2))
+    remembered.std.uniform_(0.5, 1.5, generator=seeded(3))
+    return remembered
+
+
+def drawn_memory(side=32, score_share=0.01, tiles=1):
+    memory = PatchMemory(CHANNELS[1:], 40, 20, side, score_share, tiles)
+    memory.detail = drawn_patches(side=side)
+    memory.context.rows.copy_(torch.randn(memory.context.rows.shape, generator=seeded(4)))
     return memory
 
 
@@ -101,44 +115,76 @@ def test_patches_lie_side_by_side_on_the_finer_grid():
 
 
 def test_distances_are_those_to_the_nearest_row():
-    memory = drawn_memory()
-    embedded = memory.embed(encoder_maps())
+    remembered = drawn_patches()
+    embedded = remembered.embed(patches(encoder_maps()))
     vectors = embedded.flatten(2).transpose(1, 2)
-    apart = torch.cdist(vectors, memory.rows, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(memory.distances(embedded).flatten(1), apart.amin(2), atol=1e-4, rtol=1e-4)
-    left_out = torch.zeros(len(memory.rows), dtype=torch.bool)
+    apart = torch.cdist(vectors, remembered.rows, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(remembered.distances(embedded).flatten(1), apart.amin(2), atol=1e-4, rtol=1e-4)
+    left_out = torch.zeros(len(remembered.rows), dtype=torch.bool)
     left_out[apart[0, 0].argmin()] = True
     torch.testing.assert_close(
-        memory.distances(embedded, left_out).flatten(1), apart[..., ~left_out].amin(2), atol=1e-4, rtol=1e-4
+        remembered.distances(embedded, left_out).flatten(1),
+        apart[..., ~left_out].amin(2),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
 def test_a_remembered_patch_is_not_unusual():
-    memory = drawn_memory()
-    maps = encoder_maps(1)
-    memory.rows.copy_(memory.embed(maps)[0].flatten(1).T[: len(memory.rows)])
-    distances = memory.distances(memory.embed(maps))[0].flatten()
-    assert distances[: len(memory.rows)].max() < 0.01 < distances[len(memory.rows) :].min()
+    remembered = drawn_patches()
+    embedded = remembered.embed(patches(encoder_maps(1)))
+    remembered.rows.copy_(embedded[0].flatten(1).T[: len(remembered.rows)])
+    distances = remembered.distances(embedded)[0].flatten()
+    count = len(remembered.rows)
+    assert distances[:count].max() < 0.01 < distances[count:].min()
 
 
 def test_what_is_usual_at_a_place_is_taken_off():
-    memory = drawn_memory()
-    maps = encoder_maps(1)
-    before, own = memory(maps), memory.distances(memory.embed(maps))
-    memory.fit_baseline([own[0], own[0]])
-    after = memory(maps)
+    remembered = drawn_patches()
+    features = patches(encoder_maps(1))
+    before, own = remembered(features), remembered.distances(remembered.embed(features))
+    remembered.fit_baseline([own[0], own[0]])
+    after = remembered(features)
     assert (after < before).all()
-    torch.testing.assert_close(before - after, smooth(memory.usual, 1.0, "zeros"), atol=1e-4, rtol=1e-4)
-    memory.fit_baseline([torch.zeros(32, 32)])
-    torch.testing.assert_close(memory(maps), before)
+    torch.testing.assert_close(before - after, smooth(remembered.usual, 1.0, "zeros"), atol=1e-4, rtol=1e-4)
+    remembered.fit_baseline([torch.zeros(32, 32)])
+    torch.testing.assert_close(remembered(features), before)
 
 
 def test_the_same_distance_counts_less_at_the_border():
-    memory = drawn_memory()
-    alike = memory.anomaly_map(torch.ones(1, 32, 32))
+    remembered = drawn_patches()
+    alike = remembered.deviations(torch.ones(1, 32, 32))
     assert alike[0, 4:-4, 4:-4].amin() > 0.99 > 0.75 > alike[0, 0].amax()
-    memory.border = "replicate"
-    torch.testing.assert_close(memory.anomaly_map(torch.ones(1, 32, 32)), torch.ones(1, 32, 32))
+    remembered.border = "replicate"
+    torch.testing.assert_close(remembered.deviations(torch.ones(1, 32, 32)), torch.ones(1, 32, 32))
+
+
+def test_the_map_is_that_of_the_details_and_a_share_of_the_context():
+    memory, large, small = drawn_memory(side=64), encoder_maps(side=512), encoder_maps()
+    torch.testing.assert_close(memory(large, small), memory.detail(patches(large)))  # not fitted yet
+    memory.context_scale.fill_(0.5)
+    context = memory(large, small) - memory.detail(patches(large))
+    # Blocks of 4x4 of what is enlarged from 16x16 to 64x64, away from the border, have the small map's values as means.
+    means = torch.nn.functional.avg_pool2d(context, 4)[:, 2:-2, 2:-2]
+    torch.testing.assert_close(means, 0.5 * memory.context(small[2])[:, 2:-2, 2:-2], atol=0.15, rtol=0.1)
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(spread=st.floats(0.01, 100), context_spread=st.floats(0.01, 100))
+def test_a_deviation_counts_by_how_far_good_images_scatter(spread, context_spread):
+    memory = drawn_memory()
+    distances = spread * torch.rand(6, 32, 32, generator=seeded())
+    context_distances = context_spread * torch.rand(6, 16, 16, generator=seeded())
+    memory.fit_context_scale(distances, context_distances)
+    scattered = (memory.context_scale * memory.context.deviations(context_distances)).std()
+    torch.testing.assert_close(scattered, CONTEXT_WEIGHT * memory.detail.deviations(distances).std())
+
+
+def test_a_context_that_never_varies_does_not_count():
+    memory = drawn_memory()
+    memory.context.border = "replicate"
+    memory.fit_context_scale(torch.rand(2, 32, 32), torch.zeros(2, 16, 16))
+    assert memory.context_scale == 0
 
 
 @pytest.mark.parametrize("border, scipys", [("replicate", "nearest"), ("zeros", "constant")])
@@ -158,13 +204,15 @@ def test_the_score_is_the_mean_of_the_largest_values(seed, share):
     maps = torch.rand(2, 8, 8, generator=seeded(seed))
     count = max(round(share * 64), 1)
     expected = [sorted(one.flatten().tolist())[-count:] for one in maps]
-    np.testing.assert_allclose(PatchMemory(2, 1, 8, share).score(maps), np.mean(expected, 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        PatchMemory((1, 1), 1, 1, 8, share).score(maps), np.mean(expected, 1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("tiles, side", [(1, 32), (1, 64), (2, 128), (4, 256)])
 def test_quantiles_of_the_validation_maps_become_0_and_1(tiles, side):
     """As they are shown: of a tiled image's map the maximum of each block is, and more of these are large."""
-    memory = PatchMemory(sum(CHANNELS[1:]), 20, side, 0.01, tiles)
+    memory = drawn_memory(side, tiles=tiles)
     validation = torch.rand(5, side, side, generator=seeded()).pow(4)
     memory.fit_map_normalisation(validation)
     found = memory.scaled(validation)
@@ -178,8 +226,10 @@ def test_quantiles_of_the_validation_maps_become_0_and_1(tiles, side):
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_maps():
     memory, maps = drawn_memory(), encoder_maps()
-    expected = memory(maps)
-    found = memory.to("cuda")(tuple(one.to("cuda") for one in maps)).cpu()
+    memory.context_scale.fill_(0.5)
+    expected = memory(maps, maps)
+    on_gpu = tuple(one.to("cuda") for one in maps)
+    found = memory.to("cuda")(on_gpu, on_gpu).cpu()
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)  # TF32 may multiply
 
 
@@ -232,9 +282,10 @@ def test_the_stage_writes_scores_and_maps_and_its_seed_decides_the_bytes(categor
         **{split: (2, 64, 64) for split in layouts.SPLITS},
     }
     saved = files.read_state(workspace.checkpoint(CATEGORY, "memory"))
-    assert saved["state"]["rows"].shape == (30, 16) and saved["meta"]["stand_ins"] == ["backbone tiny"]
+    assert saved["state"]["detail.rows"].shape == (30, 16) and saved["meta"]["stand_ins"] == ["backbone tiny"]
+    assert len(saved["state"]["context.rows"]) == 15 and saved["state"]["context_scale"] > 0
     # The memory's own numbers, of all training images: nothing in it is of validation or test images.
-    embedded = saved["state"]["rows"].norm(dim=1)
+    embedded = saved["state"]["detail.rows"].norm(dim=1)
     assert embedded.isfinite().all() and embedded.max() > 0
 
 
@@ -247,7 +298,7 @@ def test_finished_work_is_skipped_and_other_settings_are_noticed(category, tmp_p
         fit(category, tmp_path, seed=1)
     assert contents(workspace) == before
     fit(category, tmp_path, rows=31, overwrite=True)
-    assert len(files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]["rows"]) == 31
+    assert len(files.read_state(workspace.checkpoint(CATEGORY, "memory"))["state"]["detail.rows"]) == 31
     monkeypatch.setattr(patch_memory, "fit", None)
     fit(category, tmp_path, rows=31)
     assert "skipped" in capsys.readouterr().out
@@ -271,7 +322,8 @@ def test_fewer_patches_than_rows_get_a_sentence_before_anything_is_read(category
         fit(category, tmp_path, rows=4097)
     assert not list(tmp_path.glob("ckpt/*"))
     fit(category, tmp_path, rows=4096)  # all of them
-    assert len(files.read_state(Workspace(tmp_path).checkpoint(CATEGORY, "memory"))["state"]["rows"]) == 4096
+    state = files.read_state(Workspace(tmp_path).checkpoint(CATEGORY, "memory"))["state"]
+    assert (len(state["detail.rows"]), len(state["context.rows"])) == (4096, 1024)  # of the context, too
 
 
 def test_a_row_of_every_image_and_no_way_to_leave_one_out(make_dataset, tmp_path, monkeypatch):

@@ -5,17 +5,54 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from csad.progress import batches
+from csad.progress import ProgressBar, batches
 from csad.training.stage import Job
 
 import torch
 from torch import Tensor
 
 from models import dfm
-from models.patch_memory import PatchMemory
+from models.fused import block_means
+from models.patch_memory import PatchMemory, RememberedPatches, greedy_k_centre
+from models.statistics import ChannelMoments
 
+CANDIDATES = 100_000  # patches from which rows are chosen
 BATCH = 4
 DFM_BATCH = 16  # of views 256 wide
+
+
+class Candidates:
+    """Patches drawn evenly from all training images, from which a memory's rows are chosen, and each channel's moments.
+
+    Args:
+        remembered: the memory.
+        images: how many there are.
+        seed: draws the patches.
+    """
+
+    def __init__(self, remembered: RememberedPatches, images: int, seed: int):
+        (rows, channels), positions = remembered.rows.shape, remembered.usual.numel()
+        self._remembered = remembered
+        self._each = min(-(-max(CANDIDATES, rows) // images), positions)  # of one image
+        self._patches = torch.empty(images, self._each, channels)
+        self._images = iter(self._patches)
+        self._moments, self._generator = ChannelMoments(), torch.Generator().manual_seed(seed)
+
+    def add(self, features: Tensor) -> None:
+        """Features (B, C, h, w) of the next images."""
+        self._moments.add(features)
+        for image in features.flatten(2).transpose(1, 2).cpu():  # (positions, C)
+            drawn = torch.randperm(len(image), generator=self._generator)[: self._each]
+            next(self._images).copy_(image[drawn])
+
+    def choose(self, what: str) -> Tensor:
+        """Set the memory's rows; returns of each row the index of its image, (M,)."""
+        mean, std = self._moments.mean, torch.where(self._moments.std > 1e-6, self._moments.std, 1)
+        standardised = self._patches.flatten(0, 1).sub_(mean.float()).div_(std.float())
+        with ProgressBar(total=len(self._remembered.rows), desc=what, unit="patch", leave=False) as bar:
+            rows = greedy_k_centre(standardised, bar.total, self._generator, bar.update)
+        self._remembered.fit_rows(standardised[rows], mean, std)
+        return rows // self._each
 
 
 def read_views(job: Job, paths: Sequence[Path], what: str, batch: int = BATCH) -> Iterator[Tensor]:
@@ -31,7 +68,8 @@ def anomaly_maps(memory: PatchMemory, job: Job, paths: Sequence[Path], what: str
     side = job.view.size // 8
     maps = [torch.zeros(0, side, side)]
     for views in read_views(job, paths, f"score {what}"):
-        maps.append(memory.anomaly_map(memory.image_distances(job.backbone.encoder, views)).cpu())
+        small_maps = job.backbone.encoder(block_means(views))
+        maps.append(memory.anomaly_map(job.backbone.encoder, views, small_maps).cpu())
     return torch.cat(maps)
 
 
