@@ -3,7 +3,8 @@
 Says for every category its layout, the images of every folder and how they are stored, and names whatever is odd: unreadable
 files, copies between training and test, masks that fit no image, what is left out and why.
 
-Exit status: 0 nothing to say against it, 4 with warnings, 2 where the stages could not run.
+Exit status: 0 no errors and no warnings; 4 warnings alone: the stages run, but look at them first; 2 errors: the stages cannot
+run on this data set, or an option is wrong.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+demo="./demo.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 categories="pushpins screw_bag"
 workspace=demo_workspace
 seed=0
@@ -26,6 +27,27 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+step=0
+steps=8
+announce() {
+    step=$((step + 1))
+    echo
+    echo "$step of $steps: $1"
+}
+# The stages say that "the same command" continues: here that is the one for all of them.
+at_exit() {
+    local status=$? at=""
+    [ $step -eq 0 ] || at=" at step $step of $steps"
+    case $status in
+        0) ;;
+        130 | 143) echo "interrupted$at; $demo continues from there" >&2 ;;
+        *) [ $step -eq 0 ] || echo "stopped$at; once its cause is removed, $demo continues from there" >&2 ;;
+    esac
+}
+trap at_exit EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 . .ci/setup_environment.sh
 
 # Stand-ins by name, so that the demo is the same on every machine, with or without downloads.
@@ -33,13 +55,21 @@ dataset="$workspace/datasets/synthetic_loco"
 stage=(--workspace "$workspace" --dataset_root "$dataset" --categories $categories --preset quick --seed "$seed")
 side_by_side=(--jobs 2)
 
+announce "rendered pictures (make_synthetic_loco.py)"
 "$python" make_synthetic_loco.py --dataset_root "$dataset" --categories $categories --seed "$seed" $images
+announce "semantic pseudo-labels, by a classical stand-in (pseudo_label.py)"
 "$python" pseudo_label.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0 --pseudo_labels.proposer classical
+announce "component segmentor, patch histogram (train_segmentor.py)"
 "$python" train_segmentor.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+announce "LGST, the student-teacher (CSAD.py)"
 "$python" CSAD.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+announce "patch memory, DFM (patch_memory.py)"
 "$python" patch_memory.py "${stage[@]}" "${side_by_side[@]}" --backbone efficientnet_lite0
+announce "one model per category (export_model.py)"
 "$python" export_model.py "${stage[@]}" "${side_by_side[@]}" --format torch
+announce "score_combine_result.txt (benchmark_performance.py)"
 "$python" benchmark_performance.py "${stage[@]}" > /dev/null
+announce "report.html (report.py)"
 "$python" report.py "${stage[@]}"
 
 echo

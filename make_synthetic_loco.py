@@ -27,7 +27,10 @@ picture goes into {dataset_root}_components, with the names of the classes and o
 
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        path_option="--dataset_root",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--dataset_root",

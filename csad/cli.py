@@ -54,6 +54,7 @@ def logical_defects(preset: str) -> dict[str, list[str]]:
 def common_options(description: str) -> argparse.ArgumentParser:
     """The options that all stages share, with every single setting as an option of its own."""
     parser = OptionParser(
+        path_option="--dataset_root",
         description=description,
         usage="%(prog)s [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

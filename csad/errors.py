@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import pickle
+import shlex
 import signal
 import struct
 import sys
@@ -82,10 +83,14 @@ class OptionParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one sentence, with the option or value that was probably meant.
 
     Options have to be written in full: half of one would mean another as soon as a script gets a new option.
+
+    Args:
+        path_option: which one a path without an option was probably meant for, in a script that takes none without.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, path_option: str | None = None, **options: Any):
         super().__init__(**options, allow_abbrev=False)
+        self._path_option = path_option
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
@@ -94,10 +99,23 @@ class OptionParser(argparse.ArgumentParser):
             name = argument.partition("=")[0]
             if self._looks_like_option(argument) and name not in self._option_string_actions:
                 self._refuse(f"there is no option {name}", name)
+        # This one, too: it would first miss the --model of somebody who wrote the path alone.
+        if self._path_option and given and not given[0].startswith("-"):
+            self._refuse_value(given[0], given)
         parsed, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            self._refuse(f"'{unknown[0]}' belongs to no option", unknown[0])
+            self._refuse_value(unknown[0], given)
         return parsed
+
+    def _refuse_value(self, value: str, given: Sequence[str]) -> NoReturn:
+        what, option = f"'{value}' belongs to no option", self._path_option
+        if value and option and option not in (argument.partition("=")[0] for argument in given):
+            # What does not exist may be a misspelt option without its dashes.
+            is_path = os.sep in value or os.path.exists(value)
+            similar = similar_names(value, self._option_string_actions)
+            if is_path or not similar or (similar == [option] and _plain(value) != _plain(option)):
+                self.error(f"{what}; did you mean {option} {shlex.quote(value)}?")
+        self._refuse(what, value)
 
     def _looks_like_option(self, argument: str) -> bool:
         """As argparse decides: negative numbers and texts with spaces are values."""

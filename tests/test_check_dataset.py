@@ -348,6 +348,12 @@ def test_many_faults_at_once_are_all_named(broken, run):
     assert "stray is not used" in said
 
 
+def test_help_and_page_explain_the_status(run):
+    page = (Path(__file__).parent.parent / "docs/own_data.md").read_text(encoding="utf-8")
+    assert f"{check_dataset.WARNED} warnings alone" in run("--help")[1]
+    assert f"{check_dataset.WARNED} with warnings alone" in page
+
+
 def test_too_few_for_the_asked_rate(broken, run):
     status, said, _ = run("--dataset_root", broken.parent, "--false_positive_rate", "0.05")
     assert status == 4

@@ -20,6 +20,8 @@ from csad.training.best_on_test import with_checkpoint
 import pytest
 import torch
 
+import make_synthetic_loco
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -68,6 +70,33 @@ def test_what_is_like_nothing_gets_no_guess(refused):
     assert did_you_mean("zebra", ["quick", "full"]) == did_you_mean("--", ["--seed"]) == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["mydata"], "--dataset_root mydata"),
+        (["mydata/", "--preset", "quick"], "--dataset_root mydata/"),
+        (["--preset", "quick", "my pictures"], "--dataset_root 'my pictures'"),
+        (["data"], "--dataset_root data"),
+        (["dataset_root", "mydata"], "--dataset_root"),
+        (["device"], "--dataset_root device"),  # a folder; without it the option is likelier
+        (["../images"], "--dataset_root ../images"),
+        (["--seed", "3", "images"], "--images.size or --images.white_level"),
+    ],
+)
+def test_a_path_without_its_option_is_taken_for_the_data_set(
+    refused, monkeypatch, tmp_path, arguments, meant
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "device").mkdir()
+    said = refused(*arguments)
+    assert " belongs to no option; did you mean " in said and said.endswith(f"did you mean {meant}?\n")
+
+
+def test_beside_a_data_set_another_path_gets_no_guess(refused):
+    for given in (["--dataset_root", "mydata"], ["--dataset_root=mydata"]):
+        assert refused(*given, "qqq") == "error: 'qqq' belongs to no option; --help lists the options\n"
+
+
 def test_values_that_look_like_options_stay_values():
     parser = OptionParser()
     parser.add_argument("--threshold", type=float)
@@ -84,9 +113,11 @@ def test_values_that_look_like_options_stay_values():
         (score_images.main, ["photos", "--model", "cup.onnx", "--save_map"], "--save_maps"),
         (score_images.main, ["photos", "--model", "cup.onnx", "--format", "parkuet"], "parquet"),
         (run_station.main, ["--model", "cup.onnx", "--prot", "80"], "--port"),
+        (run_station.main, ["models/cup.onnx", "--port", "80"], "--model models/cup.onnx"),
+        (make_synthetic_loco.main, ["mydata"], "--dataset_root mydata"),
     ],
 )
-def test_the_commands_for_exported_models_do_so_too(monkeypatch, capsys, main, arguments, meant):
+def test_the_commands_that_are_no_stages_do_so_too(monkeypatch, capsys, main, arguments, meant):
     monkeypatch.setattr(sys, "argv", ["csad", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -15,7 +15,7 @@ from pathlib import Path
 from csad.commands import score_images as predict
 from csad.data import files, label_colours
 from csad.errors import UserError
-from csad.evaluation.deviations import LIMIT, WHOLE, Deviation, deviations, summarise
+from csad.evaluation.deviations import LIMIT, PLACES, WHOLE, Deviation, deviations, summarise
 from csad.inference import inspection, overlays, predictions, verdicts, watching
 from csad.inference.engines import Engine
 from csad.inference.inspection import unlike_training
@@ -27,6 +27,7 @@ import pytest
 from conftest import exit_status
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from models.prediction import Prediction
 
@@ -787,7 +788,10 @@ def test_findings_are_one_sentence_and_few_details():
     verdict = verdicts.Verdict(
         "a.png", "anomalous", 1.0, 9.0, {"patchhist": 9.0}, "patchhist", (40, 15), unusual, (80, 60)
     )
-    assert verdict.findings[:2] == ["there is too much of component 1", "most unusual at x 40, y 15"]
+    assert verdict.findings[:2] == [
+        "there is too much of component 1 (4.0 times the normal area)",
+        "most unusual at x 40, y 15",
+    ]
     assert len(verdict.findings) == 4 and len(verdict.as_json()["components"]) == 8
     by_surface = replace(
         verdict, alarm="memory", components=unusual[:1]
@@ -798,10 +802,70 @@ def test_findings_are_one_sentence_and_few_details():
     ]
     in_words = replace(by_surface, components=[off(2, 0.1, 0.2, "top-right quarter", name="lid")]).findings
     assert in_words == [
-        "something lies where lid should be",
+        "something lies where lid should be (lid: 50 % of the normal area in the top-right quarter)",
         "unusual surface at x 40, y 15",
-        "lid: 50 % of the normal area in the top-right quarter",
     ]
+
+
+@pytest.mark.parametrize(
+    ("unusual", "findings"),
+    [
+        (
+            [off(2, 0.1, 0.2, above_all="top-left quarter")],
+            [
+                "there is too little of component 2 (50 % of the normal area, above all in the top-left quarter)"
+            ],
+        ),
+        (
+            [off(2, 0.2, 0, "top-left quarter")],
+            ["component 2 is where it should not be (normally none in the top-left quarter)"],
+        ),
+        (
+            [off(2, 0.4, 0.002, "top-left quarter")],
+            ["there is too much of component 2 (normally hardly any in the top-left quarter)"],
+        ),
+        (
+            [off(2, 0, 0.2, "top-left quarter"), off(2, 0.2, 0, "top-right quarter")],
+            [
+                "component 2 is not where it should be (none in the top-left quarter, and normally none in the "
+                "top-right quarter)"
+            ],
+        ),
+        (
+            [off(5, 0, 0.1, above_all="top-left quarter"), off(2, 0.3, 0.2, above_all="top-left quarter")],
+            ["component 2 lies where component 5 should be, in the top-left quarter"],
+        ),
+        (
+            [off(2, 0, 0.2, "top-left quarter"), off(2, 0, 0.2, "top-right quarter")],
+            ["component 2: none in the top-left quarter, and none in the top-right quarter"],
+        ),
+        (
+            [
+                off(1, 0, 0.2),
+                off(2, 0.1, 0.2, "top-left quarter"),
+                off(3, 0.3, 0.2),
+                off(2, 0.1, 0.2, "bottom-left quarter"),
+                off(2, 0.1, 0.2, "bottom-right quarter"),
+            ],
+            [
+                "component 1 is missing",
+                "component 2: 50 % of the normal area in the top-left quarter, 50 % of the normal area in the "
+                "bottom-left quarter, and 50 % of the normal area in the bottom-right quarter",
+                "component 3: 1.5 times the normal area",
+            ],
+        ),
+    ],
+)
+def test_of_one_component_there_is_one_sentence(unusual, findings):
+    assert verdicts.findings_of(unusual) == findings
+
+
+@given(arrays(np.uint8, (8, 8), elements=st.integers(0, 2)), st.sampled_from(["", *PLACES]))
+def test_no_two_findings_are_about_the_same_component(cells, quarter):
+    findings = verdicts.findings_of(deviations(cells.repeat(8, 0).repeat(8, 1), HISTOGRAM), quarter=quarter)
+    if findings and "lies where component" not in findings[0]:  # of two, which may be unusual elsewhere, too
+        for component in ("component 1", "component 2"):
+            assert sum(component in finding for finding in findings) <= 1
 
 
 def test_named_components_are_called_by_their_names(engine, run, photos, tmp_path):

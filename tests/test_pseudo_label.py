@@ -437,8 +437,8 @@ def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_
 ):
     for parts, clusters, features, warning in (
         (25, 25, "position", ""),
-        (35, 35, "position", "warning: "),
-        (10, 1, "area", "warning: "),
+        (35, 35, "position", "if it has fewer, one kind has several labels"),
+        (10, 1, "area", "if it has several, one in place of another may go unnoticed"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(beyond_clustering, "POSITION_UNIT", 0.02)
@@ -451,7 +451,15 @@ def test_more_than_twenty_clusters_are_answered_and_very_many_or_one_are_warned_
             workspace.pseudo_labels("discs").image(category.train[0].stem) / "filtered_cluster_map.png"
         )
         assert found.max() == clusters
-        assert f"discs: {warning}{8 * parts} components make {clusters} cluster" in capsys.readouterr().out
+        # The one line says of which category it is, whether it matters, and what to do.
+        said = capsys.readouterr().out
+        prefix = "discs: warning: " if warning else "discs: "
+        (line,) = [line for line in said.splitlines() if f"components make {clusters} cluster" in line]
+        assert line.startswith(f"{prefix}{8 * parts} components make {clusters} cluster")
+        assert warning in line and all(
+            (words in line) == bool(warning)
+            for words in ("that is right and there is nothing to do", "--overwrite")
+        )
 
 
 def test_255_instances_in_each_picture_are_all_clustered(label, category, tmp_path):

@@ -45,7 +45,9 @@ def main() -> None:
         raise UserError(
             f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
         ) from problem
-    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(
+        path_option="--model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"CSAD {csad.__version__}")
     parser.add_argument(
         "--model", type=Path, nargs="+", required=True, help=".onnx, .xml or .pth written by export_model.py"

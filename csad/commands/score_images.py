@@ -12,7 +12,7 @@ An unreadable file is reported and skipped; files that are not images are counte
 With --ray the workers of a Ray cluster score, also what lists (.csv, .parquet) name and object stores hold (s3://, gs://). The
 same lines then go to OUTPUT/parts/, and the same command, started again, continues where it was (docs/cluster.md).
 
-Exit status: 0 every image is normal, 4 some are anomalous, 3 some could not be read or judged, 2 nothing was done (one
+Exit status: 0 every image is normal, 4 some are anomalous, 3 some are unreadable or undecided, 2 nothing was done (one
 sentence says why).
 """
 

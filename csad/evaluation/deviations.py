@@ -52,17 +52,36 @@ class Deviation(NamedTuple):
     @property
     def words(self) -> str:
         """For example: component 3: 2.1 times the normal area in the top-left quarter."""
-        there = "" if self.place == WHOLE else f" in the {self.place}"
-        mostly = self.above_all and f", above all in the {self.above_all}"
-        if self.normal_area < SMALL:
-            return f"{self.title}{there}, where there is normally none{mostly}"
         if self.is_missing:
             return f"{self.title} is missing" + ("" if self.place == WHOLE else f" from the {self.place}")
+        if few := self._normally_few:
+            return f"{self.title}{self._there}, where there is normally {few}{self._mostly}"
+        return f"{self.title}: {self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """The same in a sentence about the component, for example: 2.1 times the normal area in the top-left quarter."""
+        if self.is_missing:
+            return f"none{self._there}"
+        if few := self._normally_few:
+            return f"normally {few}{self._there}{self._mostly}"
         ratio = self.area / self.normal_area
-        if ratio >= MANY:
-            return f"{self.title}{there}, where there is normally hardly any{mostly}"
         times = f"{ratio:.1f} times" if ratio >= 1.05 else f"{100 * ratio:.0f} % of"
-        return f"{self.title}: {times} the normal area{there}{mostly}"
+        return f"{times} the normal area{self._there}{self._mostly}"
+
+    @property
+    def _there(self) -> str:
+        return "" if self.place == WHOLE else f" in the {self.place}"
+
+    @property
+    def _mostly(self) -> str:
+        return self.above_all and f", above all in the {self.above_all}"
+
+    @property
+    def _normally_few(self) -> str:
+        if self.normal_area < SMALL:
+            return "none"
+        return "hardly any" if self.area / self.normal_area >= MANY else ""
 
 
 def area_fractions(label_map: np.ndarray, classes: int) -> np.ndarray:
@@ -90,10 +109,12 @@ def title_of(component: int, name: str = "") -> str:
 
 
 class Summary(NamedTuple):
-    """What several deviations come to: a sentence, "" where they explain nothing, and the deviations that it says in full."""
+    """What several deviations come to: a sentence, "" where they explain nothing, and the deviations that it says, some of them
+    by its details."""
 
     sentence: str
     said: Sequence[Deviation] = ()
+    details: str = ""  # to be put after the sentence
 
 
 def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
@@ -108,33 +129,48 @@ def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
     if missing:
         substitute = _counterpart(missing[0], unusual)
         if substitute is not None:
-            return Summary(f"{substitute.title} lies where {missing[0].title} should be")
+            return _exchange(substitute, missing[0])
         *others, last = (deviation.title for deviation in missing)
         return Summary(f"{', '.join(others)} and {last} are missing" if others else missing[0].words, missing)
     explaining = [deviation for deviation in unusual if not spot or deviation.concerns(spot)]
     if not explaining:
         return Summary("")
     first = explaining[0]
+    same = [deviation for deviation in unusual if deviation.component == first.component]
+    amounts = f" ({_amounts(same)})"
     if first.place != WHOLE and any(
-        other.component == first.component
-        and other.place != first.place
-        and other.deviation * first.deviation < 0
-        for other in unusual
+        other.place != first.place and other.deviation * first.deviation < 0 for other in same
     ):
-        return Summary(f"{first.title} is not where it should be")
+        return Summary(f"{first.title} is not where it should be", same, amounts)
     counterpart = _counterpart(first, unusual)
     if counterpart is not None:
-        excess, lack = (first, counterpart) if first.deviation > 0 else (counterpart, first)
-        return Summary(f"{excess.title} lies where {lack.title} should be")
+        return _exchange(first, counterpart) if first.deviation > 0 else _exchange(counterpart, first)
     if first.deviation < 0:
         if spot:
-            return Summary(f"something lies where {first.title} should be")
+            return Summary(f"something lies where {first.title} should be", same, f" ({words_of(same)})")
         if first.is_missing:
-            return Summary(first.words, [first])
-        return Summary(f"there is too little of {first.title}")
+            return Summary(words_of(same), same)
+        return Summary(f"there is too little of {first.title}", same, amounts)
     if first.normal_area < SMALL:
-        return Summary(f"{first.title} is where it should not be")
-    return Summary(f"there is too much of {first.title}")
+        return Summary(f"{first.title} is where it should not be", same, amounts)
+    return Summary(f"there is too much of {first.title}", same, amounts)
+
+
+def words_of(same: Sequence[Deviation]) -> str:
+    """One sentence of all deviations of one component."""
+    if len(same) == 1:
+        return same[0].words
+    return f"{same[0].title}: {_amounts(same)}"
+
+
+def _amounts(same: Sequence[Deviation]) -> str:
+    *others, last = (deviation.amount for deviation in same)
+    return f"{', '.join(others)}, and {last}" if others else last
+
+
+def _exchange(excess: Deviation, lack: Deviation) -> Summary:
+    quarter = lack.above_all if lack.place == WHOLE else lack.place
+    return Summary(f"{excess.title} lies where {lack.title} should be", [excess, lack], f", in the {quarter}")
 
 
 def _counterpart(deviation: Deviation, unusual: Sequence[Deviation]) -> Deviation | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csad.branches import BRANCHES
-from csad.evaluation.deviations import PLACES, Deviation, summarise, title_of
+from csad.evaluation.deviations import PLACES, Deviation, summarise, title_of, words_of
 from csad.inference.overlays import ARRANGEMENT, captioned
 
 import numpy as np
@@ -105,7 +105,7 @@ class Verdict:
 def findings_of(
     components: Sequence[Deviation], otherwise: str = "", spot: str | None = None, quarter: str = ""
 ) -> list[str]:
-    """One sentence that sums up, then at most `MAX_DETAILS` details.
+    """One sentence that sums up, then at most `MAX_DETAILS` details, one of each component.
 
     Args:
         components: deviations of one image, the farthest off first.
@@ -114,11 +114,15 @@ def findings_of(
         quarter: see `csad.evaluation.deviations.summarise`.
     """
     summary = summarise(components, quarter)
-    details = [deviation.words for deviation in components if deviation not in summary.said]
+    by_component: dict[int, list[Deviation]] = {}
+    for deviation in components:
+        if deviation not in summary.said:
+            by_component.setdefault(deviation.component, []).append(deviation)
+    details = [words_of(same) for same in by_component.values()]
     if not summary.sentence:
         return [text for text in (otherwise, *details[:MAX_DETAILS]) if text]
     details.insert(0, otherwise if spot is None else spot)
-    return [summary.sentence, *[text for text in details if text][:MAX_DETAILS]]
+    return [summary.sentence + summary.details, *[text for text in details if text][:MAX_DETAILS]]
 
 
 def names_of(metadata: dict[str, Any]) -> dict[int, str]:

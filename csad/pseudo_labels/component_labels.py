@@ -99,9 +99,17 @@ def label_components(
     clusters = labels.number_of_clusters
     made = f"{count(len(vectors), 'component')} make {count(clusters, 'cluster')}"
     if clusters == 1:
-        made = f"warning: {made}; where pictures show several kinds of parts, try {remedy('a smaller')}"
+        made = (
+            f"warning: {made}, so all count as one kind of part; if the product has only one kind, that is right and there is "
+            f"nothing to do; if it has several, one in place of another may go unnoticed: try {remedy('a smaller')}, with "
+            "--overwrite"
+        )
     elif clusters > MAX_CLUSTERS:
-        made = f"warning: {made}; if pictures show fewer kinds of parts, try {remedy('a larger')}"
+        made = (
+            f"warning: {made}, so they count as that many kinds of parts; if the product has so many, that is right and there "
+            f"is nothing to do; if it has fewer, one kind has several labels, and a missing part may go unnoticed: try "
+            f"{remedy('a larger')}, with --overwrite"
+        )
     print(f"{category}: {made}")
     return labels
 

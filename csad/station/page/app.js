@@ -7,7 +7,7 @@ const BAR = { width: 1000, height: 90 };
 const MAX_TRIES = 4;       // of a picture while the station is busy
 const MAX_WAIT = 30;       // seconds between two of them, whatever the station asks for
 const START_WAIT = 3;      // seconds until the station is asked again that does not answer
-const NOT_INSPECTED = "not inspected"; // the station gave no verdict
+const NOT_INSPECTED = "not inspected"; // the station did not look at it
 const WORDS = { normal: "Normal", anomalous: "Anomalous", undecided: "Undecided", unreadable: "Unreadable", [NOT_INSPECTED]: "Not inspected" };
 
 const at = (id) => document.getElementById(id);
@@ -110,13 +110,13 @@ function worstOf(candidates) {
 
 // {entry} from the station, {verdict, reason} without one, or null where a token is wanted.
 async function answerOn(file, name, asked) {
-  const missed = (reason) => ({ verdict: NOT_INSPECTED, reason });
-  if (!file.size) return missed("the file is empty (0 bytes)");
+  const missed = (reason) => ({ verdict: NOT_INSPECTED, reason }), unreadable = (reason) => ({ verdict: "unreadable", reason });
+  if (!file.size) return unreadable("the file is empty (0 bytes)");
   let body;
   try {
     body = await file.arrayBuffer();
   } catch {
-    return missed("the browser cannot read it: it is a folder, or it has been moved or changed");
+    return unreadable("the browser cannot read it: it is a folder, or it has been moved or changed");
   }
   const where = new URLSearchParams({ model: asked, name, overlay: 1 });
   for (let tries = 1; ; tries++) {
@@ -128,7 +128,7 @@ async function answerOn(file, name, asked) {
       }
       if (answer.status === 401) return null;
       const reason = await reasonOf(answer);
-      if ([413, 415, 422].includes(answer.status)) return { verdict: "unreadable", reason };
+      if ([413, 415, 422].includes(answer.status)) return unreadable(reason);
       if (answer.status !== 503 || tries === MAX_TRIES) return missed(reason);
       const seconds = waitOf(answer);
       say(`The station is busy; ${name} is sent again in ${round(seconds)} s …`);
