@@ -76,11 +76,9 @@ def main() -> None:
     if args.overwrite and not args.only:
         raise UserError("--overwrite starts tables over; name them with --only")
     for name in [] if args.render else args.only or missing(inputs):
-        if args.overwrite:
-            start_over(name, TABLES[name], inputs)
-        make(name, TABLES[name], inputs)
+        make(name, TABLES[name], inputs, args.overwrite)
         render(FOLDER, PAGE, [name])
-    render(FOLDER, PAGE, TABLES if args.render else [])
+    render(FOLDER, PAGE, list(TABLES) if args.render else [])
 
 
 def describe(name: str, table: Table) -> str:
@@ -111,8 +109,8 @@ def start_over(name: str, table: Table, inputs: Inputs) -> None:
     (inputs.work / "begun" / f"{name}.json").unlink(missing_ok=True)
 
 
-def make(name: str, table: Table, inputs: Inputs) -> None:
-    """Run a table's commands and keep its figures.
+def make(name: str, table: Table, inputs: Inputs, overwrite: bool = False) -> None:
+    """Run a table's commands and keep its figures, with ``overwrite`` from the start.
 
     Raises:
         UserError: an input is not given, a table that it needs was not made, or a command failed.
@@ -123,6 +121,8 @@ def make(name: str, table: Table, inputs: Inputs) -> None:
     for other in table.needs:
         if not (begun / f"{other}.json").exists():
             raise UserError(f"{name} goes on from {other}; make that with --only {other} first")
+    if overwrite:
+        start_over(name, table, inputs)
     if not (begun / f"{name}.json").exists():
         files.write_json(begun / f"{name}.json", state_of_code(ROOT, table.sources))
     commands = table.commands(inputs, table.dataset(inputs))

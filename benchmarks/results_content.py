@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.1f}"
 
 
-def both(by_kind: dict[str, float | None]) -> str:
+def both(by_kind: Mapping[str, float | None]) -> str:
     return " / ".join(percent(by_kind[kind]) for kind in KINDS)
 
 
@@ -159,7 +159,7 @@ def average(by_category: dict[str, Any], name: str) -> dict[str, float]:
     return mean_by_kind(by_name[name] for by_name in by_category.values() if name in by_name)
 
 
-def mean_by_kind(rows: Iterable[dict[str, float | None]]) -> dict[str, float]:
+def mean_by_kind(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
     """What was not measured does not count."""
     values = list(rows)
     return {kind: mean_known(value[kind] for value in values) for kind in KINDS}

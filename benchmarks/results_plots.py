@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csad.branches import BRANCHES
 from csad.evaluation.scores import FUSED
@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 from benchmarks import few_images as few
 from benchmarks.all_stages import TITLES
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # since 3.10
+
 KINDS = ("logical", "structural")
 # Okabe and Ito's colours, which can be told apart by everyone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,

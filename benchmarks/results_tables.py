@@ -98,7 +98,10 @@ class Table:
     draws: int = 0
 
     def dataset(self, inputs: Inputs) -> Path:
-        return inputs.photographs if self.photographs else inputs.rendered
+        if not self.photographs:
+            return inputs.rendered
+        assert inputs.photographs is not None  # `results.make` says so before it does anything
+        return inputs.photographs
 
     def seeds(self, inputs: Inputs) -> Sequence[int]:
         return range(self.draws) if self.draws else inputs.seeds[: 1 if self.files else None]

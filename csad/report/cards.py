@@ -46,7 +46,7 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
     image = images.read_rgb(tested.path, white_level=measured.white_level)
     size = image.shape[1::-1]
     image = overlays.shrink(image, side)
-    deciding_branch = max(tested.contributions, key=tested.contributions.get)
+    deciding_branch = max(tested.contributions, key=tested.contributions.__getitem__)
     spot = None
     if tested.anomaly_maps:
         at_once = np.max(list(tested.anomaly_maps.values()), axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def mean(values) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that were measured; None if there are none."""
     average = mean_known(values)
     return None if math.isnan(average) else average
