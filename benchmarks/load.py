@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import ipaddress
 import itertools
 import statistics
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 from csad.data.image_files import SUFFIXES
 from csad.errors import UserError, run_script
 from csad.inference.engines import Engine
-from csad.inference.inspection import read_picture
+from csad.inference.inspection import InMemory, read_picture
 from csad.inference.runtimes import device_name, open_model
 
 import httpx
@@ -175,9 +174,9 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
 
 def view_of(picture: bytes, engine: Engine) -> np.ndarray:
     """As the model takes it; UserError if it cannot be judged."""
-    decoded = read_picture(io.BytesIO(picture), "a picture", engine, None)
+    decoded = read_picture(InMemory(picture, "to send"), "to send", engine, None)
     if decoded.view is None:
-        raise UserError(f"a picture cannot be sent: {decoded.problem}")
+        raise UserError(decoded.problem)
     return decoded.view
 
 

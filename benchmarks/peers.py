@@ -199,11 +199,8 @@ def prepare(
 
 
 def fitted(category: layouts.Category, job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the method's fit came to; fitted anew where pictures, weights, seed or threads are others than before.
-
-    Raises:
-        UserError: the worker failed.
-    """
+    """What the method's fit came to; fitted anew where pictures, weights, seed or threads are others than
+    before. UserError if the worker failed."""
     target = Path(job["target"])
     made_of = {
         "train": records.digest_images(category.train),

@@ -110,11 +110,8 @@ def start_over(name: str, table: Table, inputs: Inputs) -> None:
 
 
 def make(name: str, table: Table, inputs: Inputs, overwrite: bool = False) -> None:
-    """Run a table's commands and keep its figures, with ``overwrite`` from the start.
-
-    Raises:
-        UserError: an input is not given, a table that it needs was not made, or a command failed.
-    """
+    """Run a table's commands and keep its figures, with ``overwrite`` from the start; UserError if an input
+    is not given, a table that it needs was not made, or a command failed."""
     if table.photographs and inputs.photographs is None:
         raise UserError(f"{name} needs photographs; name their folder with --dataset_root")
     begun = inputs.work / "begun"
@@ -215,11 +212,8 @@ def render(folder: Path, page: Path, plotted: Sequence[str]) -> None:
 
 
 def rendered(text: str, folder: Path, root: Path) -> str:
-    """The page's text with each table between its marks as its JSON has it.
-
-    Raises:
-        UserError: a mark names no table.
-    """
+    """The page's text with each table between its marks as its JSON has it; UserError if a mark names no
+    table."""
 
     def replace(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()

@@ -128,16 +128,9 @@ class Table:
 
 def stages(inputs: Inputs, dataset: Path, *more: Any) -> list[list[Any]]:
     """All stages on a data set for each seed."""
+    command = ["-m", "benchmarks.all_stages", "--dataset_root", dataset, "--workspace"]
     return [
-        [
-            "-m",
-            "benchmarks.all_stages",
-            "--dataset_root",
-            dataset,
-            "--workspace",
-            inputs.stages_of(dataset, seed),
-        ]
-        + ["--seed", seed, *inputs.categories_of(dataset), *more]
+        [*command, inputs.stages_of(dataset, seed), "--seed", seed, *inputs.categories_of(dataset), *more]
         for seed in inputs.seeds
     ]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from csad.data.label_colours import label_colour
 from csad.data.listing import count
 from csad.evaluation.metrics import LOCO, counted, mean_known
+from csad.evaluation.scores import FUSED
 
 import jinja2
 from markupsafe import Markup
@@ -22,7 +23,7 @@ PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {
-    "fused": "the sum of those that count: the score that decides",
+    FUSED: "the sum of those that count: the score that decides",
     "patchhist": "is the usual amount of every component there, where it usually is?",
     "LGST": "does a network that knows good pictures alone see each place as its teacher does?",
     "memory": "does each patch look like one of a good picture?",
@@ -75,12 +76,7 @@ def render(**content: Any) -> str:
     shared = [key for key in detections[0] if all(key in detection for detection in detections)]
     averaged = counted(
         {
-            kind: [
-                detection[key][kind]["auroc"]
-                for detection in detections
-                for key in ("fused",)
-                if key in detection
-            ]
+            kind: [detection[FUSED][kind]["auroc"] for detection in detections if FUSED in detection]
             for kind in ("logical", "structural")
         }
     )
