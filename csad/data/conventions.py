@@ -79,9 +79,7 @@ class Loco(Layout):
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         inside = image.relative_to(root / "test")
-        return image_files(
-            root / "ground_truth" / inside.parent / image.stem
-        )  # their values say which defect
+        return image_files(root / "ground_truth" / inside.parent / image.stem)  # whose values tell defects
 
 
 @dataclass(frozen=True)
