@@ -27,7 +27,8 @@ def main() -> None:
     workspace, dataset, categories, settings_of = select(args)
     workspaces = workspace.of_seeds(args.seeds).values()
     with workspace.lock_with(workspaces):
-        runs, missing = [], []
+        runs: list[dict[str, dict]] = []
+        missing: list[str] = []
         for seed_workspace in workspaces:
             runs.append({})
             # Copies, which take their lists of files with them when they go.

@@ -21,7 +21,7 @@ from csad.data.workspace import FORMATS, PRECISIONS, Workspace
 from csad.errors import UserError, run_script
 from csad.evaluation import export_tables, seeds
 from csad.export import exported_thresholds, exporters
-from csad.export.acceptance import accept
+from csad.export.agreement import accept
 from csad.export.exported_scores import evaluate
 from csad.export.formats import ExportJob, export
 from csad.inference.runtimes import open_model

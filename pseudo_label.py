@@ -150,6 +150,7 @@ class PseudoLabelStage:
             proposer = self.choose_proposer(proposer=self.label_run.provenance["proposer"].split()[0])
         embedding = None
         if "cnn_image" in self.settings.features:
+            assert self.backbone.deepest is not None  # `jobs` has it built where a category asks for it
             embedding = CropEmbedding(self.backbone.deepest, self.settings.rotations).to(self.device)
         name, pictures, folders = self.category.name, self.category.train[part], self.label_run.folders[part]
         search = Search(name, pictures, folders, self.view, proposer, self.settings)

@@ -64,11 +64,8 @@ def main() -> None:
 def run(
     category: str, workspace: Path, options: Sequence[object], formats: Sequence[str] = ("torch",)
 ) -> None:
-    """Run what is missing of a category's stages; `options` name it, its data set, preset and seed.
-
-    Raises:
-        UserError: a stage failed; its log is {workspace}/logs/{category}_{stage}.txt.
-    """
+    """Run what is missing of a category's stages; `options` name it, its data set, preset and seed. UserError
+    if a stage failed; its log is {workspace}/logs/{category}_{stage}.txt."""
     for stage in TRAINING:
         more = ["--pseudo_labels.proposer", "classical"] if stage == "pseudo_label" else []
         run_stage(stage, category, workspace, [*options, *more])

@@ -106,7 +106,7 @@ def overhead(folder: Path, args: argparse.Namespace) -> None:
 
 
 def start(folder: Path, name: str, steps: int, *options: str) -> subprocess.Popen:
-    folders = ["--workspace", folder / name, "--dataset_root", folder / "data"]
+    folders = ["--workspace", str(folder / name), "--dataset_root", str(folder / "data")]
     command = [sys.executable, "CSAD.py", *folders, *OPTIONS, "--lgst.steps", str(steps), *options]
     with open(folder / f"{name}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

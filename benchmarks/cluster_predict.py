@@ -68,15 +68,8 @@ def main() -> None:
             nodes.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         began = time.monotonic()
         pictures = (args.workspace / "pictures").resolve()
-        command = [
-            sys.executable,
-            "predict.py",
-            pictures,
-            "--model",
-            model.resolve(),
-            "--output",
-            output.resolve(),
-        ]
+        command = [sys.executable, "predict.py", pictures, "--model", model.resolve()]
+        command += ["--output", output.resolve()]
         command += ["--ray", nodes.address, "--shard_size", PART, *options]
         driver = subprocess.Popen([str(word) for word in command], cwd=ROOT)
         memory, killed = watched(driver, nodes, output / "parts", args.images, args.kill)

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def kill_runs(folder: Path, count: int, rng: random.Random) -> int:
         for command, _, after, lasts in work
         if command in OVERWRITABLE
     ]
-    failures, endings = 0, Counter()
+    failures, endings = 0, Counter[str]()
     for number in range(count):
         command, before, after, lasts = work[number % len(work)]
         lab, expected = folder / f"kill_{number:03d}", contents(after)
@@ -188,7 +188,7 @@ def differing(first: dict[str, bytes], second: dict[str, bytes]) -> list[str]:
 
 
 @cache
-def preloaded() -> BaseContext:
+def preloaded() -> ForkServerContext:
     """Processes forked from a server that has imported `PRELOADED`, with one thread for each.
 
     A process of its own, as whoever calls this may have started threads, which no fork survives.
@@ -226,12 +226,14 @@ def run(
         target=_become, args=(script, [*OPTIONS.get(script, STAGE), *own], lab, inside)
     )
     child.start()
+    assert child.pid is not None
     for number, seconds in (kill or (signal.SIGKILL, MAX_SECONDS)), (signal.SIGKILL, MAX_SECONDS):
         child.join(seconds)
         if child.exitcode is None:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, number)
     child.join()
+    assert child.exitcode is not None
     out, err = (
         path.read_text(errors="replace") if path.exists() else "" for path in (lab / "stdout", lab / "stderr")
     )

@@ -30,7 +30,7 @@ from benchmarks.measuring import describe_machine, markdown, options_of
 
 IMAGES, DRAWS = (10, 20, 50, 100, 200), 3
 KINDS = ("logical", "structural")
-COLUMNS = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: FUSED}
+TITLES = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: FUSED}
 
 
 def main() -> None:
@@ -80,9 +80,7 @@ def measure(
     row: dict[str, Any] = {"category": category.name, "images": count, "draw": draw}
     try:
         all_stages.run(
-            category.name,
-            workspace,
-            ["--dataset_root", data, "--categories", category.name, *options],
+            category.name, workspace, ["--dataset_root", data, "--categories", category.name, *options]
         )
     except UserError as problem:
         row["failed"] = reason(workspace, category.name) or str(problem)
@@ -91,7 +89,7 @@ def measure(
     detection = all_stages.metrics(category.name, workspace)["detection"]
     row["aurocs"] = {
         branch: {kind: detection[branch][kind]["auroc"] for kind in KINDS}
-        for branch in COLUMNS
+        for branch in TITLES
         if branch in detection
     }
     stages = all_stages.read(workspace)[category.name]
@@ -148,10 +146,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         of_count = [row for row in rows if (row["category"], row["images"]) == (category, count)]
         failed = [row["failed"] for row in of_count if "failed" in row]
         note = f" ({len(failed)} of {len(of_count)} failed: {failed[0]})" if failed else ""
-        spreads = [[spread(of_count, branch, kind) for kind in KINDS] for branch in COLUMNS]
+        spreads = [[spread(of_count, branch, kind) for kind in KINDS] for branch in TITLES]
         cells = [" / ".join(f"{s[0]:.1f} ± {s[1]:.1f}" if s else "-" for s in by_kind) for by_kind in spreads]
         lines.append([category, f"{count}{note}", *cells])
-    return markdown(["category", "training images", *COLUMNS.values()], lines)
+    return markdown(["category", "training images", *TITLES.values()], lines)
 
 
 if __name__ == "__main__":

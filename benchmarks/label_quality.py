@@ -65,10 +65,7 @@ def true_maps(truth: Path, root: Path, paths: Sequence[Path]) -> list[Path]:
 
 def compare(predicted: Sequence[Path], true: Sequence[Path], stage: str) -> LabelMatch:
     """Match the label maps in files; true ones are brought to the predicted ones' size, nearest neighbour.
-
-    Raises:
-        UserError: a predicted map is missing; names the stage that makes it.
-    """
+    UserError if a predicted map is missing; names the stage that makes it."""
     maps, targets = [], []
     for path, target in zip(predicted, true, strict=True):
         maps.append(images.read_mask(files.require(path, stage)))

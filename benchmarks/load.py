@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import ipaddress
 import itertools
 import statistics
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from csad.data.image_files import SUFFIXES
 from csad.errors import UserError, run_script
 from csad.inference.engines import Engine
-from csad.inference.inspection import read_picture
+from csad.inference.inspection import InMemory, read_picture
 from csad.inference.runtimes import device_name, open_model
 
 import httpx
@@ -60,7 +60,7 @@ def main() -> None:
         raise UserError(f"no images in {args.images}")
 
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else {}
-    single, latencies, errors, seconds, memory = asyncio.run(load(args, pictures, headers))
+    single, latencies, errors, seconds, (early, late) = asyncio.run(load(args, pictures, headers))
     rate = len(latencies) / seconds
     missed = [] if len(latencies) == args.requests and not errors else ["an answer to every request"]
     print(
@@ -75,12 +75,12 @@ def main() -> None:
         )
         if p99 / 1000 >= SLOWEST * single:
             missed.append(f"p99 under {SLOWEST} times the latency of one client")
-    if all(memory):
+    if early and late:
         print(
-            f"the station's memory {memory[0]:.0f} MB after a tenth, {memory[1]:.0f} MB at the end "
-            f"({100 * (memory[1] / memory[0] - 1):+.1f} %)"
+            f"the station's memory {early:.0f} MB after a tenth, {late:.0f} MB at the end "
+            f"({100 * (late / early - 1):+.1f} %)"
         )
-        if memory[1] / memory[0] - 1 > GROWTH:
+        if late / early - 1 > GROWTH:
             missed.append(f"memory that grows by {GROWTH:.0%} at most")
 
     speeds = bare(open_model(args.model, device_name("auto", args.model)), pictures)
@@ -108,9 +108,9 @@ def require_loopback(url: str) -> None:
 
 async def load(
     args: argparse.Namespace, pictures: list[bytes], headers: dict[str, str]
-) -> tuple[float, list[float], Counter, float, list[float | None]]:
+) -> tuple[float, list[float], Counter[str], float, tuple[float | None, float | None]]:
     """Median seconds of one client alone; latencies, errors and seconds under load; memory in MB early and at the end."""
-    url, latencies, errors = f"{args.url.rstrip('/')}/score?model={args.model.stem}", [], Counter()
+    url, latencies, errors = f"{args.url.rstrip('/')}/score?model={args.model.stem}", [], Counter[str]()
     limits = httpx.Limits(max_connections=args.clients + 4)
     async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False, limits=limits) as client:
         alone = []
@@ -134,7 +134,7 @@ async def load(
                 if answer.status_code == 200:
                     latencies.append(time.perf_counter() - begun)
                 else:
-                    errors[answer.status_code] += 1
+                    errors[str(answer.status_code)] += 1
                 if number == args.requests // 10:
                     early = memory_mb(pid=args.pid)
 
@@ -147,11 +147,11 @@ async def load(
             if task.done():
                 raise RuntimeError("a disturber gave up") from task.exception()
             task.cancel()
-        return statistics.median(alone), latencies, errors, seconds, [early, memory_mb(pid=args.pid)]
+        return statistics.median(alone), latencies, errors, seconds, (early, memory_mb(pid=args.pid))
 
 
 async def slow(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
-    async def drip():
+    async def drip() -> AsyncIterator[bytes]:
         for byte in picture:
             yield bytes([byte])
             await asyncio.sleep(0.2)
@@ -172,6 +172,14 @@ async def garbage(url: str, client: httpx.AsyncClient, picture: bytes) -> None:
         await asyncio.sleep(0.05)
 
 
+def view_of(picture: bytes, engine: Engine) -> np.ndarray:
+    """As the model takes it; UserError if it cannot be judged."""
+    decoded = read_picture(InMemory(picture, "to send"), "to send", engine, None)
+    if decoded.view is None:
+        raise UserError(decoded.problem)
+    return decoded.view
+
+
 def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]]:
     """Pictures a second by batch size: the engine alone, and with one thread that decodes and scores in turns."""
     sent, rates = list(itertools.islice(itertools.cycle(pictures), BARE_PICTURES)), {}
@@ -180,10 +188,7 @@ def bare(engine: Engine, pictures: list[bytes]) -> dict[int, tuple[float, float]
         for start in range(-size, len(sent), size):  # the first batch warms up
             begun = time.perf_counter()
             batch = sent[max(start, 0) : max(start, 0) + size]
-            views = [
-                read_picture(io.BytesIO(picture), Path("picture"), engine, None).view for picture in batch
-            ]
-            views = np.stack(views)
+            views = np.stack([view_of(picture, engine) for picture in batch])
             decoded = time.perf_counter()
             (engine.predict if engine.has_maps else engine.score)(views)
             if start >= 0:

@@ -52,8 +52,8 @@ def measured(command: Sequence[object], log: Path | None = None, accepted: Seque
     """
     start = time.perf_counter()
     with open(log or os.devnull, "w", encoding="utf-8") as handle:
-        to_log = {"stdout": handle, "stderr": subprocess.STDOUT} if log else {}
-        process = subprocess.Popen([str(part) for part in command], **to_log)
+        output, errors = (handle, subprocess.STDOUT) if log else (None, None)
+        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors)
         _, status, resources = os.wait4(process.pid, 0)  # of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in accepted:

@@ -22,6 +22,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def set_up(environment: Path) -> None:
     """Make the environment, or bring its anomalib up to date."""
     if not python_of(environment).exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    install = [python_of(environment), "-m", "pip", "install", "--upgrade", *PACKAGES]
+    install: list[str | Path] = [python_of(environment), "-m", "pip", "install", "--upgrade", *PACKAGES]
     if subprocess.run(install).returncode:
         raise UserError(f"pip could not install {', '.join(PACKAGES)} into {environment}; see above")
     print(f"{environment} has anomalib")
@@ -142,11 +144,12 @@ def compare(
             ProgressBar.write(f"{category.name}: {problem}", file=sys.stderr)
     timed = [row for row in rows if "failed" not in row]
     server = None
+    runs: list[Callable[[int], float]] = []
     if timed and args.turns:
         paths = [Path(jobs[row["method"]]["target"]) / "job.json" for row in timed]
         command = [python_of(args.environment).absolute(), WORKER, "serve", *paths]
         server = Server(command, args.output / category.name / "serve.log")
-    runs = [lambda batch, method=row["method"]: server.seconds(method, batch) for row in timed if server]
+        runs = [partial(server.seconds, row["method"]) for row in timed]
     for workspace in args.workspace:
         for row, run in exported(category, Workspace(workspace), args.batches):
             rows.append(row)
@@ -196,11 +199,8 @@ def prepare(
 
 
 def fitted(category: layouts.Category, job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the method's fit came to; fitted anew where pictures, weights, seed or threads are others than before.
-
-    Raises:
-        UserError: the worker failed.
-    """
+    """What the method's fit came to; fitted anew where pictures, weights, seed or threads are others than
+    before. UserError if the worker failed."""
     target = Path(job["target"])
     made_of = {
         "train": records.digest_images(category.train),

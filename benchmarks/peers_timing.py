@@ -90,12 +90,14 @@ class Server:
         return self._read()["seconds"]
 
     def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None  # a pipe
         line = self._process.stdout.readline()
         if not line:
             raise UserError(f"the process that times the peers ended; {self._log.name} says why")
         return json.loads(line)
 
     def close(self) -> None:
+        assert self._process.stdin is not None  # a pipe
         self._process.stdin.close()
         self._process.wait()
         self._log.close()

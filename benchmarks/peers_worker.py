@@ -173,10 +173,10 @@ def build(job: dict[str, Any]) -> Any:
 
     peer, weights = PEERS[job["method"]], torch.load(job["weights"], weights_only=True)
     backbone = weights["name"]
-    info = timm.create_model(backbone, features_only=True).feature_info
+    info: Any = timm.create_model(backbone, features_only=True).feature_info
     layers = dict(zip(info.reduction(), info.module_name()))  # of several maps of one size the last
     named = [layers[stride] for stride in peer.strides]
-    options = {"layer": named[0]} if peer.module == "dfm" else {"layers": named}
+    options: dict[str, Any] = {"layer": named[0]} if peer.module == "dfm" else {"layers": named}
     if peer.module == "padim":
         channels = dict(zip(info.reduction(), info.channels()))
         options["n_features"] = min(PADIM_FEATURES, sum(channels[stride] for stride in peer.strides))

@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import operator
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def main() -> None:
 
 
 def rehearse(args: argparse.Namespace) -> None:
-    workspace, rows = args.workspace, []
-    write_pictures(workspace / "data", tuple(int(side * args.side_share) for side in SIZE))
+    workspace = args.workspace
+    rows: list[tuple[Any, ...]] = []
+    height, width = (int(side * args.side_share) for side in SIZE)
+    write_pictures(workspace / "data", (height, width))
     itself = [sys.executable, "-m", "benchmarks.rehearsal", "--workspace", workspace, "--device", args.device]
     usage = measured([*itself, "--sam", args.sam, "--stage", WEIGHTS], workspace / f"{WEIGHTS}.log")
     rows.append(("make and save all weights", "", 1, usage.seconds, usage.peak_mb, None))
@@ -176,7 +179,7 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         real = getattr(owner, name)
 
         @functools.wraps(real)
-        def clocked(*arguments, **options):
+        def clocked(*arguments: Any, **options: Any) -> Any:
             if on_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -210,15 +213,16 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
         # Once a step: the time since the one before.
         last, real = [0.0], TrainingLoop.report
 
-        def report(self, losses):
+        def report(self: TrainingLoop, losses: Mapping[str, torch.Tensor]) -> None:
             real(self, losses)
-            sum(losses.values()).item()
+            functools.reduce(operator.add, losses.values()).item()
             now = time.perf_counter()
             if last[0]:
                 steps.setdefault("a training step (all but the first)", []).append(now - last[0])
             last[0] = now
 
-        TrainingLoop.report = report
+        owner: Any = TrainingLoop  # whose method is replaced
+        owner.report = report
 
 
 def only_border(mask: np.ndarray) -> np.ndarray:

@@ -76,11 +76,9 @@ def main() -> None:
     if args.overwrite and not args.only:
         raise UserError("--overwrite starts tables over; name them with --only")
     for name in [] if args.render else args.only or missing(inputs):
-        if args.overwrite:
-            start_over(name, TABLES[name], inputs)
-        make(name, TABLES[name], inputs)
+        make(name, TABLES[name], inputs, args.overwrite)
         render(FOLDER, PAGE, [name])
-    render(FOLDER, PAGE, TABLES if args.render else [])
+    render(FOLDER, PAGE, list(TABLES) if args.render else [])
 
 
 def describe(name: str, table: Table) -> str:
@@ -111,18 +109,17 @@ def start_over(name: str, table: Table, inputs: Inputs) -> None:
     (inputs.work / "begun" / f"{name}.json").unlink(missing_ok=True)
 
 
-def make(name: str, table: Table, inputs: Inputs) -> None:
-    """Run a table's commands and keep its figures.
-
-    Raises:
-        UserError: an input is not given, a table that it needs was not made, or a command failed.
-    """
+def make(name: str, table: Table, inputs: Inputs, overwrite: bool = False) -> None:
+    """Run a table's commands and keep its figures, with ``overwrite`` from the start; UserError if an input
+    is not given, a table that it needs was not made, or a command failed."""
     if table.photographs and inputs.photographs is None:
         raise UserError(f"{name} needs photographs; name their folder with --dataset_root")
     begun = inputs.work / "begun"
     for other in table.needs:
         if not (begun / f"{other}.json").exists():
             raise UserError(f"{name} goes on from {other}; make that with --only {other} first")
+    if overwrite:
+        start_over(name, table, inputs)
     if not (begun / f"{name}.json").exists():
         files.write_json(begun / f"{name}.json", state_of_code(ROOT, table.sources))
     commands = table.commands(inputs, table.dataset(inputs))
@@ -215,11 +212,8 @@ def render(folder: Path, page: Path, plotted: Sequence[str]) -> None:
 
 
 def rendered(text: str, folder: Path, root: Path) -> str:
-    """The page's text with each table between its marks as its JSON has it.
-
-    Raises:
-        UserError: a mark names no table.
-    """
+    """The page's text with each table between its marks as its JSON has it; UserError if a mark names no
+    table."""
 
     def replace(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from csad.evaluation.metrics import mean_known
 from csad.evaluation.scores import FUSED, SPLIT_OF_PART, by_split
 
 import numpy as np
+from sklearn.metrics import roc_curve
 
 from benchmarks import all_stages, few_images
+from benchmarks.few_images import KINDS, TITLES
 from benchmarks.measuring import markdown
 
-KINDS = ("logical", "structural")
 RATES = np.linspace(0, 1, 41)  # false-positive rates at which ROC curves are averaged
-TITLES = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: "fused"}
 
 
 # What is kept of what they left
@@ -53,10 +53,7 @@ def detection(dataset: Path, workspaces: dict[int, Path]) -> dict[str, Any]:
 
 def figures(localisation: dict[str, Any]) -> dict[str, float | None]:
     """sPRO 0.05 and pixel AUROC; None where they were not measured."""
-    return {
-        "spro": localisation.get("spro", {}).get("0.05"),
-        "pixel_auroc": localisation.get("pixel_auroc"),
-    }
+    return {"spro": localisation.get("spro", {}).get("0.05"), "pixel_auroc": localisation.get("pixel_auroc")}
 
 
 def roc(dataset: Path, workspace: Path) -> dict[str, dict[str, list[float]]]:
@@ -97,9 +94,8 @@ def scores_by_split(category: layouts.Category, workspace: Workspace) -> dict[st
 
 def true_positive_rates(good: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
     """At `RATES`, interpolated between the curve's corners; equal scores make a slope."""
-    thresholds = np.unique(np.r_[good, anomalous])[::-1]
-    false_positives = np.r_[0, [(good >= threshold).mean() for threshold in thresholds]]
-    true_positives = np.r_[0, [(anomalous >= threshold).mean() for threshold in thresholds]]
+    labels = np.repeat([0, 1], [len(good), len(anomalous)])
+    false_positives, true_positives, _ = roc_curve(labels, np.r_[good, anomalous])
     # Of several corners at one rate the highest: interpolation takes the last of equal x.
     return np.interp(RATES, false_positives, true_positives)
 
@@ -111,7 +107,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.1f}"
 
 
-def both(by_kind: dict[str, float | None]) -> str:
+def both(by_kind: Mapping[str, float | None]) -> str:
     return " / ".join(percent(by_kind[kind]) for kind in KINDS)
 
 
@@ -159,7 +155,7 @@ def average(by_category: dict[str, Any], name: str) -> dict[str, float]:
     return mean_by_kind(by_name[name] for by_name in by_category.values() if name in by_name)
 
 
-def mean_by_kind(rows: Iterable[dict[str, float | None]]) -> dict[str, float]:
+def mean_by_kind(rows: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
     """What was not measured does not count."""
     values = list(rows)
     return {kind: mean_known(value[kind] for value in values) for kind in KINDS}

@@ -5,22 +5,26 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csad.branches import BRANCHES
+from csad.evaluation.metrics import mean_known
 from csad.evaluation.scores import FUSED
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks import all_stages
 from benchmarks import few_images as few
-from benchmarks.all_stages import TITLES
+from benchmarks.few_images import KINDS, TITLES
 
-KINDS = ("logical", "structural")
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # since 3.10
+
 # Okabe and Ito's colours, which can be told apart by everyone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -31,7 +35,6 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "csad",
 }
-NAMES = {branch: row.title for branch, row in BRANCHES.items()} | {FUSED: "fused"}
 BRANCH_COLOURS = dict(zip(BRANCHES, COLOURS)) | {FUSED: "#000000"}
 MARKERS = {"torch": "o", "onnx": "s", "openvino": "D"}
 RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "openvino": "OpenVINO"}
@@ -74,7 +77,7 @@ def roc(content: dict[str, Any]) -> bytes:
                     content["false_positive_rates"],
                     curves[kind],
                     color=BRANCH_COLOURS[branch],
-                    label=NAMES[branch],
+                    label=TITLES[branch],
                     linewidth=2.6 if branch == FUSED else 1.6,
                 )
             axis.plot([0, 1], [0, 1], color="#aaaaaa", linestyle=":", linewidth=1)
@@ -96,7 +99,7 @@ def few_images(content: dict[str, Any]) -> bytes:
     counts = sorted({row["images"] for row in rows})
     with figure(9.6, 4.4, 2) as (drawn, axes):
         for axis, kind in zip(axes, KINDS):
-            for number, branch in enumerate(few.COLUMNS):
+            for number, branch in enumerate(TITLES):
                 spreads = [
                     few.spread([row for row in rows if row["images"] == count], branch, kind)
                     for count in counts
@@ -110,7 +113,7 @@ def few_images(content: dict[str, Any]) -> bytes:
                     mean,
                     std,
                     color=BRANCH_COLOURS[branch],
-                    label=NAMES[branch],
+                    label=TITLES[branch],
                     marker="o",
                     markersize=4,
                     capsize=3,
@@ -192,14 +195,14 @@ def tradeoff_points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(row["method"] for row in rows):
         of_method = [row for row in rows if row["method"] == method and "1" in row.get("ms_per_image", {})]
         aurocs = [[row[f"auroc_{kind}"] for row in of_method] for kind in KINDS]
-        means = [np.mean(values) for values in (_numbers(both) for both in aurocs) if values]
+        means = [mean for mean in map(mean_known, aurocs) if np.isfinite(mean)]
         if {row["category"] for row in of_method} != categories or not means:
             continue
         first = of_method[0]
         alone = first.get("alone") or FUSED
         points.append(
             {
-                "title": f"{NAMES[alone]}, {RUNTIMES[first['format']]} {first['precision']}"
+                "title": f"{TITLES[alone]}, {RUNTIMES[first['format']]} {first['precision']}"
                 if first["ours"]
                 else f"anomalib: {first['title']}",
                 "speed": 1000 / float(np.mean([row["ms_per_image"]["1"] for row in of_method])),
@@ -221,7 +224,7 @@ def training_time(content: dict[str, Any]) -> bytes:
     seconds = next(iter(content["seconds"].values()))
     with figure(9.6, 0.5 * len(seconds) + 1.7) as (drawn, (axis,)):
         left = np.zeros(len(seconds))
-        for (stage, title), colour in zip(TITLES.items(), COLOURS):
+        for (stage, title), colour in zip(all_stages.TITLES.items(), COLOURS):
             widths = np.array([stages.get(stage, 0) for stages in seconds.values()])
             axis.barh(list(seconds), widths, left=left, color=colour, label=title, height=0.62)
             left += widths
@@ -233,7 +236,3 @@ def training_time(content: dict[str, Any]) -> bytes:
         axis.set_xlabel("seconds, stages in processes of their own")
         drawn.legend(loc="outside upper center", ncols=3)
         return svg(drawn)
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None and np.isfinite(value)]

@@ -98,7 +98,10 @@ class Table:
     draws: int = 0
 
     def dataset(self, inputs: Inputs) -> Path:
-        return inputs.photographs if self.photographs else inputs.rendered
+        if not self.photographs:
+            return inputs.rendered
+        assert inputs.photographs is not None  # `results.make` says so before it does anything
+        return inputs.photographs
 
     def seeds(self, inputs: Inputs) -> Sequence[int]:
         return range(self.draws) if self.draws else inputs.seeds[: 1 if self.files else None]
@@ -125,16 +128,9 @@ class Table:
 
 def stages(inputs: Inputs, dataset: Path, *more: Any) -> list[list[Any]]:
     """All stages on a data set for each seed."""
+    command = ["-m", "benchmarks.all_stages", "--dataset_root", dataset, "--workspace"]
     return [
-        [
-            "-m",
-            "benchmarks.all_stages",
-            "--dataset_root",
-            dataset,
-            "--workspace",
-            inputs.stages_of(dataset, seed),
-        ]
-        + ["--seed", seed, *inputs.categories_of(dataset), *more]
+        [*command, inputs.stages_of(dataset, seed), "--seed", seed, *inputs.categories_of(dataset), *more]
         for seed in inputs.seeds
     ]
 

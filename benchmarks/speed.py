@@ -12,7 +12,9 @@ export_report.json knows) to --workspace.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from csad.data import files, images
 from csad.data.workspace import Workspace
@@ -98,7 +100,7 @@ def measure(
     rng, seconds = np.random.default_rng(1), {}
     for size in batches:
         batch = rng.integers(0, 256, (size, 3, side, side), dtype=np.uint8)
-        runs = [seconds_of(lambda run=variant.run: run(batch)) for variant in variants]
+        runs = [seconds_of(partial(variant.run, batch)) for variant in variants]
         seconds[size] = in_turns(runs, turns, f"batch {size}")
     return seconds
 
@@ -107,7 +109,7 @@ def results(
     variants: list[Variant], seconds: dict[int, list[list[float]]], reports: list[dict]
 ) -> list[dict]:
     """One row per variant and batch size; speed-ups are over the published graph in torch fp32, image by image."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, variant in enumerate(variants):
         evaluated_in = "fp32" if variant.graph == PUBLISHED_GRAPH else variant.precision
         aurocs = [

@@ -63,8 +63,8 @@ def build_variants(
             variants.append(Variant(PUBLISHED_GRAPH, "torch", precision, published.precision, published))
             ours = published_state(model)
             attach_metadata(ours, metadata(state) | {"precision": precision})
-            engine = TorchEngine(ours, device)
-            variants.append(Variant(OURS, "torch", precision, engine.precision, engine.score))
+            in_torch = TorchEngine(ours, device)
+            variants.append(Variant(OURS, "torch", precision, in_torch.precision, in_torch.score))
         for runtime in ("onnxruntime", "openvino"):
             if runtime not in args.runtimes or (runtime, precision) == ("onnxruntime", "bf16"):
                 continue

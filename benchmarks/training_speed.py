@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import platform
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +127,7 @@ def variants_of(
     """Name -> a function that trains a copy of a network for one step, plain and in each precision."""
 
     def variant(precision: str, plain: bool) -> Step:
-        model = copy.deepcopy(first).to(device, memory_format=memory_format(precision))
+        model = copy.deepcopy(first).to(device).to(memory_format=memory_format(precision))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = not plain and device.type != "mps"
         optimizer = torch.optim.Adam(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
@@ -134,7 +136,7 @@ def variants_of(
         def step() -> None:
             parts = losses_of_step(next(numbers))
             optimizer.zero_grad()
-            sum(parts.values()).backward()
+            reduce(operator.add, parts.values()).backward()
             optimizer.step()
 
         return step
@@ -212,7 +214,8 @@ def measured_step(step: Step, device: torch.device) -> Cost:
     step()
     synchronise(device)
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
-    return Cost(seconds, processor_seconds, None if held is None else peak_memory(device) - held)
+    peak = peak_memory(device)
+    return Cost(seconds, processor_seconds, None if held is None or peak is None else peak - held)
 
 
 def synchronise(device: torch.device) -> None:
@@ -232,8 +235,8 @@ def start_memory(device: torch.device) -> float | None:
     return memory_mb("VmRSS")
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most MiB held since `start_memory`."""
+def peak_memory(device: torch.device) -> float | None:
+    """Most MiB held since `start_memory`; None where there is no way to know."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory_mb("VmHWM")
 
 

@@ -9,8 +9,9 @@ The networks come first, then the losses, in the paper's order. models/lgst_on_f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from models.backbone import Normalise, resize
 from models.constants import IMAGENET_MEAN, IMAGENET_STD, MAP_SIZE
 from models.statistics import map_range, quantile
+
+Map = TypeVar("Map", Tensor, np.ndarray)
 
 
 class Teacher(nn.Module):
@@ -126,7 +129,7 @@ class LgstMap(nn.Module):
     on_features = False  # whether the student sees the encoder's maps of the larger view instead of pixels
 
     @staticmethod
-    def scaled(anomaly_map: Tensor) -> Tensor:
+    def scaled(anomaly_map: Map) -> Map:
         """An anomaly map -> comparable with other branches' maps: 0.1 is what 0.5 % of one difference's values exceed."""
         return anomaly_map / 0.1
 

@@ -1,10 +1,12 @@
 """Each benchmark on tiny input: it runs, by the name that the README gives it, and measures what it says."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
@@ -13,8 +15,9 @@ from csad.synthetic.writer import components_root
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import label_quality, many_categories, speed, training_speed
+from benchmarks import label_quality, load, many_categories, speed, training_speed
 from models import fused
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +33,15 @@ def test_each_runs_as_a_module_and_needs_no_tests(name):
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_the_load_benchmark_names_what_cannot_be_judged():
+    engine = SimpleNamespace(metadata={}, size=64)
+    with pytest.raises(UserError, match="image to send cannot be read .*not supported"):
+        load.view_of(b"no picture", engine)
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(content, "PNG")
+    assert load.view_of(content.getvalue(), engine).shape == (3, 64, 64)
 
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):

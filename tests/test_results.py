@@ -115,6 +115,7 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     folder = tmp_path / "work" / "left"
     folder.mkdir(parents=True)
+    writes = f"import os; os.makedirs({str(folder)!r}); open({str(folder / 'x.json')!r}, 'w').write('[1]')"
     fails = ["-c", f"open({str(folder / 'x.json')!r}, 'w').write('[1]'); raise SystemExit(2)"]
     table = Table("", "1", lambda inputs, dataset: [fails], None, ["decides.py"], files=("left/x.json",))
     first = results.git(root, "rev-parse", "HEAD")
@@ -129,14 +130,29 @@ def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatc
     # Started over, it is of the commit of today, and what other tables made stays.
     other = tmp_path / "work" / "other.json"
     other.touch()
-    results.start_over("tiny", works, inputs(tmp_path / "work"))
-    assert not folder.exists() and other.exists()
-    files.write_json(folder / "x.json", [1])
-    results.make("tiny", works, inputs(tmp_path / "work"))
+    (folder / "of_before").touch()
+    works = replace(table, commands=lambda inputs, _: [["-c", writes]])
+    results.make("tiny", works, inputs(tmp_path / "work"), overwrite=True)
+    assert not (folder / "of_before").exists() and other.exists()
     content = files.read_json(tmp_path / "results" / "tiny.json")
     assert content["commit"] == results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="make that with --only other first"):
         results.make("next", Table("", "1", None, None, [], needs=("other",)), inputs(tmp_path / "work"))
+
+
+def test_nothing_is_started_over_that_cannot_be_made(repository, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", repository[0])
+    given = inputs(tmp_path, photographs=None)
+    for name, table, problem in (
+        ("photographs", TABLES["photographs"], "needs photographs"),
+        ("next", Table("", "1", None, None, [], files=("left/x.json",), needs=("other",)), "--only other"),
+    ):
+        folders = [tmp_path / "photographs_seed_0", tmp_path / "left"]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=problem):
+            results.make(name, table, given, overwrite=True)
+        assert all(folder.exists() for folder in folders)
 
 
 def test_seeds_and_files_of_tables(tmp_path):

@@ -42,11 +42,8 @@ class Driver(NamedTuple):
         return self.folder / "driver"
 
     def enter(self) -> None:
-        """Work on a node as the driver would.
-
-        Raises:
-            UserError: this node does not see the driver's files, or another driver has taken over.
-        """
+        """Work on a node as the driver would; UserError if this node does not see the driver's files, or
+        another driver has taken over."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not (
             self.marker.exists() and self.marker.read_text() == self.token and self.directory.is_dir()
@@ -108,11 +105,8 @@ def _clear(folder: Path) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Ask in a process of its own, because ray.init waits for minutes.
-
-    Raises:
-        UserError: no cluster answers within `CONNECT_SECONDS`.
-    """
+    """Ask in a process of its own, because ray.init waits for minutes; UserError if no cluster answers within
+    `CONNECT_SECONDS`."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "status"]
     command += ["--address", address] if address != "auto" else []
     try:

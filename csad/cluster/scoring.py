@@ -113,11 +113,8 @@ def model_digest(model: Path) -> str:
 def scored(
     ray: ModuleType, driver: Driver, work: Work, shards: Sequence[Shard], ordered: bool
 ) -> Iterator[dict[str, Any]]:
-    """What `Worker` returns of each shard, as soon as it is there or in the order of the shards.
-
-    Raises:
-        UserError: the cluster was lost.
-    """
+    """What `Worker` returns of each shard, as soon as it is there or in the order of the shards; UserError if
+    the cluster was lost."""
     import ray.data as ray_data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -125,11 +125,7 @@ def _missing(path: Path | str) -> UserError:
 
 
 def source_of(name: str) -> Path | InMemory:
-    """What `read_picture` takes for an image's path or URL.
-
-    Raises:
-        UserError: an object cannot be read.
-    """
+    """What `read_picture` takes for an image's path or URL; UserError if an object cannot be read."""
     if not is_url(name):
         return Path(name)
     with problems_of(f"image {name}"):

@@ -131,11 +131,7 @@ def main() -> None:
         listening = stack.enter_context(listen(args.host, args.port))
         local = is_loopback(listening.getsockname()[0])
         own_names = set() if local else {args.host.lower(), socket.gethostname().lower()}
-        options = replace(
-            options,
-            any_address=not local,
-            allowed_hosts=frozenset(own_names | allowed_hosts),
-        )
+        options = replace(options, any_address=not local, allowed_hosts=frozenset(own_names | allowed_hosts))
         app = create_app(engines, options, log)
         server = make_server(app, options)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -152,11 +148,7 @@ def main() -> None:
 
 
 def named(paths: list[Path]) -> dict[str, Path]:
-    """Models by their file names without suffix.
-
-    Raises:
-        UserError: two are of one name.
-    """
+    """Models by their file names without suffix; UserError if two are of one name."""
     models: dict[str, Path] = {}
     for path in paths:
         path = path.expanduser()
@@ -185,11 +177,7 @@ def warmed_up(engine: Engine) -> Engine:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        UserError: the address is not this machine's, or the port is taken.
-    """
+    """A listening socket; UserError if the address is not this machine's, or the port is taken."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(address[:2], family=family, backlog=2048)
@@ -201,15 +189,12 @@ def listen(host: str, port: int) -> socket.socket:
             f"there is no address called {host}; choose another --host, such as 127.0.0.1"
         ) from problem
     except OSError as problem:
-        if problem.errno == errno.EADDRINUSE:
-            reason, advice = "another program uses it", "end that, or choose another --port"
-        elif problem.errno == errno.EADDRNOTAVAIL:
-            reason, advice = "this machine has no such address", "choose another --host"
-        elif problem.errno == errno.EACCES:
-            reason, advice = "no permission", "choose a --port above 1023"
-        else:
-            reason, advice = os.strerror(problem.errno or 0), "choose another --port or --host"
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; {advice}") from problem
+        why = {
+            errno.EADDRINUSE: "another program uses it; end that, or choose another --port",
+            errno.EADDRNOTAVAIL: "this machine has no such address; choose another --host",
+            errno.EACCES: "no permission; choose a --port above 1023",
+        }.get(problem.errno or 0, f"{os.strerror(problem.errno or 0)}; choose another --port or --host")
+        raise UserError(f"cannot listen on {host} port {port}: {why}") from problem
 
 
 def address(listening: socket.socket) -> str:

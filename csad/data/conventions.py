@@ -68,7 +68,8 @@ class Loco(Layout):
 
     def tests(self, root: Path, logical: Sequence[str]) -> dict[str, list[Path]]:
         others = [name for name in subfolders(root / "test") if name not in SPLITS]
-        foreign = [name for name in others if _marked(root / "ground_truth" / name)]
+        masks = {name: image_files(root / "ground_truth" / name) for name in others}
+        foreign = [name for name in others if any(path.stem.endswith("_mask") for path in masks[name])]
         if foreign:
             raise UserError(
                 f"{root} mixes two layouts: test/{foreign[0]} has masks like MVTec AD's, beside test folders of "
@@ -78,9 +79,7 @@ class Loco(Layout):
 
     def masks(self, root: Path, image: Path) -> list[Path]:
         inside = image.relative_to(root / "test")
-        return image_files(
-            root / "ground_truth" / inside.parent / image.stem
-        )  # their values say which defect
+        return image_files(root / "ground_truth" / inside.parent / image.stem)  # whose values tell defects
 
 
 @dataclass(frozen=True)
@@ -149,11 +148,6 @@ def advice_on_other_layout(root: Path) -> str | None:
             + " and ".join(f"{name} to test/{name}" for name in bad)
         )
     return f"{root} has the folder {good[0]}, and no train; {to_train}"
-
-
-def _marked(folder: Path) -> bool:
-    """Whether a folder holds masks named as in MVTec AD."""
-    return any(path.stem.endswith("_mask") for path in image_files(folder))
 
 
 LAYOUTS = (Loco(), FolderPerDefect("BTAD", "ok"), FolderPerDefect(), Layout())

@@ -10,16 +10,7 @@ from csad.data.conventions import GOOD_NAMES, advice_on_other_layout
 from csad.data.findings import some_of
 from csad.data.image_files import SUFFIXES
 from csad.data.layouts import Category
-from csad.data.listing import (
-    CLUTTER,
-    Unused,
-    count,
-    entries,
-    image_files,
-    reason_to_skip,
-    subfolders,
-    walk,
-)
+from csad.data.listing import CLUTTER, Unused, count, entries, image_files, reason_to_skip, subfolders, walk
 from csad.errors import UserError, did_you_mean
 
 PARTS = ("train", "validation", "test", "ground_truth")  # of a category

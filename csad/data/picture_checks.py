@@ -102,8 +102,6 @@ def check_copies(root: Path, pictures: Sequence[ImageInfo], findings: Findings) 
     pairs = [(first, copy, "the same file") for first, *copies in by_digest.values() for copy in copies]
     near = near_copies([group[0] for group in by_digest.values()])
     pairs += [(first, copy, "nearly the same") for first, copy in near]
-    if pictures and pictures[0].thumbnail is not None and pictures[0].hash is None:
-        findings.notes.append("near copies were not looked for; pip install ImageHash does")
     equations = defaultdict(list)
     for first, copy, how in pairs:
         same_split = first.split == copy.split

@@ -11,6 +11,7 @@ from typing import Any
 from csad.data import image_files, images, records
 from csad.errors import UserError
 
+import imagehash
 import numpy as np
 from PIL import Image, ImageFile
 
@@ -36,7 +37,7 @@ class ImageInfo:
     values: tuple[int, int] = (0, 255)  # darkest and brightest, in 8 bits
     digest: str = ""
     thumbnail: np.ndarray | None = None  # (THUMBNAIL, THUMBNAIL, 3) uint8
-    hash: np.ndarray | None = None  # (HASH_SIDE**2,) bool
+    hash: np.ndarray | None = None  # (HASH_SIDE**2,) bool, which recompression and resizing hardly change
 
     @property
     def stored(self) -> str:
@@ -71,7 +72,7 @@ def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
             values=(int(pixels.min()), int(pixels.max())),
             digest=records.digest(path),
             thumbnail=np.asarray(thumbnail),
-            hash=perceptual_hash(thumbnail),
+            hash=imagehash.phash(thumbnail, hash_size=HASH_SIDE).hash.ravel(),
         )
     except UserError as problem:
         return ImageInfo(path, split, str(problem))
@@ -93,15 +94,6 @@ def header_fields(image: ImageFile.ImageFile) -> dict[str, Any]:
         "colour": image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;"),
         "turned": orientation in range(2, 9),
     }
-
-
-def perceptual_hash(picture: Image.Image) -> np.ndarray | None:
-    """Bits that survive recompression and resizing; None without the library."""
-    try:
-        import imagehash
-    except ImportError:
-        return None
-    return imagehash.phash(picture, hash_size=HASH_SIDE).hash.ravel()
 
 
 def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInfo]]:

@@ -144,10 +144,7 @@ class Workspace:
 
     def exported_models(self, categories: Sequence[str] | None) -> list[Path]:
         """What there is of them, in every format and precision; of all categories where none is named.
-
-        Raises:
-            UserError: a category, or the workspace, has none.
-        """
+        UserError if a category, or the workspace, has none."""
         folders = [(self.root / "ckpt" / folder, suffix) for folder, suffix in EXPORTED.values()]
         models = [path for folder, suffix in folders for path in sorted(folder.glob(f"*{suffix}"))]
         if not models and not categories:

@@ -64,8 +64,8 @@ def fused_state(
     workspace: Workspace,
     fusion: settings.FusionSettings,
     view: images.View,
+    weights: Mapping[str, float],
     precision: str = "fp32",
-    weights: Mapping[str, float] | None = None,
     weighed: list[str] | None = None,
     names: Mapping[int, str] | None = None,
 ) -> dict:
@@ -74,8 +74,8 @@ def fused_state(
     Args:
         fusion: which branches to fuse, and how.
         view: how the category's pictures are seen, by the stages, too.
+        weights: of the branches in the sum, by their names; the others are left out.
         precision: in which the model is to run; the weights stay in fp32.
-        weights: of the branches in the sum, by their names; the others are left out. None: 1 for each of the settings' branches.
         weighed: the branches among which the weights were decided, those left out included; None: those with weights.
         names: what people call components, of those that have a name.
 
@@ -83,8 +83,6 @@ def fused_state(
         UserError: an artefact is missing (named, with the stage that makes it), holds numbers that are not finite, or two do not
             belong together; or a component is named that there is not.
     """
-    if weights is None:
-        weights = dict.fromkeys(fusion.branches, 1.0)
     weighed = list(weights) if weighed is None else weighed
     name, made_of = category.name, sources(category.name, workspace, weighed)
     saved = _read_checkpoints(category, workspace, list(weights))

@@ -16,7 +16,7 @@ import csad
 from csad.data import files
 from csad.errors import UserError
 from csad.export.onnx_graphs import NETWORKS, half_networks, own_padding, own_weights, with_whole_minima
-from csad.inference.engines import METADATA_KEY, NODES, require_package
+from csad.inference.engines import METADATA_KEY, precisions_of, require_package
 from csad.inference.folded import SCORE_ONLY, FoldedModel
 from csad.inference.openvino_engine import in_openvino_thread, read_openvino
 
@@ -57,21 +57,18 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
 
 
 def networks_of(content: bytes) -> dict[str, str]:
-    """The precision of each network's layers in an ONNX model, all of them where they differ (int8/fp32)."""
+    """See `csad.inference.engines.precisions_of`: those of an ONNX model's convolutions."""
     onnx = require_package("onnx")
     graph = onnx.load_from_string(content).graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     halves = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
-    precisions: dict[str, set[str]] = {}
-    for node in graph.node:
-        network = next((name for name, starts in NODES.items() if node.name.startswith(starts)), None)
-        if network is None or node.op_type not in ("Conv", "ConvTranspose"):
-            continue
+
+    def precision(node: Any) -> str:
         quantised = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
-        precisions.setdefault(network, set()).add(
-            "int8" if quantised else "fp16" if halves.intersection(node.input) else "fp32"
-        )
-    return {name: "/".join(sorted(precisions[name])) for name in NODES if name in precisions}
+        return "int8" if quantised else "fp16" if halves.intersection(node.input) else "fp32"
+
+    layers = (node for node in graph.node if node.op_type in ("Conv", "ConvTranspose"))
+    return precisions_of((node.name, precision(node)) for node in layers)
 
 
 def to_onnx(model: torch.nn.Module, metadata: dict[str, Any], outputs: tuple[str, ...]) -> bytes:

@@ -44,7 +44,7 @@ def export_torch(job: ExportJob, path: Path) -> TorchEngine:
     view, fusion = view_of(category, job.settings), job.settings.fusion
     weights, weighed = weighing.decide(category, workspace, fusion, view, args.seed, job.device)
     names = job.settings.names
-    state = fused_state(category, workspace, fusion, view, args.precision, weights, weighed, names)
+    state = fused_state(category, workspace, fusion, view, weights, args.precision, weighed, names)
     files.write_state(path, state)
     return TorchEngine(state, "cpu", "fp32")
 

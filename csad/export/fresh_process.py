@@ -82,9 +82,7 @@ def score(
         arrays["score"][list(with_maps)],
         arrays.get("branch_scores"),
         arrays.get("label_map"),
-        fields["metadata"],
-        fields["networks"],
-        fields["device"],
+        **fields,
     )
 
 

@@ -51,10 +51,12 @@ class Check:
         scores = np.concatenate([engine.score(image[None]) for image in self.images])
         if not np.isfinite(scores).all():
             return Agreement(float("inf"), float("inf"))
-        points = 0.0 if self.good.all() else abs(_auroc(scores, self.good) - _auroc(self.scores, self.good))
-        threshold = choose_threshold(self.scores[self.good]).value
+        good, points = self.good, 0.0
+        if not good.all():
+            points = abs(auroc(scores[good], scores[~good]) - auroc(self.scores[good], self.scores[~good]))
+        threshold = choose_threshold(self.scores[good]).value
         near = np.argsort(np.abs(self.scores - threshold))[: max(round(NEAR * len(self.scores)), 1)]
-        movement = float(np.abs(scores - self.scores)[near].mean() / max(self.scores[self.good].std(), 1e-6))
+        movement = float(np.abs(scores - self.scores)[near].mean() / max(self.scores[good].std(), 1e-6))
         return Agreement(points, movement)
 
 
@@ -95,7 +97,3 @@ def quantise(
         if agreement.suffices:
             break
     return model, in_higher_precision, agreement
-
-
-def _auroc(scores: np.ndarray, good: np.ndarray) -> float:
-    return auroc(scores[good], scores[~good])

@@ -57,13 +57,13 @@ def with_optional_branches(
         UserError: the settings' own branches do not fit together, or cannot be read.
     """
     weights = branch_weights.equal(fusion.branches)
-    state = fused_state(category, workspace, fusion, view, weights=weights)
+    state = fused_state(category, workspace, fusion, view, weights)
     for branch in branch_weights.candidates(category.name, workspace, fusion):
         if branch in weights:
             continue
         more = branch_weights.equal([*weights, branch])
         try:
-            state, weights = fused_state(category, workspace, fusion, view, weights=more), more
+            state, weights = fused_state(category, workspace, fusion, view, more), more
         except UserError as problem:
             print(f"{category.name}: {branch} is left out: {problem}")
     return state, list(weights)

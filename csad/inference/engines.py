@@ -12,7 +12,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +101,16 @@ class Engine(ABC):
                 f"{images.dtype.name} {images.shape}"
             )
         return np.ascontiguousarray(as_input(images, self.metadata))
+
+
+def precisions_of(layers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The precision of each network, from its layers' names and precisions; all where they differ (fp32/int8)."""
+    precisions: dict[str, set[str]] = {}
+    for layer, precision in layers:
+        network = next((name for name, starts in NODES.items() if layer.startswith(starts)), None)
+        if network is not None:
+            precisions.setdefault(network, set()).add(precision)
+    return {name: "/".join(sorted(precisions[name])) for name in NODES if name in precisions}
 
 
 def in_words(networks: dict[str, str]) -> str:

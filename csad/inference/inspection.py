@@ -18,14 +18,7 @@ from csad.data.images import ASPECT_TOLERANCE, is_grey
 from csad.errors import UserError
 from csad.evaluation.deviations import deviations
 from csad.inference.engines import Engine
-from csad.inference.overlays import (
-    explaining_map,
-    heat_overlay,
-    label_overlay,
-    ring,
-    shrink,
-    side_by_side,
-)
+from csad.inference.overlays import explaining_map, heat_overlay, label_overlay, ring, shrink, side_by_side
 from csad.inference.verdicts import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Verdict, legend_of, names_of
 
 import numpy as np
@@ -143,13 +136,12 @@ def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list
     readable = [picture for picture in pictures if picture.view is not None]
     views = [picture.view for picture in pictures if picture.view is not None]
     verdicts = iter(_judge_readable(readable, np.stack(views), engine, threshold) if readable else [])
-
-    def verdict_on(picture: Picture) -> Verdict:
-        if picture.view is None:
-            return Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
-        return replace(next(verdicts), note=picture.note)
-
-    return [verdict_on(picture) for picture in pictures]
+    return [
+        Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
+        if picture.view is None
+        else replace(next(verdicts), note=picture.note)
+        for picture in pictures
+    ]
 
 
 def _judge_readable(

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from csad.errors import UserError
 from csad.inference.engines import (
     METADATA_KEY,
-    NODES,
     Engine,
     decoded_metadata,
     first_line,
     in_words,
+    precisions_of,
     requested_threads,
     require_package,
 )
@@ -87,20 +87,18 @@ def _compile(openvino: ModuleType, model: Any, stored: str, device: str) -> Any:
 def _precisions(compiled: Any) -> dict[str, str]:
     """The precision in which each network of a compiled OpenVINO model runs; empty if the device does not tell."""
     names = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
-    precisions: dict[str, set[str]] = {}
     try:
         layers = compiled.get_runtime_model().get_ordered_ops()
     except RuntimeError:
         return {}
     keys = ("layerType", "originalLayersNames", "runtimePrecision")
-    for info in (layer.rt_info for layer in layers):
-        if not all(key in info for key in keys):
-            continue
-        kind, node, precision = (info[key].astype(str) for key in keys)
-        network = next((name for name, starts in NODES.items() if node.startswith(starts)), None)
-        if network is not None and kind in ("Convolution", "Deconvolution"):
-            precisions.setdefault(network, set()).add(names.get(precision, precision))
-    return {name: "/".join(sorted(precisions[name])) for name in NODES if name in precisions}
+    infos = (layer.rt_info for layer in layers if all(key in layer.rt_info for key in keys))
+    described = ([info[key].astype(str) for key in keys] for info in infos)
+    return precisions_of(
+        (layer, names.get(precision, precision))
+        for kind, layer, precision in described
+        if kind in ("Convolution", "Deconvolution")
+    )
 
 
 def read_openvino(path: Path) -> Any:

@@ -193,11 +193,14 @@ def side_by_side(*pictures: np.ndarray) -> np.ndarray:
     return np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
 
 
-def data_uri(image: np.ndarray, quality: int) -> str:
-    """An image (H, W, 3) uint8 as WebP inside an address that needs no file."""
+def data_uri(image: np.ndarray, quality: int | None = None) -> str:
+    """An image (H, W, 3) uint8 inside an address that needs no file: as WebP of a quality, or as PNG."""
+    kind, options = "png", {"compress_level": 1}
+    if quality is not None:
+        kind, options = "webp", {"quality": quality, "method": 4}
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "WEBP", quality=quality, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _enlarge(values: np.ndarray, image: np.ndarray, how: Image.Resampling) -> np.ndarray:

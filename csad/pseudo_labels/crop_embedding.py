@@ -26,6 +26,8 @@ class CropEmbedding(nn.Module):
         rotations: number of equally spaced rotations from 0 on. The published code used 0 and 360 degrees both.
     """
 
+    grids: Tensor
+
     def __init__(self, deepest: Encoder, rotations: int):
         super().__init__()
         self.deepest = deepest

@@ -28,7 +28,7 @@ class SamProposer:
         is_stand_in: it takes the place of ``GroundedSamProposer``.
     """
 
-    working_size = None
+    working_size: int | None = None
 
     def __init__(
         self, settings: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False
@@ -60,7 +60,7 @@ class GroundedSamProposer:
         text_encoder: folder of the BERT that Grounding DINO reads the prompt with.
     """
 
-    working_size = None
+    working_size: int | None = None
 
     def __init__(
         self,
@@ -84,6 +84,7 @@ class GroundedSamProposer:
     def propose(self, image: np.ndarray) -> Proposals:
         sam, grounding_dino = self._networks()
         settings = self.settings
+        assert settings.text_prompt is not None
         thresholds = settings.box_threshold, settings.text_threshold
         boxes, phrases = grounding_dino.detect(image, settings.text_prompt, *thresholds)
         named = [names_background(phrase, settings.background_prompt) for phrase in phrases]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 from pathlib import Path
+from typing import Any
 
 from csad.errors import UserError
 from csad.pseudo_labels import checkpoints
@@ -26,7 +27,7 @@ class GroundingDino:
         network: the package's network, in eval mode and on ``device``.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device):
+    def __init__(self, network: Any, device: torch.device):
         with quietly():
             from groundingdino.datasets import transforms
         self.network, self.device = network, device

@@ -7,7 +7,8 @@ Nothing here changes its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import overload
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ class PackedMasks:
     """
 
     def __init__(self, bits: np.ndarray, shape: tuple[int, int]):
-        self.bits, self.shape = bits, tuple(shape)
+        self.bits, self.shape = bits, (shape[0], shape[1])
 
     @classmethod
     def pack(cls, masks: Iterable[np.ndarray], shape: tuple[int, int]) -> PackedMasks:
@@ -48,7 +49,13 @@ class PackedMasks:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int | slice | np.ndarray | Sequence[int]) -> np.ndarray | PackedMasks:
+    @overload
+    def __getitem__(self, index: int | np.integer) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> PackedMasks: ...
+
+    def __getitem__(self, index: int | np.integer | slice | np.ndarray) -> np.ndarray | PackedMasks:
         if isinstance(index, (int, np.integer)):
             pixels = np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1])
             return pixels.view(bool).reshape(self.shape)

@@ -80,6 +80,7 @@ def refine(
     if proposals.grounding is not None and settings.no_sam:
         instances = masks.split_components(masks.label_masks(grounding_map(proposals.grounding)))
         return candidates, masks.merge(masks.combine(masks.largest(instances)))
+    assert candidates is not None  # a proposer leaves them out only where instances take their place
     return candidates, masks.merge(masks.combine(candidates))
 
 

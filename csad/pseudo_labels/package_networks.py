@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from csad.errors import DAMAGED, UserError
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> Any:
     """What a checkpoint holds; UserError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from csad.pseudo_labels.masks import PackedMasks
 from csad.pseudo_labels.package_networks import load_weights, quietly, read_weights
@@ -27,7 +28,7 @@ class SamHQ:
         half: its image encoder multiplies in fp16.
     """
 
-    def __init__(self, sam: nn.Module, half: bool = False):
+    def __init__(self, sam: Any, half: bool = False):
         with quietly():
             from segment_anything_hq import SamPredictor
         sam.image_encoder = _ImageEncoder(sam.image_encoder, half)
@@ -52,11 +53,10 @@ class SamHQ:
     def inside(self, boxes: np.ndarray) -> PackedMasks:
         """The mask in each of the boxes (N, 4), (x0, y0, x1, y1) in pixels."""
         size = self.image.shape[:2]
-        boxes = torch.from_numpy(boxes).float()
-        boxes = self.predictor.transform.apply_boxes_torch(boxes, size).to(self.predictor.device)
+        corners = self.predictor.transform.apply_boxes_torch(torch.from_numpy(boxes).float(), size)
         batches = (
             self.predictor.predict_torch(None, None, batch, multimask_output=False)[0][:, 0].cpu().numpy()
-            for batch in boxes.split(self._prompts_per_batch())
+            for batch in corners.to(self.predictor.device).split(self._prompts_per_batch())
             if len(batch)
         )
         return PackedMasks.pack((mask for batch in batches for mask in batch), size)
@@ -95,14 +95,14 @@ class _ImageEncoder(nn.Module):
     The background's points, the boxes and the automatic masks all begin with the whole image.
     """
 
-    def __init__(self, encoder: nn.Module, half: bool):
+    def __init__(self, encoder: Any, half: bool):
         super().__init__()
-        self.encoder, self.img_size, self.half = encoder, encoder.img_size, half
+        self.encoder, self.img_size, self.in_half_precision = encoder, encoder.img_size, half
         self.last: tuple[Tensor, tuple[Tensor, list[Tensor]]] | None = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.last is None or not torch.equal(self.last[0], image):
-            with torch.autocast(image.device.type, torch.float16, enabled=self.half):
+            with torch.autocast(image.device.type, torch.float16, enabled=self.in_half_precision):
                 features, early = self.encoder(image)
             self.last = image, (features.float(), [level.float() for level in early])
         return self.last[1]
@@ -147,11 +147,11 @@ def _mask_generator() -> type:
             return super().apply_coords(coords, original_size).astype(np.float32)
 
     class MaskGenerator(SamAutomaticMaskGenerator):
-        def __init__(self, *args, **options):
+        def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.predictor.transform = SinglePrecision(self.predictor.transform.target_length)
 
-        def _process_crop(self, *args):
+        def _process_crop(self, *args: Any) -> amg.MaskData:
             masks = super()._process_crop(*args)
             # A crop without masks has no crop boxes either, which the package then cannot index.
             masks["crop_boxes"] = masks["crop_boxes"].reshape(-1, 4)

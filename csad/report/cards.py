@@ -27,11 +27,8 @@ def choose_side(tested: list[TestImage]) -> tuple[int, list[TestImage], int]:
         for index in np.unique(np.linspace(0, len(tested) - 1, min(SAMPLE, len(tested))).astype(int))
     ]
     for side in SIDES:
-        size = (
-            1.15
-            * np.mean([sum(len(uri) for _, uri in card(image, side)["pictures"]) for image in sample])
-            * 0.75
-        )
+        letters = [sum(len(uri) for _, uri in card(image, side)["pictures"]) for image in sample]
+        size = 1.15 * np.mean(letters) * 0.75
         if size * len(tested) <= PICTURES_LIMIT:
             return side, tested, 0
     most_telling = sorted(tested, key=lambda image: (not image.error, -image.score))[
@@ -46,7 +43,7 @@ def card(tested: TestImage, side: int) -> dict[str, Any]:
     image = images.read_rgb(tested.path, white_level=measured.white_level)
     size = image.shape[1::-1]
     image = overlays.shrink(image, side)
-    deciding_branch = max(tested.contributions, key=tested.contributions.get)
+    deciding_branch = max(tested.contributions, key=tested.contributions.__getitem__)
     spot = None
     if tested.anomaly_maps:
         at_once = np.max(list(tested.anomaly_maps.values()), axis=0)

@@ -56,9 +56,8 @@ def caution(areas: np.ndarray | None, is_left_out: bool, noticed: float | None, 
             f"trial, pictures without a part looked more unusual than good ones {noticed:.0f} times in 100, and 50 is "
             f"chance; {ADVICE}"
         )
-    if (
-        noticed is None and areas is not None and areas.size
-    ):  # else it is known that differences between products do no harm
+    # Where it was measured, differences between products are known to do no harm.
+    if noticed is None and areas is not None and areas.size:
         absent = (areas < SMALL).sum(0).tolist()
         rare = [
             f"{title_of(index, names.get(index, ''))} in {images}"

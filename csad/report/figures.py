@@ -104,14 +104,9 @@ def _frame(
 
 
 def _number(limits: tuple[float, float], fraction: float) -> str:
-    value = limits[0] + fraction * (limits[1] - limits[0])
-    return (
-        f"{value:.0f}"
-        if abs(limits[1] - limits[0]) >= 20
-        else f"{value:.1f}"
-        if limits[1] - limits[0] > 2
-        else f"{value:.2f}"
-    )
+    span = limits[1] - limits[0]
+    digits = 0 if span >= 20 else 1 if span > 2 else 2
+    return f"{limits[0] + fraction * span:.{digits}f}"
 
 
 def _x(fraction: float) -> float:

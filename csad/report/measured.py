@@ -36,11 +36,7 @@ class Measured:
     """
 
     def __init__(
-        self,
-        category: layouts.Category,
-        workspace: Workspace,
-        cfg: Settings,
-        metrics: dict[str, Any],
+        self, category: layouts.Category, workspace: Workspace, cfg: Settings, metrics: dict[str, Any]
     ):
         self.category, self.workspace, self.metrics = category, workspace, metrics
         self.weights, self.rule = self.metrics["weights"], self.metrics["rule"]
@@ -76,11 +72,9 @@ class Measured:
 
     def outcome(self) -> page.Outcome:
         """What the threshold does to the test images."""
-        over = {
-            split: int((scores > self.threshold.value).sum())
-            for split, scores in self.contributions()[FUSED].items()
-        }
-        images = {split: len(scores) for split, scores in self.contributions()[FUSED].items()}
+        fused = self.contributions()[FUSED]
+        over = {split: int((scores > self.threshold.value).sum()) for split, scores in fused.items()}
+        images = {split: len(scores) for split, scores in fused.items()}
         defects = [split for split in layouts.SPLITS if split != layouts.GOOD]
         return page.Outcome(
             over[layouts.GOOD],
@@ -135,29 +129,17 @@ class TestImage(NamedTuple):
 
 def test_images(measured: Measured) -> list[TestImage]:
     """All of a category, by split and in file order."""
-    maps: dict[str, dict[str, np.ndarray]] = {}
-    for branch in measured.weights:
-        path = measured.workspace.anomaly_maps(measured.category.name, branch)
-        if path.exists():
-            maps[branch] = read_maps(path)
+    category, weights = measured.category, measured.weights
+    files_of_maps = {branch: measured.workspace.anomaly_maps(category.name, branch) for branch in weights}
+    maps = {branch: read_maps(path) for branch, path in files_of_maps.items() if path.exists()}
     contributions, tested = measured.contributions(), []
     for split in layouts.SPLITS:
-        paths = measured.category.test(split)
+        paths = category.test(split)
+        of_split = {branch: by[split] for branch, by in maps.items() if len(by.get(split, ())) == len(paths)}
         for index, path in enumerate(paths):
-            tested.append(
-                TestImage(
-                    measured,
-                    split,
-                    path,
-                    {
-                        branch: weight * float(contributions[branch][split][index])
-                        for branch, weight in measured.weights.items()
-                    },
-                    {
-                        branch: by[split][index]
-                        for branch, by in maps.items()
-                        if len(by.get(split, ())) == len(paths)
-                    },
-                )
-            )
+            added = {
+                branch: weights[branch] * float(contributions[branch][split][index]) for branch in weights
+            }
+            drawn = {branch: of_branch[index] for branch, of_branch in of_split.items()}
+            tested.append(TestImage(measured, split, path, added, drawn))
     return tested

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from csad.data.label_colours import label_colour
 from csad.data.listing import count
 from csad.evaluation.metrics import LOCO, counted, mean_known
+from csad.evaluation.scores import FUSED
 
 import jinja2
 from markupsafe import Markup
@@ -21,7 +23,7 @@ PUBLISHED_AVERAGE = {"paper": 95.3, "repository": 95.6}
 
 # What each branch asks, for people who never read the paper.
 QUESTIONS = {
-    "fused": "the sum of those that count: the score that decides",
+    FUSED: "the sum of those that count: the score that decides",
     "patchhist": "is the usual amount of every component there, where it usually is?",
     "LGST": "does a network that knows good pictures alone see each place as its teacher does?",
     "memory": "does each patch look like one of a good picture?",
@@ -74,12 +76,7 @@ def render(**content: Any) -> str:
     shared = [key for key in detections[0] if all(key in detection for detection in detections)]
     averaged = counted(
         {
-            kind: [
-                detection[key][kind]["auroc"]
-                for detection in detections
-                for key in ("fused",)
-                if key in detection
-            ]
+            kind: [detection[FUSED][kind]["auroc"] for detection in detections if FUSED in detection]
             for kind in ("logical", "structural")
         }
     )
@@ -109,7 +106,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def mean(values) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that were measured; None if there are none."""
     average = mean_known(values)
     return None if math.isnan(average) else average

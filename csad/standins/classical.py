@@ -45,7 +45,7 @@ class ClassicalProposer:
 
     name = "classical"
     is_stand_in = True
-    working_size = 256
+    working_size: int | None = 256
 
     def __init__(self, container: bool = False):
         self.container = container
@@ -244,7 +244,7 @@ def _at_the_border(regions: np.ndarray) -> np.ndarray:
 def _encloses(mask: np.ndarray, background: np.ndarray) -> bool:
     """Whether something sizeable other than background lies in the holes of a mask."""
     held = _holes(mask) & ~background
-    return np.count_nonzero(held) > SMALL * mask.size
+    return bool(np.count_nonzero(held) > SMALL * mask.size)
 
 
 def _fill_holes(mask: np.ndarray, background: np.ndarray) -> np.ndarray:

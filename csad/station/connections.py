@@ -30,11 +30,7 @@ logger = logging.getLogger("uvicorn.error")
 
 
 def make_server(app: ASGIApp, options: Options) -> uvicorn.Server:
-    """A server for `app` within the limits of `options`.
-
-    Raises:
-        UserError: this process may open too few files.
-    """
+    """A server for `app` within the limits of `options`; UserError if this process may open too few files."""
     protocol: Any = partial(TimedProtocol, options=options, max_connections=connection_limit(options))
     # A client that is still sending is waited for as long as it may take, and its verdict as long again.
     config = uvicorn.Config(
@@ -55,11 +51,8 @@ def make_server(app: ASGIApp, options: Options) -> uvicorn.Server:
 
 
 def connection_limit(options: Options) -> int:
-    """Connections that may be open at a time, each request's upload perhaps in a temporary file of its own.
-
-    Raises:
-        UserError: the limit on open files leaves no room.
-    """
+    """Connections that may be open at a time, each request's upload perhaps in a temporary file of its own;
+    UserError if the limit on open files leaves no room."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

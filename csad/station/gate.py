@@ -26,7 +26,7 @@ HEADERS = {
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECASE)
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
 OUR_WORDS = {  # for what the framework refuses
-    404: "there is nothing at this address; the page is at /, pictures are scored at /score",
+    404: "there is nothing at this address; the page is at /, pictures are scored at /score"
 }
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 

@@ -6,9 +6,7 @@ Every answer that is no picture's verdict is {"error": one sentence}; none names
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,6 +19,7 @@ from typing import Any
 from csad.data.label_colours import label_colour
 from csad.data.listing import count
 from csad.inference.engines import Engine
+from csad.inference.overlays import data_uri
 from csad.inference.verdicts import ANOMALOUS, UNREADABLE, Verdict
 from csad.station.batching import QueueFull
 from csad.station.daily_log import DailyLog
@@ -28,11 +27,9 @@ from csad.station.gate import RequestError, RequestLimits, answer_of, overloaded
 from csad.station.station import Metrics, Options, Station
 from csad.station.upload import decoded, decoded_alone, decoded_bytes, plain_name, received_from
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -136,7 +133,7 @@ def create_app(
             metrics.verdicts.labels(station.name, verdict.verdict).inc()
             if overlay:
                 answer |= {
-                    "overlay": None if verdict.drawing is None else png_uri(verdict.drawing),
+                    "overlay": None if verdict.drawing is None else data_uri(verdict.drawing),
                     "legend": [
                         {"component": component, "title": title, "colour": label_colour(component)}
                         for component, title in verdict.legend
@@ -177,13 +174,6 @@ def create_app(
         return JSONResponse(answer)
 
     return app
-
-
-def png_uri(picture: np.ndarray) -> str:
-    """(H, W, 3) uint8 as PNG inside an address that needs no file."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def findings_if_anomalous(verdict: Verdict) -> list[str]:

@@ -56,11 +56,8 @@ class Options:
 
 
 class Station:
-    """A model that is served: its engine, threshold and thread.
-
-    Raises:
-        UserError: the model does not know its threshold.
-    """
+    """A model that is served: its engine, threshold and thread; UserError if the model does not know its
+    threshold."""
 
     def __init__(self, name: str, engine: Engine, options: Options, on_batch: Callable[[int], None]):
         self.name, self.engine = name, engine

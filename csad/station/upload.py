@@ -97,11 +97,8 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
 
 
 def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
-    """Decode a picture.
-
-    Raises:
-        RequestError: it is damaged, or neither it nor the model says which value is white.
-    """
+    """Decode a picture; RequestError if it is damaged, or neither it nor the model says which value is
+    white."""
     picture = read_picture(InMemory(content, name), name, engine, shown_side)
     if picture.view is None:
         raise RequestError(422, for_sender(picture.problem))

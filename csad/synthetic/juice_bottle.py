@@ -5,6 +5,8 @@ red, banana: yellow, orange: orange), straight and centred; the lower label is t
 Components: the three liquids, the three fruits, the paper of the fruit label, the text label, the cap.
 """
 
+from collections.abc import Callable
+
 from csad.synthetic.kit import (
     Canvas,
     Category,
@@ -134,7 +136,10 @@ def draw_reflections(canvas: Canvas, bottle: Bottle) -> None:
         )
 
 
-def draw_cherry(canvas: Canvas, where) -> list[Patch | None]:
+Locate = Callable[[Shape], Shape]  # from a thing's own frame onto the canvas
+
+
+def draw_cherry(canvas: Canvas, where: Locate) -> list[Patch | None]:
     """Two cherries on their stalks."""
     rng = canvas.rng
     green = Material((0.20, 0.42, 0.14), 0.1)
@@ -156,7 +161,7 @@ def draw_cherry(canvas: Canvas, where) -> list[Patch | None]:
     return pieces
 
 
-def draw_banana(canvas: Canvas, where) -> list[Patch | None]:
+def draw_banana(canvas: Canvas, where: Locate) -> list[Patch | None]:
     """Two bananas side by side, brown at the ends."""
     yellow = Material(vary(canvas.rng, (0.93, 0.74, 0.10)), 0.08, gloss=0.2)
     pieces = []
@@ -177,7 +182,7 @@ def draw_banana(canvas: Canvas, where) -> list[Patch | None]:
     return pieces
 
 
-def draw_orange(canvas: Canvas, where) -> list[Patch | None]:
+def draw_orange(canvas: Canvas, where: Locate) -> list[Patch | None]:
     """An orange with a leaf."""
     peel = Material(vary(canvas.rng, (0.95, 0.50, 0.05)), 0.08, 0.004, bump=0.15, gloss=0.25)
     leaf = Material((0.22, 0.48, 0.14), 0.1)

@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 
 Shape = list[np.ndarray]
+Point = Sequence[float] | np.ndarray  # (x, y)
+Relief = Callable[[np.ndarray, np.ndarray], np.ndarray]  # grids of x and y -> heights
 Color = tuple[float, float, float]
 
 DISPLAY_GAMMA = 2.2
@@ -125,7 +127,7 @@ def unit(angle: float) -> np.ndarray:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-def place(shape: Shape, center: Sequence[float], angle: float = 0.0, scale: float = 1.0) -> Shape:
+def place(shape: Shape, center: Point, angle: float = 0.0, scale: float = 1.0) -> Shape:
     """A shape drawn around the origin, scaled, turned and moved to `center`."""
     turn = np.array([unit(angle), unit(angle + np.pi / 2)]) * scale
     return [polygon @ turn + np.asarray(center) for polygon in shape]
@@ -144,8 +146,8 @@ class Pose:
     def __init__(
         self,
         rng: np.random.Generator,
-        center: Sequence[float],
-        shift: float | Sequence[float],
+        center: Point,
+        shift: float | Point,
         turn: float,
         zoom: float,
         mirrored: bool = False,
@@ -165,24 +167,20 @@ class Pose:
         return self.locate([np.array([[x, y]])])[0][0]
 
 
-def ellipse(
-    center: Sequence[float], radius_x: float, radius_y: float | None = None, angle: float = 0.0
-) -> Shape:
+def ellipse(center: Point, radius_x: float, radius_y: float | None = None, angle: float = 0.0) -> Shape:
     """An ellipse; a circle when `radius_y` is left out."""
     turn = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
     points = np.stack([radius_x * np.cos(turn), (radius_y or radius_x) * np.sin(turn)], axis=1)
     return place([points], center, angle)
 
 
-def regular_polygon(center: Sequence[float], radius: float, corners: int, angle: float = 0.0) -> Shape:
+def regular_polygon(center: Point, radius: float, corners: int, angle: float = 0.0) -> Shape:
     """A regular polygon with corners at `radius`."""
     turn = angle + np.arange(corners) * 2 * np.pi / corners
     return [np.asarray(center) + radius * np.stack([np.cos(turn), np.sin(turn)], axis=1)]
 
 
-def rounded_box(
-    center: Sequence[float], width: float, height: float, corner: float = 0.0, angle: float = 0.0
-) -> Shape:
+def rounded_box(center: Point, width: float, height: float, corner: float = 0.0, angle: float = 0.0) -> Shape:
     """A rectangle with rounded corners."""
     corner = min(corner, width / 2, height / 2)
     quarter = np.linspace(0, np.pi / 2, 8)
@@ -194,7 +192,7 @@ def rounded_box(
     return place([np.concatenate(points)], center, angle)
 
 
-def blob(center: Sequence[float], radius: float, rng: np.random.Generator, roughness: float = 0.15) -> Shape:
+def blob(center: Point, radius: float, rng: np.random.Generator, roughness: float = 0.15) -> Shape:
     """An irregular round patch: a circle whose radius wavers by about `roughness`."""
     turn = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
     wave = sum(rng.normal() / k * np.cos(k * turn + rng.uniform(0, 2 * np.pi)) for k in range(2, 7))
@@ -202,7 +200,7 @@ def blob(center: Sequence[float], radius: float, rng: np.random.Generator, rough
     return [np.asarray(center) + reach[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)]
 
 
-def bezier(points: Sequence[Sequence[float]], samples: int = CURVE_POINTS) -> np.ndarray:
+def bezier(points: Sequence[Point], samples: int = CURVE_POINTS) -> np.ndarray:
     """A Bezier curve through its first and last control point, as a path (samples, 2)."""
     level = [np.asarray(point, float)[None] for point in points]
     t = np.linspace(0, 1, samples)[:, None]
@@ -211,9 +209,7 @@ def bezier(points: Sequence[Sequence[float]], samples: int = CURVE_POINTS) -> np
     return level[0]
 
 
-def crooked_line(
-    start: Sequence[float], end: Sequence[float], rng: np.random.Generator, waver: float = 0.08
-) -> np.ndarray:
+def crooked_line(start: Point, end: Point, rng: np.random.Generator, waver: float = 0.08) -> np.ndarray:
     """A path (7, 2) from start to end that strays sideways by about `waver` of its length: a crack, a scratch."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     along = np.linspace(0, 1, 7)[:, None]
@@ -238,9 +234,7 @@ def distance_to_segment(points: np.ndarray, start: np.ndarray, end: np.ndarray) 
     return np.linalg.norm(points - start - t[:, None] * span, axis=1)
 
 
-def ridges(
-    origin: np.ndarray, direction: np.ndarray, pitch: float, height: float
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def ridges(origin: np.ndarray, direction: np.ndarray, pitch: float, height: float) -> Relief:
     """A relief for `Canvas.add`: waves of a given pitch and height that follow one another along `direction`."""
 
     def relief(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -252,13 +246,15 @@ def ridges(
 
 def shade(color: Color, factor: float) -> Color:
     """A darker version of a colour (factor below 1)."""
-    return tuple(factor * channel for channel in color)
+    red, green, blue = color
+    return factor * red, factor * green, factor * blue
 
 
 def vary(rng: np.random.Generator, color: Color, brightness: float = 0.08, tint: float = 0.03) -> Color:
     """The colour of one individual: brighter or darker by about `brightness`, each channel off by about `tint`."""
     gain = (1 + rng.uniform(-brightness, brightness)) * (1 + rng.uniform(-tint, tint, 3))
-    return tuple(np.clip(np.asarray(color) * gain, 0.0, 1.0))
+    red, green, blue = np.clip(np.asarray(color) * gain, 0.0, 1.0)
+    return red, green, blue
 
 
 def jitter(rng: np.random.Generator, spread: float) -> float:
@@ -306,7 +302,7 @@ class Canvas:
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
         return 1.2 * cv2.warpAffine(field, warp, shape[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT)
 
-    def cover(self, shape: Shape, holes: Shape = (), margin: float = 0.0) -> Patch | None:
+    def cover(self, shape: Shape, holes: Sequence[np.ndarray] = (), margin: float = 0.0) -> Patch | None:
         """Rasterise a shape, antialiased, in a window `margin` wider than it; None when it lies outside the canvas."""
         corners = np.concatenate(shape) * self.side
         pad = margin * self.side + 2
@@ -336,11 +332,11 @@ class Canvas:
         material: Material,
         *,
         label: int | None = None,
-        holes: Shape = (),
+        holes: Sequence[np.ndarray] = (),
         rounding: float = 0.01,
         lift: float = 0.0,
         shadow: float = 0.5,
-        relief: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        relief: Relief | None = None,
     ) -> Patch | None:
         """Put one thing on the canvas.
 
@@ -394,10 +390,12 @@ class Canvas:
                 region[patch.window] |= patch.coverage >= 0.5
         self.regions.append((defect, region))
 
-    def _normals(self, patch: Patch, material: Material, rounding: float, relief) -> np.ndarray:
+    def _normals(
+        self, patch: Patch, material: Material, rounding: float, relief: Relief | None
+    ) -> np.ndarray:
         """Unit surface normals (h, w, 3) of a thing: its rounded edge, its relief and its roughness."""
         shape = patch.coverage.shape
-        height = np.zeros(shape, np.float32)
+        height: np.ndarray = np.zeros(shape, np.float32)
         if rounding > 0:
             inside = (patch.coverage >= 0.5).astype(np.uint8)
             depth = cv2.distanceTransform(
@@ -451,7 +449,7 @@ def backdrop(canvas: Canvas, color: Color, texture: float = 0.05, grain: float =
 
 
 def spot(
-    canvas: Canvas, defect: str, center: Sequence[float], radius: float, material: Material, crumbs: int = 4
+    canvas: Canvas, defect: str, center: Point, radius: float, material: Material, crumbs: int = 4
 ) -> None:
     """A stain or growth on whatever is there: an irregular patch with a few specks around it, annotated as `defect`."""
     rng = canvas.rng
@@ -464,9 +462,7 @@ def spot(
     canvas.mark(defect, *patches)
 
 
-def bite(
-    canvas: Canvas, defect: str, center: Sequence[float], radius: float, earlier: Snapshot, raw: Material
-) -> None:
+def bite(canvas: Canvas, defect: str, center: Point, radius: float, earlier: Snapshot, raw: Material) -> None:
     """Break a piece out of the thing put on since `earlier`: a rim of raw material, and in it what lay below.
 
     Only what has a component class is broken; the region annotated as `defect` is the missing piece with its rim.

@@ -6,6 +6,7 @@ Rules: fifteen pins, one per compartment, all yellow. Components: pin (head and 
 from csad.synthetic.kit import (
     Canvas,
     Category,
+    Color,
     Defect,
     Material,
     Patch,
@@ -99,8 +100,9 @@ def draw_tray(canvas: Canvas, tray: Tray) -> None:
     for index in range(ROWS * COLUMNS):
         outline = tray.floor(index)
         canvas.add(outline, Material(shade(floor, 0.72), 0.03), rounding=0)
+        width, height = tray.cell - WALL - 0.016
         inner = place(
-            rounded_box((0, 0), *(tray.cell - WALL - 0.016), 0.015),
+            rounded_box((0, 0), width, height, 0.015),
             outline[0].mean(axis=0) + 0.008 * np.sign(toward_shadow) * np.minimum(abs(toward_shadow), 1),
             tray.angle,
             tray.scale,
@@ -112,7 +114,7 @@ def draw_pin(
     canvas: Canvas,
     center: np.ndarray,
     angle: float,
-    color=YELLOW,
+    color: Color = YELLOW,
     label: int = PIN_LABEL,
     needle_bend: float = 0.0,
 ) -> tuple[Patch | None, Patch | None]:
@@ -184,7 +186,7 @@ def draw(canvas: Canvas, defect: str | None) -> None:
                 draw_broken_pin(canvas, center, angle)
             else:
                 draw_pin(canvas, center, angle)
-        if pins_in[index] != 1:
+        if defect is not None and pins_in[index] != 1:
             canvas.mark(defect, tray.floor(index))
 
     if defect == "dirt":

@@ -7,6 +7,7 @@ Components: long bolt, short bolt, washer, nut (the bag is background).
 from csad.synthetic.kit import (
     Canvas,
     Category,
+    Color,
     Defect,
     Material,
     Patch,
@@ -86,21 +87,20 @@ def arrange(content: list[str], rng: np.random.Generator) -> list[Spot]:
     spots: list[Spot] = []
     for name in sorted(content, key=lambda name: -AREA[name]):
         half_length, radius = needed_room(name)
-        best, best_gap = None, -np.inf
+        tries: list[tuple[float, Spot]] = []
         for _ in range(60):
             angle = rng.uniform(0, 2 * np.pi)
             reach = half_length * abs(unit(angle)) + radius
             candidate = Spot(rng.uniform(low + reach, high - reach), angle, half_length, radius)
             gap = min((candidate.gap(spot) for spot in spots), default=1.0)
-            if gap > best_gap:
-                best, best_gap = candidate, gap
+            tries.append((gap, candidate))
             if gap > CLEARANCE:
                 break
-        spots.append(best)
+        spots.append(max(tries, key=lambda gap_and_spot: gap_and_spot[0])[1])
     return spots
 
 
-def metal(rng: np.random.Generator, color=STEEL_COLOR) -> Material:
+def metal(rng: np.random.Generator, color: Color = STEEL_COLOR) -> Material:
     """Zinc-plated steel (or brass), a little different for every fitting."""
     return Material(
         vary(rng, color, 0.12, 0.03), 0.05, 0.006, bump=0.05, gloss=0.25, shininess=30, metal=0.75
@@ -246,7 +246,7 @@ def draw(canvas: Canvas, defect: str | None) -> None:
     draw_bag(canvas, bag)
 
     content = sorted(content_of(defect), key=lambda name: -AREA[name])
-    odd_name = ODD_ONES.get(defect)
+    odd_name = ODD_ONES.get(defect) if defect else None
     for number, (name, where) in enumerate(zip(content, arrange(content, rng))):
         # Of several alike, the last one is the odd one.
         if name != odd_name or name in content[number + 1 :]:
@@ -267,7 +267,7 @@ def draw(canvas: Canvas, defect: str | None) -> None:
             draw_fitting(canvas, name, where, bag)
             rust = Material((0.45, 0.24, 0.10), 0.4, 0.004, 0.4, opacity=0.8)
             spot(canvas, defect, bag.point(*where.center) + 0.042 * unit(where.angle), 0.020, rust)
-        else:
+        elif defect is not None:
             canvas.mark(defect, *draw_fitting(canvas, name, where, bag))
 
     if defect == "foreign_wire":
@@ -280,7 +280,8 @@ def draw(canvas: Canvas, defect: str | None) -> None:
         tear_bag(canvas, bag)
     elif defect is not None and defect.startswith("missing_"):
         low, high = np.array(ROOM)
-        canvas.mark(defect, bag.locate(rounded_box((low + high) / 2, *(high - low), 0.02)))
+        width, height = high - low
+        canvas.mark(defect, bag.locate(rounded_box((low + high) / 2, width, height, 0.02)))
 
 
 def tear_bag(canvas: Canvas, bag: Pose) -> None:

@@ -57,7 +57,7 @@ class Settings:
     test_structural: int = 40
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size < SMALLEST_SIZE:
             raise UserError(
                 f"--image_size is {self.image_size}; choose {SMALLEST_SIZE} or more, smaller pictures show nothing"
@@ -243,7 +243,11 @@ def _write_descriptions(root: Path, category: Category, settings: Settings) -> N
         )
     write_json(root / category.name / "defects_config.json", config)
     anomalies = {
-        kind: {f"{index:03d}": anomaly_of(category, kind, index).name for index in range(count)}
+        kind: {
+            f"{index:03d}": anomaly.name
+            for index in range(count)
+            if (anomaly := anomaly_of(category, kind, index))
+        }
         for split, kind, count in settings.groups()
         if category.defects_of(kind)
     }
