@@ -27,26 +27,25 @@ from tabulate import tabulate
 from benchmarks.measuring import measured_script, options_of
 
 SIDE, SPOT, CONTRAST = 2048, 6, 60  # pixels, pixels, of 255 levels
+CATEGORY = "pushpins"
+TRAIN, TEST = 30, 40  # good pictures; of the test's, as many more get a spot
 
 
 def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--workspace", type=path_argument, required=True, help="for pictures and results")
-    parser.add_argument("--category", default="pushpins", help="of the rendered products")
-    parser.add_argument("--train", type=int, default=30)
-    parser.add_argument("--test", type=int, default=40, help="good pictures; as many get a spot")
     parser.add_argument("--tiles", nargs="+", default=["1x1", "2x2", "4x4"])
     args = parser.parse_args()
     dataset = args.workspace / "dataset"
-    settings = Settings(SIDE, args.train, max(args.train // 3, 2), 2 * args.test, 0, 0, seed=1)
-    write_dataset(dataset, [args.category], settings, workers=2, overwrite=False)
-    draw_spots(dataset / args.category / "test", args.test)
+    settings = Settings(SIDE, TRAIN, TRAIN // 3, 2 * TEST, 0, 0, seed=1)
+    write_dataset(dataset, [CATEGORY], settings, workers=2, overwrite=False)
+    draw_spots(dataset / CATEGORY / "test", TEST)
     rows = []
     for tiles in args.tiles:
         workspace = Workspace(args.workspace / tiles)
         options = f"--preset quick --backbone efficientnet_lite0 --tiles {tiles} --overwrite".split()
         usage = measured_script("patch_memory", workspace.root, ["--dataset_root", dataset, *options])
-        scores = files.read_array(workspace.scores(args.category, "memory", "struc"))
+        scores = files.read_array(workspace.scores(CATEGORY, "memory", "struc"))
         good = len(Dataset(dataset).select(None)[0].test(GOOD))
         rows.append((tiles, 100 * auroc(scores[:good], scores[good:]), usage.seconds, usage.peak_mb))
     print(tabulate(rows, ("tiles", "image AUROC", "seconds", "peak MB"), tablefmt="github", floatfmt=".1f"))
