@@ -26,7 +26,6 @@ from csad.cluster.sources import ClusterInputs  # noqa: E402
 from csad.cluster.sources import Image as Listed  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
 from csad.data import files  # noqa: E402
-from csad.errors import UserError  # noqa: E402
 
 from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
 
@@ -204,8 +203,9 @@ def test_lists_and_urls_as_tables(nodes, run, photos, tmp_path):
     ]
     assert rows[1]["problem"] == f"image {photos / 'gone.png'} is missing"
     assert rows[4]["problem"] == f"image {(photos / 'none.png').as_uri()} is missing"
-    assert rows[-1]["components"][0]["words"] in rows[-1]["findings"]
-    assert {len(parquet.read_schema(path)) for path in parts(tmp_path)} == {12}
+    for text in (rows[-1]["components"][0]["words"], rows[-1]["findings"][0]):  # as columns of the table, too
+        assert "component 1" in text
+    assert len({tuple(parquet.read_schema(path).names) for path in parts(tmp_path)}) == 1
     left_out = json.loads((tmp_path / "out/summary.json").read_text())["left_out"]
     assert left_out == {
         "they are named more than once": [str(photos / "0/2.png")],
@@ -359,9 +359,7 @@ def worker(model, tmp_path):
 def test_a_worker_with_another_model_is_refused(worker, photos):
     """Where the nodes do not see the same file."""
     result = worker("another")({"shard": 0, "images": json.dumps([[str(photos / "black.png"), 1, 2]])})
-    assert "not the same file on all nodes" in result["sentence"]
-    with pytest.raises(UserError, match="not the same file"):
-        scoring._require_success(result)
+    assert "not the same file on all nodes" in result["sentence"] and not result["lines"]
 
 
 @pytest.mark.parametrize(
