@@ -9,7 +9,7 @@ if [ "$(cat "$environment/.installed" 2>/dev/null || true)" != "$lock" ] || [ ! 
         *) folder="$PWD/$environment" ;;
     esac
     # A misspelt CSAD_VENV may name any folder, or none.
-    named_by="CSAD_VENV names another one"
+    named_by="CSAD_VENV names another one, where it is set"
     [ -z "${CSAD_VENV:-}" ] || named_by="CSAD_VENV names this folder"
     making="Making the virtual environment $folder"
     if [ -f "$environment/pyvenv.cfg" ] && [ -x "$environment/bin/python" ]; then
