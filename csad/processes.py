@@ -94,31 +94,31 @@ def map_pictures(
 
 @contextmanager
 def _circumstances_of_workers() -> Iterator[None]:
-    """What processes that are started meanwhile inherit: one thread each, no script, and deafness to Ctrl-C.
-
-    Ctrl-C reaches all processes of a terminal, and is for their parent to handle.
-    """
+    """What processes that are started meanwhile inherit: one thread each, no script, and deafness to Ctrl-C."""
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    before = None
-    if hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        with threads_of_children(cores()):
+        with inherited_by_children(cores()):
             yield
     finally:
         sys.modules["__main__"] = script
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
-def threads_of_children(count: int) -> Iterator[None]:
-    """What ``count`` processes that are started meanwhile inherit: each its share of the cores, as many threads."""
+def inherited_by_children(count: int) -> Iterator[None]:
+    """What ``count`` processes that are started meanwhile inherit: each its share of the cores, and deafness to Ctrl-C.
+
+    Ctrl-C reaches all processes of a terminal, and is for their parent to handle.
+    """
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // count))))
+    signals = None
+    if hasattr(signal, "pthread_sigmask"):
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
+        if signals is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

@@ -17,7 +17,6 @@ from typing import Any
 
 from csad.errors import UserError, did_you_mean
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -151,6 +150,8 @@ def state_fingerprint(state: Mapping[str, Tensor]) -> str:
 @cache  # it builds the whole network, and every model that is opened asks
 def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Which of timm's feature maps lie at `REDUCTIONS`, and the deepest map with its reduction."""
+    import timm  # takes two seconds, and not every script builds a network
+
     if not timm.is_model(TIMM_NAMES.get(name, name)):
         raise UserError(
             f"unknown backbone '{name}'; choose one of auto, {PUBLISHED}, {PACKAGED} or timm's networks (resnet18, "
@@ -176,6 +177,8 @@ def feature_taps(name: str) -> tuple[tuple[int, ...], tuple[int, int]]:
 def build_encoder(
     name: str, taps: tuple[int, ...], reductions: tuple[int, ...], state: Mapping[str, Tensor] | None
 ) -> Encoder:
+    import timm
+
     loading: dict[str, Any] = {}
     if state is not None:
         loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(state)}}

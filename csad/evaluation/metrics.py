@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 # MVTec LOCO AD's categories.
 LOCO = {"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"}
@@ -17,16 +16,21 @@ LOCO = {"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_conn
 
 def auroc(good: np.ndarray, anomalous: np.ndarray) -> float:
     """Area under the ROC curve."""
+    from sklearn.metrics import roc_auc_score  # takes a second, and not every script measures
+
     return _percent(roc_auc_score, good, anomalous)
 
 
 def average_precision(good: np.ndarray, anomalous: np.ndarray) -> float:
     """Mean precision over the recall steps."""
+    from sklearn.metrics import average_precision_score
+
     return _percent(average_precision_score, good, anomalous)
 
 
 def f1_max(good: np.ndarray, anomalous: np.ndarray) -> float:
     """F1 at the best of all thresholds."""
+    from sklearn.metrics import precision_recall_curve
 
     def best(labels: np.ndarray, scores: np.ndarray) -> float:
         precision, recall, _ = precision_recall_curve(labels, scores)

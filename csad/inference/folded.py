@@ -24,7 +24,6 @@ from csad.branches import BRANCHES
 from csad.inference.engines import NODES
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -221,6 +220,8 @@ def fold_blocks(module: Network) -> Network:
 
 
 def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
+    from timm.layers import BatchNormAct2d, Conv2dSame  # takes two seconds, and only exports need it
+
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
@@ -243,7 +244,7 @@ def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _with_fixed_padding(conv: Conv2dSame) -> nn.Sequential:
+def _with_fixed_padding(conv: nn.Conv2d) -> nn.Sequential:
     """The same convolution for sides that its stride divides, as ours are: then its padding does not depend on them."""
     totals = (max(kernel - stride, 0) for kernel, stride in zip(conv.kernel_size, conv.stride))
     (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from csad.data.downloads import Checkpoint, fetch, sha256
 from csad.errors import DAMAGED, UserError
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +93,8 @@ def _read_weights(
     name: str, weights: Path | None, folder: Path, download: bool
 ) -> tuple[Mapping[str, Tensor], bool]:
     """The network's whole state dict, checked against it, and whether it is what its name stands for."""
+    import timm  # takes two seconds, and not every script builds a network
+
     if weights is not None and not weights.exists():
         raise UserError(f"--backbone_weights {weights} does not exist")
     path = weights or folder / f"{name}.pth"
@@ -121,6 +122,8 @@ def _read_crop_weights(
     encoder: Mapping[str, Tensor], folder: Path, download: bool
 ) -> tuple[Mapping[str, Tensor], str]:
     """State dict for `Backbone.deepest` of the published network, and where it comes from; where it is missing, the encoder's."""
+    import timm
+
     path = folder / PUBLISHED_WEIGHTS[CROP_WEIGHTS].file
     try:
         if download:
@@ -231,6 +234,7 @@ def _packaged(network: nn.Module) -> Mapping[str, Tensor]:
 
 def _download(name: str, missing: Path) -> Mapping[str, Tensor]:
     """From timm's hub, as safetensors: nothing is unpickled, and the hub's client keeps and checks the file."""
+    import timm
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from safetensors.torch import load_file

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from csad.cli import select
 from csad.errors import UserError, disk_is_full, sigterm_as_interrupt
-from csad.processes import end_with_parent, threads_of_children
+from csad.processes import end_with_parent, inherited_by_children
 from csad.progress import ProgressBar
 from csad.tasks import (
     Bars,
@@ -75,9 +77,14 @@ def on_a_cluster(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], 
 
 def on_this_machine(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
     """Do every job, ``args.jobs`` at a time; see `csad.cluster.remote_jobs.run`."""
-    tasks = jobs(args)
-    count = min(args.jobs, len(tasks))
-    return one_after_another(tasks) if count < 2 else side_by_side(args, jobs, tasks, count)
+    if args.jobs < 2:
+        return one_after_another(jobs(args))
+    names = jobs(argparse.Namespace(**vars(args) | {"dry_run": True}))
+    count = min(args.jobs, len(names))
+    if count < 2:
+        return one_after_another(jobs(args))
+    context = beginnings_of(count)
+    return side_by_side(args, jobs, jobs(args), count, context)
 
 
 def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -94,16 +101,32 @@ def one_after_another(tasks: dict[str, Task]) -> tuple[dict[str, Any], dict[str,
     return results, failures
 
 
+def beginnings_of(count: int) -> BaseContext:
+    """How ``count`` processes begin. On Linux as forks of one that imports what takes longest, once, while this one still
+    prepares the jobs: that one runs no threads, so unlike a fork of this process its forks do not hang."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm"])
+    with inherited_by_children(count):
+        forkserver.ensure_running()
+    return context
+
+
 def side_by_side(
-    args: argparse.Namespace, jobs: Jobs, tasks: dict[str, Task], count: int
+    args: argparse.Namespace, jobs: Jobs, tasks: dict[str, Task], count: int, context: BaseContext
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Do ``count`` jobs at a time, each in a process of its own with its share of the cores.
 
     As on a cluster, a process derives its job from the arguments, narrowed to its category and seed.
     """
     outcomes: dict[str, Outcome] = {}
-    with TemporaryDirectory() as folder, processes(count) as pool, Bars(Path(folder), len(tasks)) as bars:
-        with threads_of_children(count):
+    with (
+        TemporaryDirectory() as folder,
+        processes(count, context) as pool,
+        Bars(Path(folder), len(tasks)) as bars,
+    ):
+        with inherited_by_children(count):
             running: dict[Future[Outcome], str] = {
                 pool.submit(perform, jobs, narrowed(args, task), name, Path(folder)): name
                 for name, task in tasks.items()
@@ -123,9 +146,9 @@ def side_by_side(
 
 
 @contextmanager
-def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
     """A pool whose jobs save their progress where this process is interrupted; a second Ctrl-C ends them at once."""
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), begin)
+    pool = ProcessPoolExecutor(count, context, begin)
     try:
         yield pool
     except BrokenProcessPool as problem:

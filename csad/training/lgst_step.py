@@ -19,7 +19,6 @@ from csad.training.feature_cache import FeatureCache
 
 import torch
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from models.backbone import Encoder, resize
 from models.device import CACHE_BYTES, autocast, memory_format, send
@@ -190,7 +189,9 @@ def jitter_colour(images: Tensor, adjustments: Tensor, factors: Tensor) -> Tenso
         adjustments: (B,) 0 brightness, 1 contrast, 2 saturation.
         factors: (B,) 1 changes nothing.
     """
-    grey = TF.rgb_to_grayscale(images)
+    from torchvision.transforms.functional import rgb_to_grayscale  # takes a second, and few presets need it
+
+    grey = rgb_to_grayscale(images)
     what = adjustments.view(-1, 1, 1, 1)
     # Away from black, away from the picture's mean grey, or away from the pixel's own grey.
     pivot = torch.where(what == 0, 0.0, torch.where(what == 1, grey.mean((1, 2, 3), keepdim=True), grey))
