@@ -6,18 +6,19 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from csad.data import layouts
 from csad.data.records import digest_lines
-from csad.errors import disk_is_full, user_message
+from csad.errors import UserError, disk_is_full, user_message
 from csad.progress import ProgressBar
 
 MAX_BARS = 20  # shown at a time
+Reference = TypeVar("Reference")  # to a job in another process, of this machine or of a cluster
 
 
 class Task(NamedTuple):
@@ -69,6 +70,41 @@ def outcome_of(do: Callable[[], Any]) -> Outcome:
             return Outcome(
                 printed.getvalue() + traceback_if_bug(problem), None, one_line(problem), disk_is_full(problem)
             )
+
+
+def wait_for_all(
+    running: dict[Reference, str],
+    wait: Callable[[list[Reference]], Iterable[tuple[Reference, Outcome]]],
+    bars: Bars,
+    parts: Collection[str] = (),
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Wait for jobs in other processes, and show meanwhile how far they are.
+
+    Args:
+        running: their names; what has ended is taken out.
+        wait: a second at most, and gives those that have ended.
+        parts: names of jobs that others wait for, and of which nothing is told.
+
+    Returns:
+        What finished jobs returned, and why the others failed, by name.
+
+    Raises:
+        UserError: the disk is full, which ends the whole run.
+    """
+    names = [name for name in running.values() if name not in parts]
+    outcomes: dict[str, Outcome] = {}
+    while running:
+        for reference, outcome in wait(list(running)):
+            name = running.pop(reference)
+            if outcome.failure and outcome.disk_full:
+                raise UserError(outcome.failure)
+            bars.finished(outcome.printed)
+            if outcome.failure and name not in parts:
+                ProgressBar.write(f"{name} failed: {outcome.failure}", file=sys.stderr)
+            outcomes[name] = outcome
+        bars.show(running.values())
+    failures = {name: reason for name in names if (reason := outcomes[name].failure)}
+    return {name: outcomes[name].result for name in names if name not in failures}, failures
 
 
 def narrowed(args: argparse.Namespace, task: Task) -> argparse.Namespace:

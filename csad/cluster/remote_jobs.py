@@ -7,6 +7,7 @@ itself, and continues from the progress file on the shared workspace.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,17 @@ from csad.cluster.connection import Driver, connected, environment, most, node_r
 from csad.data.locks import STALE_SECONDS, FileLock, LockHeld
 from csad.data.workspace import Workspace
 from csad.errors import UserError, defer_interrupts
-from csad.tasks import Bars, Jobs, Outcome, Task, narrowed, outcome_of, path_of, tell_progress_in
+from csad.tasks import (
+    Bars,
+    Jobs,
+    Outcome,
+    Task,
+    narrowed,
+    outcome_of,
+    path_of,
+    tell_progress_in,
+    wait_for_all,
+)
 
 RETRIES = 20  # of a job whose node or worker died
 # For which a job waits until its predecessor, whose driver or node was lost, has ended.
@@ -39,8 +50,6 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
     tasks = jobs(argparse.Namespace(**vars(args) | {"device": "cpu"}))  # here they are only named
     waited_for = {name for task in tasks.values() for name in task.after}
     threads = torch.get_num_threads()
-    results: dict[str, Any] = {}
-    failures: dict[str, str] = {}
     with connected(args.ray, Workspace(args.workspace).driver_files) as (ray, driver):
         remote, always = ray.remote(perform), {"max_retries": RETRIES, "runtime_env": environment(threads)}
         started: dict[str, Any] = {}
@@ -53,26 +62,20 @@ def run(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str,
         running = {reference: name for name, reference in started.items()}
         try:
             with defer_interrupts() as interrupted, Bars(driver.folder, len(tasks)) as bars:
-                while running:
+
+                def wait(references: list[Any]) -> Iterator[tuple[Any, Outcome]]:
                     if interrupted():
                         raise KeyboardInterrupt
-                    done, _ = ray.wait(list(running), timeout=1)
-                    for reference in done:
-                        name, outcome = running.pop(reference), _outcome(ray, reference)
-                        if outcome.disk_full:
-                            raise UserError(outcome.failure)
-                        bars.finished(outcome.printed)
-                        if name not in waited_for:
-                            came = failures if outcome.failure else results
-                            came[name] = outcome.failure or outcome.result
-                    bars.show(running.values())
+                    done, _ = ray.wait(references, timeout=1)
+                    return ((reference, _outcome(ray, reference)) for reference in done)
+
+                return wait_for_all(running, wait, bars, waited_for)
         except BaseException:
             for reference in running:
                 ray.cancel(reference)
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=SAVE_SECONDS)
             raise
-    return results, failures
 
 
 def _outcome(ray: ModuleType, reference: Any) -> Outcome:

@@ -35,6 +35,7 @@ from csad.tasks import (
     path_of,
     tell_progress_in,
     traceback_if_bug,
+    wait_for_all,
 )
 
 
@@ -120,29 +121,21 @@ def side_by_side(
 
     As on a cluster, a process derives its job from the arguments, narrowed to its category and seed.
     """
-    outcomes: dict[str, Outcome] = {}
+
+    def wait_for(running: list[Future[Outcome]]) -> Iterator[tuple[Future[Outcome], Outcome]]:
+        return ((future, future.result()) for future in wait(running, 1, FIRST_COMPLETED).done)
+
     with (
         TemporaryDirectory() as folder,
         processes(count, context) as pool,
         Bars(Path(folder), len(tasks)) as bars,
     ):
         with inherited_by_children(count):
-            running: dict[Future[Outcome], str] = {
+            running = {
                 pool.submit(perform, jobs, narrowed(args, task), name, Path(folder)): name
                 for name, task in tasks.items()
             }
-        while running:
-            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future)
-                outcomes[name] = outcome = future.result()
-                if outcome.failure and outcome.disk_full:
-                    raise UserError(outcome.failure)
-                bars.finished(outcome.printed)
-                if outcome.failure:
-                    ProgressBar.write(f"{name} failed: {outcome.failure}", file=sys.stderr)
-            bars.show(running.values())
-    failures = {name: reason for name in tasks if (reason := outcomes[name].failure)}
-    return {name: outcomes[name].result for name in tasks if name not in failures}, failures
+        return wait_for_all(running, wait_for, bars)
 
 
 @contextmanager
