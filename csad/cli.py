@@ -81,6 +81,8 @@ def common_options(description: str) -> argparse.ArgumentParser:
         choices=sorted(
             [settings.PAPER, *(path.stem for path in (settings.CONFIGS / "presets").glob("*.yaml"))]
         ),
+        help="paper: the published numbers (default); quick: minutes on two CPU cores; full: the published stages "
+        "with the added branches, for a GPU",
     )
     common.add_argument(
         "--tiles",
@@ -97,7 +99,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
     )
     common.add_argument("--backbone_weights", type=path_argument, help="state dict of that backbone")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    common.add_argument("--seed", type=seed, default=0)
+    common.add_argument("--seed", type=seed, default=0, help="of all random draws (default: 0)")
     common.add_argument(
         "--overwrite", action="store_true", help="start over instead of skipping what is done"
     )

@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--save_maps", action="store_true", help="draw what was found into OUTPUT/maps")
     parser.add_argument("--watch", action="store_true", help="go on and score files as they appear")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8, help="images scored together (default: 8)")
     parser.add_argument(
         "--device",
         default="auto",
