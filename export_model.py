@@ -66,7 +66,7 @@ def main() -> None:
         "--set_false_positive_rate",
         type=float,
         metavar="RATE",
-        help="the same, to what this share of good images may exceed (exports begin with 0.01)",
+        help="the same, so that this fraction of good images may lie over it (exports begin with 0.01)",
     )
     args = parser.parse_args()
     if args.set_threshold is not None or args.set_false_positive_rate is not None:

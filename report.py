@@ -3,7 +3,7 @@
 Reads what the five stages wrote: scores, metrics, label maps, anomaly maps, pseudo-labels and the records of
 settings. The page says how good it is and what went wrong, shows every test image with its components, anomaly
 map, verdict and findings (sortable, and to be filtered by score, kind and error), score histograms, ROC curves,
-the results of every branch (under MVTec LOCO AD's categories with the published figures beside them),
+the results of every branch (of MVTec LOCO AD's five categories with the published average beside them),
 pseudo-labels, settings, versions and stand-ins.
 Of many categories one table has them all, the lowest first, and the rest of the page is about the lowest alone.
 """

@@ -20,6 +20,9 @@ class Branch:
     section: str  # of the settings, under which its provenance has them
     statistics: str  # how the exported model's buffers begin that normalise its score
     alias: str = ""  # a second name under which its scores are written
+    # Of the rule softplus: how many stds over the mean a score begins to count, and how sharply (docs/beyond.md, fusion).
+    dead_zone: float = 1.5
+    sharpness: float = 3
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -38,6 +41,8 @@ BRANCHES: dict[str, Branch] = {
             "fc2.conv3.weight",
             "segmentor",
             "patch_hist",
+            dead_zone=2,
+            sharpness=6,
         ),
         # The alias is the published README's name.
         Branch(

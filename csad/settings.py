@@ -54,7 +54,7 @@ class ImageSettings(Section):
         le=2048,
         multiple_of=256,
         description="side in pixels of the view that the patch memory sees; "
-        "all else sees its mean over blocks, 256 wide (the paper: 256)",
+        "LGST on features sees it, too, all else its mean over blocks, 256 wide (the paper: 256)",
     )
     white_level: float | None = Field(
         None,
@@ -232,8 +232,9 @@ class FusionSettings(Section):
     )
     rule: Literal["sum", "softplus"] = Field(
         "sum",
-        description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), "
-        "in which a very normal score of one branch cannot cancel an anomalous score of another",
+        description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), of the "
+        "patch histogram log(1 + exp(6 (z - 2))), in which a very normal score of one branch cannot cancel an anomalous "
+        "score of another",
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from csad.branches import BRANCHES
+
 import numpy as np
 
 TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
-SHARPNESS = 3  # softplus takes z in units of std / SHARPNESS
 # The fused map: powers of what a branch adds to the score, and of its map's maximum, by which the map is divided.
 STRENGTH_EXPONENT, MAXIMUM_EXPONENT = 0.1, 0.75
-DEAD_ZONE = 1.5  # stds over the mean from which softplus counts: what good images reach adds next to nothing
 
 
 def fit_trimmed_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
@@ -50,11 +50,14 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
     return float(validation.mean()), std if std > std_floor else 1.0
 
 
-def fit_normalisation(validation: np.ndarray, rule: str, std_floor: float = 0.0) -> tuple[float, float]:
-    """By what a branch's scores are normalised before they are added: trimmed z (sum), or 3 (z - 1.5), z by all (softplus)."""
+def fit_normalisation(
+    validation: np.ndarray, branch: str, rule: str, std_floor: float = 0.0
+) -> tuple[float, float]:
+    """By what a branch's scores are normalised before they are added: trimmed z (sum), or (softplus) z by all scores of good
+    images, less the branch's dead zone, times its sharpness, so that what good images reach adds next to nothing."""
     if rule == "softplus":
         mean, std = fit_z(validation, std_floor)
-        return mean + DEAD_ZONE * std, std / SHARPNESS
+        return mean + BRANCHES[branch].dead_zone * std, std / BRANCHES[branch].sharpness
     return fit_trimmed_z(validation, std_floor)
 
 

@@ -19,7 +19,7 @@ from models.fusion import EXPORTED_STD_FLOOR, fit_z
 from models.statistics import folds, sample_covariance
 
 GRIDS = (1, 2, 3, 4, 5)  # cells per side
-FLOOR = 0.001  # standard deviation added to that of a share, times the grid's cells per side
+FLOOR = 0.001  # standard deviation whose square is added to an area fraction's variance, times the grid's cells per side
 SLACK = 0.5  # of the usual largest deviation in a good image: evidence below it does not count
 BLUR = 1.5  # standard deviation, in positions, of the Gaussian over where good images have a component
 BATCH = 16
@@ -135,7 +135,7 @@ def fit_evidence(
             samples = fitted[grid][images].flatten(1).numpy()
             mean = samples.mean(0)
             precision = np.linalg.inv(sample_covariance(samples) + np.diag(floors[grid]))
-            # What is left of a share's deviation once all other shares are known, in standard deviations.
+            # What is left of a fraction's deviation once all other fractions are known, in standard deviations.
             deviation = precision / np.sqrt(np.diagonal(precision))
             largest = np.abs((judged[grid] - mean) @ deviation).max(1).mean() if len(validation) else 1.0
             parameters |= {f"mean_{grid}": mean, f"deviation_{grid}": deviation / max(largest, 1e-6)}

@@ -187,8 +187,8 @@ def fit_parameters(
     Args:
         train, validation: label maps (N, 256, 256) of good images, uint8.
         classes: components and background.
-        floor: standard deviation added to every area fraction's own; 0 as published, where the pseudo-inverse does not
-            look at fractions that never vary in training.
+        floor: standard deviation whose square is added to every area fraction's variance; 0 as published, where the
+            pseudo-inverse does not look at fractions that never vary in training.
         segmented_twice: label maps (M, 256, 256) of the same good images, as they are and slightly changed. What the
             fractions differ by is what segmentation itself wavers by, and joins the covariance; that of few images is
             shrunk, too, and distances are normalised by training images held out as well. None, as published: nothing

@@ -185,7 +185,9 @@ def initialise_by_he(*networks: torch.nn.Module) -> None:
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, the one on this machine or playwright's own, with a camera that shows a test picture."""
-    api = pytest.importorskip("playwright.sync_api", reason="pages in a browser need playwright (csad[dev])")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="pages in a browser need playwright (extra [dev])"
+    )
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((path for name in names if (path := shutil.which(name))), None)
     arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]

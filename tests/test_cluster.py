@@ -207,7 +207,9 @@ def test_a_second_driver_is_refused(run, tmp_path):
 
 def test_without_ray(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "--ray needs Ray; pip install 'csad[cluster]'" in run("CSAD", tmp_path, "--ray", "local")
+    assert "--ray needs Ray; in the repository's folder, pip install '.[cluster]' installs it" in run(
+        "CSAD", tmp_path, "--ray", "local"
+    )
     assert not [
         path
         for path in tmp_path.rglob("*")

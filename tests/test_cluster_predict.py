@@ -337,7 +337,7 @@ def test_mistakes_get_a_sentence(run, photos, tmp_path, monkeypatch, capsys, arg
 def test_without_ray(run, photos, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "find_spec", lambda name: None if name == "ray" else name)
     assert run(photos, "--ray", "local") == 2
-    assert "pip install 'csad[cluster]'" in capsys.readouterr().err
+    assert "pip install '.[cluster]'" in capsys.readouterr().err
     assert run(photos, "--format", "parquet") == 2
     assert "--format is for --ray" in capsys.readouterr().err
     assert run("s3://bucket/photos") == 2

@@ -216,7 +216,7 @@ def test_exported_model_gives_the_fused_score_of_the_stages(finished):
         }
         assert ("held_out" in scores) == (branch == "patchhist")
         good = np.concatenate([scores["val"], scores.get("held_out", [])])
-        z = apply_z(scores["logi"], *fit_normalisation(good, "softplus", EXPORTED_STD_FLOOR))
+        z = apply_z(scores["logi"], *fit_normalisation(good, branch, "softplus", EXPORTED_STD_FLOOR))
         fused = fused + weight * contribution(z, "softplus")
     exported = [float(row["score"]) for row in rows if row["split"] in ("good", "logical_anomalies")]
     np.testing.assert_allclose(exported, fused, rtol=1e-3, atol=1e-2)

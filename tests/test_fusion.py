@@ -64,10 +64,27 @@ def test_z_refuses_what_it_cannot_use(scores, fit):
 def test_softplus_normalises_by_all_scores_and_the_sum_by_those_in_the_middle():
     """Of few validation images the middle ones lie close together by chance, which must not make a branch loud."""
     few = np.array([0.0, 1.9, 2.0, 2.1, 2.2, 9.0])
-    assert fit_normalisation(few, "sum") == fit_trimmed_z(few)
-    mean, std = fit_normalisation(few, "softplus")
+    assert fit_normalisation(few, "memory", "sum") == fit_trimmed_z(few)
+    mean, std = fit_normalisation(few, "memory", "softplus")
     assert mean == pytest.approx(few.mean() + 1.5 * few.std()) and std == pytest.approx(few.std() / 3)
     assert std > 5 * fit_trimmed_z(few)[1]
+
+
+def test_the_histogram_is_silent_where_good_images_scores_are_and_rises_as_the_others_do():
+    """At the weight 1/2 that stage 4 gives it: noise of label maps must not hide what the memory finds."""
+    good = np.random.default_rng(0).normal(5, 2, 200)
+
+    def added(branch, weight, z):
+        return weight * contribution(
+            apply_z(good.mean() + z * good.std(), *fit_normalisation(good, branch, "softplus")), "softplus"
+        )
+
+    assert added("patchhist", 0.5, 1) < 0.01 < 0.2 < added("memory", 1, 1)
+    assert added("patchhist", 0.5, 12) - added("patchhist", 0.5, 10) == pytest.approx(6, abs=1e-6)
+    assert added("memory", 1, 12) - added("memory", 1, 10) == pytest.approx(6, abs=1e-6)
+
+
+def test_z_of_all_scores_that_are_equal_has_a_spread():
     assert fit_z([4.0, 4.0]) == (4, 1)
 
 

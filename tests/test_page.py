@@ -12,9 +12,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-pytest.importorskip("fastapi", reason="serving needs fastapi (csad[station])")
+pytest.importorskip("fastapi", reason="serving needs fastapi (extra [station])")
 pytest.importorskip("uvicorn")
-api = pytest.importorskip("playwright.sync_api", reason="the page in a browser needs playwright (csad[dev])")
+api = pytest.importorskip(
+    "playwright.sync_api", reason="the page in a browser needs playwright (extra [dev])"
+)
 
 from csad.commands import run_station as serve  # noqa: E402
 from csad.evaluation.thresholds import choose_threshold  # noqa: E402

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fastapi (csad[station])")
+testclient = pytest.importorskip("fastapi.testclient", reason="serving needs fastapi (extra [station])")
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 

@@ -73,7 +73,9 @@ def connected(address: str, folder: Path) -> Iterator[tuple[ModuleType, Driver]]
     try:
         import ray
     except ImportError as problem:
-        raise UserError("--ray needs Ray; pip install 'csad[cluster]'") from problem
+        raise UserError(
+            "--ray needs Ray; in the repository's folder, pip install '.[cluster]' installs it"
+        ) from problem
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports to nobody
     driver = Driver(folder.resolve(), uuid.uuid4().hex, Path.cwd())
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

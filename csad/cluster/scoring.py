@@ -57,7 +57,9 @@ def score(args: argparse.Namespace, threshold: float) -> tuple[dict[str, int], d
         UserError: nothing to score, no Ray or no cluster, another run writes there, or workers died again and again.
     """
     if not all(map(find_spec, ("ray", "pyarrow", "pandas"))):
-        raise UserError("--ray needs Ray with Ray Data; pip install 'csad[cluster]'")
+        raise UserError(
+            "--ray needs Ray with Ray Data; in the repository's folder, pip install '.[cluster]' installs it"
+        )
     # It would warn of what Ray Data does, and rightly so.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sources = ClusterInputs(args.images, args.column or "image", args.output)

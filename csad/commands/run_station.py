@@ -32,7 +32,6 @@ from csad.station.daily_log import DailyLog
 import numpy as np
 
 TOKEN_VARIABLE = "CSAD_TOKEN"
-INSTALL = "pip install 'csad[station]'"
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
         from csad.station.station import Options
     except ImportError as problem:
         raise UserError(
-            f"{problem.name} is not installed; install what serving needs with: {INSTALL}"
+            f"{problem.name} is not installed; in the repository's folder, pip install '.[station]' installs what serving needs"
         ) from problem
     parser = OptionParser(
         path_option="--model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

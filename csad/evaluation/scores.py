@@ -60,7 +60,7 @@ def normalisation(
     good = [read_scores(category, workspace, branch, "val")]
     if (held_out := workspace.scores(category.name, branch, HELD_OUT)).exists():
         good.append(files.read_array(held_out))
-    return fit_normalisation(np.concatenate(good), rule, std_floor)
+    return fit_normalisation(np.concatenate(good), branch, rule, std_floor)
 
 
 def normalised_scores(

@@ -148,7 +148,8 @@ def require_package(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as problem:
-        raise UserError(f"{name} is not installed; install it with: pip install {name}") from problem
+        package = name.partition(".")[0]
+        raise UserError(f"{package} is not installed; install it with: pip install {package}") from problem
 
 
 def decoded_metadata(text: str | None, file_format: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
         label: what the figure shows, for readers who cannot see it.
     """
     parts = [
-        _frame("share of good pictures rejected", "share of defects found", (0, 1), (0, 1)),
+        _frame("fraction of good pictures rejected", "fraction of defects found", (0, 1), (0, 1)),
         f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>',
     ]
     for name, normal in good.items():
@@ -48,7 +48,7 @@ def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -
     }
     top = max(fraction.max() for fraction in fractions.values()) or 1
     ticks = [_short(threshold + unit * float(np.sinh(low + fraction * (high - low)))) for fraction in _TICKS]
-    parts = [_frame("score, widest near the threshold", "share of images", (low, high), (0, top), ticks)]
+    parts = [_frame("score, widest near the threshold", "fraction of images", (low, high), (0, top), ticks)]
     for name, fraction in fractions.items():
         corners = [(edges[0], 0.0)]
         for left, right, value in zip(edges, edges[1:], fraction):
