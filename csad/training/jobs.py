@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +38,8 @@ from csad.tasks import (
     traceback_if_bug,
     wait_for_all,
 )
+
+_stopping: Event  # of a process of the pool: whether jobs that wait in its queue are not to begin any more
 
 
 def run_jobs(
@@ -140,8 +143,10 @@ def side_by_side(
 
 @contextmanager
 def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose jobs save their progress where this process is interrupted; a second Ctrl-C ends them at once."""
-    pool = ProcessPoolExecutor(count, context, begin)
+    """A pool whose jobs save their progress where this process is interrupted, and of which none begins after that; a second
+    Ctrl-C ends them at once."""
+    stopping = context.Event()
+    pool = ProcessPoolExecutor(count, context, begin, (stopping,))
     try:
         yield pool
     except BrokenProcessPool as problem:
@@ -150,6 +155,8 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
             "command again, with fewer --jobs"
         ) from problem
     except BaseException:
+        # The pool hands out more jobs than it has processes, and takes none of these back.
+        stopping.set()
         for child in multiprocessing.active_children():
             child.terminate()
         raise
@@ -162,14 +169,22 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
             raise
 
 
-def begin() -> None:
+def begin(stopping: Event) -> None:
     """Prepare a process: Ctrl-C reaches all of a terminal, and is for their parent to hand on."""
+    global _stopping
+    _stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def perform(jobs: Jobs, args: argparse.Namespace, name: str, folder: Path) -> Outcome:
-    """Do one job in a process of the pool."""
+    """Do one job in a process of the pool; KeyboardInterrupt where it was interrupted, or any other one before it began."""
+    if _stopping.is_set():
+        raise KeyboardInterrupt
     tell_progress_in(path_of(folder, name).with_suffix(".bar"))
-    with sigterm_as_interrupt():
-        return outcome_of(lambda: jobs(args)[name].do())
+    try:
+        with sigterm_as_interrupt():
+            return outcome_of(lambda: jobs(args)[name].do())
+    except KeyboardInterrupt:
+        _stopping.set()  # where a process was killed the pool itself ends the others, before their parent hears of it
+        raise
