@@ -94,6 +94,18 @@ def test_ctrl_c_does_not_reach_the_first_process_either():
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
+def test_there_are_no_more_processes_than_the_system_can_wait_for(monkeypatch):
+    """Windows waits for 61 at most; of more Python makes no pool."""
+
+    def pool(count, *_):
+        raise UserError(f"{count} processes")
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(processes, "MAX_PROCESSES", 61)
+    with pytest.raises(UserError, match="^61 processes$"):
+        run(square, range(100 * processes.MIN_PICTURES), 100)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_error_is_told_whatever_the_number_of_workers(workers):
     with pytest.raises(UserError, match="^7 cannot be read$"):

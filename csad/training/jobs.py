@@ -23,7 +23,7 @@ from typing import Any
 
 from csad.cli import select
 from csad.errors import UserError, disk_is_full, sigterm_as_interrupt
-from csad.processes import end_with_parent, inherited_by_children
+from csad.processes import MAX_PROCESSES, end_with_parent, inherited_by_children
 from csad.progress import ProgressBar
 from csad.tasks import (
     Bars,
@@ -84,7 +84,7 @@ def on_this_machine(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any
     if args.jobs < 2:
         return one_after_another(jobs(args))
     names = jobs(argparse.Namespace(**vars(args) | {"dry_run": True}))
-    count = min(args.jobs, len(names))
+    count = min(args.jobs, len(names), MAX_PROCESSES)
     if count < 2:
         return one_after_another(jobs(args))
     context = beginnings_of(count)
