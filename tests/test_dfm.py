@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 
 import patch_memory
 from models import dfm
+from models.constants import MAP_QUANTILES
 
 CATEGORY = "discs"
 
@@ -113,6 +114,8 @@ def test_the_stage_writes_scores_and_maps(category, tmp_path):
         "val": (5, 64, 64),
         **{split: (2, 64, 64) for split in layouts.SPLITS},
     }
+    # Comparable with other branches' maps, as those of the exported model are.
+    np.testing.assert_allclose(np.quantile(maps["val"], MAP_QUANTILES), (0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", [layouts.LOGICAL, layouts.STRUCTURAL])
