@@ -57,6 +57,34 @@ def test_the_map_is_largest_where_something_is_new():
     assert [int(index) // 8 for index in np.unravel_index(int(shown[1].argmax()), (64, 64))] == [5, 2]
 
 
+class OnMps(torch.Tensor):
+    """A tensor that says that it is on Apple's MPS, which has neither float64 nor eigh."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.double, torch.linalg.eigh):
+            raise TypeError("the MPS framework doesn't support float64")
+        if function is torch.Tensor.to and args[1] == torch.device("cpu"):
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_it_is_fitted_on_a_device_without_float64(monkeypatch):
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda tensor, device: (
+            moved.append(device) or (tensor if device == OnMps.device else to(tensor, device))
+        ),
+    )
+    mean, components = dfm.fit_pca(drawn(5).as_subclass(OnMps))
+    torch.testing.assert_close((mean, components), dfm.fit_pca(drawn(5)))
+    assert moved[1:3] == [OnMps.device] * 2
+
+
 def test_errors_of_held_out_images_are_those_of_other_good_images():
     """Of the images that a PCA was fitted to they are far smaller, which would pass for what is usual."""
     train, others = drawn(40, noise=1.0), drawn(60, seed=1, noise=1.0)
