@@ -114,7 +114,7 @@ def inherited_by_children(count: int) -> Iterator[None]:
     os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // count))))
     signals = None
     if hasattr(signal, "pthread_sigmask"):
-        from multiprocessing import resource_tracker  # Windows has none
+        from multiprocessing import resource_tracker  # of POSIX
 
         resource_tracker.ensure_running()  # its start, else that of the first process, would let Ctrl-C through again
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -16,10 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csad.cli import select
 from csad.errors import UserError, disk_is_full, sigterm_as_interrupt
@@ -38,6 +37,9 @@ from csad.tasks import (
     traceback_if_bug,
     wait_for_all,
 )
+
+if TYPE_CHECKING:  # some systems have none, and need none without --jobs
+    from multiprocessing.synchronize import Event
 
 _stopping: Event  # of a process of the pool: whether jobs that wait in its queue are not to begin any more
 
