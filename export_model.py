@@ -128,7 +128,8 @@ def summarise(args: argparse.Namespace, results: dict[str, dict | None]) -> None
         if reports:
             export_tables.write(reports, seed_workspace)
         runs.append({report["category"]: {name: report[name] for name in figures} for report in reports})
-    if args.seeds and all(runs):
+    # Where jobs failed, averages over other categories in each seed would say nothing.
+    if args.seeds and runs[0] and all(run.keys() == runs[0].keys() for run in runs):
         lines = seeds.table(seeds.over_seeds(runs), args.seeds)
         target = workspace.over_seeds(f"export_report_{args.format}_{args.precision}")
         files.write_text(target, "\n".join(lines) + "\n")

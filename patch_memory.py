@@ -101,7 +101,7 @@ def fit_dfm(job: Job) -> None:
             errors[split] = model(pooled_maps(job, paths, f"score test images, {split}"))
         run.write_scores(
             {split: model.score(values).cpu().numpy() for split, values in errors.items()},
-            {split: model.anomaly_map(values).cpu().numpy() for split, values in errors.items()},
+            {split: model.scaled(values).cpu().numpy() for split, values in errors.items()},
         )
 
 

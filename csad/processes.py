@@ -29,6 +29,7 @@ from csad.progress import ProgressBar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MIN_PICTURES = 8  # pictures for each process, or starting it takes longer than it saves
+MAX_PROCESSES = 61 if sys.platform == "win32" else sys.maxsize  # that Windows can wait for at a time
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _work: Callable[[Any], Any]  # of a worker process
 
@@ -75,7 +76,7 @@ def map_pictures(
         bar.update()
         return result
 
-    workers = min(workers, len(pictures) // MIN_PICTURES)
+    workers = min(workers, len(pictures) // MIN_PICTURES, MAX_PROCESSES)
     if workers < 2:
         return [counted(work(picture)) for picture in pictures]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
@@ -113,6 +114,9 @@ def inherited_by_children(count: int) -> Iterator[None]:
     os.environ.update(dict.fromkeys(THREADS, str(max(1, cores() // count))))
     signals = None
     if hasattr(signal, "pthread_sigmask"):
+        from multiprocessing import resource_tracker  # of POSIX
+
+        resource_tracker.ensure_running()  # its start, else that of the first process, would let Ctrl-C through again
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -89,7 +89,9 @@ def fit_pca(pooled: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean (1, D) and components (K, D), the fewest that explain `VARIANCE`; D = C * 64.
     """
-    features = pooled.flatten(1).double()
+    # MPS has neither float64 nor eigh.
+    device = torch.device("cpu") if pooled.device.type == "mps" else pooled.device
+    features = pooled.flatten(1).to(device).double()
     mean = features.mean(0, keepdim=True)
     centred = features - mean
     values, vectors = torch.linalg.eigh(centred @ centred.T)
@@ -100,7 +102,7 @@ def fit_pca(pooled: Tensor) -> tuple[Tensor, Tensor]:
     # Images that are all alike have no directions: rows of zeros.
     lengths = components.norm(dim=1, keepdim=True)
     components = torch.where(lengths > 1e-6, components / lengths.clamp(min=1e-6), 0)
-    return mean.float(), components.float()
+    return mean.float().to(pooled.device), components.float().to(pooled.device)
 
 
 def held_out_errors(pooled: Tensor) -> Tensor:

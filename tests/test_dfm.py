@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 
 import patch_memory
 from models import dfm
+from models.constants import MAP_QUANTILES
 
 CATEGORY = "discs"
 
@@ -54,6 +55,34 @@ def test_the_map_is_largest_where_something_is_new():
     shown = model.scaled(errors)
     assert shown.shape == (2, 64, 64) and shown[1].max() > 1
     assert [int(index) // 8 for index in np.unravel_index(int(shown[1].argmax()), (64, 64))] == [5, 2]
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says that it is on Apple's MPS, which has neither float64 nor eigh."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.double, torch.linalg.eigh):
+            raise TypeError("the MPS framework doesn't support float64")
+        if function is torch.Tensor.to and args[1] == torch.device("cpu"):
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_it_is_fitted_on_a_device_without_float64(monkeypatch):
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda tensor, device: (
+            moved.append(device) or (tensor if device == OnMps.device else to(tensor, device))
+        ),
+    )
+    mean, components = dfm.fit_pca(drawn(5).as_subclass(OnMps))
+    torch.testing.assert_close((mean, components), dfm.fit_pca(drawn(5)))
+    assert moved[1:3] == [OnMps.device] * 2
 
 
 def test_errors_of_held_out_images_are_those_of_other_good_images():
@@ -113,6 +142,8 @@ def test_the_stage_writes_scores_and_maps(category, tmp_path):
         "val": (5, 64, 64),
         **{split: (2, 64, 64) for split in layouts.SPLITS},
     }
+    # Comparable with other branches' maps, as those of the exported model are.
+    np.testing.assert_allclose(np.quantile(maps["val"], MAP_QUANTILES), (0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", [layouts.LOGICAL, layouts.STRUCTURAL])

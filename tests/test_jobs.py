@@ -1,11 +1,17 @@
 """Categories and seeds side by side in processes of this machine (--jobs): the same bytes, whatever ends them meanwhile."""
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+
+from csad import tasks
+from csad.training import jobs
 
 import pytest
 from conftest import make_three_categories
@@ -100,6 +106,32 @@ def working(driver: int) -> list[int]:
     return [
         child for child, parent in parents.items() if parents.get(parent) == driver and seconds[child] > 4
     ]
+
+
+def note_and_wait(name: str, folder: Path) -> None:
+    (folder / name).touch()
+    time.sleep(2)
+
+
+def waiting_jobs(args: argparse.Namespace) -> dict[str, tasks.Task]:
+    return {
+        name: tasks.Task(SimpleNamespace(name=name), None, partial(note_and_wait, name, args.folder))
+        for name in "abcdef"
+    }
+
+
+def test_no_job_begins_after_an_interruption(tmp_path, monkeypatch):
+    """A pool's queue holds further jobs, which would otherwise run to their ends, hours perhaps."""
+
+    def interrupt(bars: tasks.Bars, names: object) -> None:
+        if len(list(tmp_path.iterdir())) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks.Bars, "show", interrupt)
+    args = argparse.Namespace(folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.side_by_side(args, waiting_jobs, waiting_jobs(args), 2, jobs.beginnings_of(2))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_cluster_and_processes_of_this_machine_are_not_for_one_run(dataset, tmp_path):

@@ -607,6 +607,21 @@ def test_watching_goes_on_where_it_was(tmp_path, engine):
     assert len(lines(tmp_path)) == len(rows(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("cut", ["b.png,anomal", '"b\n', '"b\nc"', ""])
+def test_watching_goes_on_after_a_row_that_was_cut_off(tmp_path, cut):
+    paths = [write(tmp_path / "in" / name, 10) for name in ("a.png", "b.png")]
+    table = tmp_path / "out/predictions.csv"
+    for path in paths:
+        with predictions.Output(tmp_path / "out", {}, go_on=True) as output:
+            output.write(verdicts.Verdict(path, "anomalous", 1.0, 2.0))
+        if path == paths[0]:
+            table.write_text(table.read_text() + cut if cut else "")  # the disk was full
+    expected = paths if cut else paths[1:]
+    assert [(row["image"], row["verdict"]) for row in rows(tmp_path)] == [
+        (str(path), "anomalous") for path in expected
+    ]
+
+
 def test_watching_started_again_scores_only_what_is_new(engine, run, tmp_path, monkeypatch):
     folder, polls = tmp_path / "in", []
     write(folder / "a.png", 10)

@@ -79,6 +79,33 @@ def test_workers_have_one_thread_each_and_import_no_script():
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked")
+def test_ctrl_c_does_not_reach_the_first_process_either():
+    """Starting the first one starts Python's resource tracker, which lets Ctrl-C through again."""
+    script = (
+        "import signal\nfrom multiprocessing import resource_tracker\n"
+        "from csad.processes import inherited_by_children\n"
+        "with inherited_by_children(2):\n"
+        "    resource_tracker.ensure_running()\n"
+        "    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+        "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_there_are_no_more_processes_than_the_system_can_wait_for(monkeypatch):
+    """Windows waits for 61 at most; of more Python makes no pool."""
+
+    def pool(count, *_):
+        raise UserError(f"{count} processes")
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(processes, "MAX_PROCESSES", 61)
+    with pytest.raises(UserError, match="^61 processes$"):
+        run(square, range(100 * processes.MIN_PICTURES), 100)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_error_is_told_whatever_the_number_of_workers(workers):
     with pytest.raises(UserError, match="^7 cannot be read$"):

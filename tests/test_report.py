@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 from conftest import status_of
 
+import export_model
 from models.fusion import fused_map
 
 
@@ -441,6 +443,22 @@ def test_averages_are_of_what_was_measured_and_say_so():
         "70.500" in line and line.endswith("(1 of 2 categories)") for line in seeds.table(found, [0, 1])
     )
     assert found["a"]["structural"].note == "0 of 2 seeds"
+
+
+@pytest.mark.parametrize("failed", [None, "a, seed 1", "b, seed 0"])
+def test_exports_over_seeds_are_summarised_where_all_were_evaluated(tmp_path, monkeypatch, failed):
+    categories = [argparse.Namespace(name=name) for name in "ab"]
+    monkeypatch.setattr(export_model, "select", lambda args: (Workspace(tmp_path), None, categories, {}))
+    monkeypatch.setattr(export_model.export_tables, "write", lambda reports, workspace: None)
+    figures = dict.fromkeys((*export_model.export_tables.AUROCS, "ms_per_image"), 90.0)
+    results = {
+        name: {"category": name[0], **figures}
+        for name in ("a, seed 0", "b, seed 0", "a, seed 1", "b, seed 1")
+        if name != failed
+    }
+    args = argparse.Namespace(seeds=[0, 1], format="torch", precision="fp32")
+    export_model.summarise(args, results)
+    assert Workspace(tmp_path).over_seeds("export_report_torch_fp32").exists() == (failed is None)
 
 
 class OneDefectOfBothKinds:

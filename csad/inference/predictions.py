@@ -88,7 +88,9 @@ class Output:
         mode = "a" if self.go_on and log.exists() else "w"
         if mode == "w":
             self.table.unlink(missing_ok=True)
-        fresh = mode == "w" or not self.table.exists()
+        if self.table.exists():
+            self._drop_torn_row()
+        fresh = not self.table.exists() or not self.table.stat().st_size
         if not fresh:
             self._complete_header()
         self.csv = open(self.table, mode, newline="", encoding="utf-8", errors="backslashreplace")
@@ -97,6 +99,15 @@ class Output:
         if fresh:
             self.rows.writerow(COLUMNS)
         return self
+
+    def _drop_torn_row(self) -> None:
+        """Take away a last row that a crash or a full disk cut off: the next one would be appended to it."""
+        content = self.table.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        while content.count(b'"', 0, whole) % 2:  # within a cell
+            whole = content.rfind(b"\n", 0, whole - 1) + 1
+        if whole < len(content):
+            files.write_bytes(self.table, content[:whole])
 
     def _complete_header(self) -> None:
         """Add columns that the table of an earlier version lacks at its end; its rows stay as they are."""

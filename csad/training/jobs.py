@@ -18,11 +18,11 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csad.cli import select
 from csad.errors import UserError, disk_is_full, sigterm_as_interrupt
-from csad.processes import end_with_parent, inherited_by_children
+from csad.processes import MAX_PROCESSES, end_with_parent, inherited_by_children
 from csad.progress import ProgressBar
 from csad.tasks import (
     Bars,
@@ -37,6 +37,11 @@ from csad.tasks import (
     traceback_if_bug,
     wait_for_all,
 )
+
+if TYPE_CHECKING:  # some systems have none, and need none without --jobs
+    from multiprocessing.synchronize import Event
+
+_stopping: Event  # of a process of the pool: whether jobs that wait in its queue are not to begin any more
 
 
 def run_jobs(
@@ -81,7 +86,7 @@ def on_this_machine(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any
     if args.jobs < 2:
         return one_after_another(jobs(args))
     names = jobs(argparse.Namespace(**vars(args) | {"dry_run": True}))
-    count = min(args.jobs, len(names))
+    count = min(args.jobs, len(names), MAX_PROCESSES)
     if count < 2:
         return one_after_another(jobs(args))
     context = beginnings_of(count)
@@ -140,8 +145,10 @@ def side_by_side(
 
 @contextmanager
 def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose jobs save their progress where this process is interrupted; a second Ctrl-C ends them at once."""
-    pool = ProcessPoolExecutor(count, context, begin)
+    """A pool whose jobs save their progress where this process is interrupted, and of which none begins after that; a second
+    Ctrl-C ends them at once."""
+    stopping = context.Event()
+    pool = ProcessPoolExecutor(count, context, begin, (stopping,))
     try:
         yield pool
     except BrokenProcessPool as problem:
@@ -150,6 +157,8 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
             "command again, with fewer --jobs"
         ) from problem
     except BaseException:
+        # The pool hands out more jobs than it has processes, and takes none of these back.
+        stopping.set()
         for child in multiprocessing.active_children():
             child.terminate()
         raise
@@ -162,14 +171,22 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
             raise
 
 
-def begin() -> None:
+def begin(stopping: Event) -> None:
     """Prepare a process: Ctrl-C reaches all of a terminal, and is for their parent to hand on."""
+    global _stopping
+    _stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def perform(jobs: Jobs, args: argparse.Namespace, name: str, folder: Path) -> Outcome:
-    """Do one job in a process of the pool."""
+    """Do one job in a process of the pool; KeyboardInterrupt where it was interrupted, or any other one before it began."""
+    if _stopping.is_set():
+        raise KeyboardInterrupt
     tell_progress_in(path_of(folder, name).with_suffix(".bar"))
-    with sigterm_as_interrupt():
-        return outcome_of(lambda: jobs(args)[name].do())
+    try:
+        with sigterm_as_interrupt():
+            return outcome_of(lambda: jobs(args)[name].do())
+    except KeyboardInterrupt:
+        _stopping.set()  # where a process was killed the pool itself ends the others, before their parent hears of it
+        raise
