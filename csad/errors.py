@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import io
+import math
 import os
 import pickle
 import shlex
@@ -13,6 +14,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ DAMAGED = (
 )
 UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path is, as it is
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL = 2  # seconds within which two SIGTERMs are one
 _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
 
 
@@ -185,13 +188,14 @@ def user_message(problem: Exception) -> str | None:
 def defer_interrupts() -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C or SIGTERM, so that a training step or a picture that was begun is finished first.
 
-    Yields a function that says whether one came; loops ask it after every step. A second one ends the run at once.
+    Yields a function that says whether one came; loops ask it after every step. A second one ends the run at once, but for a
+    SIGTERM right after the first: systems end whole groups of processes, and a parent hands it on to its jobs besides.
     A signal that is ignored stays ignored. Outside the main thread, which alone receives signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came = False
+    came = math.inf  # when, by `time.monotonic`
     before = {
         number: signal.getsignal(number)
         for number in SIGNALS
@@ -204,14 +208,18 @@ def defer_interrupts() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: object) -> None:
         nonlocal came
-        came = True
+        if number == signal.SIGTERM and 0 <= time.monotonic() - came < SAME_SIGNAL:
+            return
         _note_signal(number)
-        restore()
+        if came < math.inf:
+            restore()
+            signal.raise_signal(number)
+        came = time.monotonic()
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: came
+        yield lambda: came < math.inf
     finally:
         restore()
 

@@ -256,6 +256,27 @@ def test_what_is_interrupted_says_so_and_ends_as_shells_expect(number, status, d
     assert capsys.readouterr().err.startswith("interrupted; everything finished so far is kept")
 
 
+@pytest.mark.parametrize(
+    "first, second, at_once", [("SIGTERM", "SIGTERM", False), ("SIGINT", "SIGINT", True)]
+)
+def test_sigterm_twice_in_a_moment_is_one_and_ctrl_c_twice_ends_at_once(first, second, at_once):
+    """A whole group of processes gets SIGTERM from the system, and a job once more from its parent."""
+    reached = []
+
+    def main():
+        with defer_interrupts() as interrupted:
+            signal.raise_signal(signal.Signals[first])
+            signal.raise_signal(signal.Signals[second])
+            reached.append(interrupted())
+
+    if at_once:
+        with pytest.raises(SystemExit):
+            run_script(main)
+    else:
+        run_script(main)
+    assert reached == ([] if at_once else [True])
+
+
 def test_an_interruption_may_say_what_is_kept(capsys):
     def main():
         raise KeyboardInterrupt("interrupted; half is written")
