@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from csad.data.listing import count
 from csad.errors import UserError
 from csad.export.versions import versions
 from csad.progress import ProgressBar
@@ -149,7 +150,7 @@ def machine_in_words(machine: dict[str, Any]) -> str:
     """In half a line, for people."""
     sets = f" ({', '.join(machine['instruction_sets'])})" if machine["instruction_sets"] else ""
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
-    return f"{machine['cpu']}{sets}, {machine['cores']} cores, {machine['threads']} threads{device}"
+    return f"{machine['cpu']}{sets}, {count(machine['cores'], 'core')}, {count(machine['threads'], 'thread')}{device}"
 
 
 def _cpuinfo(field: str) -> list[str]:
