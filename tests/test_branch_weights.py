@@ -91,7 +91,7 @@ def test_a_histogram_alone_counts_whatever_it_finds():
     alone = {
         kind: Defects(of_kind.contributions[:, :1], of_kind.strengths) for kind, of_kind in kinds.items()
     }
-    assert choose(good[:, :1], alone, ["patchhist"], ["patchhist"]).weights.keys() == {"patchhist"}
+    assert choose(good[:, :1], alone, ["patchhist"], ["patchhist"]).weights == {"patchhist": 0.5}
 
 
 def test_what_the_histogram_notices_is_measured_on_training_images_held_out():

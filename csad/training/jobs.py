@@ -82,13 +82,13 @@ def on_a_cluster(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], 
 
 def on_this_machine(args: argparse.Namespace, jobs: Jobs) -> tuple[dict[str, Any], dict[str, str]]:
     """Do every job, ``args.jobs`` at a time; see `csad.cluster.remote_jobs.run`."""
-    if args.jobs < 2:
-        return one_after_another(jobs(args))
-    names = jobs(argparse.Namespace(**vars(args) | {"dry_run": True}))
-    count = min(args.jobs, len(names), MAX_PROCESSES)
+    count = args.jobs
+    if count > 1:
+        names = jobs(argparse.Namespace(**vars(args) | {"dry_run": True}))
+        count = min(count, len(names), MAX_PROCESSES)
     if count < 2:
         return one_after_another(jobs(args))
-    context = beginnings_of(count)
+    context = beginnings_of(count)  # first, so that it imports while this process prepares the jobs
     return side_by_side(args, jobs, jobs(args), count, context)
 
 
