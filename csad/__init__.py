@@ -19,7 +19,7 @@ from types import TracebackType
 __version__ = "0.1.0"
 # Of everything that one run writes and another reads: provenance, checkpoints, progress, and exported models. Raise it with every
 # change after which older files would mean something else, also where only what is computed changes.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # What decides it; the second, where somebody set it, decides alone.
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPINS = "1000"  # instead of 300,000; what GNU's OpenMP takes itself where it sees more threads of its own than cores

@@ -145,13 +145,19 @@ class FusedModel(nn.Module):
         """A branch's scores (B,) -> what it adds to the fused ones, (B,)."""
         mean, std = (getattr(self, f"{BRANCHES[branch].statistics}_{end}") for end in ("mean", "std"))
         z = (score - mean) / std
-        return self.weights[branch] * (F.softplus(z) if self.rule == "softplus" else z)
+        return self.weights[branch] * (softplus(z) if self.rule == "softplus" else z)
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp z), positive whatever runs it: of z below -10 OpenVINO's Softplus is off by 2e-6 to either side of 0,
+    which has no root, while exp z is the same there to four digits."""
+    return torch.where(z < -10, z.exp(), F.softplus(z))
 
 
 def fused_map(branch_maps: Tensor, contributions: Tensor, rule: str) -> Tensor:
     """As `models.fusion.fused_map`: branch maps (B, K, h, w), contributions (B, K) -> (B, h, w)."""
     positive = branch_maps.clamp(min=0)
-    strengths = contributions if rule == "softplus" else F.softplus(contributions)
+    strengths = contributions if rule == "softplus" else softplus(contributions)
     heights = strengths**STRENGTH_EXPONENT / positive.amax((2, 3)).clamp(min=1) ** MAXIMUM_EXPONENT
     return (positive * heights[:, :, None, None]).sum(1)
 

@@ -12,11 +12,13 @@ from csad.inference.runtimes import OnnxEngine, TorchEngine
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from PIL import Image
 
-from models.fused import attach_metadata, metadata
+from models.fused import attach_metadata, fused_map, metadata, softplus
+from models.fusion import STRENGTH_EXPONENT
 from tests.test_deploy import SIZES, state_of, with_edges
 
 KINDS = ("paper", "all", "tiles", "replicate")
@@ -178,16 +180,19 @@ class Reference:
         from models.prediction import Prediction
 
         share = next(self.shares)
-        return Prediction(share.sum(keepdims=True), share[None], None, None, np.ones((1, 256, 256), np.uint8))
+        return Prediction(
+            share.sum(keepdims=True), share[None], MAPS[:1], None, np.ones((1, 256, 256), np.uint8)
+        )
 
     def arrangement_scores(self, label_map):
         return self.all[:, 0] + (label_map == 2).any((1, 2))
 
 
 SHARES = np.random.default_rng(5).normal(size=(16, 2)) * (1, 4)
+MAPS = np.full((16, 64, 64), 0.2, np.float32)  # of all pictures the same
 
 
-def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True) -> str | None:
+def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True, maps=MAPS) -> str | None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
     reference = Reference(SHARES)
@@ -195,7 +200,7 @@ def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True)
     labels = np.ones((16, 256, 256), np.uint8) if labels is None else labels
     given = np.asarray(given, dtype=float)
     found = fresh_process.Scored(
-        given.sum(1), given.sum(1), *((given, labels) if with_branches else (None, None)), {}, {}, "cpu"
+        given.sum(1), given.sum(1), *((given, maps, labels) if with_branches else (None,) * 3), {}, {}, "cpu"
     )
     return agreement.disagreement(reference, [picture] * 16, found, exactly)
 
@@ -238,6 +243,42 @@ def test_a_pixel_that_two_classes_tie_for_moves_the_histogram_with_reason(tmp_pa
     small[3, 0] += 0.1
     assert judged(tmp_path, small, with_branches=False) is None  # nobody can tell
     assert judged(tmp_path, moved, with_branches=False)
+
+
+def test_a_map_that_is_not_finite_or_looks_otherwise_is_seen(tmp_path):
+    for exactly in (True, False):
+        assert judged(tmp_path, SHARES, maps=MAPS * 1.001, exactly=exactly) is None
+        for value in (np.nan, np.inf, 9.7e3):
+            wild = MAPS.copy()
+            wild[7, 10, 20] = value
+            assert judged(tmp_path, SHARES, maps=wild, exactly=exactly)
+        assert "the anomaly map is off" in judged(tmp_path, SHARES, maps=0 * MAPS, exactly=exactly)
+    missing = MAPS.copy()
+    missing[3] = 0
+    assert "the anomaly map is off by up to 1" in judged(tmp_path, SHARES, maps=missing)
+    assert judged(tmp_path, SHARES, maps=MAPS * 1.1, exactly=False) is None
+
+
+def test_what_very_normal_scores_add_is_positive_in_every_runtime():
+    """OpenVINO's own Softplus is below 0 there by up to 2e-6, and the root of that is no number: a map of NaN."""
+
+    class Fusion(torch.nn.Module):
+        def forward(self, z, maps):
+            added = softplus(z)
+            return added, fused_map(maps, added, "softplus"), fused_map(maps, z, "sum")
+
+    z = torch.arange(-80, 20, 0.01).view(-1, 2)
+    arguments = z, torch.ones(len(z), 2, 1, 1)
+    expected = np.logaddexp(0, z.double().numpy())
+    maps = (expected**STRENGTH_EXPONENT).sum(1)
+    graph = openvino.convert_model(Fusion(), example_input=arguments)
+    for precision, rtol in (("f32", 0.02), ("bf16", 0.1)):
+        config = {"INFERENCE_PRECISION_HINT": precision}
+        answers = openvino.compile_model(graph, "CPU", config)([each.numpy() for each in arguments])
+        for actual, values in zip(answers.values(), (expected, maps, maps)):
+            np.testing.assert_allclose(actual.squeeze(), values, rtol=rtol, atol=1e-30)
+    for actual, values in zip(Fusion()(*arguments), (expected, maps, maps)):
+        np.testing.assert_allclose(actual.squeeze(), values, rtol=1e-4)
 
 
 def test_the_spread_is_robust_and_has_a_floor():

@@ -1,4 +1,5 @@
-"""Whether an exported file gives the scores of the PyTorch model that it was made from, image by image and branch by branch.
+"""Whether an exported file gives the scores and maps of the PyTorch model that it was made from, image by image and branch by
+branch.
 
 Every new export is asked, on validation images, in a process of its own (`csad.export.fresh_process`), before it takes the old
 one's place. A difference is measured in units of the PyTorch scores' spread over these images, as what matters is whether one
@@ -30,6 +31,9 @@ TOLERATED_ROUGHLY = 0.2
 TOLERATED_PIXELS = (
     1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
 )
+# Of an anomaly map's mean, by which one differs on average: of any image in fp32, of all in other precisions.
+TOLERATED_MAP, TOLERATED_MAP_ROUGHLY = 0.05, 0.5
+FAINT = 0.05  # a mean that is no larger is taken as this, so that nothing is asked of maps of next to nothing
 TIES = 0.25  # of the images may differ by more, up to `TOLERATED_ROUGHLY`, where the model does not give its label maps
 
 
@@ -46,7 +50,7 @@ def accept(path: Path, reference: TorchEngine, category: layouts.Category, devic
     exactly = metadata.get("precision", "fp32") == "fp32" and scored.device.startswith("cpu")
     if problem := disagreement(reference, [paths[index] for index in compared], scored, exactly):
         raise UserError(
-            f"{category.name}: the new {path.name} does not give PyTorch's scores of {len(compared)} validation "
+            f"{category.name}: the new {path.name} does not give PyTorch's results for {len(compared)} validation "
             f"images, so it is not kept and an earlier one stays as it is: {problem}"
         )
     exported_thresholds.write_metadata(path, metadata)
@@ -66,7 +70,7 @@ def spread(scores: np.ndarray) -> float:
 def disagreement(
     reference: TorchEngine, pictures: Sequence[Path], scored: Scored, exactly: bool
 ) -> str | None:
-    """How an exported model's scores of pictures differ from PyTorch's by more than is tolerated; None: they do not.
+    """How an exported model's scores and maps of pictures differ from PyTorch's by more than is tolerated; None: they do not.
 
     Args:
         reference: the model in fp32 on the CPU.
@@ -74,13 +78,13 @@ def disagreement(
         scored: what the exported model gave.
         exactly: it ran in fp32 on the CPU.
     """
-    given = [scores for scores in (scored.score, scored.branch_scores) if scores is not None]
-    if not all(np.isfinite(scores).all() for scores in given):
+    given = (scored.score, scored.branch_scores, scored.anomaly_map)
+    if not all(np.isfinite(values).all() for values in given if values is not None):
         return "it gives numbers that are not finite"
     expected = [reference.predict(read_for(reference, [path])) for path in pictures]
-    contributions, label_maps = (
+    contributions, maps, label_maps = (
         np.concatenate([getattr(prediction, name) for prediction in expected])
-        for name in ("branch_scores", "label_map")
+        for name in fresh_process.WITH_MAPS
     )
     names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
     if scored.branch_scores is not None:
@@ -107,4 +111,8 @@ def disagreement(
                 f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
                 f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
             )
+    if scored.anomaly_map is not None:
+        apart = np.abs(maps - scored.anomaly_map).mean((1, 2)) / np.maximum(maps.mean((1, 2)), FAINT)
+        if apart.max() > TOLERATED_MAP if exactly else apart.mean() > TOLERATED_MAP_ROUGHLY:
+            return f"the anomaly map is off by up to {apart.max():.2g} of its mean ({apart.mean():.2g} on average)"
     return None

@@ -24,14 +24,17 @@ import numpy as np
 # What glibc fills fresh memory with, where it is not told otherwise: a runtime that reads such memory is found out.
 MEMORY_IS_FILLED = {"MALLOC_PERTURB_": "170"}
 
+WITH_MAPS = ("branch_scores", "anomaly_map", "label_map")
+
 
 class Scored(NamedTuple):
     """What an exported model says about pictures, of which n were scored with maps; K branches, see `models.prediction`."""
 
-    scores: np.ndarray  # (N,), of all; not always finite, as the next two
+    scores: np.ndarray  # (N,), of all; not always finite, as the next three
     score: np.ndarray  # (n,)
     # (n, K); None: the model was exported without maps and gives the score alone.
     branch_scores: np.ndarray | None
+    anomaly_map: np.ndarray | None  # (n, 64, 64), the same way
     label_map: np.ndarray | None  # (n, 256, 256) uint8, the same way
     metadata: dict[str, Any]
     networks: dict[str, str]  # in which precision they ran, `csad.inference.engines.Engine.networks`
@@ -80,8 +83,7 @@ def score(
     return Scored(
         arrays["score"],
         arrays["score"][list(with_maps)],
-        arrays.get("branch_scores"),
-        arrays.get("label_map"),
+        *(arrays.get(name) for name in WITH_MAPS),
         **fields,
     )
 
@@ -106,7 +108,7 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, A
     with_maps = set(request["with_maps"]) if engine.has_maps else set()
     arrays: dict[str, list[np.ndarray]] = {"score": []}
     if with_maps:
-        arrays |= {"branch_scores": [], "label_map": []}
+        arrays |= {name: [] for name in WITH_MAPS}
     bar = ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
     for index, path in enumerate(bar):
         picture = read_for(engine, [Path(path)])
