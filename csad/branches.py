@@ -20,9 +20,11 @@ class Branch:
     section: str  # of the settings, under which its provenance has them
     statistics: str  # how the exported model's buffers begin that normalise its score
     alias: str = ""  # a second name under which its scores are written
-    # Of the rule softplus: how many stds over the mean a score begins to count, and how sharply (docs/beyond.md, fusion).
+    # Of the rule softplus (docs/beyond.md, fusion): from how many stds a score counts, how sharply, and whether those of
+    # held-out training images, of which a few lie far out, are among the scores of good ones.
     dead_zone: float = 1.5
     sharpness: float = 3
+    held_out: bool = False
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -41,8 +43,9 @@ BRANCHES: dict[str, Branch] = {
             "fc2.conv3.weight",
             "segmentor",
             "patch_hist",
-            dead_zone=2,
+            dead_zone=2.25,
             sharpness=6,
+            held_out=True,
         ),
         # The alias is the published README's name.
         Branch(

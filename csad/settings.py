@@ -233,7 +233,7 @@ class FusionSettings(Section):
     rule: Literal["sum", "softplus"] = Field(
         "sum",
         description="of the branches' scores z: sum (the paper), or softplus, the sum of log(1 + exp(3 (z - 1.5))), of the "
-        "patch histogram log(1 + exp(6 (z - 2))), in which a very normal score of one branch cannot cancel an anomalous "
+        "patch histogram log(1 + exp(6 (z - 2.25))), in which a very normal score of one branch cannot cancel an anomalous "
         "score of another",
     )
 

@@ -9,6 +9,7 @@ from csad.branches import BRANCHES
 import numpy as np
 
 TRIMMED = (0.2, 0.8)  # quantiles between which a validation score counts
+UPPER, UPPER_Z = 0.9, 1.2816  # a quantile, and where the normal distribution has it
 EXPORTED_STD_FLOOR = 1e-3  # in the exported model, a std up to this one counts as none
 # The fused map: powers of what a branch adds to the score, and of its map's maximum, by which the map is divided.
 STRENGTH_EXPONENT, MAXIMUM_EXPONENT = 0.1, 0.75
@@ -50,13 +51,26 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
     return float(validation.mean()), std if std > std_floor else 1.0
 
 
+def fit_upper_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]:
+    """Median, and as the std by how much the 90 % quantile is larger, in the normal distribution's units, but at least half the
+    std of all scores; arguments and errors as of `fit_trimmed_z`.
+
+    Of held-out images a few lie far out, where what was fitted to the others has to extrapolate. They would make the std larger,
+    and anomalies smaller, than all the others let one expect.
+    """
+    fit_z(validation)
+    median, upper = np.quantile(validation, (0.5, UPPER))
+    std = max(float(upper - median) / UPPER_Z, float(np.std(validation)) / 2)
+    return float(median), std if std > std_floor else 1.0
+
+
 def fit_normalisation(
     validation: np.ndarray, branch: str, rule: str, std_floor: float = 0.0
 ) -> tuple[float, float]:
     """By what a branch's scores are normalised before they are added: trimmed z (sum), or (softplus) z by all scores of good
     images, less the branch's dead zone, times its sharpness, so that what good images reach adds next to nothing."""
     if rule == "softplus":
-        mean, std = fit_z(validation, std_floor)
+        mean, std = (fit_upper_z if BRANCHES[branch].held_out else fit_z)(validation, std_floor)
         return mean + BRANCHES[branch].dead_zone * std, std / BRANCHES[branch].sharpness
     return fit_trimmed_z(validation, std_floor)
 

@@ -17,6 +17,7 @@ from models.fusion import (
     contribution,
     fit_normalisation,
     fit_trimmed_z,
+    fit_upper_z,
     fit_z,
     fuse,
     fused_map,
@@ -54,7 +55,7 @@ def test_the_exported_model_takes_a_tiny_spread_for_none():
     assert fit_trimmed_z(scores, EXPORTED_STD_FLOOR)[1] == 1
 
 
-@pytest.mark.parametrize("fit", [fit_trimmed_z, fit_z])
+@pytest.mark.parametrize("fit", [fit_trimmed_z, fit_upper_z, fit_z])
 @pytest.mark.parametrize("scores", [[], [1.0, np.nan]])
 def test_z_refuses_what_it_cannot_use(scores, fit):
     with pytest.raises(ValueError, match="at least one validation score"):
@@ -75,13 +76,32 @@ def test_the_histogram_is_silent_where_good_images_scores_are_and_rises_as_the_o
     good = np.random.default_rng(0).normal(5, 2, 200)
 
     def added(branch, weight, z):
+        mean, std = (fit_upper_z if branch == "patchhist" else fit_z)(good)
         return weight * contribution(
-            apply_z(good.mean() + z * good.std(), *fit_normalisation(good, branch, "softplus")), "softplus"
+            apply_z(mean + z * std, *fit_normalisation(good, branch, "softplus")), "softplus"
         )
 
     assert added("patchhist", 0.5, 1) < 0.01 < 0.2 < added("memory", 1, 1)
     assert added("patchhist", 0.5, 12) - added("patchhist", 0.5, 10) == pytest.approx(6, abs=1e-6)
     assert added("memory", 1, 12) - added("memory", 1, 10) == pytest.approx(6, abs=1e-6)
+
+
+def test_a_few_held_out_images_far_out_do_not_hide_what_the_histogram_finds():
+    """Of 200, four lie ten standard deviations off, as they do on development sets."""
+    usual = np.random.default_rng(0).normal(5, 2, 196)
+    good = np.r_[usual, [25.0] * 4]
+    median, std = fit_upper_z(good)
+    assert median == pytest.approx(5, abs=0.3) and 1.8 < std < 2.2 < 3 < good.std()
+    counted_from = {name: fit_normalisation(good, name, "softplus")[0] for name in ("patchhist", "memory")}
+    assert counted_from["patchhist"] < 5 + 2.6 * 2 and counted_from["memory"] > 5 + 2.6 * 2
+    assert fit_normalisation(good, "patchhist", "sum") == fit_trimmed_z(good)
+
+
+def test_where_nearly_all_scores_are_the_same_the_rest_still_have_a_spread():
+    """One component alone: its label map is whole in 95 of 100 images. A tiny std would let the others shout."""
+    good = np.r_[np.zeros(95), np.full(5, 4.0)]
+    assert fit_upper_z(good) == (0, pytest.approx(good.std() / 2))
+    assert fit_upper_z([4.0, 4.0]) == (4, 1)
 
 
 def test_z_of_all_scores_that_are_equal_has_a_spread():

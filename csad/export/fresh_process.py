@@ -83,7 +83,9 @@ def score(
     return Scored(
         arrays["score"],
         arrays["score"][list(with_maps)],
-        *(arrays.get(name) for name in WITH_MAPS),
+        arrays.get("branch_scores"),
+        arrays.get("anomaly_map"),
+        arrays.get("label_map"),
         **fields,
     )
 
