@@ -563,18 +563,21 @@ def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     assert process.returncode == 4
 
 
-def test_a_score_that_is_no_number_is_never_normal(engine, run, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["score", "anomaly map"])
+def test_what_is_no_number_is_never_normal(what, engine, run, photos, tmp_path, monkeypatch):
     real = engine._run
 
     def broken(images, maps):
         found = real(images, maps)
-        found.score[0] = np.nan
+        getattr(found, what.replace(" ", "_"))[0] = np.nan
         return found
 
     monkeypatch.setattr(engine, "_run", broken)
     assert run(photos, "--threshold", 200) == 3
     assert [row["verdict"] for row in rows(tmp_path)] == ["undecided", "normal", "normal"]
-    assert lines(tmp_path)[0]["score"] is None
+    first = lines(tmp_path)[0]
+    assert f"the model gives an {what}" in first["problem"] if "map" in what else first["score"] is None
+    assert "not finite" in first["problem"]
     assert "NaN" not in (tmp_path / "out/predictions.jsonl").read_text()
 
 

@@ -158,7 +158,8 @@ def _verdict(picture: Picture, prediction: Prediction, engine: Engine, threshold
     """The verdict on one picture, by its own part of a batch's prediction; all but its score may be None."""
     score, has_maps = float(prediction.score), prediction.anomaly_map is not None
     if not math.isfinite(score) or (has_maps and not np.isfinite(prediction.anomaly_map).all()):
-        problem = f"the model gives a score that is not finite ({score}); export it again"
+        what = "an anomaly map" if math.isfinite(score) else f"a score ({score})"
+        problem = f"the model gives {what} that is not finite; export it again"
         return Verdict(picture.name, UNDECIDED, threshold, score, problem=problem)
     verdict = ANOMALOUS if score > threshold else NORMAL
     if not has_maps:
