@@ -387,7 +387,7 @@ def test_a_full_disk_leaves_openvinos_old_files(paths, tmp_path, monkeypatch):
 
 
 def test_runtimes_report_to_nobody(tmp_path):
-    """Their telemetry keeps identifiers in the home folder; here nothing that it sends would leave the machine."""
+    """Their telemetry keeps identifiers in the home folder; here nothing that it sends leaves the machine."""
     silencing = ("CI", "NNCF_CI", "NNCF_DEV", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in silencing}
     environment |= {

@@ -147,12 +147,12 @@ def requested_threads() -> int:
 def require_package(name: str) -> ModuleType:
     """Import a runtime, its telemetry switched off; UserError if it is not installed.
 
-    Left alone, onnxruntime (from 1.29) and OpenVINO report their use to their makers, the one with hashes of the model, and
-    keep an identifier in the home folder.
+    Left alone, onnxruntime (from 1.29) and OpenVINO report their use to their makers, the one with hashes of
+    the model, and keep an identifier in the home folder.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported, except on Windows
-    # OpenVINO's own switch is a file in the home folder, for all of a user's programs. Without this package, which NNCF takes,
-    # too, both send and write nothing.
+    # OpenVINO's own switch is a file in the home folder, for all of a user's programs. Without this package,
+    # which NNCF takes, too, both send and write nothing.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
     try:
         runtime = import_module(name)

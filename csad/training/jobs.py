@@ -173,7 +173,7 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
 
 
 def begin(stopping: Event, count: int) -> None:
-    """Prepare one of ``count`` processes: Ctrl-C reaches all of a terminal, and is for their parent to hand on."""
+    """Prepare one of ``count`` processes: Ctrl-C reaches all of a terminal, for their parent to hand on."""
     global _stopping
     _stopping = stopping
     share_cores(count)

@@ -197,7 +197,7 @@ def _leave_interrupts_to_the_loop(_: int) -> None:
 
 
 def drawing_workers(device: torch.device) -> int:
-    """How many processes should draw ahead: a GPU waits for pasted pictures, and CPU networks need the cores themselves.
+    """How many processes should draw ahead: a GPU waits for pasted pictures, CPU networks need the cores.
 
     Jobs side by side share the cores; one with a single core draws by a thread.
     """

@@ -57,7 +57,7 @@ def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor
 
 
 class Fitted(NamedTuple):
-    """What is fitted to the label maps of good images: the parameters that are written, and what they make."""
+    """What is fitted to the label maps of good images: parameters, as written, and the modules made of them."""
 
     parameters: dict[str, np.ndarray]  # see `models.patch_histogram.fit_parameters`
     detector: PatchHistogramDetector
@@ -137,8 +137,8 @@ def held_out_scores(fitted: Fitted) -> np.ndarray:
 
 
 def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: int) -> BestOnTest[Segmentor]:
-    """What chooses the weights by the AUROC on the test images, which are read once, of the scores that the stage would
-    write of them."""
+    """What chooses the weights by the AUROC on the test images, which are read once, by the scores that the
+    stage would write of them."""
     settings = job.settings.segmentor
     pictures = {
         name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_256).items()
