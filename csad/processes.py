@@ -42,7 +42,7 @@ def share_cores(count: int) -> None:
 
 
 def share_of(count: int) -> int:
-    """How many of ``count`` cores or processes this process may use where others do jobs beside it, at least 1."""
+    """How many of ``count`` cores or processes this process may use where others work beside it, at least 1."""
     return max(1, count // _sharers)
 
 

@@ -45,15 +45,15 @@ def choose_int8(
     if check.spread < quantisation.MIN_SPREAD:
         alike = "a single image has" if count == 1 else f"{count} images with the same score have"
         raise UserError(
-            f"{category.name}: what int8 does to the scores is measured in standard deviations of the validation "
-            f"images' scores, and {alike} none; add validation images, or take another --precision"
+            f"{category.name}: what int8 does to the scores is measured in standard deviations of the "
+            f"validation images' scores, and {alike} none; add validation images, or take another --precision"
         )
     model, kept, moved = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
     if not moved.suffices:
         raise UserError(
             f"{category.name}: int8 changes the scores more than it should ({moved}, on "
-            f"{counted(count, 'validation image')}), so the model is not exported and an earlier one stays as "
-            "it is; take another --precision"
+            f"{counted(count, 'validation image')}), so the model is not exported and an earlier one stays "
+            "as it is; take another --precision"
         )
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": moved._asdict()}
 

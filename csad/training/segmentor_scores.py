@@ -57,7 +57,7 @@ def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor
 
 
 class Fitted(NamedTuple):
-    """What is fitted to the label maps of good images: parameters, as written, and the modules made of them."""
+    """What is fitted to the label maps of good images: parameters, as written, and modules made of them."""
 
     parameters: dict[str, np.ndarray]  # see `models.patch_histogram.fit_parameters`
     detector: PatchHistogramDetector
