@@ -150,7 +150,7 @@ def require_package(name: str) -> ModuleType:
     Left alone, onnxruntime (from 1.29) and OpenVINO report their use to their makers, the one with hashes of
     the model, and keep an identifier in the home folder.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported, except on Windows
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import of onnxruntime, not on Windows
     # OpenVINO's own switch is a file in the home folder, for all of a user's programs. Without this package,
     # which NNCF takes, too, both send and write nothing.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
