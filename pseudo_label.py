@@ -25,7 +25,7 @@ from csad.data.listing import count as counted
 from csad.data.overview import layout_line
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
-from csad.processes import workers_option
+from csad.processes import share_of, workers_option
 from csad.progress import ProgressBar
 from csad.pseudo_labels.component_labels import feature_space, label_components, paint
 from csad.pseudo_labels.component_search import Search
@@ -85,8 +85,8 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
     backbone = agreed_backbone(args, workspace, device, with_deepest)
     tasks = {}
     for category in categories:
-        # Categories side by side share the cores, and a cluster fills its own by itself.
-        workers = 1 if args.ray else max(1, args.workers // min(args.jobs, len(categories)))
+        # Categories side by side share the processes, and a cluster fills its cores by itself.
+        workers = 1 if args.ray else share_of(args.workers)
         cfg = settings_of[category.name]
         stage = PseudoLabelStage(category, workspace, cfg, backbone, device, args, workers)
         if not args.ray:

@@ -35,11 +35,11 @@ from csad.training.schedules import cosine
 from csad.training.segmentor_scores import (
     SCORING_BATCH,
     best_on_test,
+    fit,
     held_out_scores,
     incomplete_maps,
     label_maps,
     score,
-    segment_twice,
     written,
 )
 from csad.training.segmentor_step import Batches, Sample, TrainingData, draw_sample, step_losses
@@ -47,8 +47,6 @@ from csad.training.stage import Job, training_jobs
 
 import torch
 
-from models.histogram_evidence import fit_evidence, fitted_evidence
-from models.patch_histogram import fit_parameters, fitted_detector
 from models.segmentor import Segmentor
 
 
@@ -99,20 +97,12 @@ def train_category(job: Job) -> None:
         train_maps = torch.cat([*label_maps(segmentor, job, train_images, "segment training images")])
         segmented = label_maps(segmentor, job, category.validation, "segment validation images")
         validation_maps = torch.cat([train_maps[:0], *segmented])
-        twice = incomplete = None
-        if settings.reliability:
-            twice = segment_twice(segmentor, job, train_images, train_maps)
-            incomplete = incomplete_maps(train_maps, job.seed)
-        parameters = fit_parameters(
-            train_maps, validation_maps, classes, settings.histogram_floor, twice, incomplete
-        )
-        files.write_arrays(parameter_file, **parameters)
-        detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
-        evidence, evidence_parameters = None, {}
-        if settings.evidence:
-            evidence_parameters = fit_evidence(train_maps, validation_maps, classes, twice)
-            evidence = fitted_evidence(evidence_parameters, classes)
-            files.write_arrays(evidence_file, **evidence_parameters)
+        incomplete = incomplete_maps(train_maps, job.seed) if settings.reliability else None
+        fitted = fit(segmentor, job, train_images, train_maps, validation_maps, classes, incomplete)
+        detector, evidence = fitted.detector, fitted.evidence
+        files.write_arrays(parameter_file, **fitted.parameters)
+        if evidence is not None:
+            files.write_arrays(evidence_file, **fitted.evidence_parameters)
 
         scores, maps = {}, {}
         scores["val"], maps["val"] = score(detector, evidence, validation_maps.split(SCORING_BATCH))
@@ -120,7 +110,7 @@ def train_category(job: Job) -> None:
             segmented = label_maps(segmentor, job, paths, f"segment test images, {split}")
             scores[split], maps[split] = score(detector, evidence, written(segmented, job, split))
         if settings.reliability:
-            scores[HELD_OUT] = held_out_scores(detector, parameters, evidence, evidence_parameters)
+            scores[HELD_OUT] = held_out_scores(fitted)
         else:  # those of an earlier run would be taken for this one's
             held_out_file.unlink(missing_ok=True)
         if evidence is None:  # those of an earlier run with evidence would be taken for this one's

@@ -32,11 +32,24 @@ MIN_PICTURES = 8  # pictures for each process, or starting it takes longer than 
 MAX_PROCESSES = 61 if sys.platform == "win32" else sys.maxsize  # that Windows can wait for at a time
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _work: Callable[[Any], Any]  # of a worker process
+_sharers = 1  # processes that do jobs side by side, this one among them
+
+
+def share_cores(count: int) -> None:
+    """From now on this process is one of ``count`` that do jobs side by side."""
+    global _sharers
+    _sharers = count
+
+
+def share_of(count: int) -> int:
+    """How many of ``count`` cores or processes this process may use where others work beside it, at least 1."""
+    return max(1, count // _sharers)
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: its share of them."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return share_of(available or 1)
 
 
 def workers_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, meaning: str) -> None:

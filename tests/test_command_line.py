@@ -134,6 +134,15 @@ def test_every_script_reads_its_options_so():
     ]
 
 
+def test_options_are_answered_without_what_takes_long_to_import():
+    """Of the large packages only PyTorch, which most stages are about."""
+    scripts = sorted(path.stem for path in ROOT.glob("*.py"))
+    large = {"sklearn", "scipy.stats", "torchvision", "timm", "onnx", "ray"}
+    code = f"import sys\nfor name in {scripts}: __import__(name)\nprint([*{large}.intersection(sys.modules)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_categories_settings_and_models_that_are_not_there_name_those_that_were_meant(make_dataset, tmp_path):
     with pytest.raises(UserError, match=r"no category 'dics' .*; did you mean discs\?"):
         Dataset(make_dataset()).select(["dics"])

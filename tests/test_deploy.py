@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +40,7 @@ from models.patch_memory import PatchMemory, patches
 from models.segmentor import Segmentor
 
 WEIGHTS = {"patchhist": 0.5, "LGST": 0.25, "memory": 1.0, "DFM": 0.5}
+ROOT = Path(__file__).parents[1]
 CLASSES, SIZES = 4, {"paper": 256, "all": 512, "tiles": 512}
 
 
@@ -381,6 +384,24 @@ def test_a_full_disk_leaves_openvinos_old_files(paths, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         exporters.write_openvino(model, tmp_path / "model.xml", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+
+
+def test_runtimes_report_to_nobody(tmp_path):
+    """Their telemetry keeps identifiers in the home folder; here nothing that it sends leaves the machine."""
+    silencing = ("CI", "NNCF_CI", "NNCF_DEV", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in silencing}
+    environment |= {
+        "HOME": str(tmp_path),
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    script = (
+        "from csad.inference.engines import require_package\n"
+        "for name in ('onnxruntime', 'openvino', 'nncf'):\n"
+        "    require_package(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

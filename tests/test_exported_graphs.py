@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from csad.data import files
+from csad.data.layouts import Category
 from csad.errors import UserError
 from csad.export import agreement, exporters, fresh_process
+from csad.export.int8 import choose_int8
 from csad.inference.engines import in_words
 from csad.inference.runtimes import OnnxEngine, TorchEngine
 
@@ -184,6 +186,9 @@ class Reference:
             share.sum(keepdims=True), share[None], MAPS[:1], None, np.ones((1, 256, 256), np.uint8)
         )
 
+    def score(self, picture):
+        return np.ones(1)
+
     def arrangement_scores(self, label_map):
         return self.all[:, 0] + (label_map == 2).any((1, 2))
 
@@ -287,6 +292,17 @@ def test_the_spread_is_robust_and_has_a_floor():
     assert agreement.spread(np.r_[scores, 1e9]) == pytest.approx(2, rel=0.1)
     assert agreement.spread(np.zeros(5)) == agreement.MIN_SPREAD
     assert agreement.spread(np.full(3, -1e4)) == 500
+
+
+@pytest.mark.parametrize(
+    "shares, reason", [(SHARES[:1], "a single image has"), (SHARES[[0, 0]], "2 images with the same")]
+)
+def test_int8_needs_good_images_whose_scores_differ(shares, reason, make_dataset):
+    """Else any difference counts as thousands of standard deviations."""
+    category = Category(make_dataset(train=4, validation=len(shares), test=1) / "discs")
+    reference, never = Reference(shares), lambda prefixes: pytest.fail("it was quantised")
+    with pytest.raises(UserError, match=f"measured in standard deviations.*{reason}.*add validation images"):
+        choose_int8(never, category, reference, 0.2, 0)
 
 
 def test_compared_images_are_spread_evenly():

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from csad import tasks
-from csad.training import jobs
+from csad import processes, tasks
+from csad.training import jobs, loop
 
 import pytest
+import torch
 from conftest import make_three_categories
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +133,29 @@ def test_no_job_begins_after_an_interruption(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         jobs.side_by_side(args, waiting_jobs, waiting_jobs(args), 2, jobs.beginnings_of(2))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def processes_beside(job: str) -> tuple[int, int]:
+    """How many processes a job on a GPU draws by, and how many of 1000 it would look at pictures with."""
+    return loop.drawing_workers(torch.device("cuda")), processes.share_of(1000)
+
+
+def counting_jobs(args: argparse.Namespace) -> dict[str, tasks.Task]:
+    return {
+        name: tasks.Task(SimpleNamespace(name=name), None, partial(processes_beside, name)) for name in "abc"
+    }
+
+
+def test_the_processes_of_all_jobs_together_are_no_more_than_the_cores():
+    available, args = processes.cores(), argparse.Namespace()
+    alone = processes_beside("a")
+    assert alone == (min(loop.MAX_WORKERS, available - 1), 1000)
+    count = max(2, available)
+    results, failures = jobs.side_by_side(
+        args, counting_jobs, counting_jobs(args), count, jobs.beginnings_of(count)
+    )
+    assert not failures and set(results.values()) == {(0, 1000 // count)}
+    assert processes_beside("a") == alone  # of this process
 
 
 def test_a_cluster_and_processes_of_this_machine_are_not_for_one_run(dataset, tmp_path):

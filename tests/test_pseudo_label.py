@@ -140,6 +140,21 @@ def test_the_files_are_the_same_for_any_number_of_workers(label, tmp_path, monke
         assert contents(label(tmp_path / str(workers), features=features, workers=workers)) == alone
 
 
+def test_a_category_beside_others_takes_its_share_of_the_processes(category, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(pseudo_label, "run_jobs", lambda args, jobs: given.append(args))
+    monkeypatch.setattr(pseudo_label, "agreed_backbone", lambda *_: None)
+    options = {"dataset_root": category.root.parent, "workspace": tmp_path, "workers": 6, "jobs": 3}
+    named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(
+        sys, "argv", ["pseudo_label.py", "--preset", "quick", "--categories", "discs", *named]
+    )
+    pseudo_label.main()
+    monkeypatch.setattr(processes, "_sharers", 3)  # a job's process knows its own category alone
+    (task,) = pseudo_label.jobs(given[0]).values()
+    assert task.do.__self__.workers == 2
+
+
 def test_an_unreadable_picture_is_told_alike_for_any_number_of_workers(
     label, category, tmp_path, monkeypatch
 ):

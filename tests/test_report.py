@@ -378,6 +378,27 @@ def test_of_many_categories_the_result_file_keeps_its_format_and_the_terminal_sa
     assert lowest in said and "BETTER:" not in said and "average ('patchhist', 'LGST')" in said
 
 
+def test_what_is_not_measured_is_said_once_with_its_seeds(results, run):
+    work, dataset = results
+    shutil.copytree(dataset / "discs <b>", dataset / "untested")
+    shutil.rmtree(dataset / "untested" / "test")
+    for seed in "345":
+        shutil.copytree(work / "anomaly_score", work / "seeds" / seed / "anomaly_score")
+    for seed in "45":
+        (work / "seeds" / seed / "anomaly_score/discs <b>_LGST_maps.npz").unlink()
+    assert run("benchmark_performance", *results, "--seeds", "3", "4", "5") == 0
+    untested = "untested: nothing to measure, there are no good test images"
+    missing = "discs <b>, logical: not measured: anomaly_score/discs <b>_LGST_maps.npz is missing; "
+    lines = (work / "seeds/score_combine_result.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("untested")] == [f"{untested} (seeds 3, 4, 5)"]
+    (said,) = [line for line in lines if line.startswith(missing)]
+    assert said.endswith(" (seeds 4, 5)")
+    assert any("defects_config.json" in line and line.endswith(" (seed 3)") for line in lines)
+    for seed in "345":
+        lines = (work / "seeds" / seed / "score_combine_result.txt").read_text().splitlines()
+        assert lines.count(untested) == 1 and sum(missing in line for line in lines) == (seed != "3")
+
+
 def test_where_categories_weigh_branches_differently_it_is_said_of_which(many, run):
     assert run("benchmark_performance", *many) == 0
     path = many[0] / "anomaly_score/same_metrics.json"

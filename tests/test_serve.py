@@ -372,6 +372,20 @@ def test_an_unreadable_picture_is_told_its_sender_in_one_way(station):
         assert said.startswith("picture cut.png ") and said.endswith("; send another one")
 
 
+def test_what_is_said_to_a_sender_leaves_the_name_as_it_is(station):
+    client, several = station(), io.BytesIO()
+    Image.new("L", (8, 8)).save(several, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8))])
+    name = "image ; replace it or leave it out.png"
+    for body, reason in (
+        (b"no picture", "cannot be read (its format is not supported); send another one"),
+        (several.getvalue(), "has 2 pages or frames, expected one; send each as a file of its own"),
+    ):
+        assert (
+            client.post("/score", params={"name": name}, content=body).json()["error"]
+            == f"picture {name} {reason}"
+        )
+
+
 def test_other_addresses_and_methods_get_a_sentence(station):
     client = station()
     for method, path, status in (

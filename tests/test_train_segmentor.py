@@ -12,6 +12,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.training import feature_cache, loop, pseudo_label_files, segmentor_scores, stage
 from csad.training import segmentor_step as steps
+from csad.training.best_on_test import mean_auroc
 from csad.training.schedules import cosine
 
 import cv2
@@ -116,6 +117,26 @@ def test_everything_of_the_contract_is_written(prepared, backbone):
         one.shape == (256, 256) and one.dtype == np.uint8 and one.max() <= PARTS for one in maps.values()
     )
     assert set(np.unique(maps["good_000.png"])) == set(range(PARTS + 1))
+
+
+@pytest.mark.parametrize("reliability", [False, True])
+def test_weights_are_chosen_by_the_scores_that_are_written(prepared, backbone, monkeypatch, reliability):
+    category, make = prepared
+    workspace, judged = make("work"), []
+
+    def watched(scores):
+        judged.append(scores)
+        return mean_auroc(scores)
+
+    monkeypatch.setattr(segmentor_scores, "mean_auroc", watched)
+    monkeypatch.setattr(segmentor_scores, "EVALUATED_EVERY", 1)
+    train(category, workspace, backbone, checkpoint="best_on_test", reliability=reliability)
+    meta = files.read_state(workspace.checkpoint(CATEGORY, "patchhist"))["meta"]
+    by_step = dict(zip((step for step, _ in meta["evaluations"]), judged, strict=True))
+    scores = by_step[meta["selected_step"]]
+    for split, part in ((layouts.LOGICAL, "logi"), (layouts.STRUCTURAL, "struc")):
+        written = files.read_array(workspace.scores(CATEGORY, "patchhist", part))
+        np.testing.assert_allclose(written, np.concatenate([scores[layouts.GOOD], scores[split]]), rtol=1e-9)
 
 
 class Stop:

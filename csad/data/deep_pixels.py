@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from csad.data.image_files import PACKED, bits_of, opened, raw_mode_of
+from csad.data.image_files import PACKED, bits_of, opened, raw_mode_of, wording_of
 from csad.errors import UserError
 
 import numpy as np
@@ -35,10 +35,12 @@ def deep_pixels(
     """
     arguments, raw_mode = image.tile[0].args if image.tile else None, raw_mode_of(image)
     tags = getattr(image, "tag_v2", {})  # a TIFF's
-    bits = bits_of(image)
+    bits, (what, advice, _) = bits_of(image), wording_of(path)
     # Pillow takes 0 for white then, others for black.
     if image.format == "TIFF" and PHOTOMETRIC_INTERPRETATION not in tags:
-        raise UserError(f"image {path} does not say whether its value 0 is black or white; store it as a PNG")
+        raise UserError(
+            f"{what} {path} does not say whether its value 0 is black or white; store it as a PNG"
+        )
     if image.format == "PPM" and isinstance(arguments, tuple) and image.tile[0].codec_name.startswith("ppm"):
         return _rescaled_by_pillow(image, path, arguments[-1])
     if image.mode == "F" or image.mode.startswith("I"):
@@ -46,7 +48,7 @@ def deep_pixels(
         values = _upright(image)
         values = values.view(np.uint32) if unsigned and image.mode == "I" else values
         if image.mode == "F" and not np.isfinite(values).all():
-            raise UserError(f"image {path} holds values that are not finite; replace it or leave it out")
+            raise UserError(f"{what} {path} holds values that are not finite; {advice}")
         _require_no_negative(values, path)
         if image.mode != "I" and image.mode != "F":
             return values, 2.0 ** (bits if tags else 16) - 1
@@ -68,7 +70,7 @@ def deep_pixels(
         return values, 65535.0
     if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
         raise UserError(
-            f"image {path} stores {bits} bits a channel in a way that is not supported; store it as a PNG"
+            f"{what} {path} stores {bits} bits a channel in a way that is not supported; store it as a PNG"
         )
     return None
 
@@ -76,7 +78,8 @@ def deep_pixels(
 def _require_no_negative(values: np.ndarray, path: str | Path | BinaryIO) -> None:
     if values.min() < 0:
         raise UserError(
-            f"image {path} holds values below 0 (down to {values.min():g}); store it with black at 0"
+            f"{wording_of(path).what} {path} holds values below 0 (down to {values.min():g}); store it with "
+            "black at 0"
         )
 
 
@@ -90,7 +93,8 @@ def _rescaled_by_pillow(
         return np.round(values, out=values), float(largest)
     if largest == 65535 and values.max() <= 15:  # the 12 bits are gone already
         raise UserError(
-            f"image {path} says that 65535 is white, but holds far less; store it as a PNG or TIFF"
+            f"{wording_of(path).what} {path} says that 65535 is white, but holds far less; store it as a PNG "
+            "or TIFF"
         )
     return None
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from csad.errors import UserError
 
@@ -54,12 +54,27 @@ class TooLarge(UserError):
     """A picture that would take too much memory when decoded."""
 
 
+class Wording(NamedTuple):
+    """How sentences speak of a picture to whoever can mend it."""
+
+    what: str = "image"
+    advice: str = "replace it or leave it out"  # where it cannot be read
+    pages: str = "store each as a file of its own"  # where it has several
+
+
+STORED = Wording()
+
+
+def wording_of(path: str | Path | BinaryIO) -> Wording:
+    """An open file's own, where it has one (`csad.inference.inspection.InMemory`), else `STORED`."""
+    return getattr(path, "wording", STORED)
+
+
 @contextmanager
-def opened(
-    path: str | Path | BinaryIO, what: str = "image", advice: str = "replace it or leave it out"
-) -> Iterator[ImageFile.ImageFile]:
+def opened(path: str | Path | BinaryIO, wording: Wording | None = None) -> Iterator[ImageFile.ImageFile]:
     """A single-frame image, its pixels not yet read; whatever goes wrong until the block ends becomes a
     UserError, see `csad.data.images.read_rgb`."""
+    what, advice, pages = wording or wording_of(path)
     # A pipe or a device would never end.
     if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{what} {path} cannot be read (it is not a regular file); {advice}")
@@ -72,9 +87,7 @@ def opened(
                 frames = _seek_picture(image)
             # A phone's .jpg: first the picture, then previews or gain maps.
             if frames > 1 and image.format != "MPO":
-                raise UserError(
-                    f"{what} {path} has {frames} pages or frames, expected one; store each as a file of its own"
-                )
+                raise UserError(f"{what} {path} has {frames} pages or frames, expected one; {pages}")
             if decoded_bytes(image) > MAX_DECODED_BYTES:
                 raise TooLarge(
                     f"{what} {path} has {image.width} x {image.height} pixels and takes "

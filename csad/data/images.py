@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from csad.data.deep_pixels import deep_pixels, white_is_zero
-from csad.data.image_files import bits_of, displayed_size, holds_lossy, opened
+from csad.data.image_files import Wording, bits_of, displayed_size, holds_lossy, opened, wording_of
 from csad.errors import UserError
 from csad.progress import ProgressBar
 
@@ -146,7 +146,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     Raises:
         UserError: the file is missing or unreadable.
     """
-    with opened(path, "mask", "delete it and make it again") as image:
+    with opened(path, Wording("mask", "delete it and make it again")) as image:
         lossy = holds_lossy(image, path)
         deep = deep_pixels(image, path)
         if deep is not None:
@@ -189,7 +189,7 @@ def as_rgb(
     if white is None or (white_level is None and white == 65535 and colours.max() <= _LARGEST_OF_12_BITS):
         held = f"values from {colours.min():g} to {colours.max():g}"
         raise UnknownWhiteLevel(
-            f"image {path} holds {held} and nothing in it says which value is white",
+            f"{wording_of(path).what} {path} holds {held} and nothing in it says which value is white",
             "set --images.white_level for the whole data set (1 for 0..1, 1023 for 10 bits, "
             "4095 for 12, 65535 for all 16)",
         )

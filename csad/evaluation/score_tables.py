@@ -105,10 +105,9 @@ def details(measured: dict[str, dict]) -> list[str]:
     ]
     rows, notes = [], []
     for name, content in measured.items():
-        unmeasured, incomplete, general = [], [], []
+        incomplete, general = [], []
         for kind, metrics in content["localisation"][FUSED].items():
             if "missing" in metrics:
-                unmeasured.append(f"{name}, {kind}: not measured: {metrics['missing']}")
                 continue
             rows.append(
                 (name, kind, metrics["pixel_auroc"], metrics["pixel_f1_max"], *metrics["spro"].values())
@@ -119,7 +118,7 @@ def details(measured: dict[str, dict]) -> list[str]:
                 )
             if metrics["note"]:
                 general.append(f"{name}: {metrics['note']}")
-        notes += [*unmeasured, *incomplete, *dict.fromkeys(general)]
+        notes += [*unmeasured({name: content}), *incomplete, *dict.fromkeys(general)]
     means: list[tuple[Any, ...]] = [
         ("average", kind, *_mean_columns([row[2:] for row in rows if row[1] == kind]))
         for kind in ANOMALIES
@@ -135,6 +134,16 @@ def details(measured: dict[str, dict]) -> list[str]:
             notes.append(f"averages of the categories that were measured{partial}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
     return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
+
+
+def unmeasured(measured: dict[str, dict]) -> list[str]:
+    """Where localisation could not be measured, and why."""
+    return [
+        f"{name}, {kind}: not measured: {metrics['missing']}"
+        for name, content in measured.items()
+        for kind, metrics in content["localisation"][FUSED].items()
+        if "missing" in metrics
+    ]
 
 
 def _mean_columns(rows: list[tuple[float, ...]]) -> list[float]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import auc
 
 FPR_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 _DROPPED_BITS = (
@@ -136,6 +135,8 @@ def by_definition(measured: Sequence[tuple[np.ndarray, Sequence[Region]]]) -> Lo
 
 def area_up_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under a curve of straight pieces through (x, y), x rising from 0 to 1, between 0 and ``limit``."""
+    from sklearn.metrics import auc
+
     inside = x <= limit
     return float(auc(np.r_[x[inside], limit], np.r_[y[inside], np.interp(limit, x, y)]))
 

@@ -37,13 +37,23 @@ def choose_int8(
 
     Args:
         build: quantises all but the nodes whose names begin in one of the ways it is given.
+
+    Raises:
+        UserError: no quantised model agrees, or good images give nothing to measure agreement by.
     """
-    check = make_check(category, fp32, paste_distance, seed)
+    check, count = make_check(category, fp32, paste_distance, seed), len(category.validation)
+    if check.spread < quantisation.MIN_SPREAD:
+        alike = "a single image has" if count == 1 else f"{count} images with the same score have"
+        raise UserError(
+            f"{category.name}: what int8 does to the scores is measured in standard deviations of the "
+            f"validation images' scores, and {alike} none; add validation images, or take another --precision"
+        )
     model, kept, moved = quantisation.quantise(build, check, lambda line: print(f"{category.name}: {line}"))
     if not moved.suffices:
         raise UserError(
-            f"{category.name}: int8 changes the scores more than it should ({moved}), so the model is not exported "
-            "and an earlier one stays as it is; take another --precision"
+            f"{category.name}: int8 changes the scores more than it should ({moved}, on "
+            f"{counted(count, 'validation image')}), so the model is not exported and an earlier one stays "
+            "as it is; take another --precision"
         )
     return model, {"precision": "int8", "kept_in_higher_precision": kept, "agreement": moved._asdict()}
 

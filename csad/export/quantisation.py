@@ -36,6 +36,7 @@ FALLBACK_ORDER = (
 )
 TOLERATED_POINTS = 0.2  # of AUROC between good images and made anomalies
 TOLERATED_MOVEMENT = 0.2  # of the good images' spread, by which scores near the threshold may move on average
+MIN_SPREAD = 1e-6  # of the good images' scores: under it there is nothing to measure by
 NEAR = 0.25  # of the images: those whose scores are nearest to the threshold, where a verdict could change
 
 
@@ -47,6 +48,11 @@ class Check:
     scores: np.ndarray  # (N,) of fp32
     good: np.ndarray  # (N,) bool, or made anomalies
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the good images' scores, 0 for a single image."""
+        return float(self.scores[self.good].std())
+
     def agreement(self, engine: Engine) -> Agreement:
         scores = np.concatenate([engine.score(image[None]) for image in self.images])
         if not np.isfinite(scores).all():
@@ -56,7 +62,7 @@ class Check:
             points = abs(auroc(scores[good], scores[~good]) - auroc(self.scores[good], self.scores[~good]))
         threshold = choose_threshold(self.scores[good]).value
         near = np.argsort(np.abs(self.scores - threshold))[: max(round(NEAR * len(self.scores)), 1)]
-        movement = float(np.abs(scores - self.scores)[near].mean() / max(self.scores[good].std(), 1e-6))
+        movement = float(np.abs(scores - self.scores)[near].mean() / max(self.spread, MIN_SPREAD))
         return Agreement(points, movement)
 
 

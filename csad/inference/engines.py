@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from csad.branches import PAPER_BRANCHES
 from csad.data.images import View
@@ -144,9 +145,20 @@ def requested_threads() -> int:
 
 
 def require_package(name: str) -> ModuleType:
-    """Import a runtime; UserError if it is not installed."""
+    """Import a runtime, its telemetry switched off; UserError if it is not installed.
+
+    Left alone, onnxruntime (from 1.29) and OpenVINO report their use to their makers, the one with hashes of
+    the model, and keep an identifier in the home folder.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import of onnxruntime, not on Windows
+    # OpenVINO's own switch is a file in the home folder, for all of a user's programs. Without this package,
+    # which NNCF takes, too, both send and write nothing.
+    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
     try:
-        return import_module(name)
+        runtime = import_module(name)
+        if name == "onnxruntime":
+            runtime.disable_telemetry_events()  # for Windows
+        return runtime
     except ImportError as problem:
         package = name.partition(".")[0]
         raise UserError(f"{package} is not installed; install it with: pip install {package}") from problem

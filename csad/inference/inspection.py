@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csad.data import images
+from csad.data.image_files import STORED, Wording
 from csad.data.images import ASPECT_TOLERANCE, is_grey
 from csad.errors import UserError
 from csad.evaluation.deviations import deviations
@@ -31,11 +32,11 @@ AHEAD = 2  # batches being decoded while one is scored
 
 
 class InMemory(io.BytesIO):
-    """An image file in memory that is called in sentences by its name."""
+    """An image file in memory; sentences call it by its name, in words for whoever it came from."""
 
-    def __init__(self, content: bytes, name: Path | str):
+    def __init__(self, content: bytes, name: Path | str, wording: Wording = STORED):
         super().__init__(content)
-        self.name = name
+        self.name, self.wording = name, wording
 
     def __str__(self) -> str:
         return str(self.name)

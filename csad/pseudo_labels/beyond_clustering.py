@@ -10,7 +10,6 @@ from csad.pseudo_labels import clustering
 from csad.pseudo_labels.clustering import MIN_AREA, MIN_MEMBERS, SemanticLabels
 
 import numpy as np
-from sklearn.cluster import estimate_bandwidth as sklearn_estimate
 
 MIN_MEMBERS_VARIANTS = 0.15  # of the number of images, where parts may belong to some groups of images only
 ALWAYS = 0.8  # of the images: so many have a part, or else one of those that take its place
@@ -200,6 +199,8 @@ def estimate_bandwidth(features: np.ndarray, images: int) -> float:
     scikit-learn's estimate, the mean distance to the k-th nearest neighbour, with k = the members of the smallest cluster
     that counts as a label instead of 30 % of everything, which joins parts as soon as an image has more than three.
     """
+    from sklearn.cluster import estimate_bandwidth as sklearn_estimate
+
     fraction = min(max(MIN_MEMBERS * images / len(features), 1 / min(len(features), NEIGHBOURS_OF)), 1)
     estimate = sklearn_estimate(features, quantile=fraction, n_samples=NEIGHBOURS_OF, random_state=0)
     return float(max(estimate, np.finfo(np.float32).eps))

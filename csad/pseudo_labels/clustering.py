@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.distance import cdist
-from sklearn.cluster import HDBSCAN
 
 MIN_MEMBERS = 0.5  # of the number of images; a cluster with fewer components is no label
 MAX_STEPS, TOLERANCE = 300, 1e-3  # of MeanShift's climb; bandwidths
@@ -80,6 +78,10 @@ def mean_shift(features: np.ndarray, bandwidth: float, max_seeds: int | None = N
     Args:
         max_seeds: climb from so many components, drawn from all; None: from every one, and the result is scikit-learn's.
     """
+    from scipy.spatial.distance import (
+        cdist,
+    )  # like scikit-learn, not to be waited for where options are wrong
+
     features = np.asarray(features, np.float64)
     features = features - features.mean(0)  # short vectors lose little in the differences of squares below
     # Not every n-th: components come in a regular order in each image, a stride can miss the same part in all of them.
@@ -134,6 +136,8 @@ def group_images(histograms: np.ndarray) -> np.ndarray:
     HDBSCAN asks for 10 % of the images in a group, and for fewer until a group appears; where none ever does, all images
     are of one group.
     """
+    from sklearn.cluster import HDBSCAN
+
     images = len(histograms)
     for min_size in range(max(int(MIN_GROUP * images), 2), 1, -1):
         if images < min_size or not histograms.shape[1]:

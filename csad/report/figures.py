@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
-from sklearn.metrics import roc_curve
 
 _WIDTH, _HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 38
@@ -21,6 +20,8 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
         good, anomalous: per score (n,) and (m,) values, higher = more anomalous.
         label: what the figure shows, for readers who cannot see it.
     """
+    from sklearn.metrics import roc_curve
+
     parts = [
         _frame("fraction of good pictures rejected", "fraction of defects found", (0, 1), (0, 1)),
         f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 MAX_NAME = 200  # characters of a picture's name
+SENT = image_files.Wording("picture", "send another one", "send each as a file of its own")
 
 
 def plain_name(text: str) -> Path:
@@ -58,14 +58,6 @@ async def received_from(request: Request) -> tuple[bytes, str]:
     return content, name
 
 
-def for_sender(sentence: str) -> str:
-    """What is said of an image in a folder, as it is right for whoever sends one picture."""
-    sentence = re.sub("^image ", "picture ", sentence)
-    return sentence.replace("; replace it or leave it out", "; send another one").replace(
-        "; store each as a file of its own", "; send each as a file of its own"
-    )
-
-
 def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
     """Bytes of a picture once decoded, from its header.
 
@@ -76,13 +68,13 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
         RequestError: the picture is larger, has an unsupported format or a damaged header.
     """
     try:
-        with image_files.opened(InMemory(content, name)) as image:
+        with image_files.opened(InMemory(content, name, SENT)) as image:
             (width, height), size = image.size, image_files.decoded_bytes(image)
     except UserError as problem:
         if isinstance(problem, image_files.TooLarge):
-            raise RequestError(413, for_sender(str(problem))) from problem
+            raise RequestError(413, str(problem)) from problem
         status = 415 if isinstance(problem.__cause__, UnidentifiedImageError) else 422
-        raise RequestError(status, for_sender(str(problem))) from problem
+        raise RequestError(status, str(problem)) from problem
     if width * height > max_pixels:
         raise RequestError(
             413, f"picture {name} has {width} x {height} pixels, more than {max_pixels}; make it smaller"
@@ -99,9 +91,9 @@ def decoded_bytes(content: bytes, name: Path, max_pixels: int) -> int:
 def decoded(content: bytes, name: Path, engine: Engine, shown_side: int | None) -> Picture:
     """Decode a picture; RequestError if it is damaged, or neither it nor the model says which value is
     white."""
-    picture = read_picture(InMemory(content, name), name, engine, shown_side)
+    picture = read_picture(InMemory(content, name, SENT), name, engine, shown_side)
     if picture.view is None:
-        raise RequestError(422, for_sender(picture.problem))
+        raise RequestError(422, picture.problem)
     return picture
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from csad.cli import select
 from csad.errors import UserError, disk_is_full, sigterm_as_interrupt
-from csad.processes import MAX_PROCESSES, end_with_parent, inherited_by_children
+from csad.processes import MAX_PROCESSES, end_with_parent, inherited_by_children, share_cores
 from csad.progress import ProgressBar
 from csad.tasks import (
     Bars,
@@ -149,7 +149,7 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
     """A pool whose jobs save their progress where this process is interrupted, and of which none begins after that; a second
     Ctrl-C ends them at once."""
     stopping = context.Event()
-    pool = ProcessPoolExecutor(count, context, begin, (stopping,))
+    pool = ProcessPoolExecutor(count, context, begin, (stopping, count))
     try:
         yield pool
     except BrokenProcessPool as problem:
@@ -172,10 +172,11 @@ def processes(count: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]
             raise
 
 
-def begin(stopping: Event) -> None:
-    """Prepare a process: Ctrl-C reaches all of a terminal, and is for their parent to hand on."""
+def begin(stopping: Event, count: int) -> None:
+    """Prepare one of ``count`` processes: Ctrl-C reaches all of a terminal, for their parent to hand on."""
     global _stopping
     _stopping = stopping
+    share_cores(count)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 

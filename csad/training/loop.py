@@ -197,7 +197,10 @@ def _leave_interrupts_to_the_loop(_: int) -> None:
 
 
 def drawing_workers(device: torch.device) -> int:
-    """How many processes should draw ahead: a GPU waits for pasted pictures, and CPU networks need the cores themselves."""
+    """How many processes should draw ahead: a GPU waits for pasted pictures, CPU networks need the cores.
+
+    Jobs side by side share the cores; one with a single core draws by a thread.
+    """
     return min(MAX_WORKERS, cores() - 1) if device.type == "cuda" and os.name == "posix" else 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from csad.data import files
 from csad.progress import batches
@@ -55,6 +56,43 @@ def segment_twice(segmentor: Segmentor, job: Job, pictures: Tensor, maps: Tensor
     return maps[subset], torch.stack(undone)
 
 
+class Fitted(NamedTuple):
+    """What is fitted to the label maps of good images: parameters, as written, and modules made of them."""
+
+    parameters: dict[str, np.ndarray]  # see `models.patch_histogram.fit_parameters`
+    detector: PatchHistogramDetector
+    evidence_parameters: dict[str, np.ndarray]  # see `models.histogram_evidence.fit_evidence`
+    evidence: HistogramEvidence | None  # None, and no parameters, without --segmentor.evidence
+
+
+def fit(
+    segmentor: Segmentor,
+    job: Job,
+    train_images: Tensor,
+    train_maps: Tensor,
+    validation_maps: Tensor,
+    classes: int,
+    incomplete: Tensor | None = None,
+) -> Fitted:
+    """Fit what scores a segmentor's label maps, as the settings say.
+
+    Args:
+        train_images: (N, 3, 256, 256) uint8.
+        train_maps, validation_maps: the segmentor's label maps (N, 256, 256) uint8.
+        incomplete: see `models.patch_histogram.fit_parameters`; no score depends on them.
+    """
+    settings = job.settings.segmentor
+    twice = segment_twice(segmentor, job, train_images, train_maps) if settings.reliability else None
+    parameters = fit_parameters(
+        train_maps, validation_maps, classes, settings.histogram_floor, twice, incomplete
+    )
+    detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
+    if not settings.evidence:
+        return Fitted(parameters, detector, {}, None)
+    evidence_parameters = fit_evidence(train_maps, validation_maps, classes, twice)
+    return Fitted(parameters, detector, evidence_parameters, fitted_evidence(evidence_parameters, classes))
+
+
 def written(segmented: Iterable[Tensor], job: Job, split: str) -> Iterator[Tensor]:
     """The same label maps of a split's test images, each written on its way."""
     category, paths = job.category, iter(job.category.test(split))
@@ -88,21 +126,19 @@ def incomplete_maps(maps: Tensor, seed: int) -> Tensor:
     return torch.stack([torch.from_numpy(without_a_part(label_map, rng)) for label_map in maps.numpy()])
 
 
-def held_out_scores(
-    detector: PatchHistogramDetector,
-    parameters: Mapping[str, np.ndarray],
-    evidence: HistogramEvidence | None,
-    evidence_parameters: Mapping[str, np.ndarray],
-) -> np.ndarray:
+def held_out_scores(fitted: Fitted) -> np.ndarray:
     """Scores of training images held out (N,), as `score` would give them, of what the parameters say of these images."""
-    scores = detector.score(*(torch.from_numpy(parameters[f"{name}_held_out_score"]) for name in HISTOGRAMS))
-    if evidence is not None:
-        scores = scores + evidence.normalised(torch.from_numpy(evidence_parameters["held_out_score"]))
+    distances = (torch.from_numpy(fitted.parameters[f"{name}_held_out_score"]) for name in HISTOGRAMS)
+    scores = fitted.detector.score(*distances)
+    if fitted.evidence is not None:
+        means = torch.from_numpy(fitted.evidence_parameters["held_out_score"])
+        scores = scores + fitted.evidence.normalised(means)
     return scores.numpy()
 
 
 def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: int) -> BestOnTest[Segmentor]:
-    """What chooses the weights by the AUROC of the patch histogram on the test images, which are read once."""
+    """What chooses the weights by the AUROC on the test images, which are read once, by the scores that the
+    stage would write of them."""
     settings = job.settings.segmentor
     pictures = {
         name: torch.from_numpy(images) for name, images in read_scored(job, job.view.read_256).items()
@@ -115,14 +151,10 @@ def best_on_test(job: Job, train_images: Tensor, classes: int, steps_per_epoch: 
         train_maps = segmented(train_images, "segment training images")
         maps = {name: segmented(images, f"evaluate {name}") for name, images in pictures.items()}
         validation_maps = maps.pop("val")
-        parameters = fit_parameters(train_maps, validation_maps, classes, settings.histogram_floor)
-        detector = fitted_detector(parameters, classes, trimmed=not settings.evidence)
-        evidence = None
-        if settings.evidence:
-            evidence = fitted_evidence(fit_evidence(train_maps, validation_maps, classes), classes)
+        fitted = fit(segmentor, job, train_images, train_maps, validation_maps, classes)
         return mean_auroc(
             {
-                name: score(detector, evidence, of_split.split(SCORING_BATCH))[0]
+                name: score(fitted.detector, fitted.evidence, of_split.split(SCORING_BATCH))[0]
                 for name, of_split in maps.items()
             }
         )
