@@ -50,7 +50,7 @@ def accept(path: Path, reference: TorchEngine, category: layouts.Category, devic
     exactly = metadata.get("precision", "fp32") == "fp32" and scored.device.startswith("cpu")
     if problem := disagreement(reference, [paths[index] for index in compared], scored, exactly):
         raise UserError(
-            f"{category.name}: the new {path.name} does not give PyTorch's results for {len(compared)} validation "
+            f"{category.name}: the new {path.name} does not give PyTorch's scores and maps of {len(compared)} validation "
             f"images, so it is not kept and an earlier one stays as it is: {problem}"
         )
     exported_thresholds.write_metadata(path, metadata)
