@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.layouts import Category
 from csad.errors import UserError
@@ -19,8 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models.fused import attach_metadata, fused_map, metadata, softplus
+from models.backbone import resize
+from models.dfm import DeepFeatureModel
+from models.fused import FusedModel, attach_metadata, fused_map, metadata, softplus
 from models.fusion import STRENGTH_EXPONENT
+from models.lgst import LgstMap
+from models.patch_histogram import PatchHistogramDetector
+from models.patch_memory import PatchMemory
 from tests.test_deploy import SIZES, state_of, with_edges
 
 KINDS = ("paper", "all", "tiles", "replicate")
@@ -165,6 +171,54 @@ def test_zeros_around_are_moved_into_the_convolution_and_nothing_else_is():
         images = torch.randn(2, 3, 16, 16)
         found = OnnxEngine(content, "cpu").session.run(None, {"images": images.numpy()})[0]
         np.testing.assert_allclose(found, model(images).detach(), atol=1e-5)
+
+
+class Views(torch.nn.Module):
+    """Instead of an encoder: pixels, coarser and coarser."""
+
+    def forward(self, rgb):
+        return tuple(rgb[:, :, ::step, ::step] for step in (4, 8, 16))
+
+
+class Logits(torch.nn.Module):
+    def forward(self, maps):
+        return resize(maps[0], (256, 256))
+
+
+class Map(LgstMap):
+    def forward(self, images, maps, _):
+        return maps[0].mean(1)
+
+
+def with_one_branch(branch: str) -> FusedModel:
+    torch.manual_seed(0)
+    memory, dfm = PatchMemory((3, 3), 8, 8, 32, 0.005), DeepFeatureModel(3, 2)
+    for rows in (memory.detail.rows, memory.context.rows):
+        rows.normal_()
+    memory.context_scale.fill_(0.5)
+    parts = {
+        "patchhist": {"segmentor": Logits(), "detector": PatchHistogramDetector(3)},
+        "LGST": {"lgst": Map()},
+        "memory": {"memory": memory},
+        "DFM": {"dfm": dfm},
+    }
+    return FusedModel(Views(), **parts[branch], rule="softplus").eval()
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_single_number_that_is_not_finite_has_no_finite_score_in_any_runtime(branch):
+    """Argmax makes a label of NaN; OpenVINO's ReLU makes it 0, and its maxima, like onnxruntime's, pass over some."""
+    model, known = with_one_branch(branch), {"raw_input": False, "input_size": 256}
+    content = exporters.to_onnx(model, known, ("score",))
+    session = OnnxEngine(exporters.with_metadata(content, known), "cpu").session
+    compiled = openvino.compile_model(exporters.openvino_model(content, "fp32"), "CPU")
+    images = np.random.default_rng(0).normal(size=(5, 3, 256, 256)).astype(np.float32)
+    images[1, 0, 96, 112] = np.nan
+    images[2, 1, 0, 0] = images[3, 1, 128, 240] = np.inf
+    with torch.inference_mode():
+        answers = model(torch.from_numpy(images)).numpy(), *session.run(None, {"images": images})
+    for scores in (*answers, compiled({"images": images})[0]):
+        assert np.isfinite(scores).tolist() == [True, False, False, False, True]
 
 
 # Whether two models agree
