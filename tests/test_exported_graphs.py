@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models import fusion
 from models.backbone import resize
 from models.dfm import DeepFeatureModel
 from models.fused import FusedModel, attach_metadata, fused_map, metadata, softplus
@@ -225,36 +226,41 @@ def test_a_single_number_that_is_not_finite_has_no_finite_score_in_any_runtime(b
 
 
 class Reference:
-    """PyTorch's answers, made up; a label map of label 1 adds nothing to the first branch, one of label 2 adds 1."""
+    """PyTorch's answers, made up; a label map of label 1 adds nothing to the first branch, one of label 2 adds 1, also
+    to its map."""
 
     size, metadata, branches = 256, {}, ["patchhist", "memory"]
 
-    def __init__(self, shares):
-        self.shares = iter(shares)
+    def __init__(self, shares, maps=None):
+        maps = BRANCH_MAPS[: len(shares)] if maps is None else maps
+        self.answers = iter(zip(shares, maps, fusion.fused_map(maps, shares, "sum"), strict=True))
 
     def predict(self, picture):
         from models.prediction import Prediction
 
-        share = next(self.shares)
-        return Prediction(
-            share.sum(keepdims=True), share[None], MAPS[:1], None, np.ones((1, 256, 256), np.uint8)
-        )
+        share, maps, fused = next(self.answers)
+        label_map = np.ones((1, 256, 256), np.uint8)
+        return Prediction(share.sum(keepdims=True), share[None], fused[None], maps[None], label_map)
 
     def score(self, picture):
         return np.ones(1)
 
-    def arrangement_scores(self, label_map):
-        return self.all[:, 0] + (label_map == 2).any((1, 2))
+    def arrangement(self, label_map):
+        moved = (label_map == 2).any((1, 2))
+        return self.all[:, 0] + moved, BRANCH_MAPS[:, 0] + moved[:, None, None]
 
 
 SHARES = np.random.default_rng(5).normal(size=(16, 2)) * (1, 4)
-MAPS = np.full((16, 64, 64), 0.2, np.float32)  # of all pictures the same
+BRANCH_MAPS = np.full((16, 2, 64, 64), 0.1, np.float32)  # of all pictures the same
+MAPS = fusion.fused_map(BRANCH_MAPS, SHARES, "sum")
 
 
-def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True, maps=MAPS) -> str | None:
+def judged(
+    tmp_path: Path, given, with_branches=True, labels=None, exactly=True, maps=MAPS, reference=None
+) -> str | None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
-    reference = Reference(SHARES)
+    reference = reference or Reference(SHARES)
     reference.all = SHARES
     labels = np.ones((16, 256, 256), np.uint8) if labels is None else labels
     given = np.asarray(given, dtype=float)
@@ -294,7 +300,11 @@ def test_a_drift_of_all_scores_or_of_one_branch_alone_is_seen(tmp_path):
 def test_a_pixel_that_two_classes_tie_for_moves_the_histogram_with_reason(tmp_path):
     labels, moved = np.ones((16, 256, 256), np.uint8), SHARES.copy()
     labels[3, 10, 20], moved[3, 0] = 2, SHARES[3, 0] + 1
-    assert judged(tmp_path, moved, labels=labels) is None
+    branch_maps = BRANCH_MAPS.copy()
+    branch_maps[3, 0] += 1
+    maps = fusion.fused_map(branch_maps, moved, "sum")
+    assert judged(tmp_path, moved, labels=labels, maps=maps) is None
+    assert "the anomaly map is off" in judged(tmp_path, moved, labels=labels)  # that of another label map
     assert "the score is off" in judged(tmp_path, moved)  # on the same label map
     labels[3, :, :20] = 2
     assert "of a label map differ" in judged(tmp_path, moved, labels=labels)
@@ -316,6 +326,24 @@ def test_a_map_that_is_not_finite_or_looks_otherwise_is_seen(tmp_path):
     missing[3] = 0
     assert "the anomaly map is off by up to 1" in judged(tmp_path, SHARES, maps=missing)
     assert judged(tmp_path, SHARES, maps=MAPS * 1.1, exactly=False) is None
+
+
+@pytest.mark.parametrize("with_branches", [True, False])
+@pytest.mark.parametrize("exactly", [True, False])
+def test_nothing_agrees_with_what_is_no_number(exactly, with_branches, tmp_path):
+    """OpenVINO's clamp makes 0 of NaN: PyTorch's own answer is the one that is not finite."""
+    maps = BRANCH_MAPS.copy()
+    maps[7, 1, 10, 20] = np.nan
+    for reference in (Reference(with_one(np.nan)), Reference(with_one(np.inf)), Reference(SHARES, maps)):
+        said = judged(tmp_path, SHARES, with_branches, exactly=exactly, reference=reference)
+        assert said == "PyTorch itself gives numbers that are not finite"
+
+
+def test_int8_is_not_measured_by_what_is_no_number(make_dataset):
+    category = Category(make_dataset(train=4, validation=8, test=1) / "discs")
+    reference = Reference(with_one(np.nan)[:8])
+    with pytest.raises(UserError, match="scores that are not finite.*train the stages again"):
+        choose_int8(lambda prefixes: pytest.fail("it was quantised"), category, reference, 0.2, 0)
 
 
 def test_what_very_normal_scores_add_is_positive_in_every_runtime():
