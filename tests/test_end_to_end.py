@@ -463,7 +463,7 @@ def test_an_export_that_gives_other_scores_is_refused_and_the_old_one_kept(
     monkeypatch.setattr(exporters, f"{format_}_model", damaged)
     said = fails("export_model", work, dataset, "--format", format_, "--with_map")
     assert (
-        "does not give PyTorch's scores of 6 validation images, so it is not kept and an earlier one stays as it is"
+        "does not give PyTorch's results for 6 validation images, so it is not kept and an earlier one stays as it is"
         in said
     )
     assert contents(work / "ckpt") == before

@@ -328,6 +328,29 @@ def test_a_map_that_is_not_finite_or_looks_otherwise_is_seen(tmp_path):
     assert judged(tmp_path, SHARES, maps=MAPS * 1.1, exactly=False) is None
 
 
+def test_a_branch_that_is_off_where_it_adds_nothing_is_seen(tmp_path):
+    """Softplus is flat below 0, where good images lie: a histogram off by a standard deviation adds 1e-6 as before."""
+    weights = {"patchhist": 0.5, "memory": 1.0}
+    z = np.random.default_rng(3).normal(size=(16, 2)) * (4, 3) - (25, 20)
+
+    def added(normalised):
+        return np.logaddexp(0, normalised) * list(weights.values())
+
+    def said(given):
+        reference = Reference(added(z))
+        reference.metadata = {"fusion_rule": "softplus", "branch_weights": weights}
+        reference.arrangement = lambda _: (added(z)[:, 0], BRANCH_MAPS[:, 0])
+        maps = fusion.fused_map(BRANCH_MAPS, added(z), "softplus")
+        return judged(tmp_path, added(given), maps=maps, reference=reference)
+
+    np.testing.assert_allclose(fusion.before_softplus(np.logaddexp(0, z)), z, rtol=1e-9)
+    assert said(z) is None and said(z + 0.02) is None
+    for column, branch in enumerate(weights):
+        moved = z.copy()
+        moved[7, column] += 0.5
+        assert f"the {branch} score is off by up to 0.5 before softplus" in said(moved)
+
+
 @pytest.mark.parametrize("with_branches", [True, False])
 @pytest.mark.parametrize("exactly", [True, False])
 def test_nothing_agrees_with_what_is_no_number(exactly, with_branches, tmp_path):

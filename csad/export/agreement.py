@@ -20,7 +20,7 @@ from csad.inference.runtimes import TorchEngine
 
 import numpy as np
 
-from models.fusion import fused_map
+from models.fusion import before_softplus, fused_map
 from models.prediction import Prediction
 
 COMPARED = 16  # validation images at most, evenly spread over the sorted list
@@ -34,6 +34,9 @@ TOLERATED_ROUGHLY = 0.2
 TOLERATED_PIXELS = (
     1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
 )
+# The same in fp32 of a branch's score, in standard deviations of good images over its sharpness, where it adds
+# next to nothing: no more than a 60th of one. OpenVINO's Softplus alone makes 0.02.
+TOLERATED_UNSEEN = 0.1
 # Of an anomaly map's mean, by which one differs on average: of any image in fp32, of all in other precisions.
 TOLERATED_MAP, TOLERATED_MAP_ROUGHLY = 0.05, 0.5
 FAINT = 0.05  # a mean that is no larger is taken as this, so that nothing is asked of maps of next to nothing
@@ -115,8 +118,19 @@ def disagreement(
                 f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
                 f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
             )
+    rule = reference.metadata.get("fusion_rule", "sum")
+    if exactly and scored.branch_scores is not None and rule == "softplus":
+        # Good images add next to nothing, whatever a branch says of them; of anomalous ones it would show.
+        weights = np.array([reference.metadata["branch_weights"][branch] for branch in reference.branches])
+        exact, actual = (before_softplus(each / weights) for each in (contributions, scored.branch_scores))
+        for branch, apart in zip(reference.branches, np.abs(exact - actual).max(0)):
+            if apart > TOLERATED_UNSEEN:
+                return (
+                    f"the {branch} score is off by up to {apart:.2g} before softplus (tolerated: {TOLERATED_UNSEEN:g}), "
+                    "which good images hardly show"
+                )
     if scored.anomaly_map is not None:
-        maps = fused_map(branch_maps, contributions, reference.metadata.get("fusion_rule", "sum"))
+        maps = fused_map(branch_maps, contributions, rule)
         apart = np.abs(maps - scored.anomaly_map).mean((1, 2)) / np.maximum(maps.mean((1, 2)), FAINT)
         if apart.max() > TOLERATED_MAP if exactly else apart.mean() > TOLERATED_MAP_ROUGHLY:
             return f"the anomaly map is off by up to {apart.max():.2g} of its mean ({apart.mean():.2g} on average)"
