@@ -4,8 +4,8 @@
 state dict with the published keys. ``--format onnx`` folds that model into ckpt/onnx_models/{category}.onnx, and
 ``--format openvino`` turns this into ckpt/openvino_models/{category}.xml and .bin; another ``--precision`` than fp32 is
 in the file's name. Before a new file takes the old one's place a process of its own opens it and scores the validation images:
-its threshold is from there, and scores that are not PyTorch's end the export (csad.export.agreement). Then, and alone with
-``--inference_only``, every test image is scored: scores, AUROCs, milliseconds and the largest difference from the torch
+its threshold is from there, and scores or maps that are not PyTorch's end the export (csad.export.agreement). Then, and alone
+with ``--inference_only``, every test image is scored: scores, AUROCs, milliseconds and the largest difference from the torch
 fp32 model go to anomaly_score/, export_report.json and export_report.md.
 """
 

@@ -101,22 +101,23 @@ class FusedModel(nn.Module):
             large_maps = self.encoder(block_means(rgb, self.size // self.tiles))
         scores, branch_maps = [], []
         if self.segmentor is not None:
-            label_map = self.segmentor(maps).argmax(1)
+            logits = self.segmentor(maps)
+            label_map = logits.argmax(1)
             score, evidence = self.arrangement(label_map)
-            scores.append(score)
+            scores.append(finite_with(score, logits))
             branch_maps.append(evidence)
         else:
             label_map = torch.zeros_like(small[:, 0]).long()
         if self.lgst is not None:
             anomaly_map = self.lgst(small, maps, large_maps)
-            scores.append(anomaly_map.amax((1, 2)))
+            scores.append(finite_with(anomaly_map.amax((1, 2)), anomaly_map))
             branch_maps.append(self.lgst.scaled(anomaly_map))
         if self.memory is not None:
             if self.tiles == 1:
                 anomaly_map = self.memory(large_maps, maps)
             else:
                 anomaly_map = self.memory.anomaly_map(self.encoder, rgb, maps)
-            scores.append(self.memory.score(anomaly_map))
+            scores.append(finite_with(self.memory.score(anomaly_map), anomaly_map))
             branch_maps.append(self.memory.scaled(anomaly_map))
         if self.dfm is not None:
             errors = self.dfm(pool(maps))
@@ -146,6 +147,15 @@ class FusedModel(nn.Module):
         mean, std = (getattr(self, f"{BRANCHES[branch].statistics}_{end}") for end in ("mean", "std"))
         z = (score - mean) / std
         return self.weights[branch] * (softplus(z) if self.rule == "softplus" else z)
+
+
+def finite_with(scores: Tensor, values: Tensor) -> Tensor:
+    """Scores (B,), no numbers where one of the values (B, ...) that they come from is not finite.
+
+    Of NaN an argmax makes a label in every runtime, and maxima of OpenVINO and onnxruntime pass over some: a
+    picture that could not be judged would be a normal one.
+    """
+    return scores + (values * 0).flatten(1).sum(1)  # multiplied first: a sum may overflow where it is in fp16
 
 
 def softplus(z: Tensor) -> Tensor:

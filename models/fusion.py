@@ -85,6 +85,12 @@ def contribution(normalised: np.ndarray, rule: str) -> np.ndarray:
     return np.logaddexp(0, normalised) if rule == "softplus" else normalised
 
 
+def before_softplus(contributions: np.ndarray) -> np.ndarray:
+    """The normalised scores that add so much by the rule softplus, at weight 1: z of log(1 + exp z), down to -69."""
+    added = np.maximum(np.asarray(contributions, np.float64), 1e-30)
+    return added + np.log(-np.expm1(-added))
+
+
 def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float], rule: str) -> np.ndarray:
     """The weighted sum of the branches' contributions, (n,); a branch without a weight is left out."""
     return np.sum([weight * contribution(scores[branch], rule) for branch, weight in weights.items()], axis=0)

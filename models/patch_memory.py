@@ -188,7 +188,9 @@ def nearest(embedded: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         # In two steps: onnxruntime takes one image's minimum over all channels on one core.
         products = products.unflatten(1, (math.gcd(len(offset), GROUPS), -1)).amin(2)
-    return (products.amin(1) + embedded.square().sum(1)).clamp(min=0).sqrt()
+    squared = products.amin(1) + embedded.square().sum(1)
+    # Not clamp, which is 0, a very normal distance, of what is no number in OpenVINO.
+    return torch.where(squared < 0, 0.0, squared).sqrt()
 
 
 def apply_tiled(fn: Callable[[Tensor], Tensor], rgb: Tensor, tiles: int) -> Tensor:

@@ -1,11 +1,15 @@
 """How much each branch counts: the decision by synthetic defects, and who keeps to it."""
 
+from types import SimpleNamespace
+
 from csad import settings
 from csad.data import files
 from csad.data.workspace import Workspace
+from csad.errors import UserError
 from csad.evaluation import branch_weights
 from csad.evaluation.branch_weights import Defects, choose
 from csad.evaluation.metrics import auroc
+from csad.export import weighing
 from csad.settings import FusionSettings
 
 import numpy as np
@@ -174,3 +178,21 @@ def test_who_names_branches_gets_these_and_the_paper_weighs_nothing():
     assert named.fusion.optional == ["LGST"]
     paper = settings.load("discs").fusion
     assert (paper.optional, paper.weights, paper.rule) == ([], "equal", "sum")
+
+
+@pytest.mark.parametrize("part", ["good", "structural", "logical"])
+def test_branches_are_not_weighed_by_what_is_no_number(part, tmp_path, monkeypatch):
+    """No comparison with NaN is true: the branch that could not be computed would get a weight as if it found nothing."""
+    branches = ["patchhist", "memory"]
+    drawn = {name: np.ones((4, 2)) for name in ("good", "structural", "logical")}
+    drawn[part][2, 1] = np.nan
+    defects = {kind: Defects(drawn[kind], np.linspace(0, 1, 4)) for kind in ("structural", "logical")}
+    monkeypatch.setattr(branch_weights, "candidates", lambda *_: branches)
+    monkeypatch.setattr(weighing, "with_optional_branches", lambda *_: ({}, branches))
+    monkeypatch.setattr(weighing, "TorchEngine", lambda *_: SimpleNamespace(branches=branches))
+    monkeypatch.setattr(weighing, "contributions_on_defects", lambda *_: (drawn["good"], defects))
+    fusion = FusionSettings(branches=branches, weights="synthetic_defects")
+    workspace, discs = Workspace(tmp_path), SimpleNamespace(name="discs")
+    with pytest.raises(UserError, match="discs: .*not finite.*train the stages again"):
+        weighing.decide(discs, workspace, fusion, None, 0, "cpu")
+    assert not workspace.branch_weights("discs").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.layouts import Category
 from csad.errors import UserError
@@ -19,8 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from models.fused import attach_metadata, fused_map, metadata, softplus
+from models import fusion
+from models.backbone import resize
+from models.dfm import DeepFeatureModel
+from models.fused import FusedModel, attach_metadata, fused_map, metadata, softplus
 from models.fusion import STRENGTH_EXPONENT
+from models.lgst import LgstMap
+from models.patch_histogram import PatchHistogramDetector
+from models.patch_memory import PatchMemory
 from tests.test_deploy import SIZES, state_of, with_edges
 
 KINDS = ("paper", "all", "tiles", "replicate")
@@ -167,40 +174,93 @@ def test_zeros_around_are_moved_into_the_convolution_and_nothing_else_is():
         np.testing.assert_allclose(found, model(images).detach(), atol=1e-5)
 
 
+class Views(torch.nn.Module):
+    """Instead of an encoder: pixels, coarser and coarser."""
+
+    def forward(self, rgb):
+        return tuple(rgb[:, :, ::step, ::step] for step in (4, 8, 16))
+
+
+class Logits(torch.nn.Module):
+    def forward(self, maps):
+        return resize(maps[0], (256, 256))
+
+
+class Map(LgstMap):
+    def forward(self, images, maps, _):
+        return maps[0].mean(1)
+
+
+def with_one_branch(branch: str) -> FusedModel:
+    torch.manual_seed(0)
+    memory, dfm = PatchMemory((3, 3), 8, 8, 32, 0.005), DeepFeatureModel(3, 2)
+    for rows in (memory.detail.rows, memory.context.rows):
+        rows.normal_()
+    memory.context_scale.fill_(0.5)
+    parts = {
+        "patchhist": {"segmentor": Logits(), "detector": PatchHistogramDetector(3)},
+        "LGST": {"lgst": Map()},
+        "memory": {"memory": memory},
+        "DFM": {"dfm": dfm},
+    }
+    return FusedModel(Views(), **parts[branch], rule="softplus").eval()
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_single_number_that_is_not_finite_has_no_finite_score_in_any_runtime(branch):
+    """Argmax makes a label of NaN; OpenVINO's ReLU makes it 0, and its maxima, like onnxruntime's, pass over some."""
+    model, known = with_one_branch(branch), {"raw_input": False, "input_size": 256}
+    content = exporters.to_onnx(model, known, ("score",))
+    session = OnnxEngine(exporters.with_metadata(content, known), "cpu").session
+    compiled = openvino.compile_model(exporters.openvino_model(content, "fp32"), "CPU")
+    images = np.random.default_rng(0).normal(size=(5, 3, 256, 256)).astype(np.float32)
+    images[1, 0, 96, 112] = np.nan
+    images[2, 1, 0, 0] = images[3, 1, 128, 240] = np.inf
+    with torch.inference_mode():
+        answers = model(torch.from_numpy(images)).numpy(), *session.run(None, {"images": images})
+    for scores in (*answers, compiled({"images": images})[0]):
+        assert np.isfinite(scores).tolist() == [True, False, False, False, True]
+
+
 # Whether two models agree
 
 
 class Reference:
-    """PyTorch's answers, made up; a label map of label 1 adds nothing to the first branch, one of label 2 adds 1."""
+    """PyTorch's answers, made up; a label map of label 1 adds nothing to the first branch, one of label 2 adds 1, also
+    to its map."""
 
     size, metadata, branches = 256, {}, ["patchhist", "memory"]
 
-    def __init__(self, shares):
-        self.shares = iter(shares)
+    def __init__(self, shares, maps=None):
+        maps = BRANCH_MAPS[: len(shares)] if maps is None else maps
+        self.answers = iter(zip(shares, maps, fusion.fused_map(maps, shares, "sum"), strict=True))
 
     def predict(self, picture):
         from models.prediction import Prediction
 
-        share = next(self.shares)
-        return Prediction(
-            share.sum(keepdims=True), share[None], MAPS[:1], None, np.ones((1, 256, 256), np.uint8)
-        )
+        share, maps, fused = next(self.answers)
+        label_map = np.ones((1, 256, 256), np.uint8)
+        return Prediction(share.sum(keepdims=True), share[None], fused[None], maps[None], label_map)
 
     def score(self, picture):
         return np.ones(1)
 
-    def arrangement_scores(self, label_map):
-        return self.all[:, 0] + (label_map == 2).any((1, 2))
+    def arrangement(self, label_map):
+        moved = (label_map == 2).any((1, 2))
+        return self.all[:, 0] + moved, BRANCH_MAPS[:, 0] + moved[:, None, None]
 
 
 SHARES = np.random.default_rng(5).normal(size=(16, 2)) * (1, 4)
-MAPS = np.full((16, 64, 64), 0.2, np.float32)  # of all pictures the same
+BRANCH_MAPS = np.full((16, 2, 64, 64), 0.1, np.float32)  # of all pictures the same
+MAPS = fusion.fused_map(BRANCH_MAPS, SHARES, "sum")
 
 
-def judged(tmp_path: Path, given, with_branches=True, labels=None, exactly=True, maps=MAPS) -> str | None:
+def judged(
+    tmp_path: Path, given, with_branches=True, labels=None, exactly=True, maps=MAPS, reference=None
+) -> str | None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
-    reference = Reference(SHARES)
+    reference = reference or Reference(SHARES)
     reference.all = SHARES
     labels = np.ones((16, 256, 256), np.uint8) if labels is None else labels
     given = np.asarray(given, dtype=float)
@@ -240,7 +300,11 @@ def test_a_drift_of_all_scores_or_of_one_branch_alone_is_seen(tmp_path):
 def test_a_pixel_that_two_classes_tie_for_moves_the_histogram_with_reason(tmp_path):
     labels, moved = np.ones((16, 256, 256), np.uint8), SHARES.copy()
     labels[3, 10, 20], moved[3, 0] = 2, SHARES[3, 0] + 1
-    assert judged(tmp_path, moved, labels=labels) is None
+    branch_maps = BRANCH_MAPS.copy()
+    branch_maps[3, 0] += 1
+    maps = fusion.fused_map(branch_maps, moved, "sum")
+    assert judged(tmp_path, moved, labels=labels, maps=maps) is None
+    assert "the anomaly map is off" in judged(tmp_path, moved, labels=labels)  # that of another label map
     assert "the score is off" in judged(tmp_path, moved)  # on the same label map
     labels[3, :, :20] = 2
     assert "of a label map differ" in judged(tmp_path, moved, labels=labels)
@@ -262,6 +326,47 @@ def test_a_map_that_is_not_finite_or_looks_otherwise_is_seen(tmp_path):
     missing[3] = 0
     assert "the anomaly map is off by up to 1" in judged(tmp_path, SHARES, maps=missing)
     assert judged(tmp_path, SHARES, maps=MAPS * 1.1, exactly=False) is None
+
+
+def test_a_branch_that_is_off_where_it_adds_nothing_is_seen(tmp_path):
+    """Softplus is flat below 0, where good images lie: a histogram off by a standard deviation adds 1e-6 as before."""
+    weights = {"patchhist": 0.5, "memory": 1.0}
+    z = np.random.default_rng(3).normal(size=(16, 2)) * (4, 3) - (25, 20)
+
+    def added(normalised):
+        return np.logaddexp(0, normalised) * list(weights.values())
+
+    def said(given):
+        reference = Reference(added(z))
+        reference.metadata = {"fusion_rule": "softplus", "branch_weights": weights}
+        reference.arrangement = lambda _: (added(z)[:, 0], BRANCH_MAPS[:, 0])
+        maps = fusion.fused_map(BRANCH_MAPS, added(z), "softplus")
+        return judged(tmp_path, added(given), maps=maps, reference=reference)
+
+    np.testing.assert_allclose(fusion.before_softplus(np.logaddexp(0, z)), z, rtol=1e-9)
+    assert said(z) is None and said(z + 0.02) is None
+    for column, branch in enumerate(weights):
+        moved = z.copy()
+        moved[7, column] += 0.5
+        assert f"the {branch} score is off by up to 0.5 before softplus" in said(moved)
+
+
+@pytest.mark.parametrize("with_branches", [True, False])
+@pytest.mark.parametrize("exactly", [True, False])
+def test_nothing_agrees_with_what_is_no_number(exactly, with_branches, tmp_path):
+    """OpenVINO's clamp makes 0 of NaN: PyTorch's own answer is the one that is not finite."""
+    maps = BRANCH_MAPS.copy()
+    maps[7, 1, 10, 20] = np.nan
+    for reference in (Reference(with_one(np.nan)), Reference(with_one(np.inf)), Reference(SHARES, maps)):
+        said = judged(tmp_path, SHARES, with_branches, exactly=exactly, reference=reference)
+        assert said == "PyTorch itself gives numbers that are not finite"
+
+
+def test_int8_is_not_measured_by_what_is_no_number(make_dataset):
+    category = Category(make_dataset(train=4, validation=8, test=1) / "discs")
+    reference = Reference(with_one(np.nan)[:8])
+    with pytest.raises(UserError, match="scores that are not finite.*train the stages again"):
+        choose_int8(lambda prefixes: pytest.fail("it was quantised"), category, reference, 0.2, 0)
 
 
 def test_what_very_normal_scores_add_is_positive_in_every_runtime():

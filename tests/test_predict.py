@@ -563,7 +563,7 @@ def test_watch_ends_with_ctrl_c_and_a_summary(tmp_path):
     assert process.returncode == 4
 
 
-@pytest.mark.parametrize("what", ["score", "anomaly map"])
+@pytest.mark.parametrize("what", ["score", "anomaly map", "branch maps"])
 def test_what_is_no_number_is_never_normal(what, engine, run, photos, tmp_path, monkeypatch):
     real = engine._run
 
@@ -576,7 +576,7 @@ def test_what_is_no_number_is_never_normal(what, engine, run, photos, tmp_path, 
     assert run(photos, "--threshold", 200) == 3
     assert [row["verdict"] for row in rows(tmp_path)] == ["undecided", "normal", "normal"]
     first = lines(tmp_path)[0]
-    assert f"the model gives an {what}" in first["problem"] if "map" in what else first["score"] is None
+    assert "the model gives an anomaly map" in first["problem"] if "map" in what else first["score"] is None
     assert "not finite" in first["problem"]
     assert "NaN" not in (tmp_path / "out/predictions.jsonl").read_text()
 

@@ -20,6 +20,9 @@ from csad.inference.runtimes import TorchEngine
 
 import numpy as np
 
+from models.fusion import before_softplus, fused_map
+from models.prediction import Prediction
+
 COMPARED = 16  # validation images at most, evenly spread over the sorted list
 # Scores are normalised, so those of good images spread over about 1. Of two or three images they may lie close together,
 # and then the rounding of what is normalised is large beside their spread.
@@ -31,6 +34,9 @@ TOLERATED_ROUGHLY = 0.2
 TOLERATED_PIXELS = (
     1e-3  # of a label map in fp32, which may differ where two classes are equal but for rounding
 )
+# The same in fp32 of a branch's score, in standard deviations of good images over its sharpness, where it adds
+# next to nothing: no more than a 60th of one. OpenVINO's Softplus alone makes 0.02.
+TOLERATED_UNSEEN = 0.1
 # Of an anomaly map's mean, by which one differs on average: of any image in fp32, of all in other precisions.
 TOLERATED_MAP, TOLERATED_MAP_ROUGHLY = 0.05, 0.5
 FAINT = 0.05  # a mean that is no larger is taken as this, so that nothing is asked of maps of next to nothing
@@ -81,20 +87,21 @@ def disagreement(
     given = (scored.score, scored.branch_scores, scored.anomaly_map)
     if not all(np.isfinite(values).all() for values in given if values is not None):
         return "it gives numbers that are not finite"
-    expected = [reference.predict(read_for(reference, [path])) for path in pictures]
-    contributions, maps, label_maps = (
-        np.concatenate([getattr(prediction, name) for prediction in expected])
-        for name in fresh_process.WITH_MAPS
-    )
+    predictions = zip(*(reference.predict(read_for(reference, [path])) for path in pictures))
+    expected = Prediction(*map(np.concatenate, predictions))
+    contributions, branch_maps = expected.branch_scores, expected.branch_maps
+    # Asked for, as no comparison with NaN is ever true: any other number would agree with it.
+    if not all(np.isfinite(values).all() for values in (contributions, expected.anomaly_map, branch_maps)):
+        return "PyTorch itself gives numbers that are not finite"
     names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
     if scored.branch_scores is not None:
         if exactly and "patchhist" in reference.branches and scored.label_map is not None:
-            moved = (scored.label_map != label_maps).mean((1, 2)).max()
+            moved = (scored.label_map != expected.label_map).mean((1, 2)).max()
             if moved > TOLERATED_PIXELS:
                 return f"up to {100 * moved:.3g} % of a label map differ"
-            # Each of the few pixels that are ties may move the score: the histogram is asked about the model's own label map.
+            # Each of the few pixels that are ties may move score and map: the histogram is asked about the model's own label map.
             column = reference.branches.index("patchhist")
-            contributions[:, column] = reference.arrangement_scores(scored.label_map)
+            contributions[:, column], branch_maps[:, column] = reference.arrangement(scored.label_map)
         names += reference.branches
         references = [contributions.sum(1), *contributions.T]
         actuals += [*scored.branch_scores.T]
@@ -111,7 +118,19 @@ def disagreement(
                 f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
                 f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
             )
+    rule = reference.metadata.get("fusion_rule", "sum")
+    if exactly and scored.branch_scores is not None and rule == "softplus":
+        # Good images add next to nothing, whatever a branch says of them; of anomalous ones it would show.
+        weights = np.array([reference.metadata["branch_weights"][branch] for branch in reference.branches])
+        exact, actual = (before_softplus(each / weights) for each in (contributions, scored.branch_scores))
+        for branch, apart in zip(reference.branches, np.abs(exact - actual).max(0)):
+            if apart > TOLERATED_UNSEEN:
+                return (
+                    f"the {branch} score is off by up to {apart:.2g} before softplus (tolerated: {TOLERATED_UNSEEN:g}), "
+                    "which good images hardly show"
+                )
     if scored.anomaly_map is not None:
+        maps = fused_map(branch_maps, contributions, rule)
         apart = np.abs(maps - scored.anomaly_map).mean((1, 2)) / np.maximum(maps.mean((1, 2)), FAINT)
         if apart.max() > TOLERATED_MAP if exactly else apart.mean() > TOLERATED_MAP_ROUGHLY:
             return f"the anomaly map is off by up to {apart.max():.2g} of its mean ({apart.mean():.2g} on average)"

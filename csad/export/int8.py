@@ -77,6 +77,11 @@ def make_check(
             "synthetic defect is made of them"
         )
     scores += [fp32.score(image[None]) for image in anomalies]
+    if not np.isfinite(np.concatenate(scores)).all():
+        raise UserError(
+            f"{category.name}: PyTorch's model gives scores that are not finite, by which int8 cannot be measured, "
+            "so the model is not exported; train the stages again"
+        )
     pictures = np.concatenate([good, *(image[None] for image in anomalies)])
     return quantisation.Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
 

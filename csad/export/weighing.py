@@ -39,6 +39,14 @@ def decide(
     state, weighed = with_optional_branches(category, workspace, fusion, view)
     engine = TorchEngine(state, device)
     good, defects = contributions_on_defects(engine, category, seed)
+    # No comparison with NaN is ever true: such a branch would only seem to find nothing.
+    if not all(
+        np.isfinite(each).all() for each in (good, *(of_kind.contributions for of_kind in defects.values()))
+    ):
+        raise UserError(
+            f"{category.name}: PyTorch's model gives scores that are not finite, by which branches cannot be weighed, "
+            "so the model is not exported; train the stages again"
+        )
     decision = branch_weights.choose(good, defects, engine.branches, fusion.branches)
     branch_weights.write(category.name, workspace, fusion, decision)
     print(f"{category.name}: {decision.description}")

@@ -158,7 +158,9 @@ def _judge_readable(
 def _verdict(picture: Picture, prediction: Prediction, engine: Engine, threshold: float) -> Verdict:
     """The verdict on one picture, by its own part of a batch's prediction; all but its score may be None."""
     score, has_maps = float(prediction.score), prediction.anomaly_map is not None
-    if not math.isfinite(score) or (has_maps and not np.isfinite(prediction.anomaly_map).all()):
+    # Of the single maps, too: the fused one takes what lies below 0 as 0, in OpenVINO also what is no number.
+    drawn = (prediction.anomaly_map, prediction.branch_maps) if has_maps else ()
+    if not math.isfinite(score) or not all(np.isfinite(maps).all() for maps in drawn):
         what = "an anomaly map" if math.isfinite(score) else f"a score ({score})"
         problem = f"the model gives {what} that is not finite; export it again"
         return Verdict(picture.name, UNDECIDED, threshold, score, problem=problem)

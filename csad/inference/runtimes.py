@@ -77,11 +77,13 @@ class TorchEngine(Engine):
             outputs = [values if values.dtype == self.torch.uint8 else values.float() for values in outputs]
             return tuple(values.cpu().numpy() for values in outputs[: None if maps else 1])
 
-    def arrangement_scores(self, label_map: np.ndarray) -> np.ndarray:
-        """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,)."""
+    def arrangement(self, label_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Label maps (B, 256, 256) uint8 -> what the patch histogram adds to the scores, (B,), and its map, (B, 64, 64)."""
         with self.torch.inference_mode():
-            score, _ = self.model.arrangement(self.torch.from_numpy(label_map).long().to(self.device))
-            return self.model.contribution("patchhist", score).cpu().numpy()
+            score, branch_map = self.model.arrangement(
+                self.torch.from_numpy(label_map).long().to(self.device)
+            )
+            return self.model.contribution("patchhist", score).cpu().numpy(), branch_map.cpu().numpy()
 
 
 class OnnxEngine(Engine):
