@@ -44,9 +44,7 @@ def fit_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, float]
     Of few validation images, whose middle may lie close together by chance, this std is the steadier one; and it knows how far
     a branch's scores of good images scatter at the far end, where branches are compared.
     """
-    validation = np.asarray(validation, dtype=np.float64)
-    if validation.size == 0 or not np.isfinite(validation).all():
-        raise ValueError("normalisation needs at least one validation score, and all of them finite")
+    validation = _usable(validation)
     std = float(validation.std())
     return float(validation.mean()), std if std > std_floor else 1.0
 
@@ -58,10 +56,17 @@ def fit_upper_z(validation: np.ndarray, std_floor: float = 0.0) -> tuple[float, 
     Of held-out images a few lie far out, where what was fitted to the others has to extrapolate. They would make the std larger,
     and anomalies smaller, than all the others let one expect.
     """
-    fit_z(validation)
+    validation = _usable(validation)
     median, upper = np.quantile(validation, (0.5, UPPER))
-    std = max(float(upper - median) / UPPER_Z, float(np.std(validation)) / 2)
+    std = max(float(upper - median) / UPPER_Z, float(validation.std()) / 2)
     return float(median), std if std > std_floor else 1.0
+
+
+def _usable(validation: np.ndarray) -> np.ndarray:
+    validation = np.asarray(validation, dtype=np.float64)
+    if validation.size == 0 or not np.isfinite(validation).all():
+        raise ValueError("normalisation needs at least one validation score, and all of them finite")
+    return validation
 
 
 def fit_normalisation(

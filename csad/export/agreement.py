@@ -118,20 +118,35 @@ def disagreement(
                 f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
                 f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
             )
+    if scored.branch_scores is None or scored.anomaly_map is None:
+        return None
     rule = reference.metadata.get("fusion_rule", "sum")
-    if exactly and scored.branch_scores is not None and rule == "softplus":
-        # Good images add next to nothing, whatever a branch says of them; of anomalous ones it would show.
-        weights = np.array([reference.metadata["branch_weights"][branch] for branch in reference.branches])
-        exact, actual = (before_softplus(each / weights) for each in (contributions, scored.branch_scores))
-        for branch, apart in zip(reference.branches, np.abs(exact - actual).max(0)):
-            if apart > TOLERATED_UNSEEN:
-                return (
-                    f"the {branch} score is off by up to {apart:.2g} before softplus (tolerated: {TOLERATED_UNSEEN:g}), "
-                    "which good images hardly show"
-                )
-    if scored.anomaly_map is not None:
-        maps = fused_map(branch_maps, contributions, rule)
-        apart = np.abs(maps - scored.anomaly_map).mean((1, 2)) / np.maximum(maps.mean((1, 2)), FAINT)
-        if apart.max() > TOLERATED_MAP if exactly else apart.mean() > TOLERATED_MAP_ROUGHLY:
-            return f"the anomaly map is off by up to {apart.max():.2g} of its mean ({apart.mean():.2g} on average)"
+    maps = fused_map(branch_maps, contributions, rule)
+    unseen = None
+    if exactly and rule == "softplus":
+        unseen = _disagreement_before_softplus(reference, contributions, scored.branch_scores)
+    return unseen or _disagreement_of_maps(maps, scored.anomaly_map, exactly)
+
+
+def _disagreement_before_softplus(
+    reference: TorchEngine, contributions: np.ndarray, given: np.ndarray
+) -> str | None:
+    """Good images add next to nothing, whatever a branch says of them; of anomalous ones it would show."""
+    weights = np.array([reference.metadata["branch_weights"][branch] for branch in reference.branches])
+    apart = np.abs(before_softplus(contributions / weights) - before_softplus(given / weights)).max(0)
+    for branch, most in zip(reference.branches, apart):
+        if most > TOLERATED_UNSEEN:
+            return (
+                f"the {branch} score is off by up to {most:.2g} before softplus (tolerated: {TOLERATED_UNSEEN:g}), "
+                "which good images hardly show"
+            )
+    return None
+
+
+def _disagreement_of_maps(maps: np.ndarray, given: np.ndarray, exactly: bool) -> str | None:
+    apart = np.abs(maps - given).mean((1, 2)) / np.maximum(maps.mean((1, 2)), FAINT)
+    if apart.max() > TOLERATED_MAP if exactly else apart.mean() > TOLERATED_MAP_ROUGHLY:
+        return (
+            f"the anomaly map is off by up to {apart.max():.2g} of its mean ({apart.mean():.2g} on average)"
+        )
     return None

@@ -24,6 +24,20 @@ from csad.inference.runtimes import open_model
 import numpy as np
 
 
+def require_finite(scores: np.ndarray, category: str, purpose: str) -> None:
+    """UserError if one of PyTorch's scores is not finite: no comparison with NaN is ever true, so whatever is decided by it
+    would only seem to hold.
+
+    Args:
+        purpose: what they are for, after "by which".
+    """
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{category}: PyTorch's model gives scores that are not finite, by which {purpose}, so the model is not "
+            "exported; train the stages again"
+        )
+
+
 def with_validation_scores(
     metadata: dict[str, Any], scores: np.ndarray, category: str, images: Sequence[str] = ()
 ) -> dict[str, Any]:

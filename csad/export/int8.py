@@ -10,6 +10,7 @@ from csad.data import images, layouts
 from csad.data.listing import count as counted
 from csad.errors import UserError
 from csad.export import quantisation
+from csad.export.exported_thresholds import require_finite
 from csad.inference.engines import Engine, as_input, read_for
 from csad.training.logical_synthesis import label_parts, synthesise
 
@@ -77,11 +78,7 @@ def make_check(
             "synthetic defect is made of them"
         )
     scores += [fp32.score(image[None]) for image in anomalies]
-    if not np.isfinite(np.concatenate(scores)).all():
-        raise UserError(
-            f"{category.name}: PyTorch's model gives scores that are not finite, by which int8 cannot be measured, "
-            "so the model is not exported; train the stages again"
-        )
+    require_finite(np.concatenate(scores), category.name, "int8 cannot be measured")
     pictures = np.concatenate([good, *(image[None] for image in anomalies)])
     return quantisation.Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
 

@@ -10,6 +10,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights
 from csad.export.assembly import fused_state
+from csad.export.exported_thresholds import require_finite
 from csad.inference.engines import Engine, read_for
 from csad.inference.runtimes import TorchEngine
 from csad.progress import batches
@@ -39,14 +40,8 @@ def decide(
     state, weighed = with_optional_branches(category, workspace, fusion, view)
     engine = TorchEngine(state, device)
     good, defects = contributions_on_defects(engine, category, seed)
-    # No comparison with NaN is ever true: such a branch would only seem to find nothing.
-    if not all(
-        np.isfinite(each).all() for each in (good, *(of_kind.contributions for of_kind in defects.values()))
-    ):
-        raise UserError(
-            f"{category.name}: PyTorch's model gives scores that are not finite, by which branches cannot be weighed, "
-            "so the model is not exported; train the stages again"
-        )
+    for contributions in (good, *(of_kind.contributions for of_kind in defects.values())):
+        require_finite(contributions, category.name, "branches cannot be weighed")
     decision = branch_weights.choose(good, defects, engine.branches, fusion.branches)
     branch_weights.write(category.name, workspace, fusion, decision)
     print(f"{category.name}: {decision.description}")

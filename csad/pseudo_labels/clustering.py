@@ -78,9 +78,8 @@ def mean_shift(features: np.ndarray, bandwidth: float, max_seeds: int | None = N
     Args:
         max_seeds: climb from so many components, drawn from all; None: from every one, and the result is scikit-learn's.
     """
-    from scipy.spatial.distance import (
-        cdist,
-    )  # like scikit-learn, not to be waited for where options are wrong
+    # Here, like scikit-learn: not to be waited for where an option is wrong.
+    from scipy.spatial.distance import cdist
 
     features = np.asarray(features, np.float64)
     features = features - features.mean(0)  # short vectors lose little in the differences of squares below
