@@ -18,7 +18,8 @@ import torch
 
 from models.fused import FusedModel, attach_metadata, from_state, metadata, published_state
 
-FORMAT_OF = {"torch": "torch", "onnxruntime": "onnx", "openvino": "openvino"}
+COMPILED = "torch.compile"
+FORMAT_OF = {"torch": "torch", COMPILED: "torch", "onnxruntime": "onnx", "openvino": "openvino"}
 PUBLISHED_GRAPH, OURS = "published", "ours"
 CALIBRATION_IMAGES = 4  # of noise; for the speed of int8 it is enough that every layer has a range
 
@@ -58,13 +59,18 @@ def build_variants(
     networks = {PUBLISHED_GRAPH: ("/",), OURS: onnx_graphs.NETWORKS}
 
     for precision in args.precisions:
-        if "torch" in args.runtimes and precision != "int8":
+        for runtime in ("torch", COMPILED):
+            if runtime not in args.runtimes or precision == "int8":
+                continue
             published = PublishedTorch(model, precision, device)
-            variants.append(Variant(PUBLISHED_GRAPH, "torch", precision, published.precision, published))
             ours = published_state(model)
             attach_metadata(ours, metadata(state) | {"precision": precision})
             in_torch = TorchEngine(ours, device)
-            variants.append(Variant(OURS, "torch", precision, in_torch.precision, in_torch.score))
+            if runtime == COMPILED:
+                for owner in (published, in_torch):  # on CUDA with CUDA graphs
+                    owner.model = torch.compile(owner.model, mode="reduce-overhead")
+            variants.append(Variant(PUBLISHED_GRAPH, runtime, precision, published.precision, published))
+            variants.append(Variant(OURS, runtime, precision, in_torch.precision, in_torch.score))
         for runtime in ("onnxruntime", "openvino"):
             if runtime not in args.runtimes or (runtime, precision) == ("onnxruntime", "bf16"):
                 continue

@@ -15,9 +15,11 @@ from csad.synthetic.writer import components_root
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import label_quality, load, many_categories, speed, training_speed
+from benchmarks.speed_variants import FORMAT_OF
 from models import fused
 
 ROOT = Path(__file__).parent.parent
@@ -105,14 +107,16 @@ def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypa
     monkeypatch.setattr(speed, "random_state", lambda: state)
     report = {"category": "discs", "format": "onnx", "precision": "fp32", "auroc_mean": 87.5}
     files.write_json(Workspace(tmp_path).export_report, [report])
+    compile = torch.compile  # without a C++ compiler here
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile(model, backend="eager"))
     options = f"--workspace {tmp_path} --turns 1 --batches 1 --device cpu --precisions fp32"
-    monkeypatch.setattr(sys, "argv", ["speed", *options.split()])
+    monkeypatch.setattr(sys, "argv", ["speed", *options.split(), "--runtimes", *FORMAT_OF])
     speed.main()
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert {(row["graph"], row["runtime"], row["auroc_mean"]) for row in rows} == {
         (graph, runtime, 87.5 if runtime == "onnxruntime" else None)
         for graph in ("published", "ours")
-        for runtime in ("torch", "onnxruntime", "openvino")
+        for runtime in ("torch", "torch.compile", "onnxruntime", "openvino")
     }
     assert all(row["ms_per_image"] > 0 for row in rows)
     assert (tmp_path / "benchmark_speed.svg").read_bytes().startswith(b"<?xml")
