@@ -200,7 +200,7 @@ class LgstSettings(Section):
 class MemorySettings(Section):
     """Stage 3b, beyond the paper (docs/beyond.md)."""
 
-    rows: int = Field(4000, ge=1, description="patches that are remembered")
+    rows: int = Field(2000, ge=1, description="patches that are remembered")
     score_share: float = Field(
         0.003, gt=0, le=1, description="of a map's values (of a tile's), the largest, whose mean is the score"
     )
