@@ -33,7 +33,8 @@ import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import in_turns, memory_mb
+from benchmarks.measuring import in_turns
+from benchmarks.peers_worker import memory_mb
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import SIZE
 from models.device import autocast, choose_device, choose_precision, forbid_tf32, memory_format
