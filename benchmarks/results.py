@@ -100,7 +100,7 @@ def make(name: str, table: Table, args: argparse.Namespace) -> None:
         if not (begun / f"{other}.json").exists():
             raise UserError(f"{name} goes on from {other}; make that with --only {other} first")
     seeds = args.seeds if any("{seed}" in command for command in table.commands) else args.seeds[:1]
-    left = [located(path, args) for path in given(table.files, args)]
+    left = [Path(located(path, args)) for path in given(table.files, args)]
     if args.overwrite:  # but for pictures and what other tables left
         for path in left:
             shutil.rmtree(path.parent, ignore_errors=True)
