@@ -33,6 +33,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 from csad.errors import UserError, run_script
 
@@ -197,14 +198,8 @@ def preloaded() -> ForkServerContext:
     context.set_forkserver_preload(PRELOADED)
     # Killed processes leave semaphores behind, which the standard library removes with a warning.
     changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    forkserver.ensure_running()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with patch.dict(os.environ, changes):
+        forkserver.ensure_running()
     return context
 
 

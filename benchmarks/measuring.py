@@ -41,23 +41,15 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def measured(command: Sequence[object], log: Path | None = None, accepted: Sequence[int] = (0,)) -> Usage:
-    """Run a command to its end.
-
-    Args:
-        log: takes what it prints; None: the terminal.
-        accepted: exit statuses that are no failure.
-
-    Raises:
-        UserError: it ended with another one.
-    """
+def measured(command: Sequence[object], log: Path | None = None) -> Usage:
+    """Run a command to its end; what it prints goes to the log or the terminal. UserError if it failed."""
     start = time.perf_counter()
     with open(log or os.devnull, "w", encoding="utf-8") as handle:
         output, errors = (handle, subprocess.STDOUT) if log else (None, None)
         process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors)
         _, status, resources = os.wait4(process.pid, 0)  # of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in accepted:
+    if process.returncode:
         raise UserError(f"{command[1]} failed" + (f"; {log} says why" if log else ""))
     return Usage(
         time.perf_counter() - start, resources.ru_utime + resources.ru_stime, resources.ru_maxrss / 1024
@@ -65,15 +57,10 @@ def measured(command: Sequence[object], log: Path | None = None, accepted: Seque
 
 
 def measured_script(
-    script: str,
-    workspace: Path,
-    options: Sequence[object],
-    log: Path | None = None,
-    accepted: Sequence[int] = (0,),
+    script: str, workspace: Path, options: Sequence[object], log: Path | None = None
 ) -> Usage:
     """Run a script of the repository's root on a workspace; see `measured`."""
-    command = [sys.executable, ROOT / f"{script}.py", "--workspace", workspace, *options]
-    return measured(command, log, accepted)
+    return measured([sys.executable, ROOT / f"{script}.py", "--workspace", workspace, *options], log)
 
 
 def in_turns(
@@ -105,22 +92,6 @@ def seconds_of(run: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return timed
-
-
-def memory_mb(field: str = "VmRSS", pid: int | str | None = "self") -> float | None:
-    """A process's resident memory: VmRSS now, VmHWM at most; None if it is not available."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    return int(status.split(f"{field}:")[1].split()[0]) / 1024 if f"{field}:" in status else None
-
-
-def tell_missed(missed: Sequence[str]) -> None:
-    """End with status 1, and a line that names what should have been reached, if anything."""
-    if missed:
-        print(f"missed: {', '.join(missed)}")
-        raise SystemExit(1)
 
 
 def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:

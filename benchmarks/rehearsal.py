@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import operator
 import os
 import sys
 import time
@@ -70,9 +69,6 @@ def main() -> None:
         ("lgst_steps", 3, "of stage 3"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    parser.add_argument(
-        "--side_share", type=float, default=1, help="smaller pictures, to try the script itself"
-    )
     # One of them, in this process.
     parser.add_argument("--stage", choices=[WEIGHTS, *STAGES], help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
@@ -91,8 +87,7 @@ def main() -> None:
 def rehearse(args: argparse.Namespace) -> None:
     workspace = args.workspace
     rows: list[tuple[Any, ...]] = []
-    height, width = (int(side * args.side_share) for side in SIZE)
-    write_pictures(workspace / "data", (height, width))
+    write_pictures(workspace / "data")
     itself = [sys.executable, "-m", "benchmarks.rehearsal", "--workspace", workspace, "--device", args.device]
     usage = measured([*itself, "--sam", args.sam, "--stage", WEIGHTS], workspace / f"{WEIGHTS}.log")
     rows.append(("make and save all weights", "", 1, usage.seconds, usage.peak_mb, None))
@@ -129,15 +124,13 @@ def rehearse(args: argparse.Namespace) -> None:
         floatfmt=(".0f", ".0f", ".0f", ".2f", ".0f", ".0f"),
     )
     files.write_text(workspace / "rehearsal.md", table + "\n")
-    options = {key: str(value) for key, value in vars(args).items()}
-    files.write_json(workspace / "rehearsal.json", {"rows": rows, "options": options})
     print("\n" + table)
 
 
-def write_pictures(root: Path, size: tuple[int, int]) -> None:
-    """Discs and bars on a textured ground, two of every split."""
-    height, width = size
-    y, x = np.mgrid[:height, :width] / min(size)
+def write_pictures(root: Path) -> None:
+    """Discs on a textured ground, two of every split."""
+    height, width = SIZE
+    y, x = np.mgrid[:height, :width] / height
     rng = np.random.default_rng(0)
     for folder in ("train/good", "validation/good", *(f"test/{split}" for split in layouts.SPLITS)):
         for index in range(PICTURES):
@@ -215,7 +208,8 @@ def time_steps(stage: str, steps: dict[str, list[float]], on_gpu: bool) -> None:
 
         def report(self: TrainingLoop, losses: Mapping[str, torch.Tensor]) -> None:
             real(self, losses)
-            functools.reduce(operator.add, losses.values()).item()
+            if on_gpu:
+                torch.cuda.synchronize()
             now = time.perf_counter()
             if last[0]:
                 steps.setdefault("a training step (all but the first)", []).append(now - last[0])

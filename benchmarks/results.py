@@ -15,6 +15,7 @@ figures was committed since, or had changes that were not committed.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import re
 import shlex
@@ -29,9 +30,10 @@ from typing import Any
 from csad.data import files
 from csad.errors import UserError, run_script
 
+from benchmarks import results_content
 from benchmarks.measuring import ROOT, describe_machine, machine_in_words, options_of
 from benchmarks.peers_worker import PEERS
-from benchmarks.results_tables import TABLES, Inputs, Table
+from benchmarks.results_tables import TABLES, Table
 
 PAGE, FOLDER = ROOT / "docs/results.md", ROOT / "docs/results"
 OLDER = "**Made by an older state of the code:**"  # how the line begins that git's history decides
@@ -49,36 +51,22 @@ def main() -> None:
     action.add_argument(
         "--only", nargs="+", choices=list(TABLES), metavar="NAME", help="make these once more"
     )
-    parser.add_argument(
-        "--work", type=files.path_argument, default=Path("results_work"), help="where commands write"
-    )
-    parser.add_argument("--dataset_root", type=files.path_argument, help="photographs, for tables of some")
-    parser.add_argument(
-        "--environment", type=files.path_argument, default=Path(".venv_peers"), help="of the peers"
-    )
-    parser.add_argument("--categories", nargs="+", metavar="NAME", help="of the rendered ones (default: all)")
-    parser.add_argument("--few_categories", nargs="+", metavar="NAME", default=["pushpins"])
+    folder = files.path_argument
+    parser.add_argument("--work", type=folder, default="results_work", help="where commands write")
+    parser.add_argument("--dataset_root", type=folder, help="photographs, for tables of some")
+    parser.add_argument("--environment", type=folder, default=".venv_peers", help="of the peers")
     parser.add_argument("--methods", nargs="+", default=list(PEERS), choices=list(PEERS), help="of the peers")
     parser.add_argument("--overwrite", action="store_true", help="with --only: start over, not go on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the detection tables")
     args = parser.parse_args()
-    inputs = Inputs(
-        work=args.work.resolve(),
-        photographs=args.dataset_root and args.dataset_root.resolve(),
-        environment=args.environment.absolute(),
-        categories=args.categories and tuple(args.categories),
-        few_categories=tuple(args.few_categories),
-        methods=tuple(args.methods),
-        seeds=tuple(args.seeds),
-    )
     if args.list:
         return print("\n".join(describe(name, table) for name, table in TABLES.items()))
     if args.overwrite and not args.only:
         raise UserError("--overwrite starts tables over; name them with --only")
-    for name in [] if args.render else args.only or missing(inputs):
-        make(name, TABLES[name], inputs, args.overwrite)
-        render(FOLDER, PAGE, [name])
-    render(FOLDER, PAGE, list(TABLES) if args.render else [])
+    for name in [] if args.render else args.only or missing(args):
+        make(name, TABLES[name], args)
+        render([name])
+    render(list(TABLES) if args.render else [])
 
 
 def describe(name: str, table: Table) -> str:
@@ -89,12 +77,12 @@ def describe(name: str, table: Table) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="    ")
 
 
-def missing(inputs: Inputs) -> list[str]:
+def missing(args: argparse.Namespace) -> list[str]:
     """Tables without figures whose inputs are at hand; says which are left out."""
     names = []
     for name, table in TABLES.items():
-        lacks = ["--dataset_root"] * (table.photographs and inputs.photographs is None)
-        lacks += [f"{inputs.environment}"] * (table.peers and not inputs.environment.exists())
+        lacks = ["--dataset_root"] * (table.photographs and args.dataset_root is None)
+        lacks += [f"{args.environment}"] * (table.peers and not args.environment.exists())
         if lacks:
             print(f"{name}: left out, it needs {' and '.join(lacks)}")
         elif not record(FOLDER, name).exists():
@@ -102,55 +90,67 @@ def missing(inputs: Inputs) -> list[str]:
     return names
 
 
-def start_over(name: str, table: Table, inputs: Inputs) -> None:
-    """Remove what an earlier run of a table left, but for pictures and what other tables left."""
-    for folder in table.leaves(inputs):
-        shutil.rmtree(folder, ignore_errors=True)
-    (inputs.work / "begun" / f"{name}.json").unlink(missing_ok=True)
-
-
-def make(name: str, table: Table, inputs: Inputs, overwrite: bool = False) -> None:
-    """Run a table's commands and keep its figures, with ``overwrite`` from the start; UserError if an input
-    is not given, a table that it needs was not made, or a command failed."""
-    if table.photographs and inputs.photographs is None:
+def make(name: str, table: Table, args: argparse.Namespace) -> None:
+    """Run a table's commands and keep its figures; UserError if an input is not given, a table that it needs
+    was not made, or a command failed."""
+    if table.photographs and args.dataset_root is None:
         raise UserError(f"{name} needs photographs; name their folder with --dataset_root")
-    begun = inputs.work / "begun"
+    begun = args.work / "begun"
     for other in table.needs:
         if not (begun / f"{other}.json").exists():
             raise UserError(f"{name} goes on from {other}; make that with --only {other} first")
-    if overwrite:
-        start_over(name, table, inputs)
+    seeds = args.seeds if any("{seed}" in command for command in table.commands) else args.seeds[:1]
+    left = [Path(located(path, args)) for path in given(table.files, args)]
+    if args.overwrite:  # but for pictures and what other tables left
+        for path in left:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        (begun / f"{name}.json").unlink(missing_ok=True)
     if not (begun / f"{name}.json").exists():
         files.write_json(begun / f"{name}.json", state_of_code(ROOT, table.sources))
-    commands = table.commands(inputs, table.dataset(inputs))
+    commands = given(table.commands, args)
     for command in commands:
-        print(f"\n$ python {shlex.join(map(str, command))}", flush=True)
-        if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+        words = [str(located(word, args)) for word in shlex.split(command)]
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        if status := subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
             raise UserError(
                 f"{name}: the command above failed (exit status {status}); mend what it says and try again"
             )
+    if left[0].name == "all_stages.json":
+        dataset = args.dataset_root if table.photographs else args.work / "rendered"
+        content = results_content.detection(dataset, dict(zip(seeds, (path.parent for path in left))))
+    else:
+        by_name = {path.stem.split("_")[-1]: files.read_json(path) for path in left}
+        content = by_name if len(by_name) > 1 else by_name.popitem()[1]
     states = [files.read_json(begun / f"{other}.json") for other in (name, *table.needs)]
-    content = {
+    figures = {
         "table": name,
         "commit": states[0]["commit"],
         "commits_before": [state["commit"] for state in states[1:]],
         "modified": sorted({path for state in states for path in state["modified"]}),
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
-        "seeds": list(table.seeds(inputs)),
-        "commands": [printed(command, inputs) for command in commands],
-        "content": table.collect(inputs),
+        "seeds": list(range(table.draws) or seeds),
+        "commands": [f"python {command}" for command in commands],
+        "content": content,
     }
-    files.write_json(record(FOLDER, name), content)
+    files.write_json(record(FOLDER, name), figures)
     print(f"wrote {record(FOLDER, name)}")
 
 
-def printed(command: Sequence[Any], inputs: Inputs) -> str:
-    """A command as another person would type it: paths of this machine under the defaults' names."""
-    text = f"python {shlex.join(map(str, command))}".replace(str(inputs.work), "results_work")
-    if inputs.photographs is not None:
-        text = text.replace(str(inputs.photographs), "photographs")
-    return text.replace(str(inputs.environment), ".venv_peers")
+def given(templates: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """A table's commands or files with the run's seeds and methods, one for each seed where they name it."""
+    return [
+        text.format(seed=seed, first=args.seeds[0], methods=" ".join(args.methods))
+        for text in templates
+        for seed in (args.seeds if "{seed}" in text else args.seeds[:1])
+    ]
+
+
+def located(word: str, args: argparse.Namespace) -> Path | str:
+    """A word of a command, of which a path under a default's name becomes one of this machine."""
+    folders = {"results_work": args.work, "photographs": args.dataset_root, ".venv_peers": args.environment}
+    first, _, rest = word.partition("/")
+    return folders[first].absolute() / rest if first in folders else word
 
 
 def record(folder: Path, name: str) -> Path:
@@ -199,16 +199,16 @@ def older(root: Path, made: dict[str, Any], sources: Sequence[str]) -> str | Non
 # The page
 
 
-def render(folder: Path, page: Path, plotted: Sequence[str]) -> None:
+def render(plotted: Sequence[str]) -> None:
     """Write the page, and the plots of some tables."""
     for name in plotted:
-        if TABLES[name].plots and record(folder, name).exists():
+        if TABLES[name].plots and record(FOLDER, name).exists():
             from benchmarks import results_plots
 
-            content = read(folder, name)["content"]
+            content = read(FOLDER, name)["content"]
             for file, function in TABLES[name].plots.items():
-                files.write_bytes(folder / file, getattr(results_plots, function)(content))
-    files.write_text(page, rendered(page.read_text(encoding="utf-8"), folder, ROOT))
+                files.write_bytes(FOLDER / file, getattr(results_plots, function)(content))
+    files.write_text(PAGE, rendered(PAGE.read_text(encoding="utf-8"), FOLDER, ROOT))
 
 
 def rendered(text: str, folder: Path, root: Path) -> str:

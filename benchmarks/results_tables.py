@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from csad.branches import BRANCHES
-from csad.data import files
-from csad.data.workspace import Workspace
 
 from benchmarks import all_stages, few_images, results_content
 
@@ -40,137 +36,62 @@ PEERS = [f"benchmarks/{name}.py" for name in ("peers", "peers_timing", "peers_wo
 ENGINES = ["benchmarks/speed.py", "csad/export", "csad/inference", "models"]
 
 
-class Inputs(NamedTuple):
-    """What a run is given."""
-
-    work: Path  # folder of everything that the commands write
-    photographs: Path | None
-    environment: Path  # of the peers
-    categories: tuple[str, ...] | None  # of the rendered ones; None: all
-    few_categories: tuple[str, ...]
-    methods: tuple[str, ...]  # of the peers
-    seeds: tuple[int, ...]
-
-    @property
-    def rendered(self) -> Path:
-        return self.work / "rendered"
-
-    def name_of(self, dataset: Path) -> str:
-        return "photographs" if dataset == self.photographs else dataset.name
-
-    def stages_of(self, dataset: Path, seed: int) -> Path:
-        return self.work / f"{self.name_of(dataset)}_seed_{seed}"
-
-    def categories_of(self, dataset: Path) -> list[str]:
-        """The option that names categories; of photographs all are taken."""
-        return ["--categories", *self.categories] if self.categories and dataset == self.rendered else []
-
-
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """One table, or a few that one run makes.
 
     Attributes:
         title: for `--list`.
         minutes: of two cores that do nothing else; for all five rendered categories and one seed.
-        commands: of python, to be run one after another in the repository's root; each continues where it stopped.
+        commands: what python is given, one after another in the repository's root; each continues where it stopped.
+            results_work, photographs and .venv_peers stand for the folders that a run is given, {first} for its first
+            seed, {methods} for its peers; a command with {seed} is run for each seed.
+        files: what the commands leave, each in a folder of this table alone. JSON that is kept as it is, several by their
+            names' last words; of all_stages.json, one for each seed, `results_content.detection`.
         render: what is kept in docs/results/{name}.json -> lines of Markdown.
         sources: paths in the repository that decide the figures.
-        files: JSON files that the commands write, relative to the work folder, each in a folder of this table alone; one
-            is kept as it is, several by their names' last words; none: what the stages left of each seed.
         needs: tables whose files this one goes on from.
         plots: file name under docs/results/ -> function of `results_plots`.
-        photographs: it is about the photographs, not the rendered categories.
-        peers: it needs the peers' environment.
-        draws: number of seeds of its own; 0: those of the run, or with `files` the first of them.
+        draws: number of seeds of its own; 0: those that its commands are given.
     """
 
     title: str
     minutes: str
-    commands: Callable[[Inputs, Path], list[list[Any]]]  # the data set goes along
+    commands: Sequence[str]
+    files: Sequence[str]
     render: Callable[[dict[str, Any]], list[str]]
     sources: Sequence[str]
-    files: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    plots: dict[str, str] = field(default_factory=dict)
-    photographs: bool = False
-    peers: bool = False
+    needs: Sequence[str] = ()
+    plots: Mapping[str, str] = {}
     draws: int = 0
 
-    def dataset(self, inputs: Inputs) -> Path:
-        if not self.photographs:
-            return inputs.rendered
-        assert inputs.photographs is not None  # `results.make` says so before it does anything
-        return inputs.photographs
+    @property
+    def photographs(self) -> bool:
+        """Whether it is about the photographs, not the rendered categories."""
+        return any("--dataset_root photographs" in command for command in self.commands)
 
-    def seeds(self, inputs: Inputs) -> Sequence[int]:
-        return range(self.draws) if self.draws else inputs.seeds[: 1 if self.files else None]
-
-    def leaves(self, inputs: Inputs) -> list[Path]:
-        """Folders that start over with `--overwrite`."""
-        return [inputs.work / Path(file).parent for file in self.files] or list(self._stages(inputs).values())
-
-    def collect(self, inputs: Inputs) -> dict[str, Any]:
-        """What is kept of what the commands left."""
-        if not self.files:
-            return results_content.detection(self.dataset(inputs), self._stages(inputs))
-        contents = {
-            Path(file).stem.split("_")[-1]: files.read_json(inputs.work / file) for file in self.files
-        }
-        return contents if len(contents) > 1 else contents.popitem()[1]
-
-    def _stages(self, inputs: Inputs) -> dict[int, Path]:
-        return {seed: inputs.stages_of(self.dataset(inputs), seed) for seed in inputs.seeds}
+    @property
+    def peers(self) -> bool:
+        """Whether it needs the peers' environment."""
+        return any(".venv_peers" in command for command in self.commands)
 
 
-# Commands
+RENDER = "make_synthetic_loco.py --dataset_root results_work/rendered --seed 0"
 
 
-def stages(inputs: Inputs, dataset: Path, *more: Any) -> list[list[Any]]:
-    """All stages on a data set for each seed."""
-    command = ["-m", "benchmarks.all_stages", "--dataset_root", dataset, "--workspace"]
-    return [
-        [*command, inputs.stages_of(dataset, seed), "--seed", seed, *inputs.categories_of(dataset), *more]
-        for seed in inputs.seeds
-    ]
+def stages(dataset: str, name: str, seed: str = "{seed}") -> str:
+    """All stages on a data set."""
+    workspace = f"results_work/{name}_seed_{seed}"
+    return f"-m benchmarks.all_stages --dataset_root {dataset} --workspace {workspace} --seed {seed}"
 
 
-def render_pictures(inputs: Inputs) -> list[list[Any]]:
-    names = dict.fromkeys([*inputs.categories, *inputs.few_categories]) if inputs.categories else ()
-    options = ["--categories", *names] if names else []
-    return [["make_synthetic_loco.py", "--dataset_root", inputs.rendered, "--seed", 0, *options]]
-
-
-def peers(inputs: Inputs, dataset: Path) -> list[list[Any]]:
+def peers(dataset: str, name: str) -> list[str]:
     """The peers beside our models of the first seed, in three formats, all branches together and each alone."""
-    first = inputs._replace(seeds=inputs.seeds[:1])
-    workspace = first.stages_of(dataset, first.seeds[0])
-    ours = [workspace, *(workspace / f"branch_{branch}" for branch in BRANCHES)]
+    workspace = f"results_work/{name}_seed_{{first}}"
+    ours = " ".join([workspace, *(f"{workspace}/branch_{branch}" for branch in BRANCHES)])
     return [
-        *stages(first, dataset, "--formats", "torch", "onnx", "openvino", "--single_branches"),
-        ["-m", "benchmarks.peers", "--environment", inputs.environment, "--dataset_root", dataset]
-        + [*inputs.categories_of(dataset), "--methods", *inputs.methods, "--workspace", *ours]
-        + ["--output", inputs.work / f"peers_{inputs.name_of(dataset)}"],
-    ]
-
-
-def few(inputs: Inputs, dataset: Path) -> list[list[Any]]:
-    command = ["-m", "benchmarks.few_images", "--dataset_root", dataset]
-    command += ["--categories", *inputs.few_categories, "--output", inputs.work / "few_images"]
-    return [*render_pictures(inputs), command]
-
-
-def speed(inputs: Inputs, dataset: Path) -> list[list[Any]]:
-    category = inputs.categories[0] if inputs.categories else "screw_bag"
-    model = Workspace(inputs.stages_of(dataset, inputs.seeds[0])).exported_model(category, "torch")
-    command = ["-m", "benchmarks.speed", "--model", model, "--workspace", inputs.work / "speed"]
-    return [[*command, "--batches", 1, 8, "--turns", 5]]
-
-
-def training_speed(inputs: Inputs, dataset: Path) -> list[list[Any]]:
-    command = ["-m", "benchmarks.training_speed", "--stage"]
-    return [
-        [*command, stage, "--workspace", inputs.work / "training_speed"] for stage in ("segmentor", "lgst")
+        stages(dataset, name, "{first}") + " --formats torch onnx openvino --single_branches",
+        f"-m benchmarks.peers --environment .venv_peers --dataset_root {dataset} --methods {{methods}} "
+        f"--workspace {ours} --output results_work/peers_{name}",
     ]
 
 
@@ -178,7 +99,8 @@ TABLES = {  # in the order in which they are made
     "rendered": Table(
         "rendered categories: AUROC of each branch, localisation, seconds",
         "3 for the pictures, 25 a seed",
-        lambda inputs, dataset: [*render_pictures(inputs), *stages(inputs, dataset)],
+        [RENDER, stages("results_work/rendered", "rendered")],
+        ["results_work/rendered_seed_{seed}/all_stages.json"],
         results_content.render_detection,
         [*DETECTOR, *RENDERER],
         plots={"roc.svg": "roc", "training_time.svg": "training_time"},
@@ -186,59 +108,66 @@ TABLES = {  # in the order in which they are made
     "photographs": Table(
         "the same of a folder of photographs",
         "4 a category and seed",
-        stages,
+        [stages("photographs", "photographs")],
+        ["results_work/photographs_seed_{seed}/all_stages.json"],
         results_content.render_detection,
         DETECTOR,
-        photographs=True,
     ),
     "peers": Table(
         "anomalib beside ours on the rendered categories",
         "5 for our models in three formats, 12 a category for the peers (PatchCore's coresets)",
-        peers,
+        peers("results_work/rendered", "rendered"),
+        ["results_work/peers_rendered/peers.json"],
         results_content.render_peers,
         [*DETECTOR, *RENDERER, *ENGINES, *PEERS],
-        files=("peers_rendered/peers.json",),
-        needs=("rendered",),
+        needs=["rendered"],
         plots={"auroc_speed.svg": "tradeoff"},
-        peers=True,
     ),
     "peers_photographs": Table(
         "anomalib beside ours on the photographs",
         "2 for our models, 10 a category of 200 pictures",
-        peers,
+        peers("photographs", "photographs"),
+        ["results_work/peers_photographs/peers.json"],
         results_content.render_peers,
         [*DETECTOR, *ENGINES, *PEERS],
-        files=("peers_photographs/peers.json",),
-        needs=("photographs",),
+        needs=["photographs"],
         plots={"auroc_speed_photographs.svg": "tradeoff"},
-        photographs=True,
-        peers=True,
     ),
     "few_images": Table(
-        "AUROC with 10 to 200 training images, three draws",
-        "45 a category",
-        few,
+        "AUROC with 10 to 200 training images, three draws, pushpins",
+        "45",
+        [
+            RENDER,
+            "-m benchmarks.few_images --dataset_root results_work/rendered --categories pushpins "
+            "--output results_work/few_images",
+        ],
+        ["results_work/few_images/few_images.json"],
         results_content.render_few_images,
         [*DETECTOR, *RENDERER, "benchmarks/few_images.py"],
-        files=("few_images/few_images.json",),
         plots={"few_images.svg": "few_images"},
         draws=few_images.DRAWS,
     ),
     "speed": Table(
         "milliseconds per picture in every runtime and precision",
         "5",
-        speed,
+        [
+            "-m benchmarks.speed --model results_work/rendered_seed_{first}/ckpt/pytorch_models/screw_bag.pth "
+            "--workspace results_work/speed --batches 1 8 --turns 5"
+        ],
+        ["results_work/speed/speed.json"],
         results_content.render_speed,
         ENGINES,
-        files=("speed/speed.json",),
-        needs=("rendered",),
+        needs=["rendered"],
     ),
     "training_speed": Table(
         "one step of the published training",
         "10",
-        training_speed,
+        [
+            f"-m benchmarks.training_speed --stage {stage} --workspace results_work/training_speed"
+            for stage in ("segmentor", "lgst")
+        ],
+        [f"results_work/training_speed/benchmark_training_{stage}.json" for stage in ("segmentor", "lgst")],
         results_content.render_training_speed,
         ["benchmarks/training_speed.py", "csad/training", "models", "configs/presets"],
-        files=tuple(f"training_speed/benchmark_training_{stage}.json" for stage in ("segmentor", "lgst")),
     ),
 }

@@ -19,7 +19,6 @@ from typing import Any
 from csad.data import files, images
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
-from csad.export.versions import versions
 
 import numpy as np
 import torch
@@ -79,7 +78,6 @@ def main() -> None:
         "machine": describe_machine(device),
         "model": str(args.model.name if args.model else "random, paper size"),
         "turns": args.turns,
-        "versions": versions(),
     }
     with workspace.lock():
         files.write_json(workspace.root / "speed.json", content)
@@ -136,7 +134,6 @@ def results(
                     "batch": size,
                     "ms_per_image": milliseconds,
                     "images_per_second": 1000 / milliseconds,
-                    "fastest_ms_per_image": 1000 * min(of_variants[number]) / size,
                     "auroc_mean": float(np.mean(aurocs))
                     if aurocs and variant.precision == evaluated_in
                     else None,

@@ -77,9 +77,9 @@ def build_variants(
             for graph in (PUBLISHED_GRAPH, OURS):
                 if graph == PUBLISHED_GRAPH and precision == "int8" and model.memory is not None:
                     continue  # quantised as a whole it does not run; with a patch memory nothing was published, either
-                parts = networks[graph], kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
+                kept = kept_parts(reports, FORMAT_OF[runtime]) if graph == OURS else ()
                 described = graph_metadata | {"precision": precision}
-                engine = other_engine(runtime, paths[graph], described, noise, parts, device)
+                engine = other_engine(runtime, paths[graph], described, noise, networks[graph], kept, device)
                 variants.append(Variant(graph, runtime, precision, engine.precision, engine.score))
     return variants
 
@@ -104,16 +104,17 @@ def other_engine(
     path: Path,
     graph_metadata: dict,
     calibration: np.ndarray,
-    parts: tuple[tuple[str, ...], tuple[str, ...]],
+    networks: tuple[str, ...],
+    fp32_prefixes: tuple[str, ...],
     device: str,
 ) -> Engine:
     """A graph in ONNX, made ready for a runtime and the metadata's precision the way export_model.py does it.
 
     Args:
         calibration: images for int8.
-        parts: prefixes of the nodes that become int8, and of those among them that stay fp32.
+        networks, fp32_prefixes: of the nodes that become int8, and of those among them that stay fp32.
     """
-    precision, (networks, fp32_prefixes) = graph_metadata["precision"], parts
+    precision = graph_metadata["precision"]
     if runtime == "onnxruntime":
         content = path.read_bytes()
         if precision == "int8":

@@ -33,7 +33,8 @@ import torch
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import in_turns, memory_mb
+from benchmarks.measuring import in_turns
+from benchmarks.peers_worker import memory_mb
 from models.backbone import PUBLISHED, Encoder, empty_encoder
 from models.constants import SIZE
 from models.device import autocast, choose_device, choose_precision, forbid_tf32, memory_format
@@ -90,7 +91,6 @@ def main() -> None:
         middle = float(np.median(seconds))
         report["variants"][name] = {
             "ms_per_step": 1000 * middle,
-            "ms_fastest": 1000 * min(seconds),
             "ms_all": [1000 * duration for duration in seconds],
             "processor_ms": 1000 * float(np.median(processor_seconds)),
             "times_plain": plain / middle,
@@ -212,15 +212,11 @@ def measured_step(step: Step, device: torch.device) -> Cost:
     held = start_memory(device)
     start, processor_start = time.perf_counter(), time.process_time()
     step()
-    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     peak = peak_memory(device)
     return Cost(seconds, processor_seconds, None if held is None or peak is None else peak - held)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def start_memory(device: torch.device) -> float | None:

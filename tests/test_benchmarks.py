@@ -1,12 +1,10 @@
 """Each benchmark on tiny input: it runs, by the name that the README gives it, and measures what it says."""
 
-import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from csad.data import data_sets, files, layouts
 from csad.data.workspace import Workspace
@@ -16,9 +14,8 @@ from csad.synthetic.writer import components_root
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks import label_quality, load, many_categories, speed, training_speed
+from benchmarks import label_quality, speed, training_speed
 from benchmarks.speed_variants import FORMAT_OF
 from models import fused
 
@@ -35,15 +32,6 @@ def test_each_runs_as_a_module_and_needs_no_tests(name):
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
-
-
-def test_the_load_benchmark_names_what_cannot_be_judged():
-    engine = SimpleNamespace(metadata={}, size=64)
-    with pytest.raises(UserError, match="image to send cannot be read .*not supported"):
-        load.view_of(b"no picture", engine)
-    content = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(content, "PNG")
-    assert load.view_of(content.getvalue(), engine).shape == (3, 64, 64)
 
 
 def test_maps_are_compared_with_the_truth_of_the_same_image(make_dataset, tmp_path, monkeypatch, capsys):
@@ -120,20 +108,3 @@ def test_exported_models_are_timed_beside_the_published_graph(tmp_path, monkeypa
     }
     assert all(row["ms_per_image"] > 0 for row in rows)
     assert (tmp_path / "benchmark_speed.svg").read_bytes().startswith(b"<?xml")
-
-
-def test_one_category_becomes_many_under_names_of_their_own(tmp_path):
-    one, name = Workspace(tmp_path / "1"), many_categories.CATEGORY
-    files.write_array(one.scores(name, "memory", "val"), np.arange(3.0))
-    files.write_json(
-        one.record(name, "memory"), {"outputs": {f"anomaly_score/{name}_memory_val_score.npy": "12ab"}}
-    )
-    files.write_json(one.backbone, {"name": "tiny"})
-    many_categories.multiply(one.root, tmp_path / "2", 2)
-    for index in range(2):
-        many, made = Workspace(tmp_path / "2"), f"category_{index:04d}"
-        assert files.read_array(many.scores(made, "memory", "val")).tolist() == [0, 1, 2]
-        assert files.read_json(many.record(made, "memory")) == {
-            "outputs": {f"anomaly_score/{made}_memory_val_score.npy": "12ab"}
-        }
-    assert files.read_json(Workspace(tmp_path / "2").backbone) == {"name": "tiny"}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import exit_status
 from PIL import Image
 
@@ -26,8 +27,10 @@ from csad.cluster.sources import ClusterInputs  # noqa: E402
 from csad.cluster.sources import Image as Listed  # noqa: E402
 from csad.commands import score_images as predict  # noqa: E402
 from csad.data import files  # noqa: E402
+from csad.export.exporters import to_onnx  # noqa: E402
 
-from benchmarks.cluster_predict import tiny_model, workers_of  # noqa: E402
+from models.constants import SIZE  # noqa: E402
+from models.prediction import Prediction  # noqa: E402
 
 HISTOGRAM = {
     "mean": [0.9, 0.1],
@@ -36,6 +39,40 @@ HISTOGRAM = {
     "quarter_std": [[0.02, 0.01]] * 4,
 }
 STORE_BYTES = 80 * 2**20
+
+
+class Brightness(torch.nn.Module):
+    """Scores an image by its mean brightness, times 100 / 255, all of it contributed by LGST.
+
+    That of a black one is not a number.
+    """
+
+    def forward(self, images: torch.Tensor) -> Prediction:
+        values = images.float()
+        percent = values * (100 / 255)
+        mean = percent.mean((1, 2, 3))
+        score = mean * mean / mean
+        contribution = score[:, None]
+        map_of_lgst = torch.nn.functional.avg_pool2d(percent, 4).mean(1, keepdim=True)
+        return Prediction(
+            score,
+            torch.cat([0 * contribution, contribution], 1),
+            map_of_lgst[:, 0],
+            torch.cat([0 * map_of_lgst, map_of_lgst], 1),
+            (values.mean(1) > 128).to(torch.uint8),
+        )
+
+
+def tiny_model() -> bytes:
+    """`Brightness` as an ONNX model with all outputs."""
+    metadata = {
+        "with_map": True,
+        "raw_input": True,
+        "input_size": SIZE,
+        "validation_scores": list(range(101)),
+        "histogram": HISTOGRAM,
+    }
+    return to_onnx(Brightness(), metadata, Prediction._fields)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +94,7 @@ def nodes():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny.onnx"
-    path.write_bytes(tiny_model(histogram=HISTOGRAM))
+    path.write_bytes(tiny_model())
     return path
 
 
@@ -243,6 +280,25 @@ def test_a_killed_driver_is_followed_by_one_that_goes_on(nodes, run, tmp_path, m
     assert run(*command) in (0, 4)
     assert names(tmp_path) == [f"{index:03d}.png" for index in range(48)]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in parts(tmp_path)}.items()
+
+
+def workers_of(nodes) -> list[int]:
+    """Process ids of a simulated cluster's workers that score."""
+    raylets = {
+        str(info.process.pid)
+        for node in nodes.list_all_nodes()
+        for info in node.all_processes.get("raylet", [])
+    }
+    workers = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if (folder / "cmdline").read_text().startswith("ray::Map") and (
+                folder / "stat"
+            ).read_text().split()[3] in raylets:
+                workers.append(int(folder.name))
+        except (OSError, ValueError, IndexError):  # ended since, or no process
+            continue
+    return workers
 
 
 def test_a_killed_worker_loses_nothing(nodes, run, tmp_path, model):

@@ -130,7 +130,7 @@ def stages(monkeypatch):
     class Stages(list):
         fail = ""
 
-        def __call__(self, command, log, accepted):
+        def __call__(self, command, log):
             name = command[1].name
             if name == self.fail:
                 log.write_text(f"Traceback\nerror: {name} needs more\n")

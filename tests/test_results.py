@@ -2,8 +2,8 @@
 
 import argparse
 import re
+import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 from csad.data import files, layouts
@@ -17,7 +17,7 @@ import pytest
 from test_docs import parser_of
 
 from benchmarks import results, results_content
-from benchmarks.results_tables import TABLES, Inputs, Table
+from benchmarks.results_tables import TABLES, Table
 
 MACHINE = {
     "cpu": "Processor",
@@ -90,7 +90,7 @@ def test_changes_that_are_not_committed_and_unknown_commits_are_told(repository,
 
 def test_the_mark_of_age_stands_in_the_page(repository, monkeypatch, tmp_path):
     root, commit = repository
-    table = Table("", "1", None, lambda content: [f"| {content} |"], ["decides.py"])
+    table = Table("", "1", [], [], lambda content: [f"| {content} |"], ["decides.py"])
     monkeypatch.setattr(results, "TABLES", {"tiny": table})
     page = "before\n<!-- results: tiny -->\nanything\n<!-- end of tiny -->\nafter\n"
     assert "Not measured yet" in results.rendered(page, tmp_path, root)
@@ -103,75 +103,81 @@ def test_the_mark_of_age_stands_in_the_page(repository, monkeypatch, tmp_path):
     assert results.OLDER in older and without_marks_of_age(older) == fresh
 
 
-def inputs(work: Path, **other) -> Inputs:
-    return Inputs(
-        work, work / "photographs", work / "environment", None, ("pushpins",), ("dfm_256",), (0, 1)
-    )._replace(**other)
+def given(work: Path, **other) -> argparse.Namespace:
+    values = {"work": work, "dataset_root": work / "pictures", "environment": work / "environment"}
+    values |= {"methods": ["dfm_256"], "seeds": [0, 1], "overwrite": False}
+    return argparse.Namespace(**values | other)
 
 
 def test_a_table_is_of_the_commit_at_which_its_work_began(repository, monkeypatch, tmp_path):
     root, commit = repository
     monkeypatch.setattr(results, "ROOT", root)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
-    folder = tmp_path / "work" / "left"
-    folder.mkdir(parents=True)
-    writes = f"import os; os.makedirs({str(folder)!r}); open({str(folder / 'x.json')!r}, 'w').write('[1]')"
-    fails = ["-c", f"open({str(folder / 'x.json')!r}, 'w').write('[1]'); raise SystemExit(2)"]
-    table = Table("", "1", lambda inputs, dataset: [fails], None, ["decides.py"], files=("left/x.json",))
+    work = tmp_path / "work"
+    writes = "import os, sys; os.makedirs(sys.argv[1], exist_ok=True); open(sys.argv[1] + '/x.json', 'w').write('[1]')"
+    fails = shlex.join(["-c", f"{writes}; raise SystemExit(2)"]) + " results_work/left"
+    table = Table("", "1", [fails], ["results_work/left/x.json"], None, ["decides.py"])
     first = results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="exit status 2"):
-        results.make("tiny", table, inputs(tmp_path / "work"))
+        results.make("tiny", table, given(work))
     commit("decides.py", "second")
-    works = replace(table, commands=lambda inputs, _: [["-c", "print()", inputs.work, inputs.photographs]])
-    results.make("tiny", works, inputs(tmp_path / "work"))
+    checks = f"import sys; assert sys.argv[1:] == ['{work}/left', '{work}/pictures', '0']"
+    works = table._replace(commands=[shlex.join(["-c", checks]) + " results_work/left photographs {first}"])
+    results.make("tiny", works, given(work))
     content = files.read_json(tmp_path / "results" / "tiny.json")
     assert content["commit"] == first and content["content"] == [1] and content["seeds"] == [0]
-    assert str(tmp_path) not in content["commands"][0] and "results_work" in content["commands"][0]
+    assert content["commands"][0].endswith(" results_work/left photographs 0")
     # Started over, it is of the commit of today, and what other tables made stays.
-    other = tmp_path / "work" / "other.json"
+    other = work / "other.json"
     other.touch()
-    (folder / "of_before").touch()
-    works = replace(table, commands=lambda inputs, _: [["-c", writes]])
-    results.make("tiny", works, inputs(tmp_path / "work"), overwrite=True)
-    assert not (folder / "of_before").exists() and other.exists()
+    (work / "left/of_before").touch()
+    works = table._replace(commands=[shlex.join(["-c", writes]) + " results_work/left"])
+    results.make("tiny", works, given(work, overwrite=True))
+    assert not (work / "left/of_before").exists() and other.exists()
     content = files.read_json(tmp_path / "results" / "tiny.json")
     assert content["commit"] == results.git(root, "rev-parse", "HEAD")
     with pytest.raises(UserError, match="make that with --only other first"):
-        results.make("next", Table("", "1", None, None, [], needs=("other",)), inputs(tmp_path / "work"))
+        results.make("next", table._replace(needs=["other"]), given(work))
 
 
 def test_nothing_is_started_over_that_cannot_be_made(repository, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "ROOT", repository[0])
-    given = inputs(tmp_path, photographs=None)
+    left = Table("", "1", [], ["results_work/left/x.json"], None, [], needs=["other"])
     for name, table, problem in (
         ("photographs", TABLES["photographs"], "needs photographs"),
-        ("next", Table("", "1", None, None, [], files=("left/x.json",), needs=("other",)), "--only other"),
+        ("next", left, "--only other"),
     ):
         folders = [tmp_path / "photographs_seed_0", tmp_path / "left"]
         for folder in folders:
             folder.mkdir(exist_ok=True)
         with pytest.raises(UserError, match=problem):
-            results.make(name, table, given, overwrite=True)
+            results.make(name, table, given(tmp_path, dataset_root=None, overwrite=True))
         assert all(folder.exists() for folder in folders)
 
 
-def test_seeds_and_files_of_tables(tmp_path):
-    given = inputs(tmp_path)
-    assert list(TABLES["rendered"].seeds(given)) == [0, 1] and list(TABLES["speed"].seeds(given)) == [0]
-    assert TABLES["photographs"].leaves(given) == [tmp_path / f"photographs_seed_{seed}" for seed in (0, 1)]
+def test_seeds_and_files_of_tables(repository, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", repository[0])
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    kept = []
+    monkeypatch.setattr(results_content, "detection", lambda *arguments: kept.append(arguments))
     for stage in ("segmentor", "lgst"):
         files.write_json(tmp_path / f"training_speed/benchmark_training_{stage}.json", {"stage": stage})
-    content = TABLES["training_speed"].collect(given)
+    for name in ("photographs", "training_speed"):
+        results.make(name, TABLES[name]._replace(commands=["-c '{seed}'"]), given(tmp_path))
+    assert kept == [(tmp_path / "rendered", {seed: tmp_path / f"photographs_seed_{seed}" for seed in (0, 1)})]
+    content = files.read_json(tmp_path / "results/training_speed.json")["content"]
     assert content == {stage: {"stage": stage} for stage in ("segmentor", "lgst")}
+    assert files.read_json(tmp_path / "results/photographs.json")["seeds"] == [0, 1]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_commands_of_tables_are_understood(name, tmp_path):
-    for command in TABLES[name].commands(inputs(tmp_path), tmp_path / "data"):
-        words = [str(word) for word in command]
+    for command in results.given(TABLES[name].commands, given(tmp_path)):
+        words = shlex.split(command)
         script = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
-        given = words[2 if words[0] == "-m" else 1 :]
-        _, unknown = argparse.ArgumentParser.parse_known_args(parser_of(script), given)
+        _, unknown = argparse.ArgumentParser.parse_known_args(
+            parser_of(script), words[2 if words[0] == "-m" else 1 :]
+        )
         assert not unknown
 
 

@@ -25,9 +25,7 @@ HEADERS = {
 }
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(\d+))?", re.IGNORECASE)
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
-OUR_WORDS = {  # for what the framework refuses
-    404: "there is nothing at this address; the page is at /, pictures are scored at /score"
-}
+NOTHING_HERE = "there is nothing at this address; the page is at /, pictures are scored at /score"
 DISCARD_SECONDS = 2.0  # for which the rest of a refused body is read, so that its sender sees the answer
 
 
@@ -47,8 +45,8 @@ def answer_of(problem: HTTPException, method: str = "") -> JSONResponse:
     allowed = sorted((problem.headers or {}).get("Allow", "").replace(",", " ").split())
     if problem.status_code == 405 and allowed:
         sentence = f"this address takes {' or '.join(allowed)}, not {method}; /openapi.json says more"
-    elif not isinstance(problem, RequestError):
-        sentence = OUR_WORDS.get(problem.status_code, sentence)
+    elif problem.status_code == 404 and not isinstance(problem, RequestError):
+        sentence = NOTHING_HERE
     return JSONResponse({"error": sentence}, problem.status_code, problem.headers)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,6 +33,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {
@@ -94,8 +95,11 @@ def create_app(
     bug = RequestError(500, "something is wrong with this station; what it is stands in its own output")
     app.add_exception_handler(Exception, lambda *_: answer_of(bug))
 
+    fixed: dict[str, Response] = {"/docs": RedirectResponse("/openapi.json")}
     for path, (file, content_type) in PAGE_FILES.items():
-        app.add_api_route(path, _fixed((PAGE / file).read_bytes(), content_type), include_in_schema=False)
+        fixed[path] = Response((PAGE / file).read_bytes(), media_type=content_type)
+    for path, response in fixed.items():  # each is an ASGI app that sends itself
+        app.router.routes.append(Route(path, response, methods=["GET"]))
 
     @app.get("/health", summary="Whether the models' threads live")
     async def health() -> JSONResponse:
@@ -111,10 +115,6 @@ def create_app(
     @app.get("/metrics", summary="Prometheus metrics")
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> RedirectResponse:
-        return RedirectResponse("/openapi.json")
 
     @app.post("/score", summary="Score one picture", openapi_extra=_SCORE_BODY, responses=_SCORE_ANSWERS)
     async def score(
@@ -198,13 +198,6 @@ def _named(stations: dict[str, Station], name: str | None) -> Station:
 def _in_words(problem: RequestValidationError) -> str:
     first = problem.errors()[0]
     return f"{first['loc'][-1]}: {first['msg']}"
-
-
-def _fixed(content: bytes, content_type: str) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
-        return Response(content, media_type=content_type)
-
-    return answer
 
 
 def _of_schema(schema: dict[str, Any], *content_types: str) -> dict[str, Any]:
