@@ -7,7 +7,7 @@ from typing import Any
 
 from csad import settings
 from csad.branches import BRANCHES, PAPER_BRANCHES
-from csad.data import layouts, records
+from csad.data import layouts
 from csad.data.defects import DefectNames
 from csad.data.roi import read_roi
 from csad.data.workspace import SCORE_PARTS, Workspace
@@ -20,8 +20,8 @@ from csad.evaluation.scores import (
     by_split,
     chosen_on_test,
     digest_scores,
-    has_map,
     normalised_scores,
+    recorded,
     scored_branches,
 )
 from csad.progress import ProgressBar
@@ -47,6 +47,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
     roi = read_roi(category, SIZE, cfg.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
+    records = [recorded(category.name, workspace, branch) for branch in branches]
     sums = {
         name: fused_by_split(category, scores, of_branches, rule)
         for name, of_branches in (equal_sums(branches) | {FUSED: weights}).items()
@@ -58,7 +59,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
         "rule": rule,
         "undecided": undecided,
         "weights": weights,
-        "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
+        "stand_ins": sorted({name for used in records for name in used.get("stand_ins", ())}),
         "chosen_on_test": chosen_on_test(category.name, workspace, branches),
         "measured": digest_scores(category, workspace, branches),
         "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
@@ -133,7 +134,11 @@ def localisation_metrics(
     roi: np.ndarray | None,
 ) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
-    drawing = [branch for branch in weights if has_map(category, workspace, branch)]
+    # Of the exported model's branches the patch histogram says where with `segmentor.evidence` alone.
+    segmentor = (
+        recorded(category.name, workspace, "patchhist").get("segmentor", {}) if "patchhist" in weights else {}
+    )
+    drawing = [branch for branch in weights if branch != "patchhist" or segmentor.get("evidence", True)]
     if not drawing:
         return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
     maps, contributions = {}, {}
@@ -166,11 +171,3 @@ def localisation_metrics(
             sentence = str(problem).replace(f"{category.root.parent}/", "")
             metrics[name] = {"missing": sentence.replace(f"{workspace.root}/", "")}
     return metrics
-
-
-def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
-    """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
-    recorded = [workspace.record(category, branch) for branch in branches]
-    return {
-        name for path in recorded if path.exists() for name in records.read_record(path)["used"]["stand_ins"]
-    }
