@@ -51,13 +51,6 @@ class Measured:
         self.names = cfg.names
         self.roi, self.white_level = read_roi(category, images.SIZE, cfg.roi), cfg.images.white_level
 
-    @property
-    def threshold_image(self) -> Path | None:
-        """The validation image whose score is the threshold."""
-        scores, images = self.sum_of("val"), self.category.validation
-        index = int(np.argmin(np.abs(scores - self.threshold.value)))
-        return images[index] if len(images) == len(scores) else None
-
     def sum_of(self, part: str) -> np.ndarray:
         return fuse({branch: self.scores[branch][part] for branch in self.weights}, self.weights, self.rule)
 
