@@ -13,7 +13,7 @@ from csad.evaluation.metrics import mean_known
 
 import numpy as np
 
-from models.fusion import apply_z, fit_normalisation
+from models.fusion import apply_z, fit_normalisation, fuse
 
 # Each after the good images, in sorted file order.
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}
@@ -83,6 +83,14 @@ def normalised_scores(
         mean, std = normalisation(category, workspace, branch, rule)
         normalised[branch] = {part: apply_z(values, mean, std) for part, values in scores.items()}
     return normalised
+
+
+def fused_parts(scores: Scores, weights: dict[str, float], rule: str) -> dict[str, np.ndarray]:
+    """The weighted sum of the branches in ``weights``, of each of `SCORE_PARTS`."""
+    return {
+        part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
+        for part in SCORE_PARTS
+    }
 
 
 def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
