@@ -107,24 +107,24 @@ def by_definition(measured: Sequence[tuple[np.ndarray, Sequence[Region]]]) -> Lo
     Args:
         measured: of each image its anomaly map (H, W) and its regions; at least one region, and one pixel outside all.
     """
-    values = np.concatenate([anomaly_map.ravel() for anomaly_map, _ in measured])
-    inside = np.concatenate(
-        [
-            np.any([np.zeros(a_map.shape, bool), *(mask for mask, _ in regions)], axis=0).ravel()
-            for a_map, regions in measured
-        ]
-    )
-    of_regions = [(a_map[mask], saturation) for a_map, regions in measured for mask, saturation in regions]
-    false_positive_rates, mean_overlaps, true_positive_rates, f1 = [0.0], [0.0], [0.0], [0.0]
-    for threshold in np.unique(values)[::-1]:
-        marked = values >= threshold
-        overlaps = [min(np.count_nonzero(own >= threshold) / enough, 1.0) for own, enough in of_regions]
-        false_positive_rates.append(marked[~inside].mean())
+    thresholds = np.unique(np.concatenate([anomaly_map.ravel() for anomaly_map, _ in measured]))[::-1]
+    false_positive_rates, mean_overlaps, true_positive_rates, f1 = [0.0], [0.0], [0.0], []
+    for threshold in thresholds:
+        overlaps, false_positives, normal, true_positives, anomalous = [], 0, 0, 0, 0
+        for anomaly_map, regions in measured:
+            marked = anomaly_map >= threshold
+            inside = np.zeros(marked.shape, bool)
+            for mask, saturation in regions:
+                overlaps.append(min(np.count_nonzero(mask & marked) / saturation, 1.0))
+                inside |= mask
+            false_positives += int(np.count_nonzero(marked & ~inside))
+            normal += int(np.count_nonzero(~inside))
+            true_positives += int(np.count_nonzero(marked & inside))
+            anomalous += int(np.count_nonzero(inside))
+        false_positive_rates.append(false_positives / normal)
         mean_overlaps.append(float(np.mean(overlaps)))
-        true_positive_rates.append(marked[inside].mean())
-        f1.append(
-            2 * np.count_nonzero(marked & inside) / (np.count_nonzero(marked) + np.count_nonzero(inside))
-        )
+        true_positive_rates.append(true_positives / anomalous)
+        f1.append(2 * true_positives / (true_positives + false_positives + anomalous))
     rates = np.array(false_positive_rates)
     return Localisation(
         {limit: 100 * area_up_to(rates, np.array(mean_overlaps), limit) / limit for limit in FPR_LIMITS},
