@@ -16,8 +16,8 @@ from csad.data import files
 from csad.errors import UserError, run_script
 from csad.evaluation import seeds
 from csad.evaluation.measures import measure
-from csad.evaluation.score_tables import by_category, details, overview, stand_ins_of, unmeasured
-from csad.evaluation.scores import MANY, said_of_choice
+from csad.evaluation.score_tables import by_category, details, overview, unmeasured
+from csad.evaluation.scores import MANY, reservations
 from csad.progress import ProgressBar
 from csad.synthetic.writer import components_root
 
@@ -64,11 +64,7 @@ def over_seeds(runs: list[dict[str, dict]], numbers: list[int], untested: list[s
         for line in (*unmeasured(run), *untested):
             seeds_of.setdefault(line, []).append(str(number))
     lines += [f"{line} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for line, own in seeds_of.items()]
-    if stand_ins := stand_ins_of(runs):
-        lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    return lines + said_of_choice(
-        branch for run in runs for content in run.values() for branch in content["chosen_on_test"]
-    )
+    return lines + reservations(content for run in runs for content in run.values())
 
 
 if __name__ == "__main__":

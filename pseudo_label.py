@@ -28,7 +28,7 @@ from csad.errors import UserError, run_script
 from csad.processes import share_of, workers_option
 from csad.progress import ProgressBar
 from csad.pseudo_labels.component_labels import feature_space, label_components, paint
-from csad.pseudo_labels.component_search import Search
+from csad.pseudo_labels.component_search import find_missing
 from csad.pseudo_labels.crop_embedding import CropEmbedding
 from csad.pseudo_labels.label_run import LabelRun, provenance_of
 from csad.pseudo_labels.one_picture import COMPONENTS, clustered_map, save_label_map
@@ -152,9 +152,9 @@ class PseudoLabelStage:
         if "cnn_image" in self.settings.features:
             assert self.backbone.deepest is not None  # `jobs` has it built where a category asks for it
             embedding = CropEmbedding(self.backbone.deepest, self.settings.rotations).to(self.device)
-        name, pictures, folders = self.category.name, self.category.train[part], self.label_run.folders[part]
-        search = Search(name, pictures, folders, self.view, proposer, self.settings)
-        search.find_missing(embedding, self.device, self.workers)
+        pictures = list(zip(self.category.train, self.label_run.folders))[part]
+        options = self.view, self.settings, embedding, self.device, self.workers
+        find_missing(self.category.name, pictures, proposer, *options)
 
     def cluster(self) -> None:
         """Give the components of all images their labels, and put everything in its place."""

@@ -37,20 +37,13 @@ def main() -> None:
     workspace, dataset, categories, settings_of = select(args)
     for seed_workspace in workspace.of_seeds(args.seeds).values():
         with seed_workspace.lock():
-            done = [
-                category
-                for category in categories
-                if category.tested and seed_workspace.metrics(category.name).exists()
-            ]
+            tested = [category for category in categories if category.tested]
+            done = [category for category in tested if seed_workspace.metrics(category.name).exists()]
             if not done:
-                raise UserError(
-                    f"{seed_workspace.root} holds no results yet; "
-                    + (
-                        "run benchmark_performance.py first"
-                        if any(category.tested for category in categories)
-                        else "there are no good test images, and without them nothing to report"
-                    )
-                )
+                advice = "there are no good test images, and without them nothing to report"
+                if tested:
+                    advice = "run benchmark_performance.py first"
+                raise UserError(f"{seed_workspace.root} holds no results yet; {advice}")
             if args.categories:  # without names, what is done of a data set that is only begun
                 for category in categories:
                     files.require(seed_workspace.metrics(category.name), "benchmark_performance.py")

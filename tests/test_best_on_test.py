@@ -12,7 +12,7 @@ from csad import settings
 from csad.data import files, layouts
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
-from csad.evaluation.scores import said_of_choice
+from csad.evaluation.scores import reservations
 from csad.training import lgst_scores, segmentor_scores
 from csad.training.best_on_test import CHOSEN_ON_TEST, BestOnTest, mean_auroc
 from csad.training.loop import TrainingLoop
@@ -239,7 +239,8 @@ def test_everything_made_with_it_says_so(tmp_path, monkeypatch, capsys):
     assert len(files.read_state(work / "ckpt/segmentor_discs_256.pth")["meta"]["evaluations"]) == 3
 
     line = "weights of patchhist, LGST: chosen on test images, as published; not an estimate of performance"
-    assert said_of_choice(["patchhist", "LGST"]) == [line] and said_of_choice([]) == []
+    chosen = {"stand_ins": [], "chosen_on_test": ["patchhist", "LGST"]}
+    assert reservations([chosen]) == [line] and reservations([]) == []
     assert line in (work / "score_combine_result.txt").read_text().splitlines()
     assert line in (work / "export_report.md").read_text().splitlines()
     exported = json.loads((work / "anomaly_score/discs_torch_scores.json").read_text())["model"]

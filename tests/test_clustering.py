@@ -114,7 +114,3 @@ def test_labels_too_small_in_the_largest_kind_are_dropped_and_the_rest_renumbere
     np.testing.assert_array_equal(found.labels, np.tile([1, 0, 2], 12))
     assert found.raw_histogram.shape == (12, 4) and not found.raw_histogram[:, 2].any()
     np.testing.assert_allclose(found.filtered_histogram, [[0.2, 0.1]] * 12)
-
-
-def test_the_usual_number_of_components():
-    assert clustering.most_common_count(np.array([3, 5, 5, 3, 4])) == 3

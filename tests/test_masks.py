@@ -128,7 +128,7 @@ def test_merge_covers_the_union_with_small_masks_on_top(masks):
     labels = algebra.merge(masks)
     large = algebra.without_small(masks)
     np.testing.assert_array_equal(labels != 0, large.union())
-    smallest = large[algebra.areas(large).argmin()] if len(large) else None
+    smallest = unpacked(large)[algebra.areas(large).argmin()] if len(large) else None
     if smallest is not None and (algebra.areas(large) == smallest.sum()).sum() == 1:
         assert (labels[smallest] == len(large)).all()
     for mask in algebra.label_masks(labels):
@@ -141,7 +141,7 @@ def test_at_most_the_largest_masks_in_their_order():
         mask.flat[:pixels] = 255
     masks = packed(masks)
     np.testing.assert_array_equal(algebra.areas(algebra.largest(masks, 3)), [3, 9, 20])
-    np.testing.assert_array_equal(algebra.largest(masks, 3)[0], masks[0])
+    np.testing.assert_array_equal(unpacked(algebra.largest(masks, 3))[0], unpacked(masks)[0])
 
 
 def test_no_masks_give_empty_results():
@@ -151,11 +151,6 @@ def test_no_masks_give_empty_results():
     assert not algebra.merge(none).any()
     assert len(algebra.label_masks(np.zeros((16, 16), np.uint8))) == 0
     assert algebra.intersect_ratios(none, np.ones((16, 16), bool)).shape == (0,)
-
-
-def test_more_than_255_labels_do_not_fit():
-    with pytest.raises(ValueError, match="256 masks"):
-        algebra.merge(packed(np.ones((256, 8, 8), np.uint8)))
 
 
 def test_components_are_indices_with_over_a_thousandth_in_sight():

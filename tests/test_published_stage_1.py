@@ -65,7 +65,7 @@ class StubSam:
         return PackedMasks.pack(np.unpackbits(packed, axis=-1, count=self.shape[1]), self.shape)
 
     def background(self):
-        return self.unpack(self.source["sam_background"][self.number][None])[0]
+        return self.unpack(self.source["sam_background"][self.number][None]).union()
 
     def everything(self, chosen):
         return self.unpack(self.source["sam_masks"][self.source["sam_masks_image"] == self.number])
@@ -270,7 +270,7 @@ def test_splitting_and_filters_are_the_published_ones(native, name):
         filters = [
             (
                 "no_sam_background",
-                sam.unpack(native["sam_background"][number][None])[0],
+                sam.unpack(native["sam_background"][number][None]).union(),
                 masks.without_background,
             ),
             (

@@ -45,10 +45,6 @@ class Deviation(NamedTuple):
         """Whether the place has none of what it normally has."""
         return self.area < SMALL <= self.normal_area
 
-    def concerns(self, quarter: str) -> bool:
-        """Whether the deviation shows in a quarter above all."""
-        return quarter in (self.place, self.above_all)
-
     @property
     def words(self) -> str:
         """For example: component 3: 2.1 times the normal area in the top-left quarter."""
@@ -132,7 +128,9 @@ def summarise(unusual: Sequence[Deviation], spot: str = "") -> Summary:
             return _exchange(substitute, missing[0])
         *others, last = (deviation.title for deviation in missing)
         return Summary(f"{', '.join(others)} and {last} are missing" if others else missing[0].words, missing)
-    explaining = [deviation for deviation in unusual if not spot or deviation.concerns(spot)]
+    explaining = [
+        deviation for deviation in unusual if not spot or spot in (deviation.place, deviation.above_all)
+    ]
     if not explaining:
         return Summary("")
     first = explaining[0]

@@ -8,7 +8,7 @@ from csad.data import files
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.metrics import counted, mean_known
-from csad.evaluation.scores import MANY, said_of_choice
+from csad.evaluation.scores import MANY, reservations
 from csad.evaluation.thresholds import threshold_image
 
 from tabulate import tabulate
@@ -67,20 +67,10 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
             {name.removeprefix("auroc_"): [report[name] for report in same] for name in AUROCS}
         ):
             notes.append(f"\n{' '.join(kind)}: averages of what was measured{partial}")
-    columns = {
-        "category": "category",
-        "format": "format",
-        "precision": "precision",
-        "ran_in": "ran in",
-        "auroc_logical": "logical",
-        "auroc_structural": "structural",
-        "auroc_mean": "mean",
-        "ms_per_image": "ms/image",
-        "preprocessing_ms": "preprocessing ms",
-        "largest_difference": "largest difference",
-    }
+    columns = ("category", "format", "precision", "ran_in", *AUROCS, *TIMES, "largest_difference")
+    titles = [name.removeprefix("auroc_").replace("_per_", "/").replace("_", " ") for name in columns]
     cells = [[_cell(name, report[name]) for name in columns] for report in rows]
-    text = [tabulate(cells, list(columns.values()), tablefmt="github", disable_numparse=True), *notes]
+    text = [tabulate(cells, titles, tablefmt="github", disable_numparse=True), *notes]
     for report in [] if short else reports:
         if report["precision"] == "int8":
             higher = [f"{name} ({kind})" for name, kind in report["networks"].items() if kind != "int8"]
@@ -94,11 +84,7 @@ def table_of(reports: list[dict[str, Any]], short: bool = False) -> str:
                 f"\n{report['category']}, {report['format']} {report['precision']}: threshold "
                 f"{report['threshold']:.4g}, the score of the good picture {report['threshold_image']}"
             )
-    stand_ins = sorted({name for report in reports for name in report["stand_ins"]})
-    if stand_ins:
-        text.append(f"\nmade with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    chosen_on_test = [branch for report in reports for branch in report.get("chosen_on_test", [])]
-    text += [f"\n{line}" for line in said_of_choice(chosen_on_test)]
+    text += [f"\n{line}" for line in reservations(reports)]
     return "\n".join(text) + "\n"
 
 

@@ -17,7 +17,6 @@ class LabelMatch:
     # True class -> intersection over union with its predicted label over all images; 0 where none is left for
     # it. Classes that occur in no true map are left out.
     per_class: dict[int, float]
-    matched: dict[int, int]  # true class -> predicted label
 
 
 def match_labels(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> LabelMatch:
@@ -49,5 +48,4 @@ def match_labels(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) ->
     iou = counts[present] / np.maximum(union, 1)
     rows, columns = linear_sum_assignment(-iou)
     per_class = {int(present[row]): float(iou[row, column]) for row, column in zip(rows, columns)}
-    matched = {int(present[row]): int(column) for row, column in zip(rows, columns)}
-    return LabelMatch(float(np.mean(list(per_class.values()))), per_class, matched)
+    return LabelMatch(float(np.mean(list(per_class.values()))), per_class)

@@ -7,10 +7,10 @@ from typing import Any
 
 from csad import settings
 from csad.branches import BRANCHES, PAPER_BRANCHES
-from csad.data import layouts, records
+from csad.data import layouts
 from csad.data.defects import DefectNames
 from csad.data.roi import read_roi
-from csad.data.workspace import SCORE_PARTS, Workspace
+from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import branch_weights, localisation
 from csad.evaluation.metrics import auroc, average_precision, f1_max
@@ -20,8 +20,9 @@ from csad.evaluation.scores import (
     by_split,
     chosen_on_test,
     digest_scores,
-    has_map,
+    fused_parts,
     normalised_scores,
+    recorded,
     scored_branches,
 )
 from csad.progress import ProgressBar
@@ -29,7 +30,7 @@ from csad.progress import ProgressBar
 import numpy as np
 
 from models.constants import SIZE
-from models.fusion import contribution, fuse
+from models.fusion import contribution
 
 NO_COMPONENT_MAP = (
     "the patch histogram has no map, as the exported model has none without --segmentor.evidence"
@@ -47,8 +48,9 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
     roi = read_roi(category, SIZE, cfg.roi)
     branches = scored_branches(category, workspace, fused)
     scores = normalised_scores(category, workspace, branches, rule)
+    used = [recorded(category.name, workspace, branch) for branch in branches]
     sums = {
-        name: fused_by_split(category, scores, of_branches, rule)
+        name: by_split(category, fused_parts(scores, of_branches, rule))
         for name, of_branches in (equal_sums(branches) | {FUSED: weights}).items()
     }
     return {
@@ -58,7 +60,7 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
         "rule": rule,
         "undecided": undecided,
         "weights": weights,
-        "stand_ins": sorted(used_stand_ins(category.name, workspace, branches)),
+        "stand_ins": sorted({name for record in used for name in record.get("stand_ins", ())}),
         "chosen_on_test": chosen_on_test(category.name, workspace, branches),
         "measured": digest_scores(category, workspace, branches),
         "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
@@ -88,15 +90,6 @@ def detection(split_scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]
         }
         for name, split in ANOMALIES.items()
     }
-
-
-def fused_by_split(
-    category: layouts.Category, scores: Scores, weights: dict[str, float], rule: str
-) -> dict[str, np.ndarray]:
-    def fused(part: str) -> np.ndarray:
-        return fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
-
-    return by_split(category, {part: fused(part) for part in SCORE_PARTS})
 
 
 def single_defects(
@@ -133,7 +126,10 @@ def localisation_metrics(
     roi: np.ndarray | None,
 ) -> dict[str, dict]:
     """Localisation by the branches' maps, logical and structural apart; {"missing": why} where it cannot be measured."""
-    drawing = [branch for branch in weights if has_map(category, workspace, branch)]
+    # Of the exported model's branches the patch histogram says where with `segmentor.evidence` alone.
+    used = recorded(category.name, workspace, "patchhist") if "patchhist" in weights else {}
+    evidence = used.get("segmentor", {}).get("evidence", True)
+    drawing = [branch for branch in weights if branch != "patchhist" or evidence]
     if not drawing:
         return {name: {"missing": NO_COMPONENT_MAP} for name in ANOMALIES}
     maps, contributions = {}, {}
@@ -166,11 +162,3 @@ def localisation_metrics(
             sentence = str(problem).replace(f"{category.root.parent}/", "")
             metrics[name] = {"missing": sentence.replace(f"{workspace.root}/", "")}
     return metrics
-
-
-def used_stand_ins(category: str, workspace: Workspace, branches: list[str]) -> set[str]:
-    """Stand-ins noted in the records beside the checkpoints; files made elsewhere have none."""
-    recorded = [workspace.record(category, branch) for branch in branches]
-    return {
-        name for path in recorded if path.exists() for name in records.read_record(path)["used"]["stand_ins"]
-    }

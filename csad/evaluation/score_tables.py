@@ -7,7 +7,7 @@ from typing import Any
 from csad.evaluation import branch_weights, spro
 from csad.evaluation.measures import ANOMALIES
 from csad.evaluation.metrics import LOCO, counted, mean_known
-from csad.evaluation.scores import FUSED, MANY, fused_mean, lowest_first, said_of_choice
+from csad.evaluation.scores import FUSED, MANY, fused_mean, lowest_first, reservations
 
 from tabulate import tabulate
 
@@ -51,21 +51,16 @@ def overview(measured: dict[str, dict], with_published: bool = True) -> list[str
     lines += [
         f"{content['category']}: {content['undecided']}" for content in contents if content["undecided"]
     ]
-    if stand_ins := stand_ins_of([measured]):
-        lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
-    lines += said_of_choice(branch for content in contents for branch in content["chosen_on_test"])
+    lines += reservations(contents)
     if with_published and LOCO & {content["category"] for content in contents}:
         lines.append(PUBLISHED)
     if len(contents) > MANY:
+        title = f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent"
         rows = []
         for content in lowest_first(contents)[:MANY]:
             aurocs = [metrics["auroc"] for metrics in content["detection"][FUSED].values()]
             rows.append((content["category"], *aurocs, fused_mean(content)))
-        lines += [
-            "",
-            f"the lowest {MANY} of {len(contents)} categories, fused branches, image AUROC in percent",
-        ]
-        lines += _table(rows, ("", *ANOMALIES, "mean"))
+        lines += _table(title, rows, ("", *ANOMALIES, "mean"))
     return lines
 
 
@@ -86,8 +81,8 @@ def details(measured: dict[str, dict]) -> list[str]:
         for name, content in measured.items()
         for kind, metrics in content["detection"][FUSED].items()
     ]
-    lines = ["", "image level, fused branches, in percent"]
-    lines += _table(rows, ("", "", "average precision", "F1-max"))
+    title = "image level, fused branches, in percent"
+    lines = _table(title, rows, ("", "", "average precision", "F1-max"))
 
     rows = [
         (name, entry["kind"], defect, entry["images"], entry["auroc"][FUSED])
@@ -95,14 +90,13 @@ def details(measured: dict[str, dict]) -> list[str]:
         for defect, entry in content["defects"].items()
     ]
     if rows:
-        lines += ["", "single defects, fused branches, image AUROC in percent"]
-        lines += _table(rows, ("", "", "defect", "images", "AUROC"))
+        title = "single defects, fused branches, image AUROC in percent"
+        lines += _table(title, rows, ("", "", "defect", "images", "AUROC"))
 
-    lines += [
-        "",
+    title = (
         "localisation by the fused branches' maps, in percent (sPRO: area under the saturated per-region overlap up to "
-        "this false-positive rate)",
-    ]
+        "this false-positive rate)"
+    )
     rows, notes = [], []
     for name, content in measured.items():
         incomplete, general = [], []
@@ -133,7 +127,7 @@ def details(measured: dict[str, dict]) -> list[str]:
         if partial := counted(measured_of):
             notes.append(f"averages of the categories that were measured{partial}")
     columns = ("", "", "pixel AUROC", "pixel F1-max", *(f"sPRO {limit}" for limit in spro.FPR_LIMITS))
-    return [*lines, *(_table([*rows, *means], columns) if rows else []), *notes]
+    return [*lines, *_table(title, [*rows, *means], columns), *notes]
 
 
 def unmeasured(measured: dict[str, dict]) -> list[str]:
@@ -150,9 +144,6 @@ def _mean_columns(rows: list[tuple[float, ...]]) -> list[float]:
     return [mean_known(column) for column in zip(*rows)]
 
 
-def _table(rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
-    return tabulate(rows, columns, tablefmt="plain", floatfmt=".3f").splitlines()
-
-
-def stand_ins_of(runs: list[dict[str, dict]]) -> list[str]:
-    return sorted({name for run in runs for content in run.values() for name in content["stand_ins"]})
+def _table(title: str, rows: list[tuple], columns: tuple[str, ...]) -> list[str]:
+    table = tabulate(rows, columns, tablefmt="plain", floatfmt=".3f").splitlines() if rows else []
+    return ["", title, *table]

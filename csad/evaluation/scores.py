@@ -13,7 +13,7 @@ from csad.evaluation.metrics import mean_known
 
 import numpy as np
 
-from models.fusion import apply_z, fit_normalisation
+from models.fusion import apply_z, fit_normalisation, fuse
 
 # Each after the good images, in sorted file order.
 SPLIT_OF_PART = {"logi": layouts.LOGICAL, "struc": layouts.STRUCTURAL}
@@ -85,6 +85,14 @@ def normalised_scores(
     return normalised
 
 
+def fused_parts(scores: Scores, weights: dict[str, float], rule: str) -> dict[str, np.ndarray]:
+    """The weighted sum of the branches in ``weights``, of each of `SCORE_PARTS`."""
+    return {
+        part: fuse({branch: scores[branch][part] for branch in weights}, weights, rule)
+        for part in SCORE_PARTS
+    }
+
+
 def by_split(category: layouts.Category, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One branch's scores by split of test images, each in sorted file order."""
     good = len(category.test(layouts.GOOD))
@@ -104,29 +112,28 @@ def lowest_first(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(measured, key=lambda metrics: (np.isnan(mean := fused_mean(metrics)), mean))
 
 
-def has_map(category: layouts.Category, workspace: Workspace, branch: str) -> bool:
-    """Whether a branch of the exported model says where: the patch histogram does with ``segmentor.evidence`` alone."""
-    record = workspace.record(category.name, branch)
-    if branch != "patchhist" or not record.exists():
-        return True
-    return records.read_record(record)["used"]["segmentor"]["evidence"]
+def recorded(category: str, workspace: Workspace, branch: str) -> dict[str, Any]:
+    """What the record beside a branch's checkpoint says was used; nothing of files made elsewhere, which have none."""
+    path = workspace.record(category, branch)
+    return records.read_record(path)["used"] if path.exists() else {}
 
 
 def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
-    """Those of the branches whose weights were chosen on test images (csad.training.best_on_test), by the records beside them."""
-    paths = {branch: workspace.record(category, branch) for branch in branches}
-    return [
-        branch
-        for branch, path in paths.items()
-        if path.exists() and "selection" in records.read_record(path)["used"]
-    ]
+    """Those of the branches whose weights were chosen on test images (csad.training.best_on_test), by their records."""
+    return [branch for branch in branches if "selection" in recorded(category, workspace, branch)]
 
 
-def said_of_choice(branches: Iterable[str]) -> list[str]:
-    """The line that tables carry where weights were chosen on test images; none where none were."""
-    if not (names := ", ".join(dict.fromkeys(branches))):
-        return []
-    return [f"weights of {names}: chosen on test images, as published; not an estimate of performance"]
+def reservations(measured: Iterable[dict[str, Any]]) -> list[str]:
+    """The lines that tables carry where something stands in for the published networks, or weights were chosen on test images."""
+    contents, lines = list(measured), []
+    if stand_ins := sorted({name for content in contents for name in content["stand_ins"]}):
+        lines.append(f"made with stand-ins: {', '.join(stand_ins)}; not comparable with published figures")
+    if chosen := dict.fromkeys(name for content in contents for name in content.get("chosen_on_test", ())):
+        names = ", ".join(chosen)
+        lines.append(
+            f"weights of {names}: chosen on test images, as published; not an estimate of performance"
+        )
+    return lines
 
 
 def digest_scores(category: layouts.Category, workspace: Workspace, branches: list[str]) -> dict[str, str]:

@@ -36,14 +36,14 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
             name for name in next(iter(run.values())) if all(name in numbers for numbers in run.values())
         ]
         run["average"] = {name: mean_known(numbers[name] for numbers in run.values()) for name in shared}
-    figures: dict[str, dict[str, Figure]] = {}
-    for category in flat[0]:
-        values = {
-            name: [run[category][name] for run in flat]
-            for name in flat[0][category]
+    figures = {
+        category: {
+            name: _figure([run[category][name] for run in flat])
+            for name in numbers
             if all(name in run[category] for run in flat)
         }
-        figures[category] = {name: _figure(values_by_seed) for name, values_by_seed in values.items()}
+        for category, numbers in flat[0].items()
+    }
     for name, figure in figures["average"].items():
         counts = [
             sum(math.isfinite(run[category][name]) for category in run if category != "average")

@@ -7,7 +7,7 @@ their own, and a bandwidth where none is published. `clustering` is the publishe
 from __future__ import annotations
 
 from csad.pseudo_labels import clustering
-from csad.pseudo_labels.clustering import MIN_AREA, MIN_MEMBERS, SemanticLabels
+from csad.pseudo_labels.clustering import MIN_AREA, MIN_MEMBERS, TRUSTED, SemanticLabels
 
 import numpy as np
 
@@ -19,7 +19,6 @@ NEIGHBOURS_OF = 2000  # components, drawn from all for the estimate of a bandwid
 # Spreads within the lookalikes; of the images, see _cooccurrence.
 LOOKALIKES_APART, LOOKALIKES_TOGETHER = 4.0, 0.8
 TAIL = 0.05  # of a cluster's values at either end, ignored in the search for a split
-TRUSTED = 0.5  # of a group's images
 
 # Features of different kinds in comparable units, so that a MeanShift bandwidth of 1 suits them all. Chosen by trying
 # some hundred combinations on 100 training images of each category of the built-in data set (seed 0) against its
@@ -90,9 +89,7 @@ def drop_irregular_clusters(clusters: np.ndarray, image_of: np.ndarray, images: 
     exclusive = together < EXCLUSIVE * np.minimum(presence[:, None], presence)
     np.fill_diagonal(exclusive, True)  # a part stands in for itself
     regular = np.array([present[:, row].any(1).mean() >= ALWAYS for row in exclusive], bool)
-    if not regular.any():
-        return clusters
-    return np.concatenate([[0], np.where(regular, np.cumsum(regular), 0)])[clusters]
+    return clustering.renumbered(regular)[clusters] if regular.any() else clusters
 
 
 def split_similar_parts(
@@ -169,9 +166,14 @@ def _two_groups(values: np.ndarray) -> tuple[np.ndarray, float]:
     return upper, float((medians[0] - medians[1]) / max(np.mean(spreads), 1e-9))
 
 
+def group_means(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Mean histogram of each group, (groups, K)."""
+    return np.array([histograms[groups == group].mean(0) for group in range(groups.max() + 1)])
+
+
 def with_nearest_group(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Give images of no group (-1) that whose mean histogram is nearest, by the largest absolute difference; (images,)."""
-    means = np.array([histograms[groups == group].mean(0) for group in range(groups.max() + 1)])
+    means = group_means(histograms, groups)
     nearest = np.abs(histograms[:, None] - means).max(2, initial=0).argmin(1)
     return np.where(groups < 0, nearest, groups)
 
@@ -189,8 +191,7 @@ def trusted_members(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def labels_of_any_group(histograms: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """New number of each label, (K + 1,): 1..L for those with over 0.1 % mean area in any group of images, else 0."""
-    means = np.array([histograms[groups == group].mean(0) for group in range(groups.max() + 1)])
-    return clustering.renumbered(means.max(0) > MIN_AREA)
+    return clustering.renumbered(group_means(histograms, groups).max(0) > MIN_AREA)
 
 
 def estimate_bandwidth(features: np.ndarray, images: int) -> float:

@@ -167,8 +167,3 @@ def trusted_images(histograms: np.ndarray, groups: np.ndarray, largest_group_onl
 def renumbered(is_label: np.ndarray) -> np.ndarray:
     """New number of each label 0..K, (K + 1,): 1..L in the same order for those that are labels, (K,) bool, else 0."""
     return np.concatenate([[0], np.where(is_label, np.cumsum(is_label), 0)]).astype(np.int64)
-
-
-def most_common_count(components: np.ndarray) -> int:
-    """How many components most images have, given those of each, (images,); the smaller number in a draw."""
-    return int(np.bincount(components).argmax())

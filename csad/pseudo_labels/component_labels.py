@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from csad.data.listing import count
 from csad.errors import UserError
+from csad.evaluation.metrics import LOCO
 from csad.pseudo_labels import beyond_clustering, clustering, masks
 from csad.pseudo_labels.crop_embedding import random_projection
 from csad.settings import PseudoLabelSettings, load
@@ -14,7 +15,6 @@ import numpy as np
 
 from models.backbone import CROP_WEIGHTS, PUBLISHED, Backbone
 
-SHIPPED = frozenset({"breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"})
 MAX_CLUSTERS = 30  # without a warning: few products have so many kinds of parts
 
 
@@ -23,7 +23,7 @@ def set_by_a_person(category: str, settings: PseudoLabelSettings, names: Iterabl
 
     The files for MVTec LOCO AD's categories come with the code: what they say is nobody's doing.
     """
-    shipped = load(category).pseudo_labels if category in SHIPPED else PseudoLabelSettings()
+    shipped = load(category).pseudo_labels if category in LOCO else PseudoLabelSettings()
     return [name for name in names if getattr(settings, name) != getattr(shipped, name)]
 
 

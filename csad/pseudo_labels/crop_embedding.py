@@ -39,13 +39,11 @@ class CropEmbedding(nn.Module):
         """(N, 3, 65, 65) RGB uint8 on any device -> (N, D) float32 on the module's device."""
         crops = crops.to(self.grids.device).float()
         # One batch per few crops: always cut the same way, so that a resumed run repeats the very same numbers.
-        rotations = len(self.grids)
-        per_batch = max(CROPS_PER_BATCH * (1 if crops.device.type == "cpu" else 8) // rotations, 1)
-        if not len(crops):
-            return self._embed(crops.new_zeros(1, 3, CROP, CROP), rotations)[:0]
-        return torch.cat([self._embed(batch, rotations) for batch in crops.split(per_batch)])
+        per_batch = max(CROPS_PER_BATCH * (1 if crops.device.type == "cpu" else 8) // len(self.grids), 1)
+        return torch.cat([self._embed(batch) for batch in crops.split(per_batch)])
 
-    def _embed(self, crops: Tensor, rotations: int) -> Tensor:
+    def _embed(self, crops: Tensor) -> Tensor:
+        rotations = len(self.grids)
         turned = F.grid_sample(
             crops.repeat_interleave(rotations, 0),
             self.grids.repeat(len(crops), 1, 1, 1),
@@ -54,12 +52,12 @@ class CropEmbedding(nn.Module):
             align_corners=False,
         )
         features = self.deepest(turned)[0].mean((2, 3))
-        return features.view(len(crops), rotations, -1).mean(1)
+        return features.view(len(crops), rotations, features.shape[1]).mean(1)
 
 
-def random_projection(values: int, seed: int, projected: int = PROJECTED) -> np.ndarray:
-    """The fixed random projection behind cnn_image, (values, projected) float32, N(0, 0.01^2), without a bias."""
-    return np.random.default_rng(seed).normal(0, PROJECTION_STD, (values, projected)).astype(np.float32)
+def random_projection(values: int, seed: int) -> np.ndarray:
+    """The fixed random projection behind cnn_image, (values, 512) float32, N(0, 0.01^2), without a bias."""
+    return np.random.default_rng(seed).normal(0, PROJECTION_STD, (values, PROJECTED)).astype(np.float32)
 
 
 def _rotation_grids(angles: Tensor) -> Tensor:

@@ -34,21 +34,24 @@ class SamProposer:
         self, settings: PseudoLabelSettings, sam: Path, device: torch.device, is_stand_in: bool = False
     ):
         self.settings, self.sam, self.device = settings, sam, device
-        self.half = in_half_precision(settings, device)
+        self.half = settings.sam_precision == "fp16" and device.type == "cuda"
         self.name = ("sam" if settings.sam == PUBLISHED_SAM else f"sam {settings.sam}") + " fp16" * self.half
         self.is_stand_in = is_stand_in or settings.sam != PUBLISHED_SAM
         self.checkpoints = {sam.name: downloads.digest(sam)}
 
     def load(self) -> None:
-        load_sam(self.settings.sam, self.sam, self.device, self.half)
+        self._network()
+
+    def _network(self) -> SamHQ:
+        return load_sam(self.settings.sam, self.sam, self.device, self.half)
 
     def propose(self, image: np.ndarray) -> Proposals:
-        sam = load_sam(self.settings.sam, self.sam, self.device, self.half)
+        sam = self._network()
         sam.look_at(image)
         return Proposals(masks=sam.everything(self.settings), background=sam.background())
 
 
-class GroundedSamProposer:
+class GroundedSamProposer(SamProposer):
     """Grounding DINO finds boxes by the category's text prompt, SAM-HQ turns them into instances.
 
     For a category that takes its refined masks from these instances (``no_sam``) automatic mask generation, by far the
@@ -60,8 +63,6 @@ class GroundedSamProposer:
         text_encoder: folder of the BERT that Grounding DINO reads the prompt with.
     """
 
-    working_size: int | None = None
-
     def __init__(
         self,
         settings: PseudoLabelSettings,
@@ -70,16 +71,20 @@ class GroundedSamProposer:
         text_encoder: Path,
         device: torch.device,
     ):
-        self.settings, self.sam, self.grounding_dino = settings, sam, grounding_dino
-        self.text_encoder, self.device, self.half = text_encoder, device, in_half_precision(settings, device)
+        super().__init__(settings, sam, device)
+        self.grounding_dino, self.text_encoder = grounding_dino, text_encoder
         sizes = settings.sam, settings.grounding_dino
         self.is_stand_in = sizes != (PUBLISHED_SAM, PUBLISHED_GROUNDING_DINO)
         self.name = " ".join(("grounded_sam", *sizes) if self.is_stand_in else ("grounded_sam",))
         self.name += " fp16" * self.half
-        self.checkpoints = {path.name: downloads.digest(path) for path in (sam, grounding_dino)}
+        self.checkpoints |= {grounding_dino.name: downloads.digest(grounding_dino)}
 
     def load(self) -> None:
         self._networks()
+
+    def _networks(self) -> tuple[SamHQ, GroundingDino]:
+        sam, size = self._network(), self.settings.grounding_dino
+        return sam, load_grounding_dino(size, self.grounding_dino, self.text_encoder, self.device)
 
     def propose(self, image: np.ndarray) -> Proposals:
         sam, grounding_dino = self._networks()
@@ -87,8 +92,9 @@ class GroundedSamProposer:
         assert settings.text_prompt is not None
         thresholds = settings.box_threshold, settings.text_threshold
         boxes, phrases = grounding_dino.detect(image, settings.text_prompt, *thresholds)
-        named = [names_background(phrase, settings.background_prompt) for phrase in phrases]
-        is_background = np.array(named, bool)
+        is_background = np.array(
+            [names_background(phrase, settings.background_prompt) for phrase in phrases], bool
+        )
         sam.look_at(image)
         instances = sam.inside(boxes)
         needed = not settings.no_sam or settings.save_all_masks
@@ -98,18 +104,6 @@ class GroundedSamProposer:
             grounding=instances[~is_background],
             grounding_background=instances[is_background].union(),
         )
-
-    def _networks(self) -> tuple[SamHQ, GroundingDino]:
-        sam, size = (
-            load_sam(self.settings.sam, self.sam, self.device, self.half),
-            self.settings.grounding_dino,
-        )
-        return sam, load_grounding_dino(size, self.grounding_dino, self.text_encoder, self.device)
-
-
-def in_half_precision(settings: PseudoLabelSettings, device: torch.device) -> bool:
-    """Whether SAM-HQ's image encoder runs in fp16: only where the settings ask for it, and on CUDA alone."""
-    return settings.sam_precision == "fp16" and device.type == "cuda"
 
 
 def names_background(phrase: str, background_prompt: str | None) -> bool:

@@ -8,7 +8,6 @@ Nothing here changes its arguments.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import overload
 
 import cv2
 import numpy as np
@@ -21,13 +20,11 @@ GROUNDING_RATIO = 0.9  # intersect ratio over which a mask is inside the groundi
 COVERED = 0.9  # intersect ratio, or covered fraction, from which a mask adds nothing to a union
 MAX_LABELS = 255  # what an 8-bit label map holds beside 0
 
-_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
-
 
 class PackedMasks:
     """Masks (N, H, W) of one picture, eight pixels to a byte.
 
-    Iterating, or an integer as index, gives single masks (H, W) bool; an array or a slice as index gives packed ones.
+    Iterating gives single masks (H, W) bool; an array as index gives those that it selects, packed.
 
     Args:
         bits: (N, ceil(H W / 8)) uint8, as `numpy.packbits` packs each mask row by row.
@@ -47,23 +44,17 @@ class PackedMasks:
         return len(self.bits)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
+        return map(self._unpacked, self.bits)
 
-    @overload
-    def __getitem__(self, index: int | np.integer) -> np.ndarray: ...
-
-    @overload
-    def __getitem__(self, index: slice | np.ndarray) -> PackedMasks: ...
-
-    def __getitem__(self, index: int | np.integer | slice | np.ndarray) -> np.ndarray | PackedMasks:
-        if isinstance(index, (int, np.integer)):
-            pixels = np.unpackbits(self.bits[index], count=self.shape[0] * self.shape[1])
-            return pixels.view(bool).reshape(self.shape)
-        return PackedMasks(self.bits[index], self.shape)
+    def __getitem__(self, selected: np.ndarray) -> PackedMasks:
+        return PackedMasks(self.bits[selected], self.shape)
 
     def union(self) -> np.ndarray:
         """(H, W) bool."""
-        return PackedMasks(np.bitwise_or.reduce(self.bits, axis=0, keepdims=True), self.shape)[0]
+        return self._unpacked(np.bitwise_or.reduce(self.bits, axis=0))
+
+    def _unpacked(self, bits: np.ndarray) -> np.ndarray:
+        return np.unpackbits(bits, count=self.shape[0] * self.shape[1]).view(bool).reshape(self.shape)
 
 
 def pack(mask: np.ndarray) -> np.ndarray:
@@ -127,25 +118,19 @@ def combine(masks: PackedMasks) -> PackedMasks:
     0.9 (the first one always); the others wait. Then a waiting mask is kept when less than 90 % of it is covered.
     """
     masks = without_small(masks)
-    union = np.zeros(masks.bits.shape[1], np.uint8)
-    covered_by = 0
+    sizes, union = areas(masks), np.zeros(masks.bits.shape[1], np.uint8)
     accepted, waiting = [], []
-    sizes = areas(masks)
-
-    def accept(index: int) -> None:
-        nonlocal covered_by
-        accepted.append(index)
-        np.bitwise_or(union, masks.bits[index], out=union)
-        covered_by = _count(union)
-
     for index in np.argsort(sizes, kind="stable"):
-        if not accepted or _count(masks.bits[index] & union) / min(sizes[index], covered_by) < COVERED:
-            accept(index)
+        smaller = min(sizes[index], _count(union))  # 0 for the first
+        if not smaller or _count(masks.bits[index] & union) / smaller < COVERED:
+            accepted.append(index)
+            union |= masks.bits[index]
         else:
             waiting.append(index)
     for index in waiting:
         if _count(masks.bits[index] & union) / sizes[index] < COVERED:
-            accept(index)
+            accepted.append(index)
+            union |= masks.bits[index]
     return masks[np.array(accepted, np.int64)]
 
 
@@ -155,14 +140,12 @@ def merge(masks: PackedMasks) -> np.ndarray:
     Small masks are dropped; the largest mask has index 1.
 
     Args:
-        masks: at most 255 of them.
+        masks: at most 255 of them, see `largest`.
 
     Returns:
         (H, W) uint8.
     """
     masks = without_small(masks)
-    if len(masks) > MAX_LABELS:
-        raise ValueError(f"{len(masks)} masks do not fit into an 8-bit label map")
     labels = np.zeros(masks.shape, np.uint8)
     for index, mask in enumerate(masks[np.argsort(-areas(masks), kind="stable")], start=1):
         labels[mask] = index
@@ -172,8 +155,7 @@ def merge(masks: PackedMasks) -> np.ndarray:
 def label_masks(labels: np.ndarray, indices: np.ndarray | None = None) -> PackedMasks:
     """The opposite of merge: a label map (H, W) -> a mask for each of the indices; without any, for all that occur but 0."""
     if indices is None:
-        indices = np.unique(labels)
-        indices = indices[indices > 0]
+        indices = np.unique(labels[labels > 0])
     return PackedMasks.pack((labels == index for index in indices), labels.shape)
 
 
@@ -185,4 +167,4 @@ def components_in_sight(labels: np.ndarray) -> np.ndarray:
 
 
 def _count(bits: np.ndarray) -> int:
-    return int(_BITS_SET[bits].sum(dtype=np.int64))
+    return int(cv2.norm(bits, cv2.NORM_HAMMING))

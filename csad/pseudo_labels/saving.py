@@ -24,7 +24,8 @@ def save_info(
 ) -> None:
     """Write what is known about the whole category; what the next stage reads comes last."""
     images_in_all = len(semantic.groups)
-    most_common = clustering.most_common_count(np.bincount(image_of, minlength=images_in_all))
+    counts = np.bincount(image_of, minlength=images_in_all)
+    most_common = int(np.bincount(counts).argmax())  # the smaller number in a draw
     side = provenance["picture_size"]
     size = f"{side}x{side}, whatever that of the pictures" if side else "native"
     components = {"image": image_of, "cluster": semantic.clusters, "label": semantic.labels}

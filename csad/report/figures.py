@@ -23,7 +23,9 @@ def roc(good: Mapping[str, np.ndarray], anomalous: Mapping[str, np.ndarray], lab
     from sklearn.metrics import roc_curve
 
     parts = [
-        _frame("fraction of good pictures rejected", "fraction of defects found", (0, 1), (0, 1)),
+        _frame(
+            "fraction of good pictures rejected", "fraction of defects found", [f"{x:.2f}" for x in _TICKS]
+        ),
         f'<line class="chance" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>',
     ]
     for name, normal in good.items():
@@ -49,12 +51,9 @@ def histograms(scores: Mapping[str, np.ndarray], threshold: float, label: str) -
     }
     top = max(fraction.max() for fraction in fractions.values()) or 1
     ticks = [_short(threshold + unit * float(np.sinh(low + fraction * (high - low)))) for fraction in _TICKS]
-    parts = [_frame("score, widest near the threshold", "fraction of images", (low, high), (0, top), ticks)]
+    parts = [_frame("score, widest near the threshold", "fraction of images", ticks, top)]
     for name, fraction in fractions.items():
-        corners = [(edges[0], 0.0)]
-        for left, right, value in zip(edges, edges[1:], fraction):
-            corners += [(left, value), (right, value)]
-        corners.append((edges[-1], 0.0))
+        corners = zip(np.repeat(edges, 2), np.r_[0, np.repeat(fraction, 2), 0])
         points = " ".join(f"{_x((x - low) / (high - low)):.1f},{_y(y / top):.1f}" for x, y in corners)
         parts.append(f'<polygon class="area {name}" points="{points}"/>')
     x = _x(-low / (high - low))
@@ -80,34 +79,22 @@ def _short(value: float) -> str:
     )
 
 
-def _frame(
-    across: str,
-    up: str,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    ticks: Sequence[str] | None = None,
-) -> str:
+def _frame(across: str, up: str, ticks: Sequence[str], top: float = 1) -> str:
+    """Axes and grid; ``ticks`` stand below, and upwards fractions from 0 to ``top``, 1 at most."""
     parts = []
-    for index, fraction in enumerate(_TICKS):
+    for fraction, below in zip(_TICKS, ticks):
         x, y = _x(fraction), _y(fraction)
-        below = _number(x_range, fraction) if ticks is None else ticks[index]
         parts.append(
             f'<line class="grid" x1="{x}" y1="{_y(0)}" x2="{x}" y2="{_y(1)}"/>'
             f'<line class="grid" x1="{_x(0)}" y1="{y}" x2="{_x(1)}" y2="{y}"/>'
             f'<text x="{x}" y="{_y(0) + 14}" text-anchor="middle">{below}</text>'
-            f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{_number(y_range, fraction)}</text>'
+            f'<text x="{_x(0) - 5}" y="{y + 3}" text-anchor="end">{fraction * top:.2f}</text>'
         )
     parts.append(
         f'<text x="{_x(0.5)}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>'
         f'<text transform="translate(11 {_y(0.5)}) rotate(-90)" text-anchor="middle">{up}</text>'
     )
     return "".join(parts)
-
-
-def _number(limits: tuple[float, float], fraction: float) -> str:
-    span = limits[1] - limits[0]
-    digits = 0 if span >= 20 else 1 if span > 2 else 2
-    return f"{limits[0] + fraction * span:.{digits}f}"
 
 
 def _x(fraction: float) -> float:
@@ -119,10 +106,5 @@ def _y(fraction: float) -> float:
 
 
 def _figure(parts: list[str], label: str) -> Markup:
-    return (
-        Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            _WIDTH, _HEIGHT, label
-        )
-        + Markup("".join(parts))
-        + Markup("</svg>")
-    )
+    template = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
+    return template.format(_WIDTH, _HEIGHT, label, Markup("".join(parts)))

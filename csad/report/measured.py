@@ -12,7 +12,7 @@ from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation.localisation import read_maps
-from csad.evaluation.scores import FUSED, Scores, by_split, digest_scores, normalised_scores
+from csad.evaluation.scores import FUSED, Scores, by_split, digest_scores, fused_parts, normalised_scores
 from csad.evaluation.thresholds import Threshold, choose_threshold
 from csad.export.assembly import sources
 from csad.report import page
@@ -21,7 +21,7 @@ from csad.settings import Settings
 import numpy as np
 
 from models.fused import metadata
-from models.fusion import contribution, fuse
+from models.fusion import contribution
 
 
 class Measured:
@@ -29,7 +29,7 @@ class Measured:
 
     Attributes:
         branches: whose scores there are; weights: of those that are added, with ``rule``.
-        threshold: of the fused scores.
+        fused: their weighted sum, by `SCORE_PARTS`; threshold: of these.
 
     Raises:
         UserError: there are other scores or images now than those that were measured.
@@ -47,19 +47,10 @@ class Measured:
                 f"{workspace.metrics(category.name)} was measured on other scores than there are now; "
                 "run benchmark_performance.py again"
             )
-        self.threshold: Threshold = choose_threshold(self.sum_of("val"))
+        self.fused = fused_parts(self.scores, self.weights, self.rule)
+        self.threshold: Threshold = choose_threshold(self.fused["val"])
         self.names = cfg.names
         self.roi, self.white_level = read_roi(category, images.SIZE, cfg.roi), cfg.images.white_level
-
-    @property
-    def threshold_image(self) -> Path | None:
-        """The validation image whose score is the threshold."""
-        scores, images = self.sum_of("val"), self.category.validation
-        index = int(np.argmin(np.abs(scores - self.threshold.value)))
-        return images[index] if len(images) == len(scores) else None
-
-    def sum_of(self, part: str) -> np.ndarray:
-        return fuse({branch: self.scores[branch][part] for branch in self.weights}, self.weights, self.rule)
 
     def contributions(self) -> dict[str, dict[str, np.ndarray]]:
         """Per branch and, as "fused", their sum: scores by split of test images."""
@@ -67,21 +58,16 @@ class Measured:
             branch: {part: contribution(values, self.rule) for part, values in self.scores[branch].items()}
             for branch in self.branches
         }
-        parts = {FUSED: {part: self.sum_of(part) for part in ("logi", "struc")}} | parts
-        return {name: by_split(self.category, by_part) for name, by_part in parts.items()}
+        return {
+            name: by_split(self.category, by_part) for name, by_part in ({FUSED: self.fused} | parts).items()
+        }
 
     def outcome(self) -> page.Outcome:
         """What the threshold does to the test images."""
-        fused = self.contributions()[FUSED]
-        over = {split: int((scores > self.threshold.value).sum()) for split, scores in fused.items()}
-        images = {split: len(scores) for split, scores in fused.items()}
-        defects = [split for split in layouts.SPLITS if split != layouts.GOOD]
-        return page.Outcome(
-            over[layouts.GOOD],
-            images[layouts.GOOD],
-            sum(images[split] - over[split] for split in defects),
-            sum(images[split] for split in defects),
-        )
+        by_kind = by_split(self.category, self.fused)
+        over = {split: scores > self.threshold.value for split, scores in by_kind.items()}
+        good, defects = over[layouts.GOOD], np.concatenate([over[layouts.LOGICAL], over[layouts.STRUCTURAL]])
+        return page.Outcome(int(good.sum()), len(good), int((~defects).sum()), len(defects))
 
     @cached_property
     def histogram(self) -> tuple[dict[str, Any] | None, str]:

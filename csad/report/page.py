@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,10 +60,7 @@ def render(**content: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["percent"] = percent
-    environment.filters["mean"] = mean
-    environment.filters["number_of"] = count
-    environment.filters["breakable"] = breakable
+    environment.filters |= dict(percent=percent, mean=mean_known, number_of=count, breakable=breakable)
     detections = [metrics["detection"] for metrics in content["metrics"]]
     of_loco = not content["rendered"] and any(metrics["category"] in LOCO for metrics in content["metrics"])
     components = {component for card in content["cards"] for component, _ in card["legend"]} | {
@@ -104,9 +100,3 @@ def breakable(name: str) -> Markup:
 def percent(value: float | None) -> str:
     """One decimal; a dash where nothing was measured."""
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that were measured; None if there are none."""
-    average = mean_known(values)
-    return None if math.isnan(average) else average

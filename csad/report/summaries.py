@@ -57,11 +57,10 @@ def summary(measured: Measured, models: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def threshold_image(measured: Measured) -> tuple[str, str] | None:
-    """Name and picture, as an address that needs no file, of the validation image that sets the threshold."""
-    path = measured.threshold_image
-    if path is None:
-        return None
+def threshold_image(measured: Measured) -> tuple[str, str]:
+    """Name and picture, as an address that needs no file, of the validation image whose score is the threshold."""
+    index = np.argmin(np.abs(measured.fused["val"] - measured.threshold.value))
+    path = measured.category.validation[index]
     image = overlays.shrink(images.read_rgb(path, white_level=measured.white_level), THRESHOLD_SIDE)
     name = path.relative_to(measured.category.root).as_posix()
     return name, overlays.data_uri(image, QUALITY)

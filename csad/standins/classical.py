@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 
-from csad.pseudo_labels.masks import SMALL, PackedMasks
+from csad.pseudo_labels.masks import SMALL, PackedMasks, without_small
 from csad.pseudo_labels.proposers import Proposals
 
 import cv2
 import numpy as np
-from skimage.segmentation import felzenszwalb
+from skimage.segmentation import felzenszwalb, find_boundaries
 
 # All colours here are CIE Lab with L in 0..100; a difference of 2 is just visible.
 SMOOTHING_RADIUS, SMOOTHING_COLOR = 3, 8  # mean-shift filter: pixels, 8-bit levels
@@ -61,10 +61,9 @@ class ClassicalProposer:
         regions = merge_thin(merge_alike(superpixels, lab, ALIKE), lab)
         background = self._background(regions, lab)
         regions = merge_enclosed(regions, lab, ~background)
-        masks = [_fill_holes(regions == region, background) for region in np.unique(regions[~background])]
-        min_area = SMALL * background.size
-        masks = [mask for mask in masks if np.count_nonzero(mask) > min_area]
-        return Proposals(PackedMasks.pack(masks, background.shape), background)
+        parts = [regions == region for region in np.unique(regions[~background])]
+        filled = PackedMasks.pack((part | _enclosed(part, background) for part in parts), background.shape)
+        return Proposals(without_small(filled), background)
 
     def _background(self, regions: np.ndarray, lab: np.ndarray) -> np.ndarray:
         """(H, W) bool: the regions that are background."""
@@ -80,7 +79,8 @@ class ClassicalProposer:
                 _, _, width, height = cv2.boundingRect(mask.astype(np.uint8))
                 spans = max(width / mask.shape[1], height / mask.shape[0]) > SPAN
                 is_background[region] = spans or (
-                    hue_apart[region] < HUE_ALIKE and _encloses(mask, is_background[regions])
+                    hue_apart[region] < HUE_ALIKE
+                    and np.count_nonzero(_enclosed(mask, is_background[regions])) > SMALL * mask.size
                 )
         return is_background[regions]
 
@@ -218,10 +218,7 @@ def _boundaries(regions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _widths(regions: np.ndarray) -> np.ndarray:
     """Width in pixels of each region where it is widest, (n,); at the image's border a region is taken to end."""
-    padded = np.pad(regions, 1, constant_values=-1)
-    edge = np.zeros(regions.shape, bool)
-    for neighbours in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-        edge |= neighbours != regions
+    edge = find_boundaries(np.pad(regions, 1, constant_values=-1))[1:-1, 1:-1]
     # 0 on a region's outermost pixels: two pixels more than twice the distance to them, or one where rows are odd.
     inwards = cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_C, 3)
     deepest = np.zeros(int(regions.max()) + 1)
@@ -241,20 +238,11 @@ def _at_the_border(regions: np.ndarray) -> np.ndarray:
     return along
 
 
-def _encloses(mask: np.ndarray, background: np.ndarray) -> bool:
-    """Whether something sizeable other than background lies in the holes of a mask."""
-    held = _holes(mask) & ~background
-    return bool(np.count_nonzero(held) > SMALL * mask.size)
-
-
-def _fill_holes(mask: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Fill the holes of a mask, except for the background seen through them."""
-    return mask | (_holes(mask) & ~background)
-
-
-def _holes(mask: np.ndarray) -> np.ndarray:
+def _enclosed(mask: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """(H, W) bool: what lies in the holes of a mask, except for the background seen through them."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return (cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED) != 0) & ~mask
+    filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED)
+    return (filled != 0) & ~mask & ~background
 
 
 def _renumber(labels: np.ndarray) -> np.ndarray:
