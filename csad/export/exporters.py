@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import csad
@@ -151,14 +152,7 @@ def int8_onnx(
         networks: how the names of the networks' nodes begin.
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
-    images = iter(calibration)
-    base: Any = quantization.CalibrationDataReader
-
-    class Reader(base):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(images, None)
-            return None if image is None else {"images": image[None]}
-
+    images = iter({"images": image[None]} for image in calibration)
     model = onnx.load_from_string(content)
     excluded = [
         node.name
@@ -170,7 +164,7 @@ def int8_onnx(
         quantization.quantize_static(
             model,
             written,
-            Reader(),
+            SimpleNamespace(get_next=lambda: next(images, None)),
             per_channel=True,
             op_types_to_quantize=INT8_OPERATORS,
             nodes_to_exclude=excluded,
