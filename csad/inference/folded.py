@@ -18,7 +18,6 @@ and scores stay in fp32.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,9 +30,6 @@ from models.fused import FusedModel, to_rgb
 from models.lgst import LGST, LgstMap, Student
 from models.prediction import Prediction
 from models.segmentor import ConvBnRelu, Segmentor
-
-SCORE_ONLY = Prediction._fields[:1]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class FoldedEncoder(nn.Module):
@@ -120,7 +116,11 @@ class FoldedSegmentor(nn.Module):
 
     def __init__(self, segmentor: Segmentor, dtype: torch.dtype):
         super().__init__()
-        self.network, self.dtype = fold_blocks(segmentor).to(dtype), dtype
+        for block in segmentor.modules():
+            if isinstance(block, ConvBnRelu):
+                block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+                block.set_submodule("bn", nn.Identity())
+        self.network, self.dtype = segmentor.to(dtype), dtype
         self.network.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
@@ -169,15 +169,6 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return module.__module__.startswith("timm.layers") or super().is_leaf_module(module, qualified_name)
-
-
-def fold_blocks(module: Network) -> Network:
-    """Fold the batch norm of every `ConvBnRelu` in a module."""
-    for block in module.modules():
-        if isinstance(block, ConvBnRelu):
-            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-            block.set_submodule("bn", nn.Identity())
-    return module
 
 
 def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:

@@ -146,7 +146,6 @@ def open_model(path: Path, device: str) -> Engine:
     Raises:
         UserError: no such file, another suffix, no CSAD model, or a runtime that is not installed.
     """
-    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".pth", ".onnx", ".xml"):
         raise UserError(f"{path} is not an exported model; expected a .pth, .onnx or .xml file")
