@@ -81,8 +81,8 @@ def score(
     if "problem" in fields:
         raise UserError(fields["problem"])
     scores = arrays["score"]
-    maps = (arrays.get(name) for name in ("branch_scores", "anomaly_map", "label_map"))
-    return Scored(scores, scores[list(with_maps)], *maps, **fields)
+    fields |= {name: arrays.get(name) for name in ("branch_scores", "anomaly_map", "label_map")}
+    return Scored(scores, scores[list(with_maps)], **fields)
 
 
 def main() -> None:

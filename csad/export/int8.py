@@ -153,14 +153,17 @@ def quantise(
 def make_check(category: layouts.Category, fp32: Engine, paste_distance: float, seed: int) -> Check:
     """Validation images, and one anomaly made from each by logical synthesis, with their fp32 scores."""
     good = read_for(fp32, category.validation, f"{category.name}: read validation images")
-    rng = np.random.default_rng(seed)
+    factor, rng = good.shape[-1] // images.SIZE, np.random.default_rng(seed)
     anomalies, scores = [], []
     for image in good:
         prediction = fp32.predict(image[None])
         scores.append(prediction.score)
-        anomaly = paste_component(image, prediction.label_map[0], rng, paste_distance)
-        if anomaly is not None:
-            anomalies.append(anomaly)
+        label_map = np.kron(prediction.label_map[0], np.ones((factor, factor), np.uint8))
+        # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
+        parts, anywhere = label_parts(label_map), np.zeros(label_map.shape, bool)
+        synthesis = synthesise(image.transpose(1, 2, 0), label_map, parts, anywhere, rng, paste_distance)
+        if synthesis.pasted:
+            anomalies.append(synthesis.image.transpose(2, 0, 1))
     if count := len(good) - len(anomalies):
         print(
             f"{category.name}: in {count} of {counted(len(good), 'picture')} no component could be pasted elsewhere, so no "
@@ -170,19 +173,3 @@ def make_check(category: layouts.Category, fp32: Engine, paste_distance: float, 
     scores += [fp32.score(image[None]) for image in anomalies]
     require_finite(np.concatenate(scores), category.name, "int8 cannot be measured")
     return Check(pictures, np.concatenate(scores), np.arange(len(pictures)) < len(good))
-
-
-def paste_component(
-    image: np.ndarray, label_map: np.ndarray, rng: np.random.Generator, paste_distance: float
-) -> np.ndarray | None:
-    """A logical anomaly made from a good image (3, S, S) by logical synthesis, or two; None where nothing could be pasted.
-
-    Args:
-        label_map: of the image, (256, 256).
-    """
-    factor = image.shape[-1] // images.SIZE
-    label_map = np.kron(label_map, np.ones((factor, factor), np.uint8))
-    # Anywhere in the image will do: here a component that hangs in the air is an anomaly like any other.
-    picture, anywhere = image.transpose(1, 2, 0), np.zeros(label_map.shape, dtype=bool)
-    synthesis = synthesise(picture, label_map, label_parts(label_map), anywhere, rng, paste_distance)
-    return synthesis.image.transpose(2, 0, 1) if synthesis.pasted else None

@@ -28,12 +28,9 @@ _MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
     """(H, W, 3) uint8, made smaller until its longer side is at most ``side``; aspect ratio kept."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    if scale >= 1:
-        return image
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    return np.asarray(picture)
 
 
 def explaining_map(maps: Mapping[str, np.ndarray], contributions: Mapping[str, float]) -> np.ndarray:
