@@ -28,6 +28,8 @@ _MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
     """(H, W, 3) uint8, made smaller until its longer side is at most ``side``; aspect ratio kept."""
+    if max(image.shape) <= side:
+        return image
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     return np.asarray(picture)
