@@ -12,7 +12,6 @@ fp32 model go to anomaly_score/, export_report.json and export_report.md.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from functools import partial
 
 from csad.cli import common_options, select, with_branches, with_cluster, with_seeds
@@ -96,9 +95,6 @@ def jobs(args: argparse.Namespace) -> dict[str, Task]:
 
 def export_and_evaluate(job: ExportJob) -> dict | None:
     """What the evaluation came to; None without good test images."""
-    job = replace(
-        job, category=replace(job.category)
-    )  # a copy, which takes its lists of files with it when it goes
     category, workspace, args = job.category, job.workspace, job.args
     path = workspace.exported_model(category.name, args.format, args.precision)
     if not args.inference_only:

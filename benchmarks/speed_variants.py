@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from csad.export import exporters, onnx_graphs
-from csad.export.quantisation import FALLBACK_ORDER
+from csad.export.int8 import FALLBACK_ORDER
 from csad.inference.engines import Engine, as_input
 from csad.inference.runtimes import OnnxEngine, TorchEngine, open_model
 

@@ -15,7 +15,7 @@ from csad.data.workspace import Workspace
 from csad.errors import UserError
 from csad.evaluation import export_tables
 from csad.evaluation.areas import area_statistics
-from csad.export import exporters, onnx_graphs, quantisation
+from csad.export import exporters, int8, onnx_graphs
 from csad.export.assembly import require_finite
 from csad.inference.engines import as_input
 from csad.inference.folded import FoldedModel
@@ -426,10 +426,10 @@ def test_int8_keeps_parts_until_the_scores_agree(runtime):
         built.append((kept, model))
         return model, engine
 
-    check = quantisation.Check(image, TorchEngine(state, "cpu").score(image), np.arange(6) < 3)
-    _, kept, agreement = quantisation.quantise(build, check, lambda line: None)
+    check = int8.Check(image, TorchEngine(state, "cpu").score(image), np.arange(6) < 3)
+    _, kept, agreement = int8.quantise(build, check, "discs")
     assert len(kept) == len(built)
-    assert agreement.suffices or len(built) == len(quantisation.FALLBACK_ORDER)
+    assert agreement.suffices or len(built) == len(int8.FALLBACK_ORDER)
     if runtime == "onnxruntime":
         for prefixes, model in built:
             quantised = {
@@ -477,7 +477,7 @@ def test_devices_are_chosen_by_what_there_is_and_said(paths, raw, monkeypatch):
 
 def test_agreement_sees_a_score_that_moved():
     scores = np.array([0.0, 1, 2, 10, 11, 12])
-    check = quantisation.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
+    check = int8.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
 
     class Fake:
         def __init__(self, values):
@@ -493,9 +493,7 @@ def test_agreement_sees_a_score_that_moved():
     for wrong in (np.nan, np.inf):
         agreement = check.agreement(Fake([0, 1, 2, 10, wrong, 12]))
         assert agreement == (np.inf, np.inf) and not agreement.suffices and "inf" in str(agreement)
-    good_alone = quantisation.Check(
-        np.zeros((3, 1)), scores[:3], np.ones(3, bool)
-    )  # where nothing could be pasted
+    good_alone = int8.Check(np.zeros((3, 1)), scores[:3], np.ones(3, bool))  # where nothing could be pasted
     assert (
         good_alone.agreement(Fake(scores[:3])).suffices
         and not good_alone.agreement(Fake(scores[:3] + 1)).suffices
@@ -518,9 +516,9 @@ def test_parts_go_back_into_higher_precision_until_the_scores_agree(agrees_at):
         attempts.append(prefixes)
         return len(attempts), Fake(len(attempts))
 
-    check = quantisation.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
-    model, kept, agreement = quantisation.quantise(build, check, lambda line: None)
-    order = quantisation.FALLBACK_ORDER
+    check = int8.Check(np.zeros((6, 1)), scores, np.arange(6) < 3)
+    model, kept, agreement = int8.quantise(build, check, "discs")
+    order = int8.FALLBACK_ORDER
     assert model == len(attempts) == (agrees_at or len(order))
     assert kept == [name for name, _ in order[:model]]
     assert attempts[-1] == sum((prefixes for _, prefixes in order[:model]), ())

@@ -33,7 +33,7 @@ from csad.errors import OptionParser, UserError, defer_interrupts, run_script
 from csad.evaluation.thresholds import threshold_of
 from csad.inference.folders import input_images, no_images, path_or_url
 from csad.inference.inspection import Picture, read_picture, verdicts_on
-from csad.inference.predictions import Output, map_folders
+from csad.inference.predictions import Output, common_folder
 from csad.inference.runtimes import device_name, open_model
 from csad.inference.verdicts import ANOMALOUS, UNDECIDED, UNREADABLE
 from csad.inference.watching import is_put_off, watch
@@ -123,7 +123,7 @@ def main() -> None:
         return read_picture(Path(path), path, engine, MAP_SIDE if args.save_maps else None)
 
     with (
-        Output(args.output, map_folders(args.images), go_on=args.watch) as output,
+        Output(args.output, common_folder(args.images), go_on=args.watch) as output,
         defer_interrupts() if args.watch else nullcontext(lambda: False) as interrupted,
     ):
         rounds = watch(args.images, args.output, output.scored) if args.watch else [images]

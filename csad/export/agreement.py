@@ -93,19 +93,18 @@ def disagreement(
     # Asked for, as no comparison with NaN is ever true: any other number would agree with it.
     if not all(np.isfinite(values).all() for values in (contributions, expected.anomaly_map, branch_maps)):
         return "PyTorch itself gives numbers that are not finite"
-    names, references, actuals = ["score"], [contributions.sum(1)], [scored.score]
+    if exactly and "patchhist" in reference.branches and scored.label_map is not None:
+        moved = (scored.label_map != expected.label_map).mean((1, 2)).max()
+        if moved > TOLERATED_PIXELS:
+            return f"up to {100 * moved:.3g} % of a label map differ"
+        # Each of the few pixels that are ties may move score and map: the histogram is asked about the model's own label map.
+        column = reference.branches.index("patchhist")
+        contributions[:, column], branch_maps[:, column] = reference.arrangement(scored.label_map)
+    compared = {"score": (contributions.sum(1), scored.score)}
     if scored.branch_scores is not None:
-        if exactly and "patchhist" in reference.branches and scored.label_map is not None:
-            moved = (scored.label_map != expected.label_map).mean((1, 2)).max()
-            if moved > TOLERATED_PIXELS:
-                return f"up to {100 * moved:.3g} % of a label map differ"
-            # Each of the few pixels that are ties may move score and map: the histogram is asked about the model's own label map.
-            column = reference.branches.index("patchhist")
-            contributions[:, column], branch_maps[:, column] = reference.arrangement(scored.label_map)
-        names += reference.branches
-        references = [contributions.sum(1), *contributions.T]
-        actuals += [*scored.branch_scores.T]
-    for name, exact, actual in zip(names, references, actuals):
+        of_branches = zip(reference.branches, contributions.T, scored.branch_scores.T)
+        compared |= {f"{branch} score": (exact, actual) for branch, exact, actual in of_branches}
+    for name, (exact, actual) in compared.items():
         apart = np.abs(exact - actual) / spread(exact)
         if exactly and scored.branch_scores is None and "patchhist" in reference.branches:
             most = np.quantile(apart, 1 - TIES, method="lower")
@@ -115,7 +114,7 @@ def disagreement(
         if beyond:
             tolerated = f"at most {TOLERATED:g}" if exactly else f"{TOLERATED_ROUGHLY:g} on average"
             return (
-                f"the {name if name == 'score' else f'{name} score'} is off by up to {apart.max():.2g} of its spread over "
+                f"the {name} is off by up to {apart.max():.2g} of its spread over "
                 f"them ({apart.mean():.2g} on average; tolerated: {tolerated})"
             )
     if scored.branch_scores is None or scored.anomaly_map is None:

@@ -169,7 +169,18 @@ def _read_checkpoints(
             )
         inputs = [path, *workspace.good_scores(name, branch)]
         records.require_current(workspace.record(name, branch), digests, inputs, row.stage)
-    _require_same(name, saved)
+        first, meta = saved[branches[0]]["meta"], content["meta"]
+        backbones = f"backbones ({first['backbone']}, {meta['backbone']})"
+        for key, title in (
+            ("backbone_fingerprint", backbones),
+            ("train_images", "training images"),
+            ("images", "views of the images"),
+        ):
+            if first[key] != meta[key]:
+                raise UserError(
+                    f"{name}: {BRANCHES[branches[0]].stage} and {row.stage} were run on different {title}; "
+                    "run both with the same options and data"
+                )
     return saved
 
 
@@ -180,11 +191,7 @@ def _with_prefix(prefix: str, state: Mapping[str, Any], left_out: str = "") -> d
 def _patch_histogram(
     category: str, workspace: Workspace, saved: dict[str, Any], names: Mapping[int, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The part of the fused state that stage 2 fitted after training, and what metadata say of it.
-
-    Args:
-        saved: the segmentor's checkpoint.
-    """
+    """The part of the fused state that stage 2 fitted after training the segmentor, and what metadata say of it."""
     classes = len(saved["state"][BRANCHES["patchhist"].state_key])
     by_evidence = saved["meta"]["segmentor"]["evidence"]
     fitted, detector = workspace.patch_histogram_parameters(category), PatchHistogramDetector(classes)
@@ -223,16 +230,9 @@ def require_finite(state: dict[str, torch.Tensor], name: str) -> None:
 
 
 def _encoder_state(category: str, workspace: Workspace, saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The encoder's weights, from a branch's checkpoint or, as the patch histogram's has none, from one beside it.
-
-    Args:
-        saved: checkpoints by branch.
-
-    Raises:
-        UserError: no checkpoint holds those of the same backbone.
-    """
+    """The encoder's weights, from a branch's checkpoint or, as the patch histogram's has none, from one beside it."""
     wanted = next(iter(saved.values()))["meta"]["backbone_fingerprint"]
-    for branch in (*saved, *(branch for branch in BRANCHES if branch not in saved)):
+    for branch in dict.fromkeys((*saved, *BRANCHES)):
         path = workspace.checkpoint(category, branch)
         content: Any = saved.get(branch) or (files.read_state(path) if path.exists() else None)
         if files.holds(content, {"encoder": dict, "meta": dict}):
@@ -242,20 +242,3 @@ def _encoder_state(category: str, workspace: Workspace, saved: dict[str, dict[st
         f"{category}: no checkpoint holds the encoder's weights, as train_segmentor.py leaves them to the other "
         "stages; run patch_memory.py with the same --backbone first"
     )
-
-
-def _require_same(category: str, saved: dict[str, dict]) -> None:
-    (first, content), *others = saved.items()
-    for branch, other in others:
-        for key, title in (
-            ("backbone_fingerprint", "backbones"),
-            ("train_images", "training images"),
-            ("images", "views of the images"),
-        ):
-            if content["meta"][key] != other["meta"][key]:
-                if title == "backbones":
-                    title += f" ({content['meta']['backbone']}, {other['meta']['backbone']})"
-                raise UserError(
-                    f"{category}: {BRANCHES[first].stage} and {BRANCHES[branch].stage} were run on different {title}; "
-                    "run both with the same options and data"
-                )

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import csad
@@ -17,7 +18,7 @@ from csad.data import files
 from csad.errors import UserError
 from csad.export.onnx_graphs import NETWORKS, half_networks, own_padding, own_weights, with_whole_minima
 from csad.inference.engines import METADATA_KEY, precisions_of, require_package
-from csad.inference.folded import SCORE_ONLY, FoldedModel
+from csad.inference.folded import FoldedModel
 from csad.inference.openvino_engine import in_openvino_thread, read_openvino
 
 import numpy as np
@@ -50,7 +51,7 @@ def onnx_model(state: dict, category: str, precision: str, with_map: bool, raw_i
         "std": list(IMAGENET_STD),
     } | metadata(state)
     model_metadata |= {"with_map": with_map, "raw_input": raw_input, "precision": precision}
-    outputs = Prediction._fields if with_map else SCORE_ONLY
+    outputs = Prediction._fields[: None if with_map else 1]
     content = to_onnx(FoldedModel(fused, with_map, raw_input), model_metadata, outputs)
     content = half_networks(content) if precision == "fp16" else content
     return with_metadata(content, model_metadata | {"networks": networks_of(content)})
@@ -151,14 +152,7 @@ def int8_onnx(
         networks: how the names of the networks' nodes begin.
     """
     onnx, quantization = require_package("onnx"), require_package("onnxruntime.quantization")
-    images = iter(calibration)
-    base: Any = quantization.CalibrationDataReader
-
-    class Reader(base):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(images, None)
-            return None if image is None else {"images": image[None]}
-
+    images = iter({"images": image[None]} for image in calibration)
     model = onnx.load_from_string(content)
     excluded = [
         node.name
@@ -170,7 +164,7 @@ def int8_onnx(
         quantization.quantize_static(
             model,
             written,
-            Reader(),
+            SimpleNamespace(get_next=lambda: next(images, None)),
             per_channel=True,
             op_types_to_quantize=INT8_OPERATORS,
             nodes_to_exclude=excluded,

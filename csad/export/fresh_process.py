@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,6 @@ import numpy as np
 
 # What glibc fills fresh memory with, where it is not told otherwise: a runtime that reads such memory is found out.
 MEMORY_IS_FILLED = {"MALLOC_PERTURB_": "170"}
-
-WITH_MAPS = ("branch_scores", "anomaly_map", "label_map")
 
 
 class Scored(NamedTuple):
@@ -55,13 +54,14 @@ def score(
         UserError: the model cannot be opened, a picture cannot be read, or the process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        request: dict[str, Any] = {
+        answer = Path(folder) / "answer.npz"
+        request = {
             "model": str(model.resolve()),
             "pictures": [str(path.resolve()) for path in pictures],
             "device": device,
             "with_maps": list(with_maps),
             "description": description,
-            "answer": str(Path(folder) / "answer.npz"),
+            "answer": str(answer),
         }
         paths = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         done = subprocess.run(
@@ -70,57 +70,49 @@ def score(
             text=True,
             env=MEMORY_IS_FILLED | os.environ | {"PYTHONPATH": paths},
         )
-        if done.returncode or not Path(request["answer"]).exists():
+        if done.returncode or not answer.exists():
             raise UserError(
                 f"the exported model {model.name} could not be scored with: its process ended with status "
                 f"{done.returncode}; export it again, with another --precision where this repeats itself"
             )
-        with np.load(request["answer"], allow_pickle=False) as answer:
-            arrays = dict(answer)
-    fields = json.loads(str(arrays["said"]))
+        with np.load(answer, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    fields = json.loads(str(arrays.pop("said")))
     if "problem" in fields:
         raise UserError(fields["problem"])
-    return Scored(
-        arrays["score"],
-        arrays["score"][list(with_maps)],
-        arrays.get("branch_scores"),
-        arrays.get("anomaly_map"),
-        arrays.get("label_map"),
-        **fields,
-    )
+    scores = arrays["score"]
+    fields |= {name: arrays.get(name) for name in ("branch_scores", "anomaly_map", "label_map")}
+    return Scored(scores, scores[list(with_maps)], **fields)
 
 
 def main() -> None:
     request = json.load(sys.stdin)
+    arrays: dict[str, list[np.ndarray]] = defaultdict(list)
     try:
-        arrays, fields = _answer(request)
+        engine = open_model(Path(request["model"]), request["device"])
+        with_maps = request["with_maps"] if engine.has_maps else []
+        bar = ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
+        for index, path in enumerate(bar):
+            picture = read_for(engine, [Path(path)])
+            if index in with_maps:
+                for name, values in engine.predict(picture)._asdict().items():
+                    arrays[name].append(values)
+            else:
+                arrays["score"].append(engine.score(picture))
+        fields: dict[str, Any] = {
+            "metadata": engine.metadata,
+            "networks": engine.networks,
+            "device": engine.device,
+        }
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # who started this says so
     except Exception as problem:
         sentence = user_message(problem)
         if sentence is None:
             raise
-        arrays, fields = {}, {"problem": sentence}
-    answer: dict[str, Any] = {"said": json.dumps(fields), **arrays}
-    np.savez(request["answer"], **answer)
-
-
-def _answer(request: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    engine = open_model(Path(request["model"]), request["device"])
-    with_maps = set(request["with_maps"]) if engine.has_maps else set()
-    arrays: dict[str, list[np.ndarray]] = {"score": []}
-    if with_maps:
-        arrays |= {name: [] for name in WITH_MAPS}
-    bar = ProgressBar(request["pictures"], desc=request["description"], unit="image", leave=False)
-    for index, path in enumerate(bar):
-        picture = read_for(engine, [Path(path)])
-        output = engine.predict(picture)._asdict() if index in with_maps else {"score": engine.score(picture)}
-        for name in arrays.keys() & output.keys():
-            arrays[name].append(output[name])
-    return (
-        {name: np.concatenate(values) for name, values in arrays.items()},
-        {"metadata": engine.metadata, "networks": engine.networks, "device": engine.device},
-    )
+        fields = {"problem": sentence}
+    answer: dict[str, Any] = {name: np.concatenate(values) for name, values in arrays.items()}
+    np.savez(request["answer"], said=json.dumps(fields), **answer)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,4 @@
-"""Exported models behind one interface: give them images, get predictions.
-
-    engine = open_model(Path("ckpt/onnx_models/screw_bag.onnx"), "cpu")  # csad/inference/runtimes.py
-    engine.predict(images)
-
-A new runtime is one class that fills in `Engine`, and a line in ``open_model``.
-"""
+"""Exported models behind one interface. A new runtime is one class that fills in `Engine`, and a line in ``open_model``."""
 
 from __future__ import annotations
 

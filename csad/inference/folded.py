@@ -18,10 +18,6 @@ and scores stay in fp32.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
-
-from csad.branches import BRANCHES
-from csad.inference.engines import NODES
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,12 +28,8 @@ from models.backbone import Encoder, resize, to_grids
 from models.constants import MAP_SIZE, SIZE
 from models.fused import FusedModel, to_rgb
 from models.lgst import LGST, LgstMap, Student
-from models.lgst_on_features import FeatureLGST
 from models.prediction import Prediction
 from models.segmentor import ConvBnRelu, Segmentor
-
-SCORE_ONLY = Prediction._fields[:1]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class FoldedEncoder(nn.Module):
@@ -124,7 +116,11 @@ class FoldedSegmentor(nn.Module):
 
     def __init__(self, segmentor: Segmentor, dtype: torch.dtype):
         super().__init__()
-        self.network, self.dtype = fold_blocks(segmentor).to(dtype), dtype
+        for block in segmentor.modules():
+            if isinstance(block, ConvBnRelu):
+                block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+                block.set_submodule("bn", nn.Identity())
+        self.network, self.dtype = segmentor.to(dtype), dtype
         self.network.output_size = MAP_SIZE  # the last resize of the logits is done here, in fp32
 
     def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
@@ -141,10 +137,6 @@ class FoldedModel(FusedModel):
         dtype: of the networks; float32, float16 or bfloat16.
     """
 
-    encoder: FoldedEncoder
-    segmentor: FoldedSegmentor | None
-    lgst: FoldedLgst | FeatureLGST | None
-
     def __init__(
         self,
         model: FusedModel,
@@ -152,28 +144,17 @@ class FoldedModel(FusedModel):
         raw_input: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        model = copy.deepcopy(model).eval().requires_grad_(False)
-        encoder, segmentor, lgst = model.encoder, model.segmentor, model.lgst
+        nn.Module.__init__(self)
+        vars(self).update(vars(copy.deepcopy(model).eval().requires_grad_(False)))
+        encoder, segmentor, lgst = self.encoder, self.segmentor, self.lgst
         assert isinstance(encoder, Encoder) and isinstance(segmentor, Segmentor | None)  # not folded yet
-        super().__init__(
-            FoldedEncoder(encoder, dtype),
-            None if segmentor is None else FoldedSegmentor(segmentor, dtype),
-            model.patch_hist_detector,
-            FoldedLgst(lgst, encoder.channels[1:], dtype) if isinstance(lgst, LGST) else lgst,
-            model.memory,
-            model.size,
-            model.roi,
-            model.evidence,
-            model.rule,
-            model.tiles,
-            model.dfm,
-            model.weights,
-        )
+        self.encoder = FoldedEncoder(encoder, dtype)
+        if segmentor is not None:
+            self.segmentor = FoldedSegmentor(segmentor, dtype)
+        if isinstance(lgst, LGST):
+            self.lgst = FoldedLgst(lgst, encoder.channels[1:], dtype)
         if self.patch_hist_detector is not None:
             self.patch_hist_detector.whiten()
-        for branch in self.branches:
-            for name in (f"{BRANCHES[branch].statistics}_{end}" for end in ("mean", "std")):
-                getattr(self, name).copy_(getattr(model, name))
         self.with_map, self.raw_input = with_map, raw_input
         self.eval().requires_grad_(False)
 
@@ -182,41 +163,12 @@ class FoldedModel(FusedModel):
         prediction = self.analyse(rgb)
         return prediction if self.with_map else prediction.score
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The type in which each network runs, by its name in `csad.inference.engines.NODES`."""
-        parts: dict[str, nn.Module | None] = {
-            "encoder": self.encoder.network,
-            "segmentor": self.segmentor and self.segmentor.network,
-            "memory": self.memory,
-        }
-        if self.lgst is not None:
-            student = self.lgst.student if isinstance(self.lgst, FoldedLgst) else self.lgst.local_st
-            parts |= {
-                "LGST teacher": self.lgst.teacher,
-                "LGST student": student,
-                "LGST autoencoder": self.lgst.autoencoder,
-            }
-        return {
-            name: next(tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point())
-            for name in NODES
-            if (part := parts.get(name)) is not None
-        }
-
 
 class _Tracer(fx.Tracer):
     """timm's own layers stay whole: batch norms with their activation, convolutions that pad as TensorFlow does."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return module.__module__.startswith("timm.layers") or super().is_leaf_module(module, qualified_name)
-
-
-def fold_blocks(module: Network) -> Network:
-    """Fold the batch norm of every `ConvBnRelu` in a module."""
-    for block in module.modules():
-        if isinstance(block, ConvBnRelu):
-            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-            block.set_submodule("bn", nn.Identity())
-    return module
 
 
 def _fold_graph(network: fx.GraphModule) -> fx.GraphModule:

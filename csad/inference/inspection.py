@@ -134,25 +134,18 @@ def unlike_training(
 
 def judge(pictures: Sequence[Picture], engine: Engine, threshold: float) -> list[Verdict]:
     """Verdicts on pictures, in order; unreadable ones get theirs without the model."""
-    readable = [picture for picture in pictures if picture.view is not None]
     views = [picture.view for picture in pictures if picture.view is not None]
-    verdicts = iter(_judge_readable(readable, np.stack(views), engine, threshold) if readable else [])
+    predictions: Iterator[Sequence[Any]] = iter(())
+    if views and engine.has_maps:
+        predictions = zip(*engine.predict(np.stack(views)))
+    elif views:
+        predictions = ((score, None, None, None, None) for score in engine.score(np.stack(views)))
     return [
         Verdict(picture.name, UNREADABLE, threshold, problem=picture.problem)
         if picture.view is None
-        else replace(next(verdicts), note=picture.note)
+        else replace(_verdict(picture, Prediction(*next(predictions)), engine, threshold), note=picture.note)
         for picture in pictures
     ]
-
-
-def _judge_readable(
-    pictures: Sequence[Picture], batch: np.ndarray, engine: Engine, threshold: float
-) -> list[Verdict]:
-    if engine.has_maps:
-        predictions = [Prediction(*parts) for parts in zip(*engine.predict(batch))]
-    else:
-        predictions = [Prediction(score, None, None, None, None) for score in engine.score(batch)]
-    return [_verdict(*each, engine, threshold) for each in zip(pictures, predictions)]
 
 
 def _verdict(picture: Picture, prediction: Prediction, engine: Engine, threshold: float) -> Verdict:

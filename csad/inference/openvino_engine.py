@@ -77,7 +77,7 @@ def _compile(openvino: ModuleType, model: Any, stored: str, device: str) -> Any:
     threads = {"INFERENCE_NUM_THREADS": requested_threads()} if requested_threads() else {}
     hint = {"bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}.get(stored, openvino.Type.f32)
     if stored == "int8" and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        # For what is not int8; `csad.export.quantisation` checks the scores with it.
+        # For what is not int8; `csad.export.int8` checks the scores with it.
         hint = openvino.Type.bf16
     return core.compile_model(
         model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"} | threads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from csad.data.label_colours import colour_labels
 
@@ -27,12 +28,11 @@ _MIN_WIDTH = 420  # pixels of a picture with a caption, so that a sentence finds
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
     """(H, W, 3) uint8, made smaller until its longer side is at most ``side``; aspect ratio kept."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    if scale >= 1:
+    if max(image.shape) <= side:
         return image
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    return np.asarray(picture)
 
 
 def explaining_map(maps: Mapping[str, np.ndarray], contributions: Mapping[str, float]) -> np.ndarray:
@@ -57,17 +57,11 @@ def explaining_map(maps: Mapping[str, np.ndarray], contributions: Mapping[str, f
 
 def _peak_region(evidence: np.ndarray) -> np.ndarray:
     """A map (h, w) with nothing left of it but what hangs together with its maximum and reaches half of it."""
-    high = (evidence >= evidence.max() / 2) & (evidence > 0)
-    region = np.zeros_like(high)
-    region[np.unravel_index(evidence.argmax(), evidence.shape)] = True
-    region &= high
-    while True:
-        around = np.pad(region, 1)
-        grown = region | around[2:, 1:-1] | around[:-2, 1:-1] | around[1:-1, 2:] | around[1:-1, :-2]
-        grown &= high
-        if (grown == region).all():
-            return np.where(region, evidence, 0)
-        region = grown
+    # Copied, as what comes of an array is read-only.
+    mask = Image.fromarray(((evidence >= evidence.max() / 2) & (evidence > 0)).astype(np.uint8)).copy()
+    row, column = np.unravel_index(evidence.argmax(), evidence.shape)
+    ImageDraw.floodfill(mask, (int(column), int(row)), 2)
+    return np.where(np.asarray(mask) == 2, np.maximum(evidence, 0), 0)
 
 
 def heat_overlay(image: np.ndarray, anomaly_map: np.ndarray, anomalous: bool = True) -> np.ndarray:
@@ -141,41 +135,32 @@ def captioned(
     """
     size = int(np.clip(picture.shape[0] / 26, 12, 30))
     margin, width = size // 2, max(picture.shape[1], _MIN_WIDTH)
-    large, small = _font(round(1.25 * size)), _font(size)
-    placed: list[tuple[float, float, str, ImageFont.FreeTypeFont, tuple[int, ...] | None]] = []
-    y = float(margin)
-    for text, font in ((title, large), *((line, small) for line in lines)):
-        for wrapped in _wrap(text, font, width - 2 * margin):
-            placed.append((margin, y, wrapped, font, None))
-            y += 1.35 * font.size
-    x, y = float(margin), y + margin / 2
+    small, large = (ImageFont.load_default(pixels) for pixels in (size, round(1.25 * size)))
+    texts = [(line, large) for line in _wrap(title, large, width - 2 * margin)]
+    texts += [(line, small) for text in lines for line in _wrap(text, small, width - 2 * margin)]
+    # Higher than needed: what is not written on is cut off.
+    height = picture.shape[0] + 2 * size * (len(texts) + len(legend) + 1)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(Image.fromarray(picture), (0, 0))
+    pen = ImageDraw.Draw(canvas)
+    x, y = float(margin), float(picture.shape[0] + margin)
+    for text, font in texts:
+        pen.text((x, y), text, fill=_TEXT if font is small else _RED if red else _GREEN, font=font)
+        y += 1.35 * (size if font is small else round(1.25 * size))
+    y += margin / 2
     for index, name in legend:
         entry = name if name.endswith(f" {index}") else f"{index} {name}"
         room = 1.4 * size + small.getlength(entry)
         if x > margin and x + room > width - margin:
             x, y = margin, y + 1.5 * size
-        placed.append((x, y, entry, small, tuple(colour_labels(np.array(index, np.uint8)).tolist())))
+        colour = tuple(colour_labels(np.array(index, np.uint8)).tolist())
+        pen.rectangle((x, y + 0.1 * size, x + size, y + 1.1 * size), fill=colour, outline=_QUIET)
+        pen.text((x + 1.4 * size, y), entry, fill=_TEXT, font=small)
         x += room + 1.2 * size
-    height = int(y + (1.5 * size if legend else 0) + margin)
-    canvas = Image.new("RGB", (width, picture.shape[0] + height), "white")
-    canvas.paste(Image.fromarray(picture), (0, 0))
-    pen = ImageDraw.Draw(canvas)
-    for x, y, text, font, colour in placed:
-        y += picture.shape[0]
-        if colour is not None:
-            pen.rectangle((x, y + 0.1 * size, x + size, y + 1.1 * size), fill=colour, outline=_QUIET)
-            x += 1.4 * size
-        pen.text((x, y), text, fill=_TEXT if font is small else _RED if red else _GREEN, font=font)
-    return np.asarray(canvas)
+    return np.asarray(canvas)[: int(y + (1.5 * size if legend else 0) + margin)]
 
 
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(pixels)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # the other one has no size to ask for
-    return font
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, font: Any, width: float) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.listing import short_name
-from csad.errors import UNUSABLE, UserError
+from csad.errors import UNUSABLE
 from csad.inference.folders import State, only_writer, state_of
 from csad.inference.verdicts import VERDICTS, Verdict, printable
 
@@ -29,28 +30,11 @@ COLUMNS = (
 )
 
 
-def map_folders(inputs: Sequence[Path]) -> dict[Path, Path]:
-    """Where below maps/ the pictures of each input lie, so that no two have the same place.
-
-    Of one folder, and of what lies in it, the path from there on; of several folders first as many of their own last names
-    as tell them apart.
-
-    Args:
-        inputs: folders and images as they were named.
-
-    Returns:
-        The path below maps/ of each resolved folder that lies in no other one.
-    """
-    named = {(path if path.is_dir() else path.parent).resolve() for path in inputs}
-    folders = sorted(folder for folder in named if named.isdisjoint(folder.parents))
-    if len(folders) == 1:
-        return {folders[0]: Path()}
-    for names in range(1, max(len(folder.parts) for folder in folders) + 1):
-        places = {folder: Path(*folder.relative_to(folder.anchor).parts[-names:]) for folder in folders}
-        distinct = set(places.values())
-        if len(distinct) == len(folders) and all(distinct.isdisjoint(place.parents) for place in distinct):
-            break
-    return places
+def common_folder(inputs: Sequence[Path]) -> Path:
+    """The folder from which on the pictures of all folders and images lie below maps/ as they do there."""
+    return Path(
+        os.path.commonpath(os.path.abspath(path if path.is_dir() else path.parent) for path in inputs)
+    )
 
 
 def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
@@ -63,7 +47,7 @@ class Output:
 
     Args:
         folder: made if need be; held by one run at a time.
-        places: below maps/ of the pictures of each folder, see `map_folders`.
+        top: see `common_folder`.
         go_on: append to the tables of an earlier run instead of replacing them.
 
     Attributes:
@@ -74,8 +58,8 @@ class Output:
         UserError: another run writes there.
     """
 
-    def __init__(self, folder: Path, places: Mapping[Path, Path], go_on: bool = False):
-        self.folder, self.places, self.go_on = folder, places, go_on
+    def __init__(self, folder: Path, top: Path, go_on: bool = False):
+        self.folder, self.top, self.go_on = folder, top, go_on
         self.table = folder / "predictions.csv"
         self.scored: dict[str, State] = {}
         self.counts = dict.fromkeys(VERDICTS, 0)
@@ -83,38 +67,25 @@ class Output:
     def __enter__(self) -> Output:
         self.lock = only_writer(self.folder)
         log = self.table.with_suffix(".jsonl")
-        if self.go_on and log.exists():
-            self._read_log(log)
         mode = "a" if self.go_on and log.exists() else "w"
-        if mode == "w":
-            self.table.unlink(missing_ok=True)
-        if self.table.exists():
+        if mode == "a":
+            self._read_log(log)
             self._drop_torn_row()
-        fresh = not self.table.exists() or not self.table.stat().st_size
-        if not fresh:
-            self._complete_header()
         self.csv = open(self.table, mode, newline="", encoding="utf-8", errors="backslashreplace")
         self.lines = open(log, mode, encoding="utf-8", errors="backslashreplace")
         self.rows = csv.writer(self.csv, lineterminator="\n")
-        if fresh:
+        if not self.csv.tell():
             self.rows.writerow(COLUMNS)
         return self
 
     def _drop_torn_row(self) -> None:
         """Take away a last row that a crash or a full disk cut off: the next one would be appended to it."""
-        content = self.table.read_bytes()
+        content = self.table.read_bytes() if self.table.exists() else b""
         whole = content.rfind(b"\n") + 1
         while content.count(b'"', 0, whole) % 2:  # within a cell
             whole = content.rfind(b"\n", 0, whole - 1) + 1
         if whole < len(content):
             files.write_bytes(self.table, content[:whole])
-
-    def _complete_header(self) -> None:
-        """Add columns that the table of an earlier version lacks at its end; its rows stay as they are."""
-        header, end, rows = self.table.read_bytes().partition(b"\n")
-        current = ",".join(COLUMNS).encode()
-        if end and current.startswith(header + b","):
-            files.write_bytes(self.table, current + end + rows)
 
     def _read_log(self, log: Path) -> None:
         """What was scored; a last line that a crash cut off goes, and its image is scored again."""
@@ -137,15 +108,7 @@ class Output:
     def write(self, verdict: Verdict) -> None:
         path, captioned = Path(verdict.name), verdict.captioned_drawing
         if captioned is not None:
-            # A link to an image is called what the link is called: where it leads to may lie outside of all folders.
-            shown = path.parent.resolve() / path.name
-            top = next((top for top in self.places if shown.is_relative_to(top)), None)
-            if top is None:
-                raise UserError(
-                    f"{verdict.name} no longer lies in {' or '.join(map(str, self.places))}, so its picture would not "
-                    f"lie in {self.folder}/maps; run the same command again"
-                )
-            name = self.places[top] / shown.relative_to(top)
+            name = Path(os.path.abspath(path)).relative_to(self.top)
             drawing = f"{short_name(name.name, MAX_NAME)}.map.png"
             try:
                 files.write_image(self.folder / "maps" / name.with_name(drawing), captioned)

@@ -18,6 +18,7 @@ from csad.inference.engines import (
     decoded_metadata,
     first_line,
     in_words,
+    precisions_of,
     requested_threads,
     require_package,
 )
@@ -57,14 +58,14 @@ class TorchEngine(Engine):
         requested = precision or self.metadata.get("precision", "fp32")
         # PyTorch's CPU kernels for fp16 are slower than those for fp32 by orders of magnitude on most machines.
         runs = "fp32" if requested == "fp16" and device.startswith("cpu") else requested
-        model = FoldedModel(
-            from_state(state),
-            with_map=True,
-            raw_input=self.metadata.get("raw_input", False),
-            dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[runs],
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        model = FoldedModel(from_state(state), with_map=True, dtype=dtypes[runs])
+        self.networks = precisions_of(
+            (f"/{key.replace('.', '/')}", name)
+            for key, tensor in model.state_dict().items()
+            for name, dtype in dtypes.items()
+            if tensor.dtype == dtype
         )
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        self.networks = {name: names[dtype] for name, dtype in model.dtypes().items()}
         self.precision = in_words(self.networks)
         self.model = model.to(device).to(memory_format=torch.channels_last)
         if device.startswith("cpu"):
@@ -145,7 +146,6 @@ def open_model(path: Path, device: str) -> Engine:
     Raises:
         UserError: no such file, another suffix, no CSAD model, or a runtime that is not installed.
     """
-    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".pth", ".onnx", ".xml"):
         raise UserError(f"{path} is not an exported model; expected a .pth, .onnx or .xml file")
