@@ -20,7 +20,7 @@ from functools import partial
 
 from csad.cli import common_options, select, with_cluster
 from csad.data import files, layouts
-from csad.data.checks import header_check
+from csad.data.checks import quick_check
 from csad.data.listing import count as counted
 from csad.data.overview import layout_line
 from csad.data.workspace import Workspace
@@ -131,7 +131,7 @@ class PseudoLabelStage:
         """Check everything, and note what is used; False where there is nothing to do."""
         category, args = self.category, self.args
         print(layout_line(category))
-        for warning in header_check(category):
+        for warning in quick_check(category):
             print(f"{category.name}: {warning}")
         self.proposer = self.choose_proposer()
         provenance = provenance_of(

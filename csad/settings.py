@@ -26,6 +26,8 @@ PAPER = "paper"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Text without control characters that neither begins nor ends with a space.
 ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[^\s\pC])?$")]
+Point = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+Polygon = Annotated[list[Point], Field(min_length=3)]
 
 
 class Section(BaseModel):
@@ -250,7 +252,7 @@ class Settings(Section):
     # MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
     logical: list[str] = []
     # Polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
-    roi: list[list[list[Fraction]]] = []
+    roi: list[Polygon] = []
     # What people call components, by their numbers in the report's legend; findings then say "capacitor is
     # missing".
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}

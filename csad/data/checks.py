@@ -17,7 +17,7 @@ from csad.data.listing import count
 from csad.data.mask_checks import check_masks
 from csad.data.overview import layout_line, unused
 from csad.data.picture_checks import check_copies, check_storage, describe
-from csad.data.pictures import ImageInfo, examine, read_info, with_digests_where_alike
+from csad.data.pictures import ImageInfo, examine
 from csad.data.roi import read_roi
 from csad.processes import cores
 from csad.progress import ProgressBar
@@ -50,7 +50,8 @@ def check(
 
     def look(entry: tuple[str, Path]) -> ImageInfo:
         folder, path = entry
-        return examine(path, split_of(folder, path in validation), cfg.images.white_level)
+        part = "test" if Path(folder).parts[:1] == ("test",) else "train"
+        return examine(path, "validation" if path in validation else part, cfg.images.white_level)
 
     with ThreadPoolExecutor(cores()) as pool:  # decoding and hashing release Python's lock
         what = f"{category.name}: read images"
@@ -70,24 +71,12 @@ def check(
     return findings, pictures
 
 
-def header_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, exact
-    copies; UserError if the stages could not run on the category."""
+def quick_check(category: layouts.Category) -> list[str]:
+    """Warnings that need no look into a file: what is left out, too few images."""
     findings = Findings()
     check_unused(category, findings)
     check_number_of_images(category, findings)
-    validation = set(category.validation)
-    paths = [(folder, path) for folder, paths in category.listed.items() for path in paths]
-    pictures = [read_info(path, split_of(folder, path in validation)) for folder, path in paths]
-    findings.warnings += [picture.problem for picture in pictures if picture.problem]
-    readable = [picture for picture in pictures if not picture.problem]
-    check_storage(category.root, readable, findings)
-    check_copies(category.root, with_digests_where_alike(readable), findings)
     return findings.warnings
-
-
-def split_of(folder: str, in_validation: bool) -> str:
-    return "validation" if in_validation else "test" if Path(folder).parts[:1] == ("test",) else "train"
 
 
 def check_unused(category: layouts.Category, findings: Findings) -> None:

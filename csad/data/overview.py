@@ -25,10 +25,6 @@ def layout_line(category: Category) -> str:
         parts.append("no good test images, so nothing to measure")
     if category.roi_file.exists():
         parts.append("only the white part of roi.png is inspected")
-    left_out = unused(category)
-    if left_out:
-        names = ", ".join(f"{path.relative_to(category.root)} ({why})" for path, why in left_out[:2])
-        parts.append(f"{len(left_out)} not used: {names}{', ...' if len(left_out) > 2 else ''}")
     return f"{category.name} ({category.layout}): {'; '.join(parts)}"
 
 

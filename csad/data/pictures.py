@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +43,6 @@ class ImageInfo:
         return f"{self.bits}-bit {'colour' if self.colour else 'grey'}"
 
 
-def read_info(path: Path, split: str) -> ImageInfo:
-    """What a file's header says."""
-    try:
-        with image_files.opened(path) as image:
-            return ImageInfo(path, split, **header_fields(image))
-    except UserError as problem:
-        return ImageInfo(path, split, str(problem))
-
-
 def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
     """Read an image as the stages do, JPEG at a reduced size."""
     try:
@@ -62,7 +52,7 @@ def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and fields["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
+            transparent = layered and fields["bits"] == 8 and image.convert("RGBA").getextrema()[-1][0] < 255
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return ImageInfo(
             path,
@@ -120,20 +110,3 @@ def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInf
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
                     copies.append((hashed[first][0], hashed[column][0]))
     return copies
-
-
-def with_digests_where_alike(pictures: Sequence[ImageInfo]) -> list[ImageInfo]:
-    """Digests of those files only of which another has the same length, beginning and middle: few files are read whole."""
-
-    def fingerprint(path: Path) -> tuple[int, bytes]:
-        length = path.stat().st_size
-        with open(path, "rb") as handle:
-            start = handle.read(4096)
-            handle.seek(length // 2)
-            return length, start + handle.read(4096)
-
-    groups = defaultdict(list)
-    for picture in pictures:
-        groups[fingerprint(picture.path)].append(picture)
-    alike = [picture for group in groups.values() if len(group) > 1 for picture in group]
-    return [ImageInfo(picture.path, picture.split, digest=records.digest(picture.path)) for picture in alike]
