@@ -9,7 +9,6 @@ run on this data set, or an option is wrong.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from csad.data.listing import LONGEST_KEY, short_name
 from csad.data.pictures import THUMBNAIL, ImageInfo
 from csad.errors import UserError, run_script
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 WARNED = 4
@@ -97,16 +97,14 @@ def write_contact_sheet(path: Path, pictures: Sequence[ImageInfo]) -> None:
         tile = (
             Image.new("RGB", (THUMBNAIL, THUMBNAIL), (200, 0, 0))
             if picture.thumbnail is None
-            else (Image.fromarray(picture.thumbnail))
+            else Image.fromarray(picture.thumbnail)
         )
         sheet.paste(tile, corner)
         name = picture.path.name if len(picture.path.name) <= 16 else f"{picture.path.name[:13]}..."
         draw.text(
             (corner[0], corner[1] + THUMBNAIL), name.encode("ascii", "replace").decode(), (0, 0, 0), font
         )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    files.write_bytes(path, buffer.getvalue())
+    files.write_image(path, np.asarray(sheet))
 
 
 if __name__ == "__main__":
