@@ -21,6 +21,7 @@ from csad.data.findings import Findings
 from csad.data.listing import LONGEST_KEY, short_name
 from csad.data.pictures import THUMBNAIL, ImageInfo
 from csad.errors import UserError, run_script
+from csad.evaluation.thresholds import fraction
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -44,8 +45,8 @@ def main() -> None:
         help="say whether there are enough validation images for a threshold with this rate, for example 0.05",
     )
     args = parser.parse_args()
-    if args.false_positive_rate is not None and not 0 < args.false_positive_rate < 1:
-        raise UserError(f"--false_positive_rate is {args.false_positive_rate}; it must lie between 0 and 1")
+    if args.false_positive_rate is not None:
+        fraction(args.false_positive_rate, "--false_positive_rate")
     _, dataset, categories, settings_of = select(args)
     if args.output and args.output.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(

@@ -20,9 +20,8 @@ from functools import partial
 
 from csad.cli import common_options, select, with_cluster
 from csad.data import files, layouts
-from csad.data.checks import quick_check
+from csad.data.checks import layout_line, quick_check
 from csad.data.listing import count as counted
-from csad.data.overview import layout_line
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.processes import share_of, workers_option

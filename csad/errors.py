@@ -58,21 +58,17 @@ def similar_names(name: str, names: Iterable[str]) -> list[str]:
     Case, dashes and underscores do not count. Of a name of several parts, like --lgst.steps, the last one is enough, and of any
     its beginning.
     """
-    alike = {known: _plain(known) for known in names}
-    wanted = _plain(name)
+    wanted, wholes = _plain(name), {known: _plain(known) for known in names}
     if not wanted:
         return []
-    suggested = [known for known, plain in alike.items() if wanted in (plain, plain.rpartition(".")[2])]
+    parts = {known: (whole, whole.rpartition(".")[2]) for known, whole in wholes.items()}
+    suggested = [known for known in parts if wanted in parts[known]]
     if not suggested and len(wanted) > 1:
-        suggested = [known for known, plain in alike.items() if plain.startswith(wanted)]
+        suggested = [known for known in parts if wholes[known].startswith(wanted)]
     if not suggested:
-        close = difflib.get_close_matches(wanted, alike.values(), 1)
-        last_parts = {plain: plain.rpartition(".")[2] for plain in alike.values()}
-        if not close:
-            close = difflib.get_close_matches(wanted, last_parts.values(), 1, 0.75)
-        suggested = [
-            known for known, plain in alike.items() if close and close[0] in (plain, last_parts[plain])
-        ]
+        close = difflib.get_close_matches(wanted, wholes.values(), 1)
+        close = close or difflib.get_close_matches(wanted, [last for _, last in parts.values()], 1, 0.75)
+        suggested = [known for known in parts if close and close[0] in parts[known]]
     return suggested[:MAX_SUGGESTED]
 
 

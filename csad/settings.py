@@ -265,12 +265,6 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def names_of_settings() -> list[str]:
-    """All that a file of configs/ can say: sections, their settings after a dot, and what stands outside of sections."""
-    of_sections = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
-    return [*of_sections, *Settings.model_fields]
-
-
 def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:
     """Merge the settings for one category.
 
@@ -292,7 +286,8 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
     try:
         settings = Settings(**merged)
     except ValidationError as problem:
-        raise UserError(refusal(problem, names_of_settings())) from problem
+        of_sections = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+        raise UserError(refusal(problem, [*of_sections, *Settings.model_fields])) from problem
     first, epochs = settings.segmentor.unsupervised_from_epoch, settings.segmentor.epochs
     if first >= epochs:
         raise UserError(

@@ -464,15 +464,6 @@ def test_what_an_operating_system_leaves_is_only_noted(broken, run):
     assert "12 training images" in said
 
 
-def test_long_names_are_noted(broken, run):
-    names = ["y" * 245 + ".png", "€" * 80 + ".png", "n" * 220 + ".png"]
-    for index, name in enumerate(names):
-        shutil.move(broken / f"train/good/00{index}.png", broken / "train/good" / name)
-    status, said, _ = run("--dataset_root", broken.parent)
-    (note,) = [line for line in said.splitlines() if "long names" in line]
-    assert status == 0 and [name in note for name in names] == [True, True, False]
-
-
 def test_names_that_cannot_be_used(tmp_path, run):
     name = "c" * 230
     for index in range(5):

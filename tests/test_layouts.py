@@ -11,10 +11,10 @@ from unittest import mock
 
 from csad import settings
 from csad.data import files, images, layouts, listing
+from csad.data.checks import layout_line, unused
 from csad.data.data_sets import Dataset
 from csad.data.defects import DefectNames
 from csad.data.layouts import GOOD, LOGICAL, STRUCTURAL, Category
-from csad.data.overview import layout_line, unused
 from csad.data.roi import read_roi
 from csad.data.workspace import Workspace
 from csad.errors import UserError

@@ -1,7 +1,7 @@
 """The data set's layouts, recognised by themselves (csad/data/conventions.py). A data set is only read.
 
 Where there are no validation images, some of the training images are held out. Folders may hold folders, links are
-followed, and what is left out is named (csad/data/overview.py).
+followed, and what is left out is named (csad/data/checks.py).
 """
 
 from __future__ import annotations
@@ -168,14 +168,6 @@ class Category:
     def test_folders(self) -> dict[str, list[Path]]:
         """Split -> folders of its test images."""
         return self.convention.tests(self.root, self.logical_defects)
-
-    @property
-    def defect_folders(self) -> dict[str, list[str]]:
-        """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
-        if not isinstance(self.convention, FolderPerDefect):
-            return {}
-        folders = {split: self.test_folders.get(split, []) for split in (LOGICAL, STRUCTURAL)}
-        return {split: [folder.name for folder in of_split] for split, of_split in folders.items()}
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
