@@ -9,7 +9,6 @@ run on this data set, or an option is wrong.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -22,7 +21,9 @@ from csad.data.findings import Findings
 from csad.data.listing import LONGEST_KEY, short_name
 from csad.data.pictures import THUMBNAIL, ImageInfo
 from csad.errors import UserError, run_script
+from csad.evaluation.thresholds import fraction
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 WARNED = 4
@@ -44,8 +45,8 @@ def main() -> None:
         help="say whether there are enough validation images for a threshold with this rate, for example 0.05",
     )
     args = parser.parse_args()
-    if args.false_positive_rate is not None and not 0 < args.false_positive_rate < 1:
-        raise UserError(f"--false_positive_rate is {args.false_positive_rate}; it must lie between 0 and 1")
+    if args.false_positive_rate is not None:
+        fraction(args.false_positive_rate, "--false_positive_rate")
     _, dataset, categories, settings_of = select(args)
     if args.output and args.output.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(
@@ -97,16 +98,14 @@ def write_contact_sheet(path: Path, pictures: Sequence[ImageInfo]) -> None:
         tile = (
             Image.new("RGB", (THUMBNAIL, THUMBNAIL), (200, 0, 0))
             if picture.thumbnail is None
-            else (Image.fromarray(picture.thumbnail))
+            else Image.fromarray(picture.thumbnail)
         )
         sheet.paste(tile, corner)
         name = picture.path.name if len(picture.path.name) <= 16 else f"{picture.path.name[:13]}..."
         draw.text(
             (corner[0], corner[1] + THUMBNAIL), name.encode("ascii", "replace").decode(), (0, 0, 0), font
         )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    files.write_bytes(path, buffer.getvalue())
+    files.write_image(path, np.asarray(sheet))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from functools import partial
 
 from csad.cli import common_options, select, with_cluster
 from csad.data import files, layouts
-from csad.data.checks import header_check
+from csad.data.checks import layout_line, quick_check
 from csad.data.listing import count as counted
-from csad.data.overview import layout_line
 from csad.data.workspace import Workspace
 from csad.errors import UserError, run_script
 from csad.processes import share_of, workers_option
@@ -131,7 +130,7 @@ class PseudoLabelStage:
         """Check everything, and note what is used; False where there is nothing to do."""
         category, args = self.category, self.args
         print(layout_line(category))
-        for warning in header_check(category):
+        for warning in quick_check(category):
             print(f"{category.name}: {warning}")
         self.proposer = self.choose_proposer()
         provenance = provenance_of(

@@ -19,7 +19,6 @@ DETECTOR = [
     "csad/branches.py",
     "csad/settings.py",
     "csad/data/deep_pixels.py",
-    "csad/data/held_out.py",
     "csad/data/image_files.py",
     "csad/data/images.py",
     "csad/data/layouts.py",

@@ -39,8 +39,6 @@ UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SIGNAL = 2  # seconds within which two SIGTERMs are one
 _last_signal = int(signal.SIGINT)  # that came; Python raises KeyboardInterrupt for the first alone
-
-
 MAX_SUGGESTED = 3  # names like a misspelt one
 
 
@@ -60,21 +58,17 @@ def similar_names(name: str, names: Iterable[str]) -> list[str]:
     Case, dashes and underscores do not count. Of a name of several parts, like --lgst.steps, the last one is enough, and of any
     its beginning.
     """
-    alike = {known: _plain(known) for known in names}
-    wanted = _plain(name)
+    wanted, wholes = _plain(name), {known: _plain(known) for known in names}
     if not wanted:
         return []
-    suggested = [known for known, plain in alike.items() if wanted in (plain, plain.rpartition(".")[2])]
+    parts = {known: (whole, whole.rpartition(".")[2]) for known, whole in wholes.items()}
+    suggested = [known for known in parts if wanted in parts[known]]
     if not suggested and len(wanted) > 1:
-        suggested = [known for known, plain in alike.items() if plain.startswith(wanted)]
+        suggested = [known for known in parts if wholes[known].startswith(wanted)]
     if not suggested:
-        close = difflib.get_close_matches(wanted, alike.values(), 1)
-        last_parts = {plain: plain.rpartition(".")[2] for plain in alike.values()}
-        if not close:
-            close = difflib.get_close_matches(wanted, last_parts.values(), 1, 0.75)
-        suggested = [
-            known for known, plain in alike.items() if close and close[0] in (plain, last_parts[plain])
-        ]
+        close = difflib.get_close_matches(wanted, wholes.values(), 1)
+        close = close or difflib.get_close_matches(wanted, [last for _, last in parts.values()], 1, 0.75)
+        suggested = [known for known in parts if close and close[0] in parts[known]]
     return suggested[:MAX_SUGGESTED]
 
 
@@ -100,7 +94,7 @@ class OptionParser(argparse.ArgumentParser):
         # Before argparse looks: it would first miss the --model of somebody who wrote --modle.
         for argument in given[: given.index("--")] if "--" in given else given:
             name = argument.partition("=")[0]
-            if self._looks_like_option(argument) and name not in self._option_string_actions:
+            if name not in self._option_string_actions and self._parse_optional(argument):
                 self._refuse(f"there is no option {name}", name)
         # This one, too: it would first miss the --model of somebody who wrote the path alone.
         if self._path_option and given and not given[0].startswith("-"):
@@ -119,15 +113,6 @@ class OptionParser(argparse.ArgumentParser):
             if is_path or not similar or (similar == [option] and _plain(value) != _plain(option)):
                 self.error(f"{what}; did you mean {option} {shlex.quote(value)}?")
         self._refuse(what, value)
-
-    def _looks_like_option(self, argument: str) -> bool:
-        """As argparse decides: negative numbers and texts with spaces are values."""
-        return (
-            len(argument) > 1
-            and argument[0] == "-"
-            and " " not in argument
-            and not self._negative_number_matcher.match(argument)
-        )
 
     def _refuse(self, what: str, name: str) -> NoReturn:
         self.error(what + (did_you_mean(name, self._option_string_actions) or "; --help lists the options"))

@@ -26,6 +26,8 @@ PAPER = "paper"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Text without control characters that neither begins nor ends with a space.
 ComponentName = Annotated[str, Field(max_length=40, pattern=r"^[^\s\pC]([^\pC]*[^\s\pC])?$")]
+Point = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+Polygon = Annotated[list[Point], Field(min_length=3)]
 
 
 class Section(BaseModel):
@@ -250,7 +252,7 @@ class Settings(Section):
     # MVTec AD's layout: the defects that are logical anomalies; the others count as structural.
     logical: list[str] = []
     # Polygons, lists of [x, y] in 0..1, outside of which nothing counts; none: the whole image, or roi.png.
-    roi: list[list[list[Fraction]]] = []
+    roi: list[Polygon] = []
     # What people call components, by their numbers in the report's legend; findings then say "capacitor is
     # missing".
     names: dict[Annotated[int, Field(ge=1, le=255)], ComponentName] = {}
@@ -261,12 +263,6 @@ SECTIONS: dict[str, Any] = {
     for name, field in Settings.model_fields.items()
     if name not in ("logical", "roi", "names")
 }
-
-
-def names_of_settings() -> list[str]:
-    """All that a file of configs/ can say: sections, their settings after a dot, and what stands outside of sections."""
-    of_sections = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
-    return [*of_sections, *Settings.model_fields]
 
 
 def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = None) -> Settings:
@@ -290,7 +286,8 @@ def load(category: str, preset: str = PAPER, overrides: dict[str, Any] | None = 
     try:
         settings = Settings(**merged)
     except ValidationError as problem:
-        raise UserError(refusal(problem, names_of_settings())) from problem
+        of_sections = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+        raise UserError(refusal(problem, [*of_sections, *Settings.model_fields])) from problem
     first, epochs = settings.segmentor.unsupervised_from_epoch, settings.segmentor.epochs
     if first >= epochs:
         raise UserError(

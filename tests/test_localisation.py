@@ -6,9 +6,10 @@ import json
 import time
 
 from csad.data import layouts
+from csad.data.defects import read_saturations
 from csad.errors import UserError
 from csad.evaluation import metrics
-from csad.evaluation.localisation import enlarge, measure, read_regions, read_saturations
+from csad.evaluation.localisation import enlarge, measure, read_regions
 from csad.evaluation.spro import FPR_LIMITS, Region, SproCurve, area_up_to, by_definition
 
 import cv2

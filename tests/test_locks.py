@@ -145,22 +145,3 @@ def test_a_lock_taken_over_is_left_to_its_new_owner(path):
     write(path)
     lock.release()
     assert json.loads(path.read_text())["token"] == "other"
-
-
-def test_what_a_killed_process_left_beside_it_goes(path):
-    left, fresh = path.with_name(f"{path.name}.old"), path.with_name(f"{path.name}.new")
-    for one in (left, fresh):
-        one.touch()
-    os.utime(left, (0, 0))
-    with FileLock(path).acquire():
-        assert fresh.exists() and not left.exists()
-
-
-def test_without_links_the_file_itself_is_exclusive(path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    with FileLock(path).acquire(), pytest.raises(LockHeld):
-        FileLock(path).acquire()
-    assert not path.exists()

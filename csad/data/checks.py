@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: unreadable files, copies between training and test, masks that fit no image."""
+"""What the stages will see of a category and what they will not, and what can be wrong with it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 
 from csad import settings
 from csad.data import conventions, layouts, listing
+from csad.data.defects import read_region_mask, read_saturations
 from csad.data.findings import Findings, file_names
-from csad.data.image_files import SUFFIXES
+from csad.data.image_files import SUFFIXES, is_lossy
 from csad.data.listing import count
-from csad.data.mask_checks import check_masks
-from csad.data.overview import layout_line, unused
-from csad.data.picture_checks import check_copies, check_storage, describe
-from csad.data.pictures import ImageInfo, examine, read_info, with_digests_where_alike
+from csad.data.pictures import ImageInfo, check_copies, check_storage, describe, examine
 from csad.data.roi import read_roi
+from csad.errors import UserError
 from csad.processes import cores
 from csad.progress import ProgressBar
 
@@ -41,7 +40,11 @@ def check(
     findings.lines.append(str(line or f"{category.name}: the stages cannot run on it"))
     listed = findings.collect_errors(lambda: category.listed) or {}
     check_unused(category, findings)
-    check_names(category, listed, findings)
+    if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
+        findings.errors.append(
+            f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} "
+            "bytes, too long for the files that bear it; rename it"
+        )
     check_defect_folders(category, findings)
     check_number_of_images(category, findings)
     validation = set(findings.collect_errors(lambda: category.validation) or [])
@@ -50,7 +53,8 @@ def check(
 
     def look(entry: tuple[str, Path]) -> ImageInfo:
         folder, path = entry
-        return examine(path, split_of(folder, path in validation), cfg.images.white_level)
+        part = "test" if Path(folder).parts[:1] == ("test",) else "train"
+        return examine(path, "validation" if path in validation else part, cfg.images.white_level)
 
     with ThreadPoolExecutor(cores()) as pool:  # decoding and hashing release Python's lock
         what = f"{category.name}: read images"
@@ -70,24 +74,67 @@ def check(
     return findings, pictures
 
 
-def header_check(category: layouts.Category) -> list[str]:
-    """Warnings that need no pixels: what is left out, too few images, files that differ in kind, exact
-    copies; UserError if the stages could not run on the category."""
+def layout_line(category: layouts.Category) -> str:
+    """What the stages will see, in one line; UserError if they could not run on the category."""
+    train, validation = category.train, category.validation
+    parts = [count(len(train), "training image"), count(len(validation), "validation image")]
+    if category.validation_is_held_out:
+        together = count(len(train) + len(validation), "training image")
+        parts[1] += f" (set aside from {together}, there are no others)"
+    test_images = []
+    for folder in (folder for split in layouts.SPLITS for folder in category.test_folders.get(split, [])):
+        logical = " (logical)" if folder.name in category.logical_defects else ""
+        test_images.append(f"{len(category.images_in(folder))} {folder.name}{logical}")
+    counts = ", ".join(test_images)
+    parts.append(f"test images: {counts}" if test_images else "no test images, so nothing to measure")
+    if test_images and not category.tested:
+        parts.append("no good test images, so nothing to measure")
+    if category.roi_file.exists():
+        parts.append("only the white part of roi.png is inspected")
+    return f"{category.name} ({category.layout}): {'; '.join(parts)}"
+
+
+def quick_check(category: layouts.Category) -> list[str]:
+    """Warnings that need no look into a file: what is left out, too few images."""
     findings = Findings()
     check_unused(category, findings)
     check_number_of_images(category, findings)
-    validation = set(category.validation)
-    paths = [(folder, path) for folder, paths in category.listed.items() for path in paths]
-    pictures = [read_info(path, split_of(folder, path in validation)) for folder, path in paths]
-    findings.warnings += [picture.problem for picture in pictures if picture.problem]
-    readable = [picture for picture in pictures if not picture.problem]
-    check_storage(category.root, readable, findings)
-    check_copies(category.root, with_digests_where_alike(readable), findings)
     return findings.warnings
 
 
-def split_of(folder: str, in_validation: bool) -> str:
-    return "validation" if in_validation else "test" if Path(folder).parts[:1] == ("test",) else "train"
+def unused(category: layouts.Category) -> listing.Unused:
+    """What in the category's folders will not be used, and why; texts beside the folders do not count."""
+    image_folders = {folder for folders, _ in category.folder_lists for folder in folders}
+    reasons = dict(entry for folder in image_folders for entry in category.walk(folder)[1])
+    parts = ["train", "validation", *(["test"] if category.test_folders else [])]
+    for path in listing.entries(category.root) if category.training_folder != category.root else []:
+        if reason := listing.reason_to_skip(path.name):
+            reasons[path] = reason
+        elif path.is_dir() and path.name not in (*parts, "ground_truth"):
+            images = count(len(category.walk(path)[0]), "image")
+            reasons[path] = f"a folder that the layout '{category.layout}' does not have, with {images}"
+        elif path.suffix.lower() in SUFFIXES and not path.is_dir() and path != category.roi_file:
+            reasons[path] = "an image beside the layout's folders"
+    for part in (category.root / name for name in parts):
+        only = " and ".join(sorted(folder.name for folder in image_folders if folder.parent == part))
+        for path in listing.entries(part) if part not in image_folders else []:
+            if reason := listing.reason_to_skip(path.name):
+                reasons[path] = reason
+            elif path not in image_folders:
+                images = f"; it holds {count(len(category.walk(path)[0]), 'image')}" if path.is_dir() else ""
+                reasons[path] = f"of {part.name}/ only {only or 'nothing'} is used{images}"
+    masks = {
+        mask
+        for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+        for folder in category.test_folders.get(split, [])
+        for image in category.walk(folder)[0]
+        for mask in category.convention.masks(category.root, image)
+    }
+    if (category.root / "ground_truth").is_dir():
+        mask_files, not_masks = category.walk(category.root / "ground_truth")
+        reasons.update(not_masks)
+        reasons |= {path: "a mask that belongs to no test image" for path in mask_files if path not in masks}
+    return sorted(reasons.items())
 
 
 def check_unused(category: layouts.Category, findings: Findings) -> None:
@@ -104,29 +151,14 @@ def check_unused(category: layouts.Category, findings: Findings) -> None:
         )
 
 
-def check_names(category: layouts.Category, listed: dict[str, list[Path]], findings: Findings) -> None:
-    """Names of images that are shortened in the files made from them, and a category's that is too long."""
-    if len(os.fsencode(category.name)) > MAX_CATEGORY_NAME:
-        findings.errors.append(
-            f"the category's folder {category.name} has a name of more than {MAX_CATEGORY_NAME} "
-            "bytes, too long for the files that bear it; rename it"
-        )
-    paths = [path for paths in listed.values() for path in paths]
-    keys = findings.collect_errors(lambda: {path: category.key(path) for path in paths}) or {}
-    # What is cut off has up to 4 bytes.
-    longest = [path for path, key in keys.items() if len(os.fsencode(key)) > listing.LONGEST_KEY - 4]
-    long = [path for path in longest if not path.stem.endswith(keys[path][-13:])]
-    if long:
-        findings.notes.append(
-            "long names, of which files made from the images bear the beginning and a hash, "
-            f"like {keys[long[0]]}: {file_names(category.root, long)}"
-        )
-
-
 def check_defect_folders(category: layouts.Category, findings: Findings) -> None:
     """Say which defects count as logical and which as structural, in layouts that do not tell."""
-    by_split = findings.collect_errors(lambda: category.defect_folders) or {}
-    logical, structural = (by_split.get(split, []) for split in (layouts.LOGICAL, layouts.STRUCTURAL))
+    if not isinstance(category.convention, conventions.FolderPerDefect):
+        return
+    folders = findings.collect_errors(lambda: category.test_folders) or {}
+    logical, structural = (
+        [folder.name for folder in folders.get(split, [])] for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+    )
     if not logical and not structural:
         return
     example = ", ".join(logical or structural[:1])
@@ -160,6 +192,56 @@ def check_number_of_images(category: layouts.Category, findings: Findings) -> No
             f"only {count(validation, 'validation image')}, which set the threshold: expect that at least 1 in "
             f"{validation + 1} new good images is called anomalous, and by chance far more; "
             f"{MIN_VALIDATION_IMAGES} are few, {VALIDATION_FOR_1_PERCENT} are needed for 1 %"
+        )
+
+
+def check_masks(
+    category: layouts.Category,
+    sizes: dict[Path, tuple[int, int]],
+    findings: Findings,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Ground truth that is missing, unreadable, empty, of another size, or names no defect."""
+    anomalous = [
+        (split, path)
+        for split in (layouts.LOGICAL, layouts.STRUCTURAL)
+        for path in findings.collect_errors(partial(category.test, split)) or []
+    ]
+    collect = findings.collect_errors
+    masks = {path: collect(partial(category.region_masks, split, path)) for split, path in anomalous}
+    without = [path for path, of_image in masks.items() if of_image == []]
+    if without and len(without) < len(masks):
+        names = file_names(category.root, without)
+        findings.warnings.append(f"anomalous, but without a ground-truth mask: {names}")
+    elif without:
+        findings.notes.append("no ground-truth masks, so localisation is not measured")
+    values = None
+    if category.defects_config.exists():
+        values = findings.collect_errors(lambda: read_saturations(category))
+    elif category.layout == layouts.Loco.name and len(without) < len(masks):
+        findings.warnings.append(
+            f"there are masks, but no {category.defects_config} that says what their values mean"
+        )
+
+    lossy: list[Path] = []
+
+    def complaint(pair: tuple[Path, Path]) -> str | None:
+        image, path = pair
+        try:
+            read_region_mask(category, path, sizes.get(image), values)
+            if is_lossy(path):
+                lossy.append(path)
+        except UserError as problem:
+            return str(problem)
+        return None
+
+    pairs = [(image, path) for image, of_image in masks.items() for path in of_image or []]
+    findings.errors += [message for message in pool.map(complaint, pairs) if message]
+    if lossy:
+        findings.warnings.append(
+            "masks in a lossy format, in which only what is brighter than half of the "
+            "brightest pixel counts as defect; store masks as PNG: "
+            + file_names(category.root, sorted(lossy))
         )
 
 

@@ -108,12 +108,12 @@ def _advice_on_no_category(root: Path) -> str:
     folders = [root / name for name in subfolders(root)]
     level = folders
     for _ in range(MAX_DEPTH):
-        below = {folder: [folder / name for name in subfolders(folder)] for folder in level}
-        for folder, categories in below.items():
-            names = [path.name for path in categories if _folder_is_category(path)]
-            if names:
-                return f"they lie in {folder} ({some_of(names)}); name --dataset_root {folder}"
-        level = [path for paths in below.values() for path in paths]
+        below = [folder / name for folder in level for name in subfolders(folder)]
+        if categories := [path for path in below if _folder_is_category(path)]:
+            folder = categories[0].parent
+            names = some_of([path.name for path in categories if path.parent == folder])
+            return f"they lie in {folder} ({names}); name --dataset_root {folder}"
+        level = below
     for folder in folders:
         pictures = len(image_files(folder))
         if pictures:

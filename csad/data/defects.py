@@ -1,4 +1,4 @@
-"""Which defect a test image shows: from its folder, the values of its masks, or the rendered data set's list."""
+"""Ground truth: its masks, what their values mean, and which defect a test image shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from csad.data import files
 from csad.data.conventions import GOOD
 from csad.data.image_files import is_lossy
 from csad.data.images import read_mask
-from csad.data.layouts import Category
+from csad.data.layouts import Category, Loco
 from csad.errors import UserError
 
 import numpy as np
@@ -58,6 +58,58 @@ class DefectNames:
         classes = data_set.with_name(f"{data_set.name}_components") / self.category.name / "classes.json"
         content = files.read_json(classes, files.MEND) if classes.exists() else None
         return content.get("anomalies", {}) if isinstance(content, dict) else {}
+
+
+def read_saturations(category: Category) -> dict[int, tuple[float, bool]] | None:
+    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts
+    that have none. UserError if the file is missing or says something else."""
+    path = category.defects_config
+    if not path.exists() and category.layout != Loco.name:
+        return None
+    if not path.exists():
+        raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
+    saturations: dict[int, tuple[float, bool]] = {}
+    try:
+        for entry in files.read_json(path, files.MEND):
+            value = int(entry["pixel_value"])
+            saturation = float(entry["saturation_threshold"]), bool(entry["relative_saturation"])
+            if saturations.setdefault(value, saturation) != saturation:
+                raise UserError(
+                    f"{path}: pixel_value {value} occurs twice with different saturations; keep one of them"
+                )
+            if not saturation[0] > 0:
+                raise UserError(
+                    f"{path}: the saturation_threshold of pixel_value {value} is {saturation[0]}, expected more than 0"
+                )
+    except (TypeError, KeyError, ValueError) as problem:
+        raise UserError(
+            f"{path} should be a list of entries with pixel_value, saturation_threshold and "
+            "relative_saturation"
+        ) from problem
+    return saturations
+
+
+def read_region_mask(
+    category: Category, path: Path, size: tuple[int, int] | None, defined: Collection[int] | None
+) -> tuple[np.ndarray, int]:
+    """A ground-truth mask, (H, W) uint8, and its pixel_value.
+
+    Args:
+        size: (W, H) of its image, if that can be read.
+        defined: the pixel_values in defects_config.json; None in layouts that have none.
+
+    Raises:
+        UserError: the mask is unreadable, empty, of another size, or names no defect.
+    """
+    mask = read_mask(path)
+    if size is not None and mask.shape != size[::-1]:
+        raise UserError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, but its image {size[0]}x{size[1]}")
+    value = pixel_value(path, mask, defined or ())
+    if not value:
+        raise UserError(f"{path} is empty: it marks no region")
+    if defined is not None and value not in defined:
+        raise UserError(f"{path} has value {value}, which is not in {category.defects_config}")
+    return mask, value
 
 
 def pixel_value(path: Path, mask: np.ndarray, defined: Collection[int]) -> int:

@@ -14,8 +14,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,35 +101,34 @@ def read_scores(path: str | Path) -> dict[str, float]:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write an 8-bit image, (H, W) grey or (H, W, 3) RGB, in the format that the file name asks for."""
-    buffer = io.BytesIO()
     if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        Image.fromarray(image).save(buffer, "JPEG", quality=95)
+        _write(path, partial(Image.fromarray(image).save, format="JPEG", quality=95))
     else:
-        Image.fromarray(image).save(buffer, "PNG", compress_level=3)
+        _write(path, partial(Image.fromarray(image).save, format="PNG", compress_level=3))
+
+
+def _write(path: str | Path, save: Callable[[io.BytesIO], object]) -> None:
+    """Write what ``save`` writes into an open file."""
+    buffer = io.BytesIO()
+    save(buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
+    _write(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def write_arrays(path: str | Path, **arrays: np.ndarray) -> None:
     """Write an uncompressed .npz."""
-    buffer = io.BytesIO()
     by_name: dict[str, Any] = arrays  # any of them might be savez's own allow_pickle, say NumPy's hints
-    np.savez(buffer, **by_name)
-    write_bytes(path, buffer.getvalue())
+    _write(path, lambda file: np.savez(file, **by_name))
 
 
 def write_state(path: str | Path, state: Any) -> None:
     """Write tensors and plain Python values with torch.save, so that ``read_state`` can read them back."""
     import torch  # only here: scoring with an exported model works without it
 
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
+    _write(path, partial(torch.save, state))
 
 
 def read_json(path: str | Path, advice: str = MAKE_AGAIN, keys: Sequence[str] | Fields = ()) -> Any:

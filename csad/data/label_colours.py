@@ -6,16 +6,7 @@ import numpy as np
 from PIL import Image
 
 # Black, and the colours of Okabe and Ito (2008), which colour-blind people can tell apart, too.
-_DISTINCT = [
-    (0, 0, 0),
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-]
+_DISTINCT = ["000000", "e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7"]
 
 
 def _make_palette() -> np.ndarray:
@@ -24,7 +15,7 @@ def _make_palette() -> np.ndarray:
     hue = (indices * 0.618034 % 1.0 * 179).astype(np.uint8) / 179 * 255
     hsv = np.stack([hue, 190 - indices % 3 * 40, 255 - indices % 4 * 30], 1).astype(np.uint8)
     rgb = np.array(Image.fromarray(hsv[None], mode="HSV").convert("RGB"))[0]
-    rgb[: len(_DISTINCT)] = _DISTINCT
+    rgb[: len(_DISTINCT)] = [tuple(bytes.fromhex(colour)) for colour in _DISTINCT]
     return rgb
 
 

@@ -1,13 +1,14 @@
 """The data set's layouts, recognised by themselves (csad/data/conventions.py). A data set is only read.
 
 Where there are no validation images, some of the training images are held out. Folders may hold folders, links are
-followed, and what is left out is named (csad/data/overview.py).
+followed, and what is left out is named (csad/data/checks.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,7 +24,6 @@ from csad.data.conventions import (
     Layout,
     Loco,
 )
-from csad.data.held_out import MIN_TRAINING_IMAGES, held_out
 from csad.data.image_files import SUFFIXES, displayed_size
 from csad.data.listing import Unused, count, unique_names, walk
 from csad.errors import UserError
@@ -31,6 +31,9 @@ from csad.errors import UserError
 __all__ = ["GOOD", "LOGICAL", "SPLITS", "STRUCTURAL", "Category", "Loco", "test_splits"]
 
 MIN_WITH_VALIDATION = 4  # training images, where there are validation images of their own
+MIN_WITHOUT_VALIDATION = 5  # training images, of which some are held out
+HELD_OUT = 0.15  # of the training images
+_MANY, _MIN_OF_MANY = 40, 10  # from so many training images on, at least so many are held out
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,10 @@ class Category:
                     f"needed to learn what is usual, put more into {folder}"
                 )
             return images, self.images_in(validation_folder)
-        if len(images) < MIN_TRAINING_IMAGES:
+        if len(images) < MIN_WITHOUT_VALIDATION:
             raise UserError(
                 f"{self.name} has {count(len(images), 'training image')} and none for validation; at least "
-                f"{MIN_TRAINING_IMAGES} are needed to set some aside, or put some into "
+                f"{MIN_WITHOUT_VALIDATION} are needed to set some aside, or put some into "
                 f"{self.root / 'validation' / GOOD}"
             )
         aside = held_out(unique_names(images, folder))
@@ -165,14 +168,6 @@ class Category:
     def test_folders(self) -> dict[str, list[Path]]:
         """Split -> folders of its test images."""
         return self.convention.tests(self.root, self.logical_defects)
-
-    @property
-    def defect_folders(self) -> dict[str, list[str]]:
-        """The defects by the split that they count as, in layouts with a folder for each; empty in others."""
-        if not isinstance(self.convention, FolderPerDefect):
-            return {}
-        folders = {split: self.test_folders.get(split, []) for split in (LOGICAL, STRUCTURAL)}
-        return {split: [folder.name for folder in of_split] for split, of_split in folders.items()}
 
     @cached_property
     def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
@@ -232,6 +227,21 @@ class Category:
         """Folder -> its images, of all folders that are used, without a complaint about what is too few or empty."""
         folders = [folder for folders, _ in self.folder_lists for folder in folders]
         return {str(folder.relative_to(self.root)): self.walk(folder)[0] for folder in folders}
+
+
+def held_out(keys: Mapping[Path, str]) -> set[Path]:
+    """The training images, by their unique names, that become validation images where there are no others.
+
+    Ranked by the hash of their names: the choice depends on the names alone, on no library's version, and few images
+    change sides when others join.
+    """
+    at_least = _MIN_OF_MANY if len(keys) >= _MANY else 1 if len(keys) < 10 else 2
+    number = max(at_least, int(HELD_OUT * len(keys) + 0.5))
+
+    def rank(path: Path) -> bytes:
+        return hashlib.sha256(f"0 {keys[path]}".encode(errors="surrogateescape")).digest()
+
+    return set(sorted(keys, key=rank)[:number])
 
 
 def test_splits(category: Category) -> dict[str, list[Path]]:

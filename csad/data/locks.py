@@ -67,7 +67,6 @@ class FileLock:
                 raise LockHeld(_describe(owner))
             else:
                 time.sleep(POLL_SECONDS)
-        self._clear()
         self._released.clear()
         threading.Thread(target=self._beat, name=f"heartbeat of {self.path.name}", daemon=True).start()
         return self
@@ -87,26 +86,14 @@ class FileLock:
             "process": os.getpid(),
             "since": datetime.now().strftime("%Y-%m-%d %H:%M"),
         }
-        # Written under another name first: whoever sees the lock file sees all of it.
-        own = self.path.with_name(f"{self.path.name}.{self._token}")
-        own.write_text(json.dumps(content), encoding="utf-8")
-        try:
-            os.link(own, self.path)  # exclusive, like O_EXCL
-        except FileExistsError:
-            # NFS: the answer to a link that was made may be lost, and asked for again.
-            return own.stat().st_nlink > 1
-        except OSError:  # a file system without links
-            return self._create_without_link(content)
-        finally:
-            own.unlink(missing_ok=True)
-        return True
-
-    def _create_without_link(self, content: dict[str, Any]) -> bool:
         try:
             with open(self.path, "x", encoding="utf-8") as handle:
                 handle.write(json.dumps(content))
         except FileExistsError:
             return False
+        except OSError:  # a full disk; an empty lock would hold for `STALE_SECONDS`
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -136,13 +123,6 @@ class FileLock:
                 with suppress(OSError):
                     os.link(aside, self.path)
         aside.unlink(missing_ok=True)
-
-    def _clear(self) -> None:
-        """Remove what processes that were killed while they asked for the lock have left beside it."""
-        for path in self.path.parent.glob(f"{self.path.name}.*"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):

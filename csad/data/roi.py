@@ -15,7 +15,7 @@ Polygon = Sequence[Sequence[float]]  # [[x, y], ...] in image sides, 0..1, from 
 _FINER = 4  # polygons are drawn so many times larger: a cell counts where at least half of it is inside
 
 
-def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None = None) -> np.ndarray | None:
+def read_roi(category: Category, size: int, polygons: Sequence[Polygon] = ()) -> np.ndarray | None:
     """What of a view is inspected.
 
     Args:
@@ -26,7 +26,7 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
         (size, size) bool, True = inspected; None where everything is.
 
     Raises:
-        UserError: roi.png is unreadable, empty or of another size than the images; a polygon is none; both are given.
+        UserError: roi.png is unreadable, empty or of another size than the images; both are given.
     """
     path = category.roi_file
     if polygons and path.exists():
@@ -34,7 +34,12 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
             f"{category.name} has a region of interest twice, {path} and polygons in its settings; keep one"
         )
     if polygons:
-        region = _draw(polygons, size * _FINER)
+        side = size * _FINER
+        canvas = Image.new("L", (side, side))
+        for polygon in polygons:
+            # Pixel centres lie at half numbers.
+            ImageDraw.Draw(canvas).polygon([(x * side - 0.5, y * side - 0.5) for x, y in polygon], fill=255)
+        region = np.asarray(canvas) > 0
     elif path.exists() or path.is_symlink():
         region = read_mask(path) > 0
         width, height = category.displayed_size(category.train[0])
@@ -52,23 +57,3 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] | None =
             f"the region of interest of {category.name} is empty; what is to be inspected has to be white"
         )
     return inspected
-
-
-def _draw(polygons: Sequence[Polygon], side: int) -> np.ndarray:
-    """Fill the polygons, (side, side) bool."""
-    canvas = Image.new("L", (side, side))
-    for number, polygon in enumerate(polygons, 1):
-        try:
-            points = [(float(x), float(y)) for x, y in polygon]
-        except (TypeError, ValueError) as problem:
-            raise UserError(
-                f"polygon {number} of the region of interest is {polygon!r}, expected [[x, y], [x, y], ...]"
-            ) from problem
-        if len(points) < 3 or not all(0 <= value <= 1 for point in points for value in point):
-            raise UserError(
-                f"polygon {number} of the region of interest needs at least three points with x and y from 0 to 1, "
-                f"got {polygon!r}"
-            )
-        # Pixel centres lie at half numbers.
-        ImageDraw.Draw(canvas).polygon([(x * side - 0.5, y * side - 0.5) for x, y in points], fill=255)
-    return np.asarray(canvas) > 0

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from csad.data import defects, files, image_files, images, layouts
+from csad.data import files, image_files, layouts
+from csad.data.defects import read_region_mask, read_saturations
 from csad.data.listing import count
 from csad.errors import UserError
 from csad.evaluation.spro import Localisation, Region, SproCurve
@@ -116,40 +117,6 @@ def enlarge(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(small.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
 
 
-def read_saturations(category: layouts.Category) -> dict[int, tuple[float, bool]] | None:
-    """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts
-    that have none. UserError if the file is missing or says something else."""
-    path = category.defects_config
-    if not path.exists() and category.layout != layouts.Loco.name:
-        return None
-    if not path.exists():
-        raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
-    try:
-        entries = [
-            (
-                int(entry["pixel_value"]),
-                (float(entry["saturation_threshold"]), bool(entry["relative_saturation"])),
-            )
-            for entry in files.read_json(path, files.MEND)
-        ]
-    except (TypeError, KeyError, ValueError) as problem:
-        raise UserError(
-            f"{path} should be a list of entries with pixel_value, saturation_threshold and "
-            "relative_saturation"
-        ) from problem
-    saturations = dict(entries)
-    for value, (threshold, relative) in entries:
-        if saturations[value] != (threshold, relative):
-            raise UserError(
-                f"{path}: pixel_value {value} occurs twice with different saturations; keep one of them"
-            )
-        if not threshold > 0:
-            raise UserError(
-                f"{path}: the saturation_threshold of pixel_value {value} is {threshold}, expected more than 0"
-            )
-    return saturations
-
-
 def read_regions(
     category: layouts.Category,
     split: str,
@@ -170,29 +137,13 @@ def read_regions(
         raise UserError(f"{category.name}: {image.relative_to(category.root)} has no ground-truth mask")
     regions = []
     for path in paths:
-        values = images.read_mask(path)
+        values, value = read_region_mask(category, path, size, saturations)
         if image_files.is_lossy(path):
             _say_lossy(category, path)
-        if values.shape != size[::-1]:
-            raise UserError(
-                f"{path} is {values.shape[1]}x{values.shape[0]}, but its image {size[0]}x{size[1]}"
-            )
         if saturations is None:
-            if not values.any():
-                raise UserError(f"{path} is empty: it marks no region")
             count, parts = cv2.connectedComponents((values > 0).astype(np.uint8))
             regions += [Region(parts == part, float((parts == part).sum())) for part in range(1, count)]
             continue
-        value = defects.pixel_value(path, values, saturations)
-        if value not in saturations:
-            raise UserError(
-                f"{path} "
-                + (
-                    f"has value {value}, which is not in {category.defects_config}"
-                    if value
-                    else "is empty: it marks no region"
-                )
-            )
         mask = values > 0
         threshold, relative = saturations[value]
         area = int(mask.sum())
