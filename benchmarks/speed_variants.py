@@ -6,7 +6,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from csad.export import exporters, onnx_graphs
 from csad.export.int8 import FALLBACK_ORDER
@@ -68,7 +68,8 @@ def build_variants(
             in_torch = TorchEngine(ours, device)
             if runtime == COMPILED:
                 for owner in (published, in_torch):  # on CUDA with CUDA graphs
-                    owner.model = torch.compile(owner.model, mode="reduce-overhead")
+                    compiled = torch.compile(owner.model, mode="reduce-overhead")
+                    owner.model = cast(FusedModel, compiled)
             variants.append(Variant(PUBLISHED_GRAPH, runtime, precision, published.precision, published))
             variants.append(Variant(OURS, runtime, precision, in_torch.precision, in_torch.score))
         for runtime in ("onnxruntime", "openvino"):

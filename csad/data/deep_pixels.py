@@ -57,6 +57,9 @@ def deep_pixels(
         values = _upright(image).view(np.int8)
         _require_no_negative(values, path)
         return values, None
+    if raw_mode == "LA;16B":  # grey with alpha: read as four channels of 8 bits, it is its own bytes
+        grey, clear = np.moveaxis(np.ascontiguousarray(_reread(image, "RGBA")).view(">u2"), 2, 0)
+        return np.stack([grey, grey, grey, clear], 2).astype(np.uint16, copy=False), 65535.0
     planes = tags.get(PLANAR_CONFIGURATION) == 2  # libtiff then hands out 8 bits, whatever the raw mode
     if raw_mode in _OTHER_BYTES and not planes:
         low = _reread(image, _OTHER_BYTES[raw_mode])
@@ -67,8 +70,7 @@ def deep_pixels(
         return values, 65535.0
     if bits > 8 or ";16" in raw_mode and raw_mode not in PACKED:
         raise UserError(
-            f"{what} {path} stores {bits if bits > 8 else 16} bits a channel in a way that is not supported; "
-            "store it as a PNG of grey or colour, without transparency"
+            f"{what} {path} stores {bits} bits a channel in a way that is not supported; store it as a PNG"
         )
     return None
 

@@ -111,7 +111,11 @@ def _transfer(url: str, part: Path) -> None:
     except urllib.error.HTTPError as problem:
         if problem.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        return  # nothing follows what is there; if that is not the file, its checksum tells
+        # Nothing follows what is there: whole, or longer than the file. The latter would never end, so from the start.
+        if problem.headers.get("Content-Range") == f"bytes */{have}":
+            return
+        part.unlink()
+        answer, have = urllib.request.urlopen(url, timeout=PATIENCE), 0
     with answer:
         if have and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
             have = 0  # the server does not continue, it starts over

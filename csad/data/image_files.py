@@ -114,11 +114,8 @@ def decoded_bytes(image: ImageFile.ImageFile) -> int:
     """Bytes of an `opened` image once decoded: pixels x channels x bytes per channel, at least 3 per pixel."""
     raw_mode, bits = raw_mode_of(image), bits_of(image)
     deep = bits > 8 or ";16" in raw_mode and raw_mode not in PACKED or image.mode.startswith("I;16")
-    return (
-        image.width
-        * image.height
-        * max(3, len(image.getbands()) * {"I": 4, "F": 4}.get(image.mode, 2 if deep else 1))
-    )
+    channels = 4 if deep and image.mode == "LA" else len(image.getbands())  # see `csad.data.deep_pixels`
+    return image.width * image.height * max(3, channels * {"I": 4, "F": 4}.get(image.mode, 2 if deep else 1))
 
 
 def is_lossy(path: str | Path) -> bool:

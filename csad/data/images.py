@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ ASPECT_TOLERANCE = 0.02  # relative difference of width / height that no one see
 _LARGEST_OF_12_BITS = 4095
 _LOSSY_BLACK = 16  # of 255: what a lossy format makes of black is darker
 _BLOCK_PIXELS = 1 << 20
+
+_said: set[str] = set()
 
 
 class UnknownWhiteLevel(UserError):
@@ -178,7 +181,7 @@ def as_rgb(
     deep = deep_pixels(image, path)
     if deep is None:
         ImageOps.exif_transpose(image, in_place=True)  # without a copy where it lies right already
-        return _on_background(image)
+        return _on_background(image, path)
     values, declared = deep
     clear = values[..., 3:] if values.ndim == 3 and values.shape[2] == 4 else None
     colours = values if clear is None else values[..., :3]
@@ -200,13 +203,14 @@ def as_rgb(
         if key is not None and clear is None:
             opacity = np.any(np.atleast_3d(colours[rows] != np.asarray(key)), axis=2, keepdims=True)
         if opacity is not None and opacity.min() < 1:
+            _say_transparent(path)
             background = np.array(TRANSPARENCY_BACKGROUND) * (1 - opacity)
             eight_bit = np.floor(eight_bit * opacity + background + 0.5)
         result[rows] = eight_bit
     return result
 
 
-def _on_background(image: Image.Image) -> np.ndarray:
+def _on_background(image: Image.Image, path: str | Path | BinaryIO) -> np.ndarray:
     """An 8-bit image of any mode as (H, W, 3) uint8."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return np.array(image)
@@ -215,10 +219,17 @@ def _on_background(image: Image.Image) -> np.ndarray:
         block = image.crop((0, rows.start, image.width, rows.stop))
         if block.has_transparency_data:
             layered = block.convert("RGBA")
-            block = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
-            block.alpha_composite(layered)
+            if is_see_through(layered):
+                _say_transparent(path)
+                block = Image.new("RGBA", layered.size, (*TRANSPARENCY_BACKGROUND, 255))
+                block.alpha_composite(layered)
         result[rows] = np.asarray(block.convert("RGB"))
     return result
+
+
+def is_see_through(layered: Image.Image) -> bool:
+    """Whether any pixel of an RGBA image is not opaque."""
+    return any(layered.getchannel("A").histogram()[:255])
 
 
 def _row_blocks(height: int, width: int) -> Iterator[slice]:
@@ -233,6 +244,13 @@ def _brightest(channels: np.ndarray) -> np.ndarray:
     if channels.shape[2] < 4:
         return brightest
     return np.where(channels[..., 3] > 0, brightest, 0).astype(brightest.dtype)
+
+
+def _say_transparent(path: str | Path | BinaryIO) -> None:
+    if "transparent" not in _said:
+        _said.add("transparent")
+        sentence = f"transparent pixels are seen as white ({path} is the first picture that has some)"
+        ProgressBar.write(sentence, file=sys.stderr)
 
 
 def is_grey(image: np.ndarray) -> bool:

@@ -56,7 +56,7 @@ def examine(path: Path, split: str, white_level: float | None) -> ImageInfo:
                 image.draft(image.mode, (2 * THUMBNAIL, 2 * THUMBNAIL))
             layered = image.has_transparency_data
             pixels = images.as_rgb(image, path, white_level)
-            transparent = layered and fields["bits"] == 8 and image.convert("RGBA").getextrema()[-1][0] < 255
+            transparent = layered and fields["bits"] == 8 and images.is_see_through(image.convert("RGBA"))
         thumbnail = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         return ImageInfo(
             path,
