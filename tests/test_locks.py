@@ -1,5 +1,6 @@
 """One process at a time: who holds a lock, when it is taken over, and what a second run is told."""
 
+import errno
 import json
 import os
 import socket
@@ -44,6 +45,28 @@ def test_a_second_one_is_refused_until_the_first_lets_go(path):
         assert [one.name for one in path.parent.iterdir()] == [path.name]
     assert not list(path.parent.iterdir())
     FileLock(path).acquire().release()
+
+
+def test_a_lock_of_another_stays_where_none_can_be_made(path, monkeypatch):
+    write(path)
+
+    def too_many(*_, **__):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("builtins.open", too_many)
+    with pytest.raises(OSError, match="too many"):
+        FileLock(path).acquire()
+    assert path.exists()
+
+
+def test_a_full_disk_leaves_no_empty_lock(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(locks.json, "dumps", full)
+    with pytest.raises(OSError, match="full"):
+        FileLock(path).acquire()
+    assert not path.exists()
 
 
 def test_the_sentence_names_process_host_and_time(path):

@@ -87,10 +87,12 @@ class FileLock:
             "since": datetime.now().strftime("%Y-%m-%d %H:%M"),
         }
         try:
-            with open(self.path, "x", encoding="utf-8") as handle:
-                handle.write(json.dumps(content))
+            handle = open(self.path, "x", encoding="utf-8")
         except FileExistsError:
             return False
+        try:
+            with handle:
+                handle.write(json.dumps(content))
         except OSError:  # a full disk; an empty lock would hold for `STALE_SECONDS`
             self.path.unlink(missing_ok=True)
             raise
