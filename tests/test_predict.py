@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import ntpath
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from csad.commands import score_images as predict
 from csad.data import files, label_colours
+from csad.errors import UserError
 from csad.evaluation.deviations import LIMIT, PLACES, WHOLE, Deviation, deviations, summarise
 from csad.inference import inspection, overlays, predictions, verdicts, watching
 from csad.inference.engines import Engine
@@ -367,6 +370,12 @@ def test_maps_of_several_folders_are_under_their_paths_from_the_common_one(
         f"{name}.map.png" for name in drawn
     ]
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" and the pictures in {maps}")
+
+
+def test_images_on_several_drives_are_refused_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(predictions, "os", SimpleNamespace(path=ntpath))
+    with pytest.raises(UserError, match="several drives"):
+        predictions.common_folder([Path("C:/photos/a.png"), Path("D:/b.png")])
 
 
 def test_a_note_is_in_the_table_and_on_the_map(engine, run, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from csad.branches import BRANCHES
 from csad.data import files
 from csad.data.listing import short_name
-from csad.errors import UNUSABLE
+from csad.errors import UNUSABLE, UserError
 from csad.inference.folders import State, only_writer, state_of
 from csad.inference.verdicts import VERDICTS, Verdict, printable
 
@@ -31,10 +31,15 @@ COLUMNS = (
 
 
 def common_folder(inputs: Sequence[Path]) -> Path:
-    """The folder from which on the pictures of all folders and images lie below maps/ as they do there."""
-    return Path(
-        os.path.commonpath(os.path.abspath(path if path.is_dir() else path.parent) for path in inputs)
-    )
+    """The folder from which on the pictures of all folders and images lie below maps/ as they do there.
+
+    UserError if they lie on several drives of Windows, which have none.
+    """
+    folders = [os.path.abspath(path if path.is_dir() else path.parent) for path in inputs]
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError as problem:
+        raise UserError("the images lie on several drives; score those of one drive at a time") from problem
 
 
 def as_line(verdict: Verdict, state: dict[str, int | None]) -> str:
