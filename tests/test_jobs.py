@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from csad import processes, tasks
+from csad.cli import training_options
+from csad.errors import UserError
 from csad.training import jobs, loop
 
 import pytest
@@ -156,6 +158,13 @@ def test_the_processes_of_all_jobs_together_are_no_more_than_the_cores():
     )
     assert not failures and set(results.values()) == {(0, 1000 // count)}
     assert processes_beside("a") == alone  # of this process
+
+
+def test_where_all_failed_no_others_are_called_finished(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "on_this_machine", lambda *_: ({}, {"a": "no pictures", "b": "no weights"}))
+    args = training_options("").parse_args(["--dataset_root", str(dataset), "--workspace", str(tmp_path)])
+    with pytest.raises(UserError, match="^all failed; a: no pictures; b: no weights$"):
+        jobs.run_jobs(args, lambda args: {})
 
 
 def test_a_cluster_and_processes_of_this_machine_are_not_for_one_run(dataset, tmp_path):

@@ -69,7 +69,8 @@ def run_jobs(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         total = len(results) + len(failures)
         if total > 1:
-            reasons = f"{len(failures)} of {total} failed, the others are finished; {reasons}"
+            count = f"{len(failures)} of {total} failed, the others are finished" if results else "all failed"
+            reasons = f"{count}; {reasons}"
         raise UserError(reasons)
 
 
