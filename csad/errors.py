@@ -229,9 +229,9 @@ def run_script(main: Callable[[], None]) -> None:
             128 + _last_signal,
         )
     except BrokenPipeError:
-        # The reader of our output (head, less) closed the pipe. The rest is not done, so this is no success. Without another
-        # stdout the interpreter would complain once more when it flushes.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        # The reader of our output (head, less) closed the pipe. The rest is not done, so this is no success. Unless it can be
+        # written somewhere, the interpreter complains of what stdout still holds when that is flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop(
             "error: the reader of the output closed the pipe; what is finished is kept, the same command continues from there"
         )
