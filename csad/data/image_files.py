@@ -13,18 +13,30 @@ from typing import BinaryIO, NamedTuple
 
 from csad.errors import UserError
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SUBIFD, TiffImageFile
 
 ORIENTATION_TAG = 0x0112
 
 # Still-image formats whose decoders read pixels and nothing else: none that runs a program (EPS, PDF), follows references
 # (WMF, FITS) or packs sizes of one icon.
-_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "TGA", "QOI", "JPEG2000", "AVIF")
-_BY_SUFFIX = Image.registered_extensions()  # of all formats that this Pillow knows
-_READ = [name for name in _FORMATS if name in Image.OPEN]
+_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TGA": (".tga",),
+    "QOI": (".qoi",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+    "AVIF": (".avif",),
+}
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # Pillow may be built without them
+_READ = [name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name])]
 # Lower case; compare with path.suffix.lower().
-SUFFIXES = tuple(suffix for name in _READ for suffix, format in _BY_SUFFIX.items() if format == name)
+SUFFIXES = tuple(suffix for name in _READ for suffix in _FORMATS[name])
 # Raw modes with a whole pixel in 16 bits; read as 8 bits a channel.
 PACKED = ("BGR;15", "BGR;16", "RGB;15", "RGB;16")
 
@@ -68,8 +80,8 @@ def opened(path: str | Path | BinaryIO, wording: Wording | None = None) -> Itera
         raise UserError(f"{what} {path} cannot be read (it is not a regular file); {advice}")
     try:
         # TGA has no signature: only a file that says so by its name may be one.
-        is_tga = _BY_SUFFIX.get(Path(str(path)).suffix.lower()) == "TGA"
-        with Image.open(path, formats=[name for name in _READ if name != "TGA" or is_tga]) as image:
+        formats = [name for name in _READ if name != "TGA" or Path(str(path)).suffix.lower() == ".tga"]
+        with Image.open(path, formats=[*formats, "DIB"]) as image:
             frames = getattr(image, "n_frames", 1)
             if isinstance(image, TiffImageFile):
                 frames = _seek_picture(image)
