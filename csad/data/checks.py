@@ -217,7 +217,7 @@ def check_masks(
         findings.notes.append("no ground-truth masks, so localisation is not measured")
     values = None
     if category.defects_config.exists():
-        values = findings.collect_errors(lambda: read_saturations(category))
+        values = findings.collect_errors(partial(read_saturations, category))
     elif category.layout == layouts.Loco.name and len(without) < len(masks):
         findings.warnings.append(
             f"there are masks, but no {category.defects_config} that says what their values mean"

@@ -64,10 +64,10 @@ def read_saturations(category: Category) -> dict[int, tuple[float, bool]] | None
     """pixel_value -> (saturation_threshold, relative_saturation), from defects_config.json; None in layouts
     that have none. UserError if the file is missing or says something else."""
     path = category.defects_config
-    if not path.exists() and category.layout != Loco.name:
-        return None
     if not path.exists():
-        raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
+        if category.layout == Loco.name:
+            raise UserError(f"{path} is missing; MVTec LOCO AD's layout has it")
+        return None
     saturations: dict[int, tuple[float, bool]] = {}
     try:
         for entry in files.read_json(path, files.MEND):

@@ -39,8 +39,8 @@ class ImageInfo:
     transparent: bool = False
     values: tuple[int, int] = (0, 255)  # darkest and brightest, in 8 bits
     digest: str = ""
-    thumbnail: Any = None  # array (THUMBNAIL, THUMBNAIL, 3) uint8
-    hash: Any = None  # array (HASH_SIDE**2,) bool, which recompression and resizing hardly change
+    thumbnail: np.ndarray | None = None  # (THUMBNAIL, THUMBNAIL, 3) uint8
+    hash: np.ndarray | None = None  # (HASH_SIDE**2,) bool, which recompression and resizing hardly change
 
     @property
     def stored(self) -> str:
@@ -92,22 +92,27 @@ def header_fields(image: ImageFile.ImageFile) -> dict[str, Any]:
 
 def near_copies(pictures: Sequence[ImageInfo]) -> list[tuple[ImageInfo, ImageInfo]]:
     """Pairs that look the same: hashes nearly alike, and no part of the thumbnails differs once brightness is taken off."""
-    if not pictures:
+    seen = [
+        (picture, picture.hash, picture.thumbnail)
+        for picture in pictures
+        if picture.hash is not None and picture.thumbnail is not None
+    ]
+    if not seen:
         return []
-    signs = np.stack([picture.hash for picture in pictures]).astype(np.float32) * 2 - 1
-    grey = [Image.fromarray(picture.thumbnail).convert("L") for picture in pictures]
+    signs = np.stack([bits for _, bits, _ in seen]).astype(np.float32) * 2 - 1
+    grey = [Image.fromarray(thumbnail).convert("L") for *_, thumbnail in seen]
     small = np.stack([np.asarray(thumbnail, np.int16) for thumbnail in grey])
     small = small - small.mean((1, 2), keepdims=True, dtype=np.float32).round().astype(np.int16)
     copies = []
     # Rows at a time: memory grows with the number of images, not with its square.
-    for start in range(0, len(pictures), 500):
+    for start in range(0, len(seen), 500):
         distances = (signs.shape[1] - signs[start : start + 500] @ signs.T) / 2
         for row, column in zip(*np.nonzero(distances <= HASH_DISTANCE)):
             first = start + row
             if first < column:
                 difference = np.abs(small[first] - small[column])
                 if difference.mean() <= MEAN_DIFFERENCE and np.percentile(difference, 99) <= LOCAL_DIFFERENCE:
-                    copies.append((pictures[first], pictures[column]))
+                    copies.append((seen[first][0], seen[column][0]))
     return copies
 
 

@@ -18,7 +18,6 @@ from csad.evaluation.scores import (
     FUSED,
     Scores,
     by_split,
-    chosen_on_test,
     digest_scores,
     fused_parts,
     normalised_scores,
@@ -61,7 +60,8 @@ def measure(category: layouts.Category, workspace: Workspace, cfg: settings.Sett
         "undecided": undecided,
         "weights": weights,
         "stand_ins": sorted({name for record in used for name in record.get("stand_ins", ())}),
-        "chosen_on_test": chosen_on_test(category.name, workspace, branches),
+        # By csad.training.best_on_test.
+        "chosen_on_test": [branch for branch, record in zip(branches, used) if "selection" in record],
         "measured": digest_scores(category, workspace, branches),
         "detection": {name: detection(split_scores) for name, split_scores in sums.items()},
         "defects": single_defects(category, sums),

@@ -118,11 +118,6 @@ def recorded(category: str, workspace: Workspace, branch: str) -> dict[str, Any]
     return records.read_record(path)["used"] if path.exists() else {}
 
 
-def chosen_on_test(category: str, workspace: Workspace, branches: Iterable[str]) -> list[str]:
-    """Those of the branches whose weights were chosen on test images (csad.training.best_on_test), by their records."""
-    return [branch for branch in branches if "selection" in recorded(category, workspace, branch)]
-
-
 def reservations(measured: Iterable[dict[str, Any]]) -> list[str]:
     """The lines that tables carry where something stands in for the published networks, or weights were chosen on test images."""
     contents, lines = list(measured), []
