@@ -5,12 +5,14 @@
 #   ./demo.sh [--all] [--small] [--workspace FOLDER] [--seed N]
 #
 # --small is a first look in under three minutes on two cores: one category with a third of the images.
+# Without --workspace, what differs in pictures has a folder of its own: demo_workspace, demo_workspace_small,
+# demo_workspace_seed_N.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 demo="./demo.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
 categories="pushpins screw_bag"
-workspace=demo_workspace
+workspace=""
 seed=0
 images=""
 while [ $# -gt 0 ]; do
@@ -26,6 +28,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ -z "$workspace" ]; then
+    workspace="demo_workspace${images:+_small}"
+    [ "$seed" = 0 ] || workspace="${workspace}_seed_$seed"
+fi
 
 step=0
 steps=8

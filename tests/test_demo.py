@@ -38,10 +38,10 @@ def demo(tmp_path):
     def demo(script_line: str, *arguments: str, **options) -> subprocess.Popen:
         shutil.copy(ROOT / "demo.sh", tmp_path)
         executable(tmp_path / "note", script_line)
-        (tmp_path / ".ci").mkdir()
+        (tmp_path / ".ci").mkdir(exist_ok=True)
         (tmp_path / ".ci/setup_environment.sh").write_text("python=./note\n")
-        for workspace in ("my folder", "demo_workspace"):
-            (tmp_path / workspace).mkdir()
+        for workspace in ("my folder", "demo_workspace", "demo_workspace_small", "demo_workspace_seed_3"):
+            (tmp_path / workspace).mkdir(exist_ok=True)
             (tmp_path / workspace / "score_combine_result.txt").touch()
         return subprocess.Popen(
             ["bash", tmp_path / "demo.sh", *arguments],
@@ -72,6 +72,19 @@ def test_a_workspace_may_have_a_space_in_its_name(demo, tmp_path):
             "--seed",
             "3",
         ]
+
+
+def test_demos_of_other_pictures_have_workspaces_of_their_own(demo, tmp_path):
+    """One after the other, as README lists them: pictures of other settings or another seed are not rendered into a data set."""
+    for options in (["--small"], [], ["--all"], ["--seed", "3"]):
+        demo('(IFS="|"; echo "$*") >> asked', *options).communicate()
+    renderings = [
+        line.split("|")
+        for line in (tmp_path / "asked").read_text().splitlines()
+        if line.startswith(SCRIPTS[0])
+    ]
+    folders = [line[line.index("--dataset_root") + 1].partition("/")[0] for line in renderings]
+    assert folders == ["demo_workspace_small", "demo_workspace", "demo_workspace", "demo_workspace_seed_3"]
 
 
 @pytest.mark.parametrize("options", [[], ["--small"], ["--all"]])
