@@ -5,11 +5,12 @@ Numpy and Pillow alone are needed here and in `csad.data.images`, so that deploy
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from csad.errors import UserError
 
@@ -46,6 +47,8 @@ _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 # Tags of TIFF that Pillow does not name.
 _SUBFILE, _OLD_SUBFILE = 254, 255
+
+_PNG_HEADER = 33  # bytes of a PNG's signature and its first chunk, which every file has
 
 MAX_DECODED_BYTES = 2**30  # a small file may hold any number of equal pixels
 
@@ -118,8 +121,32 @@ def displayed_size(path: str | Path) -> tuple[int, int]:
     file is missing or no image."""
     with opened(path) as image:
         width, height = image.size  # of a TIFF as displayed already
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION_TAG) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and orientation_of(image) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
+
+
+def orientation_of(image: ImageFile.ImageFile) -> int:
+    """Exif's number for how an `opened` image lies, 1 to 8, its pixels not decoded."""
+    return (_exif_of_png(image) if image.format == "PNG" else image.getexif()).get(ORIENTATION_TAG, 1)
+
+
+def _exif_of_png(image: ImageFile.ImageFile) -> Image.Exif:
+    """Exif may follow a PNG's pixels, so Pillow would decode them all: it is asked about a single pixel instead, among the
+    chunks of Exif and text that the file has."""
+    file, buffer = cast(BinaryIO, image.fp), io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    pixel, position = buffer.getvalue(), file.tell()
+    chunks = [pixel[:_PNG_HEADER]]
+    file.seek(_PNG_HEADER)
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big") + 4  # and its checksum
+        if head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            chunks.append(head + file.read(length))
+        else:
+            file.seek(length, os.SEEK_CUR)
+    file.seek(position)
+    with Image.open(io.BytesIO(b"".join([*chunks, pixel[_PNG_HEADER:]])), formats=["PNG"]) as same:
+        return same.getexif()
 
 
 def decoded_bytes(image: ImageFile.ImageFile) -> int:

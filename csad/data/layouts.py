@@ -24,7 +24,7 @@ from csad.data.conventions import (
     Layout,
     Loco,
 )
-from csad.data.image_files import SUFFIXES, displayed_size
+from csad.data.image_files import SUFFIXES
 from csad.data.listing import Unused, count, unique_names, walk
 from csad.errors import UserError
 
@@ -168,11 +168,6 @@ class Category:
     def test_folders(self) -> dict[str, list[Path]]:
         """Split -> folders of its test images."""
         return self.convention.tests(self.root, self.logical_defects)
-
-    @cached_property
-    def displayed_size(self) -> Callable[[Path], tuple[int, int]]:
-        """See `csad.data.image_files.displayed_size`; each image is read once, as a PNG's orientation may follow its pixels."""
-        return cache(displayed_size)
 
     @property
     def defects_config(self) -> Path:

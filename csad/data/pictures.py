@@ -77,9 +77,7 @@ def header_fields(image: ImageFile.ImageFile) -> dict[str, Any]:
     raw_mode = image_files.raw_mode_of(image)
     deep = ";16" in image.mode + raw_mode and raw_mode not in image_files.PACKED
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if deep else 8)
-    # A PNG's orientation may come after its pixels; that rare one is still turned, but not counted here.
-    has_orientation = image.format != "PNG" or "exif" in image.info
-    orientation = image.getexif().get(image_files.ORIENTATION_TAG, 1) if has_orientation else 1
+    orientation = image_files.orientation_of(image)
     across = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return {
         "size": image.size[::-1] if across else image.size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from csad.data.image_files import displayed_size
 from csad.data.images import read_mask
 from csad.data.layouts import Category
 from csad.errors import UserError
@@ -42,7 +43,7 @@ def read_roi(category: Category, size: int, polygons: Sequence[Polygon] = ()) ->
         region = np.asarray(canvas) > 0
     elif path.exists() or path.is_symlink():
         region = read_mask(path) > 0
-        width, height = category.displayed_size(category.train[0])
+        width, height = displayed_size(category.train[0])
         if region.shape != (height, width):
             raise UserError(
                 f"{path} is {region.shape[1]}x{region.shape[0]}, but the images, like {category.train[0].name}, are "

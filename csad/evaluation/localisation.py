@@ -92,7 +92,7 @@ def measure(
         for path, small in zip(category.test(measured), maps[measured]):
             if _test_folder(category, path) in left_out:
                 continue
-            size = category.displayed_size(path)
+            size = image_files.displayed_size(path)
             is_good = measured == layouts.GOOD
             regions = [] if is_good else read_regions(category, split, path, saturations, size)
             inspected = None if roi is None else enlarge(roi.astype(np.float32), size) >= 0.5
