@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 from csad import settings
@@ -59,9 +60,12 @@ def with_optional_branches(
     Raises:
         UserError: the settings' own branches do not fit together, or cannot be read.
     """
+    candidates = branch_weights.candidates(category.name, workspace, fusion)
+    with contextlib.suppress(UserError):  # one of them does not fit, and one by one they say which
+        return fused_state(category, workspace, fusion, view, branch_weights.equal(candidates)), candidates
     weights = branch_weights.equal(fusion.branches)
     state = fused_state(category, workspace, fusion, view, weights)
-    for branch in branch_weights.candidates(category.name, workspace, fusion):
+    for branch in candidates:
         if branch in weights:
             continue
         more = branch_weights.equal([*weights, branch])
